@@ -1,0 +1,431 @@
+"""Group Relative Policy Optimization for tool calling: the whole method on a few screens.
+
+    torchrun --nproc_per_node=8 grpo.py --config configs/qwen2.5-1.5b.yaml --data xlam.json,toolace.json
+    python grpo.py --config configs/tiny.yaml                      the demo: a model from nothing, on a laptop's CPU
+    python grpo.py --config runs/demo/config.yaml --resume true    go on after an interruption
+    python grpo.py --export runs/demo/step_80 OUT                  a checkpoint as a bf16 Hugging Face folder
+
+Source: Tool-N1 (arXiv 2505.00024); GRPO from DeepSeekMath (arXiv 2402.03300). Letters: P prompts, G completions per
+prompt, N response tokens of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data import DataError, Tokenized, load_splits, tokenize_splits
+from model import (
+    ModelError, Packed, attention_backend, count_parameters, export, load_model, load_tokenizer, pack, split_by_tokens,
+    token_logprobs,
+)  # fmt: skip
+from prompts import PromptError, check_tokenizer, load_template
+from reward import REWARDS, Reward, score
+from rollout import Group, Prompt, evaluate, prompt_seed, sample_groups
+from runtime import (
+    Clock, Config, ConfigError, Interrupted, Ranks, StopFlag, append_jsonl, batch_for_step, cut_log, latest_checkpoint,
+    load_config, open_run, read_jsonl, run_script, save_checkpoint, start_ranks, whole_folder,
+)  # fmt: skip
+from sft import warm_up
+
+# ------------------------------------------------------------------------------------------------------ the maths
+
+
+def group_advantages(rewards: Tensor) -> Tensor:
+    """[P, G] -> [P, G]: (reward - mean) / (std + 1e-6) inside each group; exactly 0 where all rewards are equal.
+
+    std is the sample standard deviation (n - 1), as in the library that the paper used. DeepSeekMath, section 4.1.2.
+    """
+    mean, std = rewards.mean(1, keepdim=True), rewards.std(1, keepdim=True)
+    flat = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
+    return torch.where(flat, 0.0, (rewards - mean) / (std + 1e-6))
+
+
+def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
+    """[N], [N] -> [N]: per-token estimate exp(d) - d - 1 of KL(policy || reference), d = log ref - log policy.
+
+    Never negative, low variance (http://joschu.net/blog/kl-approx.html). In the loss, its gradient is not exactly that
+    of the KL: the paper uses it so.
+    """
+    difference = ref_logprobs - logprobs
+    return difference.exp() - difference - 1
+
+
+def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_eps: float) -> Tensor:
+    """[N] each -> [N]: the clipped surrogate -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A), per token."""
+    ratio = (logprobs - old_logprobs).exp()
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages)
+
+
+# ------------------------------------------------------------------------------------------------ phases of a step
+
+
+@dataclass
+class MicroBatch:
+    """Packed groups with what the loss needs per response token: all [N]."""
+
+    packed: Packed
+    advantages: Tensor
+    old_logprobs: Tensor | None = None  # None: one update per rollout batch, so the policy has not changed yet
+    ref_logprobs: Tensor | None = None  # None: kl_coef is 0
+
+
+def score_groups(groups: Sequence[Group], examples: Sequence[Tokenized], config: Config) -> list[list[Reward]]:
+    """The reward of every completion, [P][G]."""
+    return [
+        [score(text, item.example.answer, config.reward) for text in group.texts]
+        for group, item in zip(groups, examples)
+    ]
+
+
+def shuffled(rewards: Tensor, config: Config, step: int, ranks: Ranks) -> Tensor:
+    """Collective. [P, G] -> [P, G]: this rank's rewards after a permutation over all completions of the batch.
+
+    The negative control: the same rewards, but telling nothing about the completion that they stand beside.
+    """
+    everything = torch.cat(ranks.gather(rewards))
+    generator = torch.Generator().manual_seed(prompt_seed(config.seed, step, -1))
+    mixed = everything.flatten()[torch.randperm(everything.numel(), generator=generator)].view_as(everything)
+    return mixed[ranks.rank * len(rewards) : (ranks.rank + 1) * len(rewards)]
+
+
+def make_minibatches(groups: Sequence[Group], advantages: Tensor, config: Config, ranks: Ranks) -> list[list[MicroBatch]]:
+    """This rank's groups as minibatches (one optimizer update each) of micro-batches (one forward/backward each)."""
+    per_update = config.minibatch_prompts // ranks.world
+    minibatches = []
+    for start in range(0, len(groups), per_update):
+        own = range(start, min(start + per_update, len(groups)))
+        sizes = [len(groups[i].prompt.ids) + sum(map(len, groups[i].responses)) for i in own]
+        micro = []
+        for part in split_by_tokens(sizes, config.max_tokens_per_micro_batch):
+            chosen = [own[k] for k in part]
+            packed = pack([(groups[i].prompt.ids, groups[i].responses) for i in chosen], ranks.device)
+            per_response = advantages[chosen].flatten().to(ranks.device)
+            micro.append(MicroBatch(packed, per_response.repeat_interleave(packed.counts)))
+        minibatches.append(micro)
+    return minibatches
+
+
+@torch.no_grad()
+def fixed_logprobs(policy: nn.Module, reference: nn.Module | None, minibatches: list[list[MicroBatch]], config: Config) -> None:
+    """Fills in the log-probs that stay fixed during the updates: the reference's, and the policy's own before them."""
+    for micro in (m for minibatch in minibatches for m in minibatch):
+        if reference is not None:
+            micro.ref_logprobs = token_logprobs(reference, micro.packed, config.temperature)[0]
+        if len(minibatches) > 1:
+            micro.old_logprobs = token_logprobs(policy, micro.packed, config.temperature)[0]
+
+
+def update_policy(
+    policy: nn.Module, optimizer, minibatches: list[list[MicroBatch]], config: Config, ranks: Ranks
+) -> dict[str, float]:
+    """Collective. One optimizer update per minibatch; returns metrics over all tokens of all updates.
+
+    The loss is the mean over all response tokens of the minibatch on all ranks, so neither the packing into
+    micro-batches nor the number of ranks changes it.
+    """
+    sums = torch.zeros(5, dtype=torch.float64)
+    tokens, norms, skipped = 0.0, [], 0
+    for minibatch in minibatches:
+        total = ranks.sum([float(sum(len(m.advantages) for m in minibatch))])[0]
+        for micro in minibatch:
+            logprobs, entropy = token_logprobs(policy, micro.packed, config.temperature)
+            old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
+            loss = policy_loss(logprobs, old, micro.advantages, config.clip_eps)
+            kl = torch.zeros_like(loss) if micro.ref_logprobs is None else kl_k3(logprobs, micro.ref_logprobs)
+            loss = loss + config.kl_coef * kl
+            (loss.sum() / total).backward()
+            with torch.no_grad():
+                ratio = (logprobs - old).exp()
+                low = (ratio < 1 - config.clip_eps) & (micro.advantages < 0)
+                high = (ratio > 1 + config.clip_eps) & (micro.advantages > 0)
+                sums += torch.stack([x.double().sum() for x in (loss, kl, entropy, low, high)]).cpu()
+        ranks.sum_gradients(policy)
+        norm = float(nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
+        if math.isfinite(norm):  # the norm is the same on all ranks, so all skip together
+            optimizer.step()
+            norms.append(norm)
+        else:
+            skipped += 1
+        optimizer.zero_grad(set_to_none=True)
+        tokens += total
+    loss, kl, entropy, low, high = (x / tokens for x in ranks.sum(sums.tolist()))
+    metrics = {"loss": loss, "kl": kl, "entropy": entropy, "clip_ratio/low_mean": low, "clip_ratio/high_mean": high}
+    metrics |= {"clip_ratio/region_mean": low + high, "grad_norm": sum(norms) / max(1, len(norms))}
+    return metrics | {"updates": len(norms), "updates_skipped_nonfinite": skipped}
+
+
+# ----------------------------------------------------------------------------------------------------------- logging
+
+
+def rollout_metrics(groups: Sequence[Group], rewards: list[list[Reward]], ranks: Ranks) -> dict[str, float]:
+    """Collective. What a step's samples look like, in TRL's names where it has them; global sums over global counts."""
+    lengths = torch.tensor([[len(r) for r in g.responses] for g in groups], dtype=torch.float64)
+    totals = torch.tensor([[r.total for r in rs] for rs in rewards], dtype=torch.float64)
+    everything = [torch.cat(parts) for parts in zip(*ranks.gather((lengths, totals)))]
+    lengths, totals = everything
+    flat = totals.amax(1) == totals.amin(1)
+    texts = [len(set(g.texts)) / len(g.texts) for g in groups]
+    flags = [
+        [float(any_) for any_ in column]
+        for column in zip(*((r.format_ok, r.correct, t) for rs, g in zip(rewards, groups) for r, t in zip(rs, g.truncated)))
+    ]
+    count = totals.numel()
+    sums = ranks.sum([*(sum(column) for column in flags), sum(texts)])
+    return {
+        "reward": totals.mean().item(),
+        "reward_std": totals.std(1).mean().item(),
+        "frac_reward_zero_std": flat.double().mean().item(),
+        "format_rate": sums[0] / count,
+        "correct_rate": sums[1] / count,
+        "distinct_rate": sums[3] / len(totals),
+        "completions/mean_length": lengths.mean().item(),
+        "completions/min_length": lengths.min().item(),
+        "completions/max_length": lengths.max().item(),
+        "completions/clipped_ratio": sums[2] / count,
+    }
+
+
+def sample_rows(step: int, groups: Sequence[Group], rewards: list[list[Reward]], advantages: Tensor, limit: int) -> list[dict]:
+    """Rows for samples.jsonl: the first `limit` completions of this rank."""
+    rows = []
+    for group, scores, values in zip(groups, rewards, advantages.tolist()):
+        for text, one, advantage in zip(group.texts, scores, values):
+            row = {"step": step, "prompt_id": group.prompt.id, "completion": text, "reward": one.total}
+            rows.append(row | {"reason": one.reason, "advantage": round(advantage, 4)})
+    return rows[:limit]
+
+
+def sampler_difference(groups: Sequence[Group], minibatches: list[list[MicroBatch]], ranks: Ranks) -> dict[str, float]:
+    """Collective. Mean |sampler - trainer| log-prob where the old log-probs were computed: a bug detector, not a loss."""
+    trainer = [m.old_logprobs for minibatch in minibatches for m in minibatch if m.old_logprobs is not None]
+    if not trainer:
+        return {}
+    sampler = torch.tensor([x for g in groups for row in g.logprobs for x in row])
+    difference = (torch.cat(trainer).cpu() - sampler).abs().double()
+    total, count = ranks.sum([difference.sum().item(), float(len(sampler))])
+    return {"sampling/sampling_logp_difference/mean": total / count}
+
+
+def model_flops(groups: Sequence[Group], parameters: int, config: Config, ranks: Ranks) -> tuple[float, float]:
+    """Collective. (training tokens, FLOPs) of one step on all ranks; attention is left out.
+
+    2 per parameter and token forward, 4 backward: a rollout is one forward, the reference another, an update three.
+    """
+    tokens = float(sum(len(g.prompt.ids) + sum(map(len, g.responses)) for g in groups))
+    passes = 2 + 2 * (config.kl_coef > 0) + 2 * (config.minibatch_prompts < config.prompts_per_step) + 6
+    tokens = ranks.sum([tokens])[0]
+    return tokens, passes * parameters * tokens
+
+
+# -------------------------------------------------------------------------------------------------------------- loop
+
+
+@dataclass
+class Run:
+    """What a run consists of, set up once by `set_up`."""
+
+    config: Config
+    ranks: Ranks
+    folder: Path
+    stop: StopFlag
+    tokenizer: object
+    policy: nn.Module
+    reference: nn.Module | None
+    optimizer: torch.optim.Optimizer
+    train: Sequence[Tokenized]
+    held_out: dict[str, Sequence[Tokenized]]
+    state: dict  # step, seconds, flops, best accuracy: saved with every checkpoint
+
+
+def train(run: Run) -> None:
+    """Collective. The training loop, from the step after run.state["step"] to the last."""
+    config, ranks, state = run.config, run.ranks, run.state
+    began = time.perf_counter() - state["seconds"]
+    bar = tqdm(total=total_steps(config, len(run.train)), initial=state["step"], desc="GRPO", disable=not ranks.main)
+    for step in range(state["step"] + 1, bar.total + 1):
+        clock = Clock()
+        batch = batch_for_step(len(run.train), step - 1, config.prompts_per_step, config.seed)
+        places = range(ranks.rank, len(batch), ranks.world)  # this rank's places in the batch
+        items = [run.train[batch[place]] for place in places]
+        prompts = [Prompt(t.example.id, t.ids, prompt_seed(config.seed, step, p)) for t, p in zip(items, places)]
+        with clock("rollout"):
+            groups = sample_groups(
+                run.policy, run.tokenizer, prompts, group_size=config.group_size, temperature=config.temperature,
+                max_new_tokens=config.max_response_tokens, batch_size=config.rollout_batch_size,
+            )  # fmt: skip
+        with clock("reward"):
+            scores = score_groups(groups, items, config)
+            rewards = torch.tensor([[r.total for r in row] for row in scores])
+        if config.shuffle_rewards:
+            rewards = shuffled(rewards, config, step, ranks)
+        advantages = group_advantages(rewards)
+        minibatches = make_minibatches(groups, advantages, config, ranks)
+        with clock("logprobs"):
+            fixed_logprobs(run.policy, run.reference, minibatches, config)
+        with clock("update"):
+            metrics = update_policy(run.policy, run.optimizer, minibatches, config, ranks)
+        metrics |= rollout_metrics(groups, scores, ranks) | sampler_difference(groups, minibatches, ranks)
+        tokens, flops = model_flops(groups, count_parameters(run.policy), config, ranks)
+        state |= {"step": step, "flops": state["flops"] + flops, "seconds": time.perf_counter() - began}
+        metrics |= {"num_tokens": tokens} | {f"time/{phase}_s": s for phase, s in clock.seconds.items()}
+        finish_step(run, metrics, sample_rows(step, groups, scores, advantages, config.log_samples), step == bar.total)
+        bar.update()
+        bar.set_postfix(reward=f"{metrics['reward']:.2f}", kl=f"{metrics['kl']:.3f}", refresh=False)
+    bar.close()
+
+
+def finish_step(run: Run, metrics: dict[str, float], rows: list[dict], last: bool) -> None:
+    """Collective. Evaluates, logs and saves where it is time. Raises Interrupted after a signal, with all saved."""
+    config, step = run.config, run.state["step"]
+    if last or (config.eval_every and step % config.eval_every == 0):
+        metrics = metrics | evaluate_all(run)
+    if run.ranks.main:
+        epoch = step * config.prompts_per_step / len(run.train)
+        record = {"step": step, "epoch": round(epoch, 4), "learning_rate": config.lr, **metrics}
+        append_jsonl(run.folder / "log.jsonl", [record | {k: run.state[k] for k in ("seconds", "flops")}])
+        append_jsonl(run.folder / "samples.jsonl", rows)
+    stopping = run.stop.agreed(run.ranks)
+    if last or stopping or (config.save_every and step % config.save_every == 0):
+        save_checkpoint(
+            run.folder, run.state, run.policy, run.tokenizer, run.optimizer, run.ranks, config.keep_checkpoints
+        )
+    if stopping and not last:
+        raise Interrupted(run.folder, step)
+
+
+def evaluate_all(run: Run) -> dict[str, float]:
+    """Collective. Greedy accuracy on every held-out split."""
+    results: dict[str, float] = {}
+    for name, examples in run.held_out.items():
+        results |= evaluate(run.policy, run.tokenizer, examples, run.config, run.ranks, name)
+    return results
+
+
+def total_steps(config: Config, examples: int) -> int:
+    """`steps`, or as many rollout batches as `epochs` passes over the training prompts fill."""
+    return config.steps or max(1, math.ceil(config.epochs * examples / config.prompts_per_step))
+
+
+def set_up(config: Config, ranks: Ranks) -> Run:
+    """Collective. Data, start model, policy, frozen reference and optimizer; or all of it from a checkpoint."""
+    template, splits = load_template(config.prompt_template), load_splits(config)
+    folder, stop = open_run(config, ranks), StopFlag()
+    if ranks.main:
+        print(f"run: {folder} · {ranks.world} process(es) on {ranks.device} · attention: {attention_backend(ranks.device)}")
+    state = {"step": 0, "seconds": 0.0, "flops": 0.0}
+    began = time.perf_counter()
+    start = warm_up(config, splits, template, ranks, stop)
+    state["seconds"] = time.perf_counter() - began
+    checkpoint = latest_checkpoint(folder)
+    tokenizer = load_tokenizer(start)
+    check_tokenizer(tokenizer, template)
+    tokenized = tokenize_splits(splits, tokenizer, template, config, quiet=not ranks.main)
+    policy = load_model(str(checkpoint[0]) if checkpoint else start, ranks.device, config.gradient_checkpointing)
+    # The reference is always the model that training started from, also after a resume.
+    reference = load_model(start, ranks.device).requires_grad_(False).eval() if config.kl_coef else None
+    policy.train()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    if checkpoint:
+        state = checkpoint[1]
+        optimizer.load_state_dict(torch.load(checkpoint[0] / "optimizer.pt", weights_only=True, map_location="cpu"))
+        for name in ("log.jsonl", "samples.jsonl") if ranks.main else ():
+            cut_log(folder / name, state["step"])
+    run = Run(
+        config, ranks, folder, stop, tokenizer, policy, reference, optimizer, tokenized.train, tokenized.held_out, state
+    )
+    if not checkpoint:
+        before = evaluate_all(run)
+        if ranks.main:
+            append_jsonl(folder / "log.jsonl", [{"step": 0, **before}])
+    return run
+
+
+def summarize(run: Run) -> dict:
+    """What the run did, from its log alone, so that a resumed run counts its first part too."""
+    log = read_jsonl(run.folder / "log.jsonl")
+    before, steps = log[0], [row for row in log if row["step"] > 0]
+    after, rewards = steps[-1], [row["reward"] for row in steps]
+    summary = {"steps": len(steps), "wall_s": round(run.state["seconds"], 1), "flops": run.state["flops"]}
+    summary["reward_first5"] = sum(rewards[:5]) / len(rewards[:5])
+    summary["reward_last10"] = sum(rewards[-10:]) / len(rewards[-10:])
+    for name, prefix in zip(run.held_out, ("", *(f"{n}_" for n in list(run.held_out)[1:]))):
+        kinds = sorted(key.split("/accuracy_")[1] for key in before if key.startswith(f"{name}/accuracy_"))
+        summary[f"{prefix}accuracy_before"] = before[f"{name}/accuracy"]
+        summary[f"{prefix}accuracy_after"] = after[f"{name}/accuracy"]
+        summary[f"{prefix}accuracy_by_kind"] = {
+            kind: {
+                "before": before[f"{name}/accuracy_{kind}"],
+                "after": after[f"{name}/accuracy_{kind}"],
+                "n": before[f"{name}/n_{kind}"],
+            }
+            for kind in kinds
+        }
+    return summary
+
+
+def report(run: Run, summary: dict) -> None:
+    """What a person wants to see at the end: accuracy before and after per kind, three samples, where things are."""
+    first = next(iter(run.held_out), "")
+    print(f"\nreward: first 5 steps {summary['reward_first5']:.3f}, last 10 steps {summary['reward_last10']:.3f}")
+    for name, prefix in zip(run.held_out, ("", *(f"{n}_" for n in list(run.held_out)[1:]))):
+        print(f"\n{name}: greedy accuracy" + ("" if name == first else " (argument values never paired with that tool in training)"))
+        print(f"  {'kind':<10} {'n':>4} {'before':>8} {'after':>8}")
+        for kind, row in summary[f"{prefix}accuracy_by_kind"].items():
+            print(f"  {kind:<10} {row['n']:>4} {row['before']:>8.3f} {row['after']:>8.3f}")
+        n = len(run.held_out[name])
+        print(f"  {'all':<10} {n:>4} {summary[f'{prefix}accuracy_before']:>8.3f} {summary[f'{prefix}accuracy_after']:>8.3f}")
+    print("\nthree completions of the last step:")
+    for row in read_jsonl(run.folder / "samples.jsonl")[-3:]:
+        print(f"  reward {row['reward']:g} ({row['reason']}): {row['completion']}")
+    print("\nwritten:")
+    for name in ("config.yaml", "git.txt", "log.jsonl", "samples.jsonl", "summary.json", "model"):
+        print(f"  {run.folder / name}")
+
+
+def main(arguments: list[str]) -> None:
+    """Collective. Trains as the settings say, or exports a checkpoint (`--export CHECKPOINT OUT`)."""
+    if arguments[:1] == ["--export"]:
+        return export_checkpoint(arguments[1:])
+    config = load_config(arguments)
+    if config.reward not in REWARDS:
+        raise ConfigError(f"reward must be one of {', '.join(REWARDS)}, not {config.reward!r}")
+    ranks = start_ranks(config.timeout_minutes, config.threads)
+    if config.minibatch_prompts % ranks.world:
+        raise ConfigError(
+            f"minibatch_prompts ({config.minibatch_prompts}) must be a multiple of the number of processes ({ranks.world})"
+        )
+    run = set_up(config, ranks)
+    train(run)
+    if ranks.main:
+        with whole_folder(run.folder / "model") as folder:
+            export(run.policy, run.tokenizer, folder)
+        summary = summarize(run)
+        (run.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        report(run, summary)
+
+
+def export_checkpoint(arguments: list[str]) -> None:
+    """A checkpoint (or any model folder) as a bf16 Hugging Face folder. Raises ConfigError for wrong arguments."""
+    if len(arguments) != 2:
+        raise ConfigError("usage: python grpo.py --export RUN/step_N OUT")
+    source, target = arguments[0], Path(arguments[1])
+    if target.exists():
+        raise ConfigError(f"export: {target} exists already")
+    model, tokenizer = load_model(source, torch.device("cpu")), load_tokenizer(source)
+    with whole_folder(target) as folder:
+        export(model, tokenizer, folder, torch.bfloat16)
+    print(f"model: {target}")
+
+
+if __name__ == "__main__":
+    run_script(main, (ConfigError, DataError, ModelError, PromptError))

@@ -1,0 +1,282 @@
+"""The wire format, both directions: messages and tools -> prompt token ids; completion text -> calls or a reason.
+
+The only file that knows tags, the JSON of calls, system prompts and chat templates. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+THINK, END_THINK = "<think>", "</think>"
+CALL, END_CALL = "<tool_call>", "</tool_call>"
+TAGS = (THINK, END_THINK, CALL, END_CALL)
+
+# Every token with which a known model family ends its turn. Llama 3 has three of them: stopping at one only
+# lets the others run on to the length limit (FAILURES.md 2).
+END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
+
+SYSTEM_TEMPLATE = """\
+You answer requests by calling tools. Study the conversation and the tools below, decide which calls fulfil the \
+latest request, and compose them. Some requests need one call, some need several, and some need none: when no tool \
+fits, or the user has not given a value that a tool requires, the right answer is the empty list []. Calls belong \
+in the tool-call section only.
+
+The tools, one JSON object per line:
+<tools>
+{tools}
+</tools>
+
+Write every reply in two parts:
+1. First reason about the request between <think> and </think>: what is asked, which tools fit, where each \
+argument's value comes from.
+2. Then give a JSON list between <tool_call> and </tool_call>. Each item is an object with exactly two keys, "name" \
+and "arguments", and "arguments" is an object from parameter names to values.
+Both parts are required in the same reply, in this order, with nothing before, between or after them.
+
+A complete reply with two calls looks like this:
+<think>Two cities are named, so the forecast tool is called once for each, with the number of days from the request.</think>
+<tool_call>[{"name": "forecast", "arguments": {"city": "Oslo", "days": 2}}, {"name": "forecast", "arguments": {"city": "Lima", "days": 2}}]</tool_call>
+
+Give each argument the JSON type that its tool declares: a number is written 3 and not "3", a truth value true and \
+not "true", a list [1, 2] and not "[1, 2]". If no tool applies, finish with <tool_call>[]</tool_call>.\
+"""
+
+
+class PromptError(ValueError):
+    """A template, tokenizer or conversation that cannot be rendered; the message says which and what to do."""
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One call: the tool's name and its arguments as JSON values."""
+
+    name: str
+    arguments: dict[str, Any]
+
+    def key(self) -> tuple[str, str]:
+        """(name, canonical JSON of the arguments): equal keys mean equal calls. 1, 1.0, true and "1" all differ."""
+        return self.name, canonical_json(self.arguments)
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What a completion says. `calls` may be present beside an error that concerns the thought alone."""
+
+    think: str | None
+    calls: list[ToolCall] | None
+    error: str | None
+
+
+# ---------------------------------------------------------------------------------------------- to the model
+
+
+def load_template(path: str) -> str:
+    """The system template at `path`, or the project's own for "". Raises PromptError without a `{tools}` slot."""
+    if not path:
+        return SYSTEM_TEMPLATE
+    try:
+        text = Path(path).read_text(encoding="utf-8").rstrip("\n")
+    except OSError as error:
+        raise PromptError(f"prompt_template: cannot read {path}: {error.strerror}") from None
+    if "{tools}" not in text:
+        raise PromptError(f"prompt_template: {path} has no {{tools}} slot; put {{tools}} where the list belongs")
+    return text
+
+
+def render_tools(tools: list[dict]) -> str:
+    """One `{"type": "function", "function": {...}}` object per line."""
+    return "\n".join(json.dumps({"type": "function", "function": tool}, ensure_ascii=False) for tool in tools)
+
+
+def render_calls(calls: list[ToolCall]) -> str:
+    """The tool-call section for `calls`; an empty list gives `<tool_call>[]</tool_call>`."""
+    listed = [{"name": call.name, "arguments": call.arguments} for call in calls]
+    return f"{CALL}{json.dumps(listed, ensure_ascii=False)}{END_CALL}"
+
+
+def render_completion(calls: list[ToolCall], think: str) -> str:
+    """A whole reply in the format that the reward asks for. A blank `think` leaves the thought out (No-Reason SFT)."""
+    return (f"{THINK}{think}{END_THINK}" if think.strip() else "") + render_calls(calls)
+
+
+def build_messages(messages: list[dict], tools: list[dict], template: str = SYSTEM_TEMPLATE) -> list[dict]:
+    """Chat messages for a tokenizer's template: one system message, then the conversation.
+
+    messages: dicts with `role` (system, user, assistant, tool), `content`, and for past calls `calls` (a list of
+    ToolCall). System messages of the data follow ours inside the single system message; past calls are rendered
+    as calls. Tools are never handed to the chat template, or they would stand in the prompt twice.
+    """
+    system, turns = [template.replace("{tools}", render_tools(tools))], []
+    for message in messages:
+        role, content = message["role"], message.get("content") or ""
+        if role == "system":
+            system.append(content)
+        elif role in ("user", "assistant", "tool"):
+            if message.get("calls") is not None:
+                content = "\n".join(part for part in (content, render_calls(message["calls"])) if part)
+            turns.append({"role": role, "content": content})
+        else:
+            raise PromptError(f"unknown role {role!r}; roles are system, user, assistant and tool")
+    return [{"role": "system", "content": "\n\n".join(system)}, *turns]
+
+
+def render_prompt(tokenizer, messages: list[dict], tools: list[dict], template: str = SYSTEM_TEMPLATE) -> str:
+    """The prompt as text, up to and including the header of the assistant's reply."""
+    if not getattr(tokenizer, "chat_template", None):
+        raise PromptError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; use an Instruct model")
+    # Llama 3.1 and 3.2 print a date into the system header, newer templates today's: a prompt must not change overnight.
+    return tokenizer.apply_chat_template(
+        build_messages(messages, tools, template), tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024"
+    )
+
+
+def encode_prompt(tokenizer, messages: list[dict], tools: list[dict], template: str = SYSTEM_TEMPLATE) -> list[int]:
+    """The prompt as token ids; special tokens come from the chat template alone."""
+    return tokenizer.encode(render_prompt(tokenizer, messages, tools, template), add_special_tokens=False)
+
+
+def encode_reply(tokenizer, text: str) -> list[int]:
+    """A reply to imitate as token ids, closed by the token that ends a turn, so that the policy learns to stop."""
+    return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+
+
+def stop_ids(tokenizer) -> list[int]:
+    """Sorted ids of every token that ends a reply: the tokenizer's own and those of END_TOKENS that it knows."""
+    vocabulary = tokenizer.get_vocab()
+    ids = {vocabulary[token] for token in END_TOKENS if token in vocabulary}
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    if not ids:
+        raise PromptError(f"{tokenizer.name_or_path}: the tokenizer has no end token, so replies would never stop")
+    return sorted(ids)
+
+
+def decode_reply(tokenizer, ids: list[int], stops: list[int]) -> str:
+    """Sampled token ids -> text without the closing stop token. Special tokens stay visible: tags may be among them."""
+    body = ids[:-1] if ids and ids[-1] in stops else ids
+    return tokenizer.decode(body, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def check_tokenizer(tokenizer, template: str = SYSTEM_TEMPLATE) -> None:
+    """Stops a run before it wastes GPUs: tags must survive the tokenizer, and the chat template must add nothing.
+
+    Raises PromptError when tags are lost in a round trip, when the template drops or repeats the system prompt, or
+    when it prints the tools a second time (FAILURES.md 23).
+    """
+    name = tokenizer.name_or_path or "tokenizer"
+    reply = render_completion([ToolCall("probe_tool", {"x": 1})], "probe")
+    ids = tokenizer.encode(reply, add_special_tokens=False)
+    if decode_reply(tokenizer, ids, []) != reply:
+        raise PromptError(f"{name}: the tags {' '.join(TAGS)} do not survive encoding and decoding")
+    tool = {"name": "probe_tool", "description": "", "parameters": {}}
+    text = render_prompt(tokenizer, [{"role": "user", "content": "probe question"}], [tool], template)
+    system = template.replace("{tools}", render_tools([tool]))
+    # A template may strip the ends of a message (Llama 3 does) but not touch what is inside.
+    if text.count(system.strip()) != 1:
+        raise PromptError(f"{name}: its chat template does not print the system prompt exactly once")
+    if text.replace(system.strip(), "").count("probe_tool") or text.count("probe question") != 1:
+        raise PromptError(f"{name}: its chat template adds to the conversation; choose another tokenizer or template")
+    if "You are Qwen" in text or text.count("<|im_start|>system") > 1:
+        raise PromptError(f"{name}: its chat template adds a second system prompt")
+
+
+# -------------------------------------------------------------------------------------------- from the model
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys, so that equal values give equal text. Keeps 1, 1.0, true and "1" apart."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _finite_float(text: str) -> float:
+    number = float(text)
+    if number in (float("inf"), float("-inf")):
+        raise ValueError("a number overflows")
+    return number
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key is repeated")
+    return result
+
+
+def strict_json(text: str) -> Any:
+    """json.loads without NaN, Infinity, overflow or repeated keys, each of which could hide a second reading.
+
+    Raises ValueError (json.JSONDecodeError is one) or RecursionError for absurd nesting.
+    """
+    return json.loads(
+        text, parse_constant=_refuse_constant, parse_float=_finite_float, object_pairs_hook=_unique_keys
+    )
+
+
+def _parse_calls(text: str) -> tuple[list[ToolCall] | None, str | None]:
+    """The tool-call section alone, without surrounding white space -> (calls, None) or (None, reason)."""
+    if not text.startswith(CALL):
+        return None, "text_before_tool_call" if CALL in text else "no_tool_call"
+    if not text.endswith(END_CALL):
+        return None, "text_after_tool_call" if END_CALL in text else "tool_call_not_closed"
+    inner = text[len(CALL) : -len(END_CALL)]
+    try:
+        # From the first opening tag to the last closing one: a value may contain a tag inside its quotes,
+        # whereas two blocks in a row are not JSON.
+        listed = strict_json(inner)
+    except (ValueError, RecursionError):
+        return None, "several_tool_calls" if CALL in inner else "bad_json"
+    if not isinstance(listed, list):
+        return None, "not_a_list"
+    calls = []
+    for item in listed:
+        if not isinstance(item, dict) or set(item) != {"name", "arguments"}:
+            return None, "bad_call"
+        if not isinstance(item["name"], str) or not isinstance(item["arguments"], dict):
+            return None, "bad_call"
+        calls.append(ToolCall(item["name"], item["arguments"]))
+    try:
+        for call in calls:
+            call.key()  # what cannot be written back cannot be compared
+    except (ValueError, RecursionError):
+        return None, "bad_json"
+    return calls, None
+
+
+def parse_completion(text: str) -> Parsed:
+    """Reads a reply strictly: `<think>…</think>` with something in it, then `<tool_call>[…]</tool_call>`, then an end.
+
+    White space around the two parts and one end token are allowed, anything else is an error. Never raises. `error` is
+    None or one of: not_text, no_think, text_before_think, think_not_closed, empty_think, tag_in_think,
+    text_before_tool_call, no_tool_call, tool_call_not_closed, text_after_tool_call, several_tool_calls, bad_json,
+    not_a_list, bad_call. Without any thought, the calls are still read, so that a reward without reasoning can use them.
+    """
+    if not isinstance(text, str):
+        return Parsed(None, None, "not_text")
+    text = text.strip()
+    for token in END_TOKENS:
+        if text.endswith(token):
+            text = text[: -len(token)].rstrip()
+            break
+    if not text.startswith(THINK):
+        first_call, first_think = text.find(CALL), text.find(THINK)
+        if first_call == 0:
+            calls, error = _parse_calls(text)
+            return Parsed(None, calls, "no_think" if calls is not None else error)
+        thought_later = first_think > 0 and (first_call < 0 or first_think < first_call)
+        return Parsed(None, None, "text_before_think" if thought_later else "no_think")
+    think, closed, rest = text[len(THINK) :].partition(END_THINK)
+    if not closed:
+        return Parsed(None, None, "think_not_closed")
+    calls, error = _parse_calls(rest.strip())
+    if any(tag in think for tag in TAGS):
+        return Parsed(think, None, "tag_in_think")
+    if not think.strip():
+        return Parsed(think, calls, error or "empty_think")
+    return Parsed(think, calls, error)

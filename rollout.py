@@ -1,0 +1,261 @@
+"""Prompts -> completions: groups of samples for training, greedy replies for evaluation. Tokens in, tokens out.
+
+Hugging Face forward passes with its KV cache: a prompt is prefilled once per group, the cache is expanded G times, and
+finished rows leave the batch. Every sampling rule is here and explicit, so nothing of a model's generation_config
+(top_k, top_p, repetition penalty) can leak into the samples.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import DynamicCache
+
+from data import KINDS, Tokenized, example_kind
+from model import autocast, load_model, load_tokenizer, use_attention
+from prompts import check_tokenizer, decode_reply, encode_prompt, stop_ids
+from reward import score
+
+KEEP_SHARE = 0.75  # finished rows are dropped when fewer than this share of the rows is still alive
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt to be answered. seed: of its own samples, so they depend on neither batch nor number of ranks."""
+
+    id: str
+    ids: list[int]
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Group:
+    """G completions of one prompt. responses end with their stop token unless truncated.
+
+    logprobs: the sampler's own, per response token, at the sampling temperature (a diagnostic: the trainer computes
+    its own).
+    """
+
+    prompt: Prompt
+    responses: list[list[int]]
+    logprobs: list[list[float]]
+    texts: list[str]
+    truncated: list[bool]
+
+
+def prompt_seed(seed: int, step: int, index: int) -> int:
+    """A seed for one prompt of one step: a function of position alone (splitmix64 over the three numbers)."""
+    mixed = 0
+    for number in (seed, step, index):
+        mixed = (mixed + number + 0x9E3779B97F4A7C15) % 2**64
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) % 2**64
+        mixed ^= mixed >> 31
+    return mixed % 2**63
+
+
+def sample_groups(
+    model: nn.Module, tokenizer, prompts: Sequence[Prompt], *, group_size: int, temperature: float,
+    max_new_tokens: int, batch_size: int, progress: bool = False,
+) -> list[Group]:  # fmt: skip
+    """`group_size` completions of every prompt, in the order of `prompts`.
+
+    temperature: 0 is greedy. batch_size: sequences decoded at once; whole groups stay together, and prompts of similar
+    length share a batch, so little is padded. The model is left as it came (train or eval mode, attention).
+    """
+    stops, was_training = stop_ids(tokenizer), model.training
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    per_batch = max(1, batch_size // group_size)
+    groups: dict[int, Group] = {}
+    model.eval()
+    use_attention(model, "generate")
+    try:
+        with tqdm(total=len(prompts), desc="rollout", leave=False, disable=not progress) as bar:
+            for start in range(0, len(order), per_batch):
+                batch = [prompts[i] for i in order[start : start + per_batch]]
+                rows = decode(model, batch, group_size, temperature, max_new_tokens, stops)
+                for k, (i, prompt) in enumerate(zip(order[start:], batch)):
+                    own = rows[k * group_size : (k + 1) * group_size]
+                    texts = [decode_reply(tokenizer, ids, stops) for ids, _ in own]
+                    truncated = [ids[-1] not in stops for ids, _ in own]
+                    groups[i] = Group(prompt, [ids for ids, _ in own], [lp for _, lp in own], texts, truncated)
+                bar.update(len(batch))
+    finally:
+        use_attention(model, "train")
+        model.train(was_training)
+    return [groups[i] for i in range(len(prompts))]
+
+
+@torch.no_grad()
+def decode(
+    model: nn.Module, prompts: Sequence[Prompt], copies: int, temperature: float, max_new_tokens: int, stops: list[int]
+) -> list[tuple[list[int], list[float]]]:
+    """The decoding loop for one batch: (response ids, their log-probs) for prompt 1 copy 1, prompt 1 copy 2, …"""
+    device = next(model.parameters()).device
+    longest, rows = max(len(p.ids) for p in prompts), len(prompts) * copies
+    ids = torch.tensor([[0] * (longest - len(p.ids)) + p.ids for p in prompts], device=device)
+    lengths = torch.tensor([len(p.ids) for p in prompts], device=device)
+    mask = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()  # padding is on the left
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    with autocast(device):
+        logits = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]  # fmt: skip
+    cache.batch_repeat_interleave(copies)
+    logits, mask, position = (x.repeat_interleave(copies, 0) for x in (logits, mask, lengths))
+    noise = _uniform_blocks(prompts, copies, device)
+    stop = torch.tensor(stops, device=device)
+    alive = torch.arange(rows, device=device)  # which row of the result each row of the batch writes
+    tokens = torch.full((rows, max_new_tokens), -1, device=device)
+    logprobs = torch.zeros(rows, max_new_tokens, device=device)
+    running = torch.ones(rows, dtype=torch.bool, device=device)  # over the rows of the batch
+    for step in range(max_new_tokens):
+        token, logprob = _choose(logits, temperature, next(noise)[alive] if temperature > 0 else None)
+        write = alive[running]
+        tokens[write, step], logprobs[write, step] = token[running], logprob[running]
+        running = running & ~torch.isin(token, stop)
+        left = int(running.sum())
+        if left == 0 or step + 1 == max_new_tokens:
+            break
+        if left < KEEP_SHARE * len(alive):
+            keep = running.nonzero()[:, 0]
+            cache.batch_select_indices(keep)
+            alive, token, mask, position = alive[keep], token[keep], mask[keep], position[keep]
+            running = running[keep]
+        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
+        with autocast(device):
+            logits = model(
+                input_ids=token[:, None], attention_mask=mask, position_ids=position[:, None], past_key_values=cache,
+                use_cache=True,
+            ).logits[:, -1]  # fmt: skip
+        position = position + 1
+    counts = (tokens >= 0).sum(1).tolist()
+    return [(t[:n], lp[:n]) for t, lp, n in zip(tokens.tolist(), logprobs.tolist(), counts)]
+
+
+def _choose(logits: Tensor, temperature: float, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[B, V], [B] uniform numbers -> the chosen token [B] and its log-prob [B]. Temperature 0 takes the maximum.
+
+    Inverse-CDF sampling: one number per token decides, so a sample depends on its own prompt's seed only.
+    """
+    logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
+    if uniform is None:
+        token = logprobs.argmax(-1)
+    else:
+        cdf = logprobs.double().exp().cumsum(-1)
+        token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0]
+        token = token.clamp(max=logits.shape[-1] - 1)
+    return token, logprobs.gather(-1, token[:, None])[:, 0]
+
+
+def _uniform_blocks(prompts: Sequence[Prompt], copies: int, device: torch.device, block: int = 64) -> Iterator[Tensor]:
+    """Endless [rows] vectors of uniform float64 numbers, drawn per prompt from a generator with its own seed."""
+    generators = [torch.Generator().manual_seed(p.seed) for p in prompts]
+    while True:
+        drawn = torch.cat([torch.rand(copies, block, generator=g, dtype=torch.float64) for g in generators])
+        yield from drawn.to(device).T
+
+
+# ---------------------------------------------------------------------------------------------------- evaluation
+
+
+def evaluate(model: nn.Module, tokenizer, examples: Sequence[Tokenized], config, ranks, name: str) -> dict[str, float]:
+    """Collective. Greedy accuracy (binary reward) on held-out examples, overall and by kind, as log entries.
+
+    Keys: `{name}/accuracy`, `{name}/n`, and `{name}/accuracy_KIND`, `{name}/n_KIND` for every kind that occurs.
+    """
+    own = examples[ranks.rank :: ranks.world]
+    groups = sample_groups(
+        model, tokenizer, [Prompt(t.example.id, t.ids) for t in own], group_size=1, temperature=0,
+        max_new_tokens=config.max_response_tokens, batch_size=config.rollout_batch_size,
+    )  # fmt: skip
+    hits = Counter({kind: 0.0 for kind in KINDS})
+    for item, group in zip(own, groups):
+        hits[example_kind(item.example)] += score(group.texts[0], item.example.answer).total
+    totals = Counter(example_kind(t.example) for t in examples)
+    right = dict(zip(KINDS, ranks.sum(hits[kind] for kind in KINDS)))
+    entries = {f"{name}/accuracy": sum(right.values()) / len(examples), f"{name}/n": len(examples)}
+    for kind, n in totals.items():
+        entries |= {f"{name}/accuracy_{kind}": right[kind] / n, f"{name}/n_{kind}": n}
+    return entries
+
+
+@dataclass(frozen=True)
+class Case:
+    """One benchmark case: category is the benchmark's own name for its part."""
+
+    id: str
+    category: str
+    messages: list[dict]
+    tools: list[dict]
+
+
+def write_predictions(
+    model: str, cases: Sequence[Case], path: Path, *, template: str, max_prompt_tokens: int, max_new_tokens: int,
+    batch_size: int,
+) -> None:  # fmt: skip
+    """Greedy replies of the model in folder or hub id `model`, appended to `path`, one JSON line per case.
+
+    Rows: id, category, output, input_tokens, output_tokens, latency (seconds of its batch / cases of its batch), and
+    "skipped" where a prompt is longer than `max_prompt_tokens` (its output is empty). Cases that `path` holds already
+    are not done again, so a killed run goes on where it was.
+    """
+    done = _finished(path)
+    todo = []
+    for case in cases:  # counted, because BFCL v3 has one id twice
+        done[case.category, case.id] -= 1
+        if done[case.category, case.id] < 0:
+            todo.append(case)
+    if not todo:
+        print(f"{path}: all {len(cases)} cases are there already")
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer, policy = load_tokenizer(model), load_model(model, device)
+    check_tokenizer(tokenizer, template)
+    prompts = [
+        Prompt(case.id, encode_prompt(tokenizer, case.messages, case.tools, template)) for case in todo
+    ]
+    order = sorted(range(len(todo)), key=lambda i: len(prompts[i].ids))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file, tqdm(total=len(todo), desc=path.parent.name or "eval") as bar:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            fits = [i for i in batch if len(prompts[i].ids) <= max_prompt_tokens]
+            began = time.perf_counter()
+            groups = sample_groups(
+                policy, tokenizer, [prompts[i] for i in fits], group_size=1, temperature=0,
+                max_new_tokens=max_new_tokens, batch_size=batch_size,
+            )  # fmt: skip
+            latency = (time.perf_counter() - began) / len(batch)
+            replies = dict(zip(fits, groups))
+            for i in batch:
+                row = {"id": todo[i].id, "category": todo[i].category, "input_tokens": len(prompts[i].ids)}
+                if i in replies:
+                    row |= {"output": replies[i].texts[0], "output_tokens": len(replies[i].responses[0])}
+                else:
+                    row |= {"output": "", "output_tokens": 0, "skipped": "prompt_too_long"}
+                file.write(json.dumps(row | {"latency": round(latency, 4)}, ensure_ascii=False) + "\n")
+            file.flush()
+            bar.update(len(batch))
+
+
+def _finished(path: Path) -> Counter[tuple[str, str]]:
+    """How often each (category, id) is in `path`. A line cut off by a kill is removed, so appending is safe."""
+    if not path.exists():
+        return Counter()
+    text = path.read_text(encoding="utf-8")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    rows = [json.loads(line) for line in whole.splitlines() if line]
+    return Counter((row["category"], row["id"]) for row in rows)

@@ -1,0 +1,183 @@
+"""Supervised fine-tuning on the same examples: the baseline to beat, and the warm-up of a model that knows nothing.
+
+    python sft.py --config configs/qwen2.5-1.5b.yaml --data train.json --run_dir runs/sft --epochs 1
+
+An example's demonstrations are what is imitated; one without them is imitated as its bare calls (No-Reason SFT).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from data import DataError, Example, Splits, Tokenized, load_splits, tokenize_splits
+from model import (
+    ModelError, build_tiny_model, build_tiny_tokenizer, count_parameters, export, load_model, load_tokenizer, pack,
+    split_by_tokens, token_logprobs,
+)  # fmt: skip
+from prompts import PromptError, check_tokenizer, encode_reply, load_template, render_completion, render_prompt
+from rollout import evaluate
+from runtime import (
+    Config, ConfigError, Interrupted, Ranks, StopFlag, append_jsonl, batch_for_step, cut_log, latest_checkpoint,
+    load_config, open_run, run_script, save_checkpoint, start_ranks, whole_folder,
+)  # fmt: skip
+
+
+RAMP_STEPS = 20  # the learning rate rises linearly over these steps and stays
+
+
+def replies_to_imitate(example: Example) -> tuple[str, ...]:
+    """The example's demonstrations, or its answer as bare calls where it has none."""
+    return example.demonstrations or (render_completion(example.answer, ""),)
+
+
+def sft_update(policy: nn.Module, optimizer, groups: list, config: Config, ranks: Ranks) -> dict[str, float]:
+    """Collective. One optimizer step on (prompt ids, replies) groups; the loss is the mean over all reply tokens."""
+    sizes = [len(prompt) + sum(map(len, replies)) for prompt, replies in groups]
+    total = ranks.sum([float(sum(len(r) for _, replies in groups for r in replies))])[0]
+    loss = 0.0
+    for batch in split_by_tokens(sizes, config.max_tokens_per_micro_batch):
+        packed = pack([groups[i] for i in batch], ranks.device)
+        logprobs, _ = token_logprobs(policy, packed, temperature=1.0)
+        part = -logprobs.sum() / total
+        part.backward()
+        loss += part.item()
+    ranks.sum_gradients(policy)
+    norm = float(nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    loss, tokens = ranks.sum([loss, float(sum(sizes))])
+    return {"loss": loss, "grad_norm": norm, "num_tokens": tokens}
+
+
+def sft_steps(config: Config, examples: int) -> int:
+    """How many optimizer steps: `steps`, or `epochs` passes; with sft_flops the budget ends it, wherever that is."""
+    if config.sft_flops:
+        return 10**9
+    return config.steps or max(1, round(config.epochs * examples / config.sft_batch))
+
+
+def train_sft(
+    policy: nn.Module, tokenizer, train: Sequence[Tokenized], config: Config, steps: int, run_dir: Path, ranks: Ranks,
+    stop: StopFlag, label: str,
+) -> None:  # fmt: skip
+    """Collective. `steps` optimizer steps (fewer if sft_flops runs out), logged and checkpointed in `run_dir`.
+
+    Goes on from the latest checkpoint there; `policy` must then hold its weights. Raises Interrupted after a signal,
+    with a checkpoint written.
+    """
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=config.sft_lr, weight_decay=config.weight_decay, betas=(0.9, 0.95)
+    )
+    state = {"step": 0, "flops": 0.0, "seconds": 0.0}
+    if checkpoint := latest_checkpoint(run_dir):
+        state = checkpoint[1]
+        optimizer.load_state_dict(torch.load(checkpoint[0] / "optimizer.pt", weights_only=True, map_location="cpu"))
+        if ranks.main:
+            cut_log(run_dir / "log.jsonl", state["step"])
+    began, parameters = time.perf_counter() - state["seconds"], count_parameters(policy)
+    policy.train()
+    bar = tqdm(total=None if config.sft_flops else steps, initial=state["step"], desc=label, disable=not ranks.main)
+    for step in range(state["step"] + 1, steps + 1):
+        own = batch_for_step(len(train), step - 1, config.sft_batch, config.seed)[ranks.rank :: ranks.world]
+        groups = [
+            (train[i].ids, [encode_reply(tokenizer, text) for text in replies_to_imitate(train[i].example)]) for i in own
+        ]
+        lr = config.sft_lr * min(1.0, step / RAMP_STEPS)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        metrics = sft_update(policy, optimizer, groups, config, ranks)
+        # forward and backward: 6 FLOPs per parameter and token; attention is left out, here and in grpo.py
+        state = {"step": step, "flops": state["flops"] + 6 * parameters * metrics["num_tokens"]}
+        state["seconds"] = time.perf_counter() - began
+        if ranks.main:
+            append_jsonl(run_dir / "log.jsonl", [{**state, **metrics, "learning_rate": lr}])
+        bar.update()
+        bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
+        finished = step == steps or 0 < config.sft_flops <= state["flops"]
+        stopping = stop.agreed(ranks)
+        if stopping or finished or (config.save_every and step % config.save_every == 0 and steps < 10**9):
+            save_checkpoint(run_dir, state, policy, tokenizer, optimizer, ranks, config.keep_checkpoints)
+        if stopping and not finished:
+            raise Interrupted(run_dir, step)
+        if finished:
+            break
+    bar.close()
+
+
+def start_model(config: Config, splits: Splits, template: str, ranks: Ranks) -> tuple[str, bool]:
+    """Collective. The folder (or hub id) of the model to start from, and whether it still needs its warm-up.
+
+    "tiny" is built from a config and the training texts, without any download.
+    """
+    warm = Path(config.run_dir) / "warmup"
+    if (warm / "model").exists():
+        return str(warm / "model"), False
+    if checkpoint := latest_checkpoint(warm):
+        return str(checkpoint[0]), True
+    if config.model != "tiny":
+        return config.model, config.warmup_steps > 0
+    if ranks.main:
+        with whole_folder(warm / "start") as folder:
+            tokenizer = build_tiny_tokenizer([], 0)
+            texts = [render_prompt(tokenizer, e.messages, e.tools, template) + "\n".join(e.demonstrations) for e in splits.train]
+            tokenizer = build_tiny_tokenizer(texts, config.tiny_vocab)
+            export(build_tiny_model(tokenizer, config.tiny_hidden, config.tiny_layers, config.seed), tokenizer, folder)
+    ranks.gather(None)
+    return str(warm / "start"), True
+
+
+def warm_up(config: Config, splits: Splits, template: str, ranks: Ranks, stop: StopFlag) -> str:
+    """Collective. The start model's path, after `warmup_steps` of SFT if the config asks for them.
+
+    The result, run_dir/warmup/model, is both the first policy and the frozen reference.
+    """
+    path, needed = start_model(config, splits, template, ranks)
+    if not needed:
+        return path
+    warm = Path(config.run_dir) / "warmup"
+    tokenizer, policy = load_tokenizer(path), load_model(path, ranks.device, config.gradient_checkpointing)
+    train = tokenize_splits(splits, tokenizer, template, config, quiet=True).train
+    train_sft(policy, tokenizer, train, config, config.warmup_steps, warm, ranks, stop, "warm-up (SFT)")
+    if ranks.main:
+        with whole_folder(warm / "model") as folder:
+            export(policy, tokenizer, folder)
+    ranks.gather(None)
+    return str(warm / "model")
+
+
+def main(arguments: list[str]) -> None:
+    """Collective. Fine-tunes `model` on `data`; writes run_dir/model, log.jsonl and summary.json."""
+    config = load_config(arguments)
+    template, splits = load_template(config.prompt_template), load_splits(config)
+    ranks = start_ranks(config.timeout_minutes, config.threads)
+    run_dir, stop = open_run(config, ranks), StopFlag()
+    checkpoint = latest_checkpoint(run_dir)
+    path = str(checkpoint[0]) if checkpoint else start_model(config, splits, template, ranks)[0]
+    tokenizer, policy = load_tokenizer(path), load_model(path, ranks.device, config.gradient_checkpointing)
+    check_tokenizer(tokenizer, template)
+    tokenized = tokenize_splits(splits, tokenizer, template, config, quiet=not ranks.main)
+    steps = sft_steps(config, len(tokenized.train))
+    train_sft(policy, tokenizer, tokenized.train, config, steps, run_dir, ranks, stop, "SFT")
+    results = {}
+    for name, examples in tokenized.held_out.items():
+        results |= evaluate(policy, tokenizer, examples, config, ranks, name)
+    if ranks.main:
+        with whole_folder(run_dir / "model") as folder:
+            export(policy, tokenizer, folder)
+        (run_dir / "summary.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        for name in tokenized.held_out:
+            print(f"{name}: greedy accuracy {results[f'{name}/accuracy']:.3f} (n = {results[f'{name}/n']})")
+        print(f"model: {run_dir / 'model'}")
+
+
+if __name__ == "__main__":
+    run_script(main, (ConfigError, DataError, ModelError, PromptError))

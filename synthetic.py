@@ -1,0 +1,171 @@
+"""The demo's data: made-up tools, requests in the layout of xLAM, and demonstrations with known flaws."""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from data import KINDS, Example, Splits
+from prompts import ToolCall, render_completion
+
+# Every kind of value belongs to at least three tools, so that a value held back from one tool is still a known word.
+VALUES: dict[str, tuple[str, ...]] = {
+    "city": ("Paris", "Oslo", "Lima", "Cairo", "Tokyo", "Rome", "Berlin", "Madrid"),
+    "person": ("Anna", "Bob", "Carla", "David", "Emma", "Felix", "Grace", "Henry"),
+    "room": ("kitchen", "bedroom", "garage", "cellar", "attic", "office", "hallway", "library"),
+    "item": ("lamp", "chair", "table", "sofa", "mirror", "carpet", "kettle", "clock"),
+}
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A synthetic tool: its parameters' kinds of value ("number" or a key of VALUES) and ways to ask for it."""
+
+    name: str
+    description: str
+    parameters: dict[str, str]
+    requests: tuple[str, ...]
+
+    def schema(self) -> dict:
+        """The tool in xLAM's layout: flat parameters with Python type names."""
+        flat = {name: {"type": "int" if kind == "number" else "str"} for name, kind in self.parameters.items()}
+        return {"name": self.name, "description": self.description, "parameters": flat}
+
+
+TOOLS: tuple[Tool, ...] = (
+    Tool("get_weather", "weather of a city", {"city": "city", "days": "number"},
+         ("weather in {city} for {days} days", "will it rain in {city} over {days} days")),
+    Tool("find_hotel", "hotels in a city", {"city": "city", "nights": "number"},
+         ("a hotel in {city} for {nights} nights", "where to sleep in {city} for {nights} nights")),
+    Tool("call_taxi", "taxi in a city", {"city": "city", "seats": "number"},
+         ("a taxi in {city} with {seats} seats", "a cab for {seats} people in {city}")),
+    Tool("find_train", "trains between cities", {"origin": "city", "target": "city"},
+         ("a train from {origin} to {target}", "by rail to {target} from {origin}")),
+    Tool("send_money", "money to a person", {"person": "person", "amount": "number"},
+         ("send {amount} dollars to {person}", "pay {person} {amount} dollars")),
+    Tool("set_alarm", "alarm for a person", {"person": "person", "minutes": "number"},
+         ("wake {person} in {minutes} minutes", "an alarm for {person} after {minutes} minutes")),
+    Tool("plan_meeting", "meeting with a person", {"person": "person", "hour": "number"},
+         ("meet {person} at {hour}", "a meeting with {person} at {hour}")),
+    Tool("set_light", "light of a room", {"room": "room", "level": "number"},
+         ("light in the {room} at {level}", "dim the {room} to {level}")),
+    Tool("set_heating", "heating of a room", {"room": "room", "degrees": "number"},
+         ("heat the {room} to {degrees} degrees", "{degrees} degrees in the {room}")),
+    Tool("play_music", "music in a room", {"room": "room", "volume": "number"},
+         ("music in the {room} at volume {volume}", "play songs in the {room} at {volume}")),
+    Tool("buy_item", "buys things", {"item": "item", "count": "number"},
+         ("buy {count} of the {item}", "order the {item} {count} times")),
+    Tool("move_item", "moves things to rooms", {"item": "item", "room": "room"},
+         ("move the {item} to the {room}", "carry the {item} into the {room}")),
+    Tool("gift_item", "gives things to people", {"item": "item", "person": "person"},
+         ("give the {item} to {person}", "surprise {person} with the {item}")),
+)
+
+SHARES = (0.15, 0.35, 0.35, 0.15)
+
+# How often a demonstration has each flaw, where it can have it. The flaws are drawn independently, so no single habit
+# separates good demonstrations from bad ones.
+FLAWS = {
+    "number_as_text": 0.3,  # "3" instead of 3
+    "value_blank": 0.25,  # "" instead of a word
+    "call_dropped": 0.35,  # one of two calls is missing
+    "wrong_tool": 0.25,  # another tool of the list is called
+    "call_invented": 0.35,  # a tool is called where none fits
+}
+
+
+def _held_out(tool: str, parameter: str, value: str | int) -> bool:
+    """A fifth of all (tool, parameter, value) triples is never used in training; a pure function of the triple."""
+    return zlib.crc32(f"{tool}/{parameter}/{value}".encode()) % 5 == 0
+
+
+def _draw_call(tool: Tool, rng: random.Random, strict: bool) -> ToolCall:
+    """Arguments for `tool`; all of them held-out values if `strict`, none of them otherwise."""
+    arguments: dict[str, Any] = {}
+    for parameter, kind in tool.parameters.items():
+        pool = range(2, 10) if kind == "number" else VALUES[kind]
+        free = [v for v in pool if _held_out(tool.name, parameter, v) == strict and v not in arguments.values()]
+        arguments[parameter] = rng.choice(free or [v for v in pool if v not in arguments.values()])
+    return ToolCall(tool.name, arguments)
+
+
+def _demonstration(answer: list[ToolCall], tools: list[Tool], rng: random.Random) -> str:
+    """A reply by a careless annotator: the right calls with each flaw of FLAWS at its rate, and a fitting thought."""
+    def strikes(flaw: str) -> bool:
+        return rng.random() < FLAWS[flaw]
+
+    calls = list(answer)
+    if len(calls) > 1 and strikes("call_dropped"):
+        calls.pop(rng.randrange(len(calls)))
+    others = [tool for tool in tools if tool.name not in {call.name for call in answer}]
+    if not answer and strikes("call_invented"):
+        calls = [_draw_call(rng.choice(tools), rng, strict=False)]
+    elif len(calls) == 1 and others and strikes("wrong_tool"):
+        tool = rng.choice(others)
+        values = list(calls[0].arguments.values())
+        calls = [ToolCall(tool.name, dict(zip(tool.parameters, values)))]
+    as_text, blank = strikes("number_as_text"), strikes("value_blank")
+
+    def write(value: Any) -> Any:
+        if isinstance(value, str):
+            return "" if blank else value
+        return str(value) if as_text else value
+
+    calls = [ToolCall(call.name, {k: write(v) for k, v in call.arguments.items()}) for call in calls]
+    think = "use " + " and ".join(call.name for call in calls) if calls else "no tool fits"
+    return render_completion(calls, think)
+
+
+def _synthetic_example(index: int, kind: str, rng: random.Random, strict: bool, copies: int) -> Example:
+    tools = rng.sample(TOOLS, 1 if kind == "single" else rng.choice((2, 3)))
+    wanted = {"single": tools[:1], "choice": tools[:1], "parallel": tools[:2], "none": []}[kind]
+    if kind == "parallel" and rng.random() < 0.5:
+        wanted = [tools[0], tools[0]]  # the same tool twice, with other arguments
+    asked = wanted or [rng.choice([tool for tool in TOOLS if tool not in tools])]
+    calls = [_draw_call(tool, rng, strict) for tool in asked]
+    parts = [rng.choice(tool.requests).format(**call.arguments) for tool, call in zip(asked, calls)]
+    answer = calls if wanted else []
+    rng.shuffle(tools)
+    return Example(
+        id=f"synthetic-{'strict' if strict else 'fresh'}-{index}",
+        source="synthetic",
+        messages=[{"role": "user", "content": " and ".join(parts)}],
+        tools=[tool.schema() for tool in tools],
+        answer=answer,
+        demonstrations=tuple(_demonstration(answer, tools, rng) for _ in range(copies)),
+    )
+
+
+def synthetic(count: int, seed: int, strict: bool = False, exclude: Collection[str] = (), copies: int = 4) -> list[Example]:
+    """`count` examples in the four KINDS at their SHARES, no query twice and none of the queries in `exclude`.
+
+    strict: every argument value is one that `_held_out` keeps from that tool in training. copies: demonstrations per
+    query, each flawed by its own draw. The result depends on the arguments alone.
+    """
+    rng = random.Random(f"{seed}/{strict}")
+    kinds = rng.choices(KINDS, SHARES, k=count)
+    seen, examples = set(exclude), []
+    while len(examples) < count:
+        example = _synthetic_example(len(examples), kinds[len(examples)], rng, strict, copies)
+        query = example.messages[0]["content"]
+        if query not in seen:  # redrawn with the same kind, or the rarer queries of one call would give way to two
+            seen.add(query)
+            examples.append(example)
+    return examples
+
+
+def synthetic_splits(config) -> Splits:
+    """The demo's training set and its two held-out sets.
+
+    held_out: fresh queries, none of which is in the training set. strict: every argument value is one that the training
+    set never pairs with that tool's parameter.
+    """
+    train = synthetic(config.synthetic_train, config.seed)
+    queries = {example.messages[0]["content"] for example in train}
+    held_out = {}
+    for name, strict in (("held_out", False), ("strict", True)):
+        held_out[name] = synthetic(config.synthetic_test, config.seed + 10**6, strict, queries, copies=0)
+    return Splits(train, held_out)
