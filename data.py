@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import ast
 import gzip
 import json
 import os
 import random
-import re
 import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from prompts import ToolCall, build_messages, encode_prompt, render_calls, strict_json
+from toolace import parse_toolace_calls
 
 ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
 ROLES |= {role: role for role in ("system", "user", "assistant", "tool")}
-_STRING = r"""(?s:"[^"\\]*(?:\\.[^"\\]*)*"|'[^'\\]*(?:\\.[^'\\]*)*')"""
-_TOKEN = re.compile(rf"\s*({_STRING}|[\[\]{{}},:]|[\w.+-]+)")
-_ESCAPE = re.compile(r"""\\(?:x[\da-fA-F]{2}|u[\da-fA-F]{4}|U[\da-fA-F]{8}|[0-3]?[0-7]{1,2}|[abfnrtv'"\\\n])""")
-_PARAMETER = re.compile(r"""([^=,()"']+)=""")  # not only identifiers: "from", "7SN.pj", "filter[id]"
-_SEPARATOR = re.compile(r"\s*(?:,|(?=[\])]))\s*")  # a comma, or the closing bracket is next
-_ANY_NAME = r"""[^()="']*[^()="'\s]"""
-_JSON_WORDS = {"True": "true", "False": "false", "None": "null"} | {word: word for word in ("true", "false", "null")}
 
 
 class DataError(ValueError):
@@ -62,74 +54,6 @@ class _Unusable(Exception):
     """(reason, detail): the record or step at hand cannot become an example. Never leaves this file."""
 
 
-# ---------------------------------------------------------------------------------- ToolACE's notation for calls
-
-
-def _match(pattern: re.Pattern, text: str, at: int) -> re.Match:
-    if not (match := pattern.match(text, at)):
-        raise ValueError(f"unexpected text at {at}")
-    return match
-
-
-def _to_json(token: str) -> str:
-    """One token of a Python or JSON literal as JSON. What is neither raises here or in strict_json."""
-    if token[0] in "\"'":
-        # Escape by escape, because raw line breaks and unknown escapes ("\d") would be errors in a Python literal.
-        text = _ESCAPE.sub(lambda escape: ast.literal_eval(f'"{escape[0]}"'), token[1:-1])
-        # Joins the surrogate pairs with which JSON writes emoji, and refuses halves, which no tokenizer takes.
-        return json.dumps(text.encode("utf-16", "surrogatepass").decode("utf-16"))
-    if token in "[]{},:" or token in _JSON_WORDS:
-        return _JSON_WORDS.get(token, token)
-    try:
-        return str(int(token, 0))
-    except ValueError:
-        if not token.strip("+-_0123456789"):
-            raise  # 007 is no Python literal; as the float 7.0 it would be a different value
-        return json.dumps(float(token))
-
-
-def _read_value(text: str, at: int) -> tuple[Any, int]:
-    """(the value at `at`, the position after it). Brackets only tell where it ends; strict_json checks the rest."""
-    tokens, depth = [], 0
-    while not tokens or depth > 0:
-        match = _match(_TOKEN, text, at)
-        token, at = match[1], match.end()
-        depth += (token in "[{") - (token in "]}")
-        if token in "]}" and len(tokens) > 1 and tokens[-1] == "," and tokens[-2] not in "[{":
-            tokens.pop()  # Python allows a comma after the last item
-        tokens.append(_to_json(token))
-    return strict_json(" ".join(tokens)), at
-
-
-def parse_toolace_calls(text: str, tool_names: Sequence[str], any_name: bool = False) -> list[ToolCall] | None:
-    """Calls written as `[Tool Name(param="value", other=[1, 2]), second()]`; None when the text is anything else.
-
-    Names contain spaces, brackets and quotes, so only those in `tool_names` are recognised (`any_name`: others too,
-    if plain). Values are JSON, or Python literals that JSON can hold. Reads forwards only, so the time is linear in
-    the text; never raises. Source: ToolACE's data; FAILURES.md 20.
-    """
-    # The longest first: "User Feed" must not win over "User Feed (Video Posts) V2". (?!) matches nothing.
-    names = [re.escape(name) for name in sorted(tool_names, key=len, reverse=True)]
-    name = re.compile(rf"({'|'.join([*names, _ANY_NAME if any_name else '(?!)'])})\s*\(\s*")
-    text, calls = text.strip(), []
-    try:
-        at = _match(re.compile(r"\[\s*"), text, 0).end()
-        while not text.startswith("]", at):
-            call, arguments = _match(name, text, at), {}
-            at = call.end()
-            while not text.startswith(")", at):
-                parameter = _match(_PARAMETER, text, at)
-                if not (key := parameter[1].strip()) or key in arguments:
-                    return None
-                arguments[key], at = _read_value(text, parameter.end())
-                at = _match(_SEPARATOR, text, at).end()
-            calls.append(ToolCall(call[1], arguments))
-            at = _match(_SEPARATOR, text, at + 1).end()
-    except (ValueError, SyntaxError, RecursionError):
-        return None
-    return calls if at + 1 == len(text) else None
-
-
 # ------------------------------------------------------------------------------------------ records -> examples
 
 
@@ -144,6 +68,13 @@ def _decode(value: Any, field: str) -> Any:
         return strict_json(value if isinstance(value, str) else json.dumps(value))
     except (ValueError, RecursionError) as error:
         raise _Unusable("broken_json", f"{field} is not JSON: {error}") from None
+
+
+def _check_text(record: dict) -> None:
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise _Unusable("bad_text", f"half a surrogate pair, which no tokenizer takes: {error.reason}") from None
 
 
 def _named(value: Any) -> bool:
@@ -234,11 +165,15 @@ def _from_ours(record: dict, rid: str, line: int) -> Iterator[Example | Dropped]
     for message in record["messages"]:
         if not isinstance(message, dict) or message.get("role") not in ROLES.values():
             raise _Unusable("bad_turn", f"unknown role: {str(message)[:80]}")
+        if not isinstance(message.get("content", ""), str):
+            raise _Unusable("bad_turn", f"content is not a text: {str(message)[:80]}")
         # Past calls may name tools that are no longer listed; only the answer must not.
         past = message.get("calls") and {"calls": _check_calls(message["calls"], message["calls"])}
         messages.append(message | (past or {}))
-    answer, demonstrations = _check_calls(record["answer"], tools), tuple(record.get("demonstrations", ()))
-    yield Example(rid, record["source"], messages, tools, answer, demonstrations)
+    demonstrations = record.get("demonstrations") or []
+    if not isinstance(demonstrations, list) or not all(isinstance(text, str) for text in demonstrations):
+        raise _Unusable("missing_field", "demonstrations must be a list of texts")
+    yield Example(rid, record["source"], messages, tools, _check_calls(record["answer"], tools), tuple(demonstrations))
 
 
 LAYOUTS = {  # keys that tell a layout, and its reader
@@ -293,6 +228,7 @@ def _load(path: str | Path, layout: str | None) -> tuple[list[Example], list[Dro
             continue
         rid = str(line - 1 if record.get("id") is None else record["id"])
         try:
+            _check_text(record)
             for made in LAYOUTS[layout][1](record, rid, line):
                 (examples if isinstance(made, Example) else dropped).append(made)
         except _Unusable as error:
@@ -302,14 +238,14 @@ def _load(path: str | Path, layout: str | None) -> tuple[list[Example], list[Dro
 
 def load_xlam(path: str | Path) -> tuple[list[Example], list[Dropped]]:
     """xLAM-function-calling-60k: {"id", "query", "tools", "answers"}, the last two JSON strings or lists. DataError for
-    a file that is no JSON; drops broken_json, missing_field, no_tools, bad_answer, unknown_tool. PAPER.md, Data."""
+    a file that is no JSON; drops broken_json, missing_field, no_tools, bad_answer, unknown_tool, bad_text."""
     return _load(path, "xlam")
 
 
 def load_toolace(path: str | Path) -> tuple[list[Example], list[Dropped]]:
     """ToolACE: {"system", "conversations": [{"from", "value"}]} -> an example per call turn, id "record#turn". DataError
     for a file that is no JSON; drops broken_json, missing_field, no_tools, no_calls, bad_turn, unparsable_calls,
-    unknown_tool. PAPER.md, Data."""
+    unknown_tool, bad_text."""
     return _load(path, "toolace")
 
 
@@ -365,13 +301,19 @@ def load_splits(config) -> Splits:
 
         return synthetic_splits(config)
     if not config.data:
-        raise DataError('data: no training file given; use --data FILE[,FILE] or --data synthetic')
-    train = load_files(config.data)
-    held_out = load_files(config.test_data) if config.test_data else []
-    if not held_out and config.test_share:
-        order = random.Random(f"{config.seed}/split").sample(range(len(train)), len(train))
-        cut = round(len(train) * config.test_share)
-        held_out, train = [train[i] for i in order[:cut]], [train[i] for i in sorted(order[cut:])]
+        raise DataError("data: no training file given; use --data FILE[,FILE] or --data synthetic")
+    train, held_out = load_files(config.data), []
+    if config.test_data:
+        held_out = load_files(config.test_data)
+        if not held_out:
+            raise DataError(f"test_data: {config.test_data} holds no usable example; run: python data.py inspect FILE")
+    elif config.test_share:
+        # By record, not by step: the later steps of a conversation contain the answers of the earlier ones.
+        records = sorted({example.id.split("#")[0] for example in train})
+        cut = round(len(records) * config.test_share)
+        apart = set(random.Random(f"{config.seed}/split").sample(records, cut))
+        held_out = [example for example in train if example.id.split("#")[0] in apart]
+        train = [example for example in train if example.id.split("#")[0] not in apart]
     if not train:
         raise DataError(f"data: {config.data} leaves no example to train on; run: python data.py inspect FILE")
     return Splits(train, {"held_out": held_out[: config.eval_cases]} if held_out else {})
@@ -379,14 +321,20 @@ def load_splits(config) -> Splits:
 
 def load_files(paths: str) -> list[Example]:
     """The examples of comma-separated files, with a printed line about each file and what it dropped."""
-    examples = []
-    for path in paths.split(","):
-        kept, dropped = load_examples(path.strip())
-        examples += kept
+    examples, seen = [], set()
+    for path in filter(None, (part.strip() for part in paths.split(","))):
+        kept, dropped = load_examples(path)
         reasons = Counter(one.reason for one in dropped)
+        for example in kept:
+            fingerprint = json.dumps(asdict(replace(example, id="", demonstrations=())), sort_keys=True)
+            reasons["duplicate"] += fingerprint in seen
+            if fingerprint not in seen:
+                examples.append(example)
+            seen.add(fingerprint)
         if int(os.environ.get("RANK", 0)) == 0:
-            lost = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-            print(f"data: {path}: {len(kept)} examples" + (f", dropped: {lost}" if lost else ""))
+            lost = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common() if count)
+            used = len(kept) - reasons["duplicate"]
+            print(f"data: {path}: {used} examples" + (f", dropped: {lost}" if lost else ""))
     return examples
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,17 +22,40 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data import DataError, Tokenized, load_splits, tokenize_splits
+from data import KINDS, DataError, Tokenized, load_splits, tokenize_splits
 from model import (
-    ModelError, Packed, attention_backend, count_parameters, export, load_model, load_tokenizer, pack, split_by_tokens,
+    ModelError,
+    Packed,
+    attention_backend,
+    count_parameters,
+    export,
+    load_model,
+    load_tokenizer,
+    pack,
+    split_by_tokens,
     token_logprobs,
 )  # fmt: skip
 from prompts import PromptError, check_tokenizer, load_template
 from reward import REWARDS, Reward, score
 from rollout import Group, Prompt, evaluate, prompt_seed, sample_groups
 from runtime import (
-    Clock, Config, ConfigError, Interrupted, Ranks, StopFlag, append_jsonl, batch_for_step, cut_log, latest_checkpoint,
-    load_config, open_run, read_jsonl, run_script, save_checkpoint, start_ranks, whole_folder,
+    Clock,
+    Config,
+    ConfigError,
+    Interrupted,
+    Ranks,
+    StopFlag,
+    append_jsonl,
+    batch_for_step,
+    cut_log,
+    latest_checkpoint,
+    load_config,
+    open_run,
+    read_jsonl,
+    run_script,
+    save_checkpoint,
+    start_ranks,
+    whole_folder,
 )  # fmt: skip
 from sft import warm_up
 
@@ -98,7 +120,9 @@ def shuffled(rewards: Tensor, config: Config, step: int, ranks: Ranks) -> Tensor
     return mixed[ranks.rank * len(rewards) : (ranks.rank + 1) * len(rewards)]
 
 
-def make_minibatches(groups: Sequence[Group], advantages: Tensor, config: Config, ranks: Ranks) -> list[list[MicroBatch]]:
+def make_minibatches(
+    groups: Sequence[Group], advantages: Tensor, config: Config, ranks: Ranks
+) -> list[list[MicroBatch]]:
     """This rank's groups as minibatches (one optimizer update each) of micro-batches (one forward/backward each)."""
     per_update = config.minibatch_prompts // ranks.world
     minibatches = []
@@ -116,7 +140,9 @@ def make_minibatches(groups: Sequence[Group], advantages: Tensor, config: Config
 
 
 @torch.no_grad()
-def fixed_logprobs(policy: nn.Module, reference: nn.Module | None, minibatches: list[list[MicroBatch]], config: Config) -> None:
+def fixed_logprobs(
+    policy: nn.Module, reference: nn.Module | None, minibatches: list[list[MicroBatch]], config: Config
+) -> None:
     """Fills in the log-probs that stay fixed during the updates: the reference's, and the policy's own before them."""
     for micro in (m for minibatch in minibatches for m in minibatch):
         if reference is not None:
@@ -169,33 +195,31 @@ def update_policy(
 
 def rollout_metrics(groups: Sequence[Group], rewards: list[list[Reward]], ranks: Ranks) -> dict[str, float]:
     """Collective. What a step's samples look like, in TRL's names where it has them; global sums over global counts."""
-    lengths = torch.tensor([[len(r) for r in g.responses] for g in groups], dtype=torch.float64)
-    totals = torch.tensor([[r.total for r in rs] for rs in rewards], dtype=torch.float64)
-    everything = [torch.cat(parts) for parts in zip(*ranks.gather((lengths, totals)))]
-    lengths, totals = everything
-    flat = totals.amax(1) == totals.amin(1)
-    texts = [len(set(g.texts)) / len(g.texts) for g in groups]
-    flags = [
-        [float(any_) for any_ in column]
-        for column in zip(*((r.format_ok, r.correct, t) for rs, g in zip(rewards, groups) for r, t in zip(rs, g.truncated)))
+    rows = [
+        [len(ids), one.total, one.format_ok, one.correct, cut]
+        for group, scores in zip(groups, rewards)
+        for ids, one, cut in zip(group.responses, scores, group.truncated)
     ]
-    count = totals.numel()
-    sums = ranks.sum([*(sum(column) for column in flags), sum(texts)])
+    own = torch.tensor(rows, dtype=torch.float64).view(len(groups), -1, 5)
+    lengths, totals, format_ok, correct, truncated = torch.cat(ranks.gather(own)).unbind(2)  # [P, G] each
+    distinct = ranks.sum([sum(len(set(group.texts)) / len(group.texts) for group in groups)])[0]
     return {
         "reward": totals.mean().item(),
         "reward_std": totals.std(1).mean().item(),
-        "frac_reward_zero_std": flat.double().mean().item(),
-        "format_rate": sums[0] / count,
-        "correct_rate": sums[1] / count,
-        "distinct_rate": sums[3] / len(totals),
+        "frac_reward_zero_std": (totals.amax(1) == totals.amin(1)).double().mean().item(),
+        "format_rate": format_ok.mean().item(),
+        "correct_rate": correct.mean().item(),
+        "distinct_rate": distinct / len(totals),
         "completions/mean_length": lengths.mean().item(),
         "completions/min_length": lengths.min().item(),
         "completions/max_length": lengths.max().item(),
-        "completions/clipped_ratio": sums[2] / count,
+        "completions/clipped_ratio": truncated.mean().item(),
     }
 
 
-def sample_rows(step: int, groups: Sequence[Group], rewards: list[list[Reward]], advantages: Tensor, limit: int) -> list[dict]:
+def sample_rows(
+    step: int, groups: Sequence[Group], rewards: list[list[Reward]], advantages: Tensor, limit: int
+) -> list[dict]:
     """Rows for samples.jsonl: the first `limit` completions of this rank."""
     rows = []
     for group, scores, values in zip(groups, rewards, advantages.tolist()):
@@ -205,7 +229,9 @@ def sample_rows(step: int, groups: Sequence[Group], rewards: list[list[Reward]],
     return rows[:limit]
 
 
-def sampler_difference(groups: Sequence[Group], minibatches: list[list[MicroBatch]], ranks: Ranks) -> dict[str, float]:
+def sampler_difference(
+    groups: Sequence[Group], minibatches: list[list[MicroBatch]], ranks: Ranks
+) -> dict[str, float]:
     """Collective. Mean |sampler - trainer| log-prob where the old log-probs were computed: a bug detector, not a loss."""
     trainer = [m.old_logprobs for minibatch in minibatches for m in minibatch if m.old_logprobs is not None]
     if not trainer:
@@ -351,15 +377,18 @@ def set_up(config: Config, ranks: Ranks) -> Run:
 
 
 def summarize(run: Run) -> dict:
-    """What the run did, from its log alone, so that a resumed run counts its first part too."""
+    """What the run did, from its log alone, so that a resumed run counts its first part too.
+
+    accuracy_* is the first held-out split; those of another split carry its name, as in strict_accuracy_after.
+    """
     log = read_jsonl(run.folder / "log.jsonl")
     before, steps = log[0], [row for row in log if row["step"] > 0]
     after, rewards = steps[-1], [row["reward"] for row in steps]
     summary = {"steps": len(steps), "wall_s": round(run.state["seconds"], 1), "flops": run.state["flops"]}
     summary["reward_first5"] = sum(rewards[:5]) / len(rewards[:5])
     summary["reward_last10"] = sum(rewards[-10:]) / len(rewards[-10:])
-    for name, prefix in zip(run.held_out, ("", *(f"{n}_" for n in list(run.held_out)[1:]))):
-        kinds = sorted(key.split("/accuracy_")[1] for key in before if key.startswith(f"{name}/accuracy_"))
+    for name in run.held_out:
+        prefix = "" if name == "held_out" else f"{name}_"
         summary[f"{prefix}accuracy_before"] = before[f"{name}/accuracy"]
         summary[f"{prefix}accuracy_after"] = after[f"{name}/accuracy"]
         summary[f"{prefix}accuracy_by_kind"] = {
@@ -368,28 +397,10 @@ def summarize(run: Run) -> dict:
                 "after": after[f"{name}/accuracy_{kind}"],
                 "n": before[f"{name}/n_{kind}"],
             }
-            for kind in kinds
+            for kind in KINDS
+            if f"{name}/n_{kind}" in before
         }
     return summary
-
-
-def report(run: Run, summary: dict) -> None:
-    """What a person wants to see at the end: accuracy before and after per kind, three samples, where things are."""
-    first = next(iter(run.held_out), "")
-    print(f"\nreward: first 5 steps {summary['reward_first5']:.3f}, last 10 steps {summary['reward_last10']:.3f}")
-    for name, prefix in zip(run.held_out, ("", *(f"{n}_" for n in list(run.held_out)[1:]))):
-        print(f"\n{name}: greedy accuracy" + ("" if name == first else " (argument values never paired with that tool in training)"))
-        print(f"  {'kind':<10} {'n':>4} {'before':>8} {'after':>8}")
-        for kind, row in summary[f"{prefix}accuracy_by_kind"].items():
-            print(f"  {kind:<10} {row['n']:>4} {row['before']:>8.3f} {row['after']:>8.3f}")
-        n = len(run.held_out[name])
-        print(f"  {'all':<10} {n:>4} {summary[f'{prefix}accuracy_before']:>8.3f} {summary[f'{prefix}accuracy_after']:>8.3f}")
-    print("\nthree completions of the last step:")
-    for row in read_jsonl(run.folder / "samples.jsonl")[-3:]:
-        print(f"  reward {row['reward']:g} ({row['reason']}): {row['completion']}")
-    print("\nwritten:")
-    for name in ("config.yaml", "git.txt", "log.jsonl", "samples.jsonl", "summary.json", "model"):
-        print(f"  {run.folder / name}")
 
 
 def main(arguments: list[str]) -> None:
@@ -411,7 +422,12 @@ def main(arguments: list[str]) -> None:
             export(run.policy, run.tokenizer, folder)
         summary = summarize(run)
         (run.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        report(run, summary)
+        print(f"reward: first 5 steps {summary['reward_first5']:.3f}, last 10 steps {summary['reward_last10']:.3f}")
+        for key in [key for key in summary if key.endswith("accuracy_before")]:
+            split = key.removesuffix("accuracy_before").rstrip("_") or "held_out"
+            after = summary[key.replace("before", "after")]
+            print(f"{split}: greedy accuracy {summary[key]:.3f} before, {after:.3f} after")
+        print(f"model: {run.folder / 'model'} · curves and samples: python plot.py {run.folder}")
 
 
 def export_checkpoint(arguments: list[str]) -> None:

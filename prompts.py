@@ -10,12 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
+
 THINK, END_THINK = "<think>", "</think>"
 CALL, END_CALL = "<tool_call>", "</tool_call>"
 TAGS = (THINK, END_THINK, CALL, END_CALL)
 
+MAX_DEPTH = 64  # deeper JSON is refused: Python's own limit depends on the caller's stack, and a verdict must not
+
 # Every token with which a known model family ends its turn. Llama 3 has three of them: stopping at one only
-# lets the others run on to the length limit (FAILURES.md 2).
+# lets the others run on to the length limit.
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
 
 SYSTEM_TEMPLATE = """\
@@ -79,10 +83,10 @@ def load_template(path: str) -> str:
         return SYSTEM_TEMPLATE
     try:
         text = Path(path).read_text(encoding="utf-8").rstrip("\n")
-    except OSError as error:
-        raise PromptError(f"prompt_template: cannot read {path}: {error.strerror}") from None
-    if "{tools}" not in text:
-        raise PromptError(f"prompt_template: {path} has no {{tools}} slot; put {{tools}} where the list belongs")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"prompt_template: cannot read {path}: {error}") from None
+    if text.count("{tools}") != 1:
+        raise PromptError(f"prompt_template: {path} must have one {{tools}} slot, where the list of tools belongs")
     return text
 
 
@@ -123,14 +127,28 @@ def build_messages(messages: list[dict], tools: list[dict], template: str = SYST
     return [{"role": "system", "content": "\n\n".join(system)}, *turns]
 
 
-def render_prompt(tokenizer, messages: list[dict], tools: list[dict], template: str = SYSTEM_TEMPLATE) -> str:
-    """The prompt as text, up to and including the header of the assistant's reply."""
+def _name(tokenizer) -> str:
+    return tokenizer.name_or_path or "tokenizer"
+
+
+def render_prompt(
+    tokenizer, messages: list[dict], tools: list[dict], template: str = SYSTEM_TEMPLATE, generation_prompt: bool = True
+) -> str:
+    """The prompt as text, up to and including the header of the assistant's reply.
+
+    Raises PromptError when the tokenizer has no chat template or the template refuses the conversation.
+    """
     if not getattr(tokenizer, "chat_template", None):
-        raise PromptError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; use an Instruct model")
-    # Llama 3.1 and 3.2 print a date into the system header, newer templates today's: a prompt must not change overnight.
-    return tokenizer.apply_chat_template(
-        build_messages(messages, tools, template), tokenize=False, add_generation_prompt=True, date_string="26 Jul 2024"
-    )
+        raise PromptError(f"{_name(tokenizer)}: the tokenizer has no chat template; use an Instruct model")
+    chat = build_messages(messages, tools, template)
+    try:
+        # Llama 3.1 prints a date into the system header, newer templates today's: a prompt must not change overnight.
+        return tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=generation_prompt, date_string="26 Jul 2024"
+        )
+    except jinja2.TemplateError as error:
+        roles = " ".join(message["role"] for message in chat)
+        raise PromptError(f"{_name(tokenizer)}: its chat template refuses the roles {roles}: {error}") from None
 
 
 def encode_prompt(tokenizer, messages: list[dict], tools: list[dict], template: str = SYSTEM_TEMPLATE) -> list[int]:
@@ -150,7 +168,7 @@ def stop_ids(tokenizer) -> list[int]:
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     if not ids:
-        raise PromptError(f"{tokenizer.name_or_path}: the tokenizer has no end token, so replies would never stop")
+        raise PromptError(f"{_name(tokenizer)}: the tokenizer has no end token, so replies would never stop")
     return sorted(ids)
 
 
@@ -164,23 +182,29 @@ def check_tokenizer(tokenizer, template: str = SYSTEM_TEMPLATE) -> None:
     """Stops a run before it wastes GPUs: tags must survive the tokenizer, and the chat template must add nothing.
 
     Raises PromptError when tags are lost in a round trip, when the template drops or repeats the system prompt, or
-    when it prints the tools a second time (FAILURES.md 23).
+    when it prints the tools a second time.
     """
-    name = tokenizer.name_or_path or "tokenizer"
+    name, tool = _name(tokenizer), {"name": "probe_tool", "description": "", "parameters": {}}
     reply = render_completion([ToolCall("probe_tool", {"x": 1})], "probe")
-    ids = tokenizer.encode(reply, add_special_tokens=False)
-    if decode_reply(tokenizer, ids, []) != reply:
+    if decode_reply(tokenizer, tokenizer.encode(reply, add_special_tokens=False), []) != reply:
         raise PromptError(f"{name}: the tags {' '.join(TAGS)} do not survive encoding and decoding")
-    tool = {"name": "probe_tool", "description": "", "parameters": {}}
-    text = render_prompt(tokenizer, [{"role": "user", "content": "probe question"}], [tool], template)
-    system = template.replace("{tools}", render_tools([tool]))
+    turns = [
+        {"role": "user", "content": "probe question"},
+        {"role": "assistant", "content": "", "calls": [ToolCall("probe_call", {})]},
+        {"role": "tool", "content": "probe result"},
+    ]
+    text = render_prompt(tokenizer, turns, [tool], template)
     # A template may strip the ends of a message (Llama 3 does) but not touch what is inside.
-    if text.count(system.strip()) != 1:
+    system = template.replace("{tools}", render_tools([tool])).strip()
+    if text.count(system) != 1:
         raise PromptError(f"{name}: its chat template does not print the system prompt exactly once")
-    if text.replace(system.strip(), "").count("probe_tool") or text.count("probe question") != 1:
-        raise PromptError(f"{name}: its chat template adds to the conversation; choose another tokenizer or template")
-    if "You are Qwen" in text or text.count("<|im_start|>system") > 1:
+    rest = text.replace(system, "")
+    if "probe_tool" in rest or any(rest.count(word) != 1 for word in ("probe question", "probe_call", "probe result")):
+        raise PromptError(f"{name}: its chat template adds to the conversation or drops turns; choose another tokenizer")
+    if "You are" in rest or rest.count("system") > 1:
         raise PromptError(f"{name}: its chat template adds a second system prompt")
+    if text == render_prompt(tokenizer, turns, [tool], template, generation_prompt=False):
+        raise PromptError(f"{name}: its chat template does not open the assistant's reply")
 
 
 # -------------------------------------------------------------------------------------------- from the model
@@ -219,6 +243,21 @@ def strict_json(text: str) -> Any:
     )
 
 
+def _nested_deeper(value: Any, limit: int) -> bool:
+    """Whether lists and objects are nested more than `limit` deep. Without recursion, so nothing can overflow."""
+    level = [value]
+    for _ in range(limit + 1):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return False
+    return True
+
+
 def _parse_calls(text: str) -> tuple[list[ToolCall] | None, str | None]:
     """The tool-call section alone, without surrounding white space -> (calls, None) or (None, reason)."""
     if not text.startswith(CALL):
@@ -234,6 +273,8 @@ def _parse_calls(text: str) -> tuple[list[ToolCall] | None, str | None]:
         return None, "several_tool_calls" if CALL in inner else "bad_json"
     if not isinstance(listed, list):
         return None, "not_a_list"
+    if _nested_deeper(listed, MAX_DEPTH):
+        return None, "bad_json"
     calls = []
     for item in listed:
         if not isinstance(item, dict) or set(item) != {"name", "arguments"}:
@@ -241,11 +282,6 @@ def _parse_calls(text: str) -> tuple[list[ToolCall] | None, str | None]:
         if not isinstance(item["name"], str) or not isinstance(item["arguments"], dict):
             return None, "bad_call"
         calls.append(ToolCall(item["name"], item["arguments"]))
-    try:
-        for call in calls:
-            call.key()  # what cannot be written back cannot be compared
-    except (ValueError, RecursionError):
-        return None, "bad_json"
     return calls, None
 
 

@@ -86,6 +86,7 @@ class Config:
     # supervised fine-tuning (sft.py)
     sft_batch: int = _key(32, "examples per optimizer step")
     sft_lr: float = _key(2e-5, "learning rate of sft.py and of the demo's warm-up")
+    sft_decay: bool = _key(True, "let sft_lr fall linearly to 0 over the run")
     sft_flops: float = _key(0.0, "sft.py stops after this much training compute; 0: after steps or epochs")
     # the demo: a tiny model from nothing, on generated data
     warmup_steps: int = _key(0, "SFT steps on imperfect demonstrations before RL; for a model that knows nothing yet")

@@ -19,18 +19,38 @@ from tqdm import tqdm
 
 from data import DataError, Example, Splits, Tokenized, load_splits, tokenize_splits
 from model import (
-    ModelError, build_tiny_model, build_tiny_tokenizer, count_parameters, export, load_model, load_tokenizer, pack,
-    split_by_tokens, token_logprobs,
+    ModelError,
+    build_tiny_model,
+    build_tiny_tokenizer,
+    count_parameters,
+    export,
+    load_model,
+    load_tokenizer,
+    pack,
+    split_by_tokens,
+    token_logprobs,
 )  # fmt: skip
 from prompts import PromptError, check_tokenizer, encode_reply, load_template, render_completion, render_prompt
 from rollout import evaluate
 from runtime import (
-    Config, ConfigError, Interrupted, Ranks, StopFlag, append_jsonl, batch_for_step, cut_log, latest_checkpoint,
-    load_config, open_run, run_script, save_checkpoint, start_ranks, whole_folder,
+    Config,
+    ConfigError,
+    Interrupted,
+    Ranks,
+    StopFlag,
+    append_jsonl,
+    batch_for_step,
+    cut_log,
+    latest_checkpoint,
+    load_config,
+    open_run,
+    run_script,
+    save_checkpoint,
+    start_ranks,
+    whole_folder,
 )  # fmt: skip
 
-
-RAMP_STEPS = 20  # the learning rate rises linearly over these steps and stays
+RAMP_STEPS = 20  # the learning rate rises linearly over these steps
 
 
 def replies_to_imitate(example: Example) -> tuple[str, ...]:
@@ -91,7 +111,8 @@ def train_sft(
         groups = [
             (train[i].ids, [encode_reply(tokenizer, text) for text in replies_to_imitate(train[i].example)]) for i in own
         ]
-        lr = config.sft_lr * min(1.0, step / RAMP_STEPS)
+        progress = state["flops"] / config.sft_flops if config.sft_flops else (step - 1) / steps
+        lr = config.sft_lr * min(1.0, step / RAMP_STEPS) * (1 - progress if config.sft_decay else 1)
         for group in optimizer.param_groups:
             group["lr"] = lr
         metrics = sft_update(policy, optimizer, groups, config, ranks)

@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from data import KINDS, Example, Splits
+from data import KINDS, DataError, Example, Splits
 from prompts import ToolCall, render_completion
 
 # Every kind of value belongs to at least three tools, so that a value held back from one tool is still a known word.
@@ -18,6 +18,7 @@ VALUES: dict[str, tuple[str, ...]] = {
     "room": ("kitchen", "bedroom", "garage", "cellar", "attic", "office", "hallway", "library"),
     "item": ("lamp", "chair", "table", "sofa", "mirror", "carpet", "kettle", "clock"),
 }
+NUMBERS = tuple(range(2, 10))
 
 
 @dataclass(frozen=True)
@@ -64,36 +65,52 @@ TOOLS: tuple[Tool, ...] = (
          ("give the {item} to {person}", "surprise {person} with the {item}")),
 )
 
+# Requests that no tool of TOOLS serves: half of the cases where the empty list is right. In the other half, the tool that
+# would serve the request is not among those offered.
+OFF_TOPIC = (
+    ("why is {city} so crowded in {number} of the songs", {"city": "city", "number": "number"}),
+    ("tell {number} jokes about {city}", {"city": "city", "number": "number"}),
+    ("who was {person} and what are the {number} best stories", {"person": "person", "number": "number"}),
+    ("guess the age of {person} with {number} tries", {"person": "person", "number": "number"}),
+    ("paint the {room} in {number} colours", {"room": "room", "number": "number"}),
+    ("write {number} lines about the {item}", {"item": "item", "number": "number"}),
+)
+
 SHARES = (0.15, 0.35, 0.35, 0.15)
 
 # How often a demonstration has each flaw, where it can have it. The flaws are drawn independently, so no single habit
 # separates good demonstrations from bad ones.
 FLAWS = {
-    "number_as_text": 0.3,  # "3" instead of 3
-    "value_blank": 0.25,  # "" instead of a word
-    "call_dropped": 0.35,  # one of two calls is missing
-    "wrong_tool": 0.25,  # another tool of the list is called
+    "number_as_text": 0.45,  # "3" instead of 3
+    "value_blank": 0.35,  # "" instead of a word
+    "call_dropped": 0.45,  # one of two calls is missing
+    "wrong_tool": 0.2,  # another tool of the list is called
     "call_invented": 0.35,  # a tool is called where none fits
 }
 
 
-def _held_out(tool: str, parameter: str, value: str | int) -> bool:
-    """A fifth of all (tool, parameter, value) triples is never used in training; a pure function of the triple."""
-    return zlib.crc32(f"{tool}/{parameter}/{value}".encode()) % 5 == 0
+def _pool(kind: str) -> tuple:
+    return NUMBERS if kind == "number" else VALUES[kind]
 
 
-def _draw_call(tool: Tool, rng: random.Random, strict: bool) -> ToolCall:
-    """Arguments for `tool`; all of them held-out values if `strict`, none of them otherwise."""
+def _held_out(tool: Tool, parameter: str, value: str | int) -> bool:
+    """A quarter of every parameter's values is never paired with that tool in training: a function of the pair alone."""
+    shift = zlib.crc32(f"{tool.name}/{parameter}".encode())
+    return (_pool(tool.parameters[parameter]).index(value) + shift) % 4 == 0
+
+
+def _draw_call(tool: Tool, rng: random.Random, strict: bool, prefer: Collection = ()) -> ToolCall:
+    """Arguments for `tool`: all of them held-out values if `strict`, else none of them; `prefer`red ones if they fit."""
     arguments: dict[str, Any] = {}
     for parameter, kind in tool.parameters.items():
-        pool = range(2, 10) if kind == "number" else VALUES[kind]
-        free = [v for v in pool if _held_out(tool.name, parameter, v) == strict and v not in arguments.values()]
-        arguments[parameter] = rng.choice(free or [v for v in pool if v not in arguments.values()])
+        free = [v for v in _pool(kind) if _held_out(tool, parameter, v) == strict and v not in arguments.values()]
+        arguments[parameter] = rng.choice([v for v in free if v in prefer] or free)
     return ToolCall(tool.name, arguments)
 
 
 def _demonstration(answer: list[ToolCall], tools: list[Tool], rng: random.Random) -> str:
     """A reply by a careless annotator: the right calls with each flaw of FLAWS at its rate, and a fitting thought."""
+
     def strikes(flaw: str) -> bool:
         return rng.random() < FLAWS[flaw]
 
@@ -104,9 +121,7 @@ def _demonstration(answer: list[ToolCall], tools: list[Tool], rng: random.Random
     if not answer and strikes("call_invented"):
         calls = [_draw_call(rng.choice(tools), rng, strict=False)]
     elif len(calls) == 1 and others and strikes("wrong_tool"):
-        tool = rng.choice(others)
-        values = list(calls[0].arguments.values())
-        calls = [ToolCall(tool.name, dict(zip(tool.parameters, values)))]
+        calls = [_draw_call(rng.choice(others), rng, strict=False, prefer=calls[0].arguments.values())]
     as_text, blank = strikes("number_as_text"), strikes("value_blank")
 
     def write(value: Any) -> Any:
@@ -120,12 +135,20 @@ def _demonstration(answer: list[ToolCall], tools: list[Tool], rng: random.Random
 
 
 def _synthetic_example(index: int, kind: str, rng: random.Random, strict: bool, copies: int) -> Example:
-    tools = rng.sample(TOOLS, 1 if kind == "single" else rng.choice((2, 3)))
+    tools = rng.sample(TOOLS, 1 if kind == "single" else rng.choice((2, 2, 3)))
     wanted = {"single": tools[:1], "choice": tools[:1], "parallel": tools[:2], "none": []}[kind]
     if kind == "parallel" and rng.random() < 0.5:
         wanted = [tools[0], tools[0]]  # the same tool twice, with other arguments
-    asked = wanted or [rng.choice([tool for tool in TOOLS if tool not in tools])]
-    calls = [_draw_call(tool, rng, strict) for tool in asked]
+    absent = [tool for tool in TOOLS if tool not in tools]
+    if not wanted and rng.random() < 0.5:
+        absent = [Tool("", "", parameters, (request,)) for request, parameters in OFF_TOPIC]
+    asked = wanted or [rng.choice(absent)]
+    calls: list[ToolCall] = []
+    for tool in asked:
+        call = _draw_call(tool, rng, strict)
+        while call in calls:  # the same tool twice needs other arguments
+            call = _draw_call(tool, rng, strict)
+        calls.append(call)
     parts = [rng.choice(tool.requests).format(**call.arguments) for tool, call in zip(asked, calls)]
     answer = calls if wanted else []
     rng.shuffle(tools)
@@ -148,7 +171,10 @@ def synthetic(count: int, seed: int, strict: bool = False, exclude: Collection[s
     rng = random.Random(f"{seed}/{strict}")
     kinds = rng.choices(KINDS, SHARES, k=count)
     seen, examples = set(exclude), []
+    attempts = 0
     while len(examples) < count:
+        if (attempts := attempts + 1) > 100 * count:
+            raise DataError(f"synthetic data: there are not {count} different queries; lower synthetic_train or _test")
         example = _synthetic_example(len(examples), kinds[len(examples)], rng, strict, copies)
         query = example.messages[0]["content"]
         if query not in seen:  # redrawn with the same kind, or the rarer queries of one call would give way to two

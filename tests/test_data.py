@@ -1,7 +1,12 @@
-"""Loaders: every record becomes an example or is listed with a reason, and a file that is no data says so."""
+"""Loaders: every record becomes an example or is listed with a reason, and a file that is no data says so.
+
+Then what training makes of them: splits, token ids, and the look at a file from the command line.
+"""
 
 import gzip
 import json
+import subprocess
+import sys
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -9,8 +14,21 @@ from pathlib import Path
 
 import pytest
 
-from data import DataError, Example, load_examples, load_toolace, load_xlam, parse_toolace_calls, write_examples
-from prompts import ToolCall
+from data import (
+    DataError,
+    Example,
+    Splits,
+    load_examples,
+    load_splits,
+    load_toolace,
+    load_xlam,
+    parse_toolace_calls,
+    tokenize_splits,
+    write_examples,
+)
+from model import build_tiny_tokenizer
+from prompts import ToolCall, encode_prompt
+from runtime import Config
 
 SHARED = Path(__file__).parents[2] / "shared"
 ADD = {"name": "add", "description": "Adds.", "parameters": {"a": {"type": "int"}}}
@@ -37,6 +55,14 @@ def toolace(*turns: tuple[str, str], **changes) -> dict:
 def save(path: Path, *records: dict) -> Path:
     path.write_text(json.dumps(records))
     return path
+
+
+def save_numbered(path: Path, *ids: int) -> str:
+    return str(save(path, *(xlam(id=rid, query=f"Add {rid}.") for rid in ids)))
+
+
+def ids_of(examples) -> list[str]:
+    return [example.id for example in examples]
 
 
 def parsed(value: str):
@@ -75,14 +101,17 @@ def test_values_are_python_or_json_literals(text, value):
 
 @pytest.mark.parametrize(
     "text",
-    ["007", "1e999", "nan", "Infinity", "word", "1 2", "[1 2]", "'a", "[1}", "[,]", "{1: 2}", "{'a': 1, 'a': 2}", '"\\ud83d"',
-     '"\\UFFFFFFFF"', "0x" + "f" * 9999, "9" * 5000, "[" * 9999 + "]" * 9999, "", ":", "(1)", "1, x=2", "1, 2", "1]", "g(y=1)"],
+    ["007", "1e999", "nan", "Infinity", "word", "1 2", "[1 2]", "'a", "[1}", "[,]", "{1: 2}", "{'a': 1, 'a': 2}",
+     '"\\ud83d"', '"\\UFFFFFFFF"', "0x" + "f" * 9999, "9" * 5000, "[" * 9999 + "]" * 9999, "", ":", "(1)", "1, x=2",
+     "1, 2", "1]", "g(y=1)"],
 )  # fmt: skip
 def test_what_is_no_json_value_does_not_parse(text):
     assert parsed(text) is None
 
 
-@pytest.mark.parametrize("text", ["", "[", "f()", "[f()", "[f()].", "[f()] [f()]", "[f() f()]", "[g()]", "[f(=1)]", "[,]"])
+@pytest.mark.parametrize(
+    "text", ["", "[", "f()", "[f()", "[f()].", "[f()] [f()]", "[f() f()]", "[g()]", "[f(=1)]", "[,]"]
+)
 def test_what_is_no_call_list_does_not_parse(text):
     assert parse_toolace_calls(text, ["f"]) is None
 
@@ -235,3 +264,94 @@ def test_a_file_that_is_no_data_says_what_is_wrong(tmp_path, content, complaint)
         path.write_bytes(content)
     with pytest.raises(DataError, match=complaint):
         load_examples(path)
+
+
+# ------------------------------------------------------------------------------------------------------ splits
+
+
+def test_a_tenth_is_held_out_by_the_seed_alone(tmp_path):
+    path = save_numbered(tmp_path / "x.json", *range(40))
+    splits = load_splits(Config(data=path))
+    train, held_out = ids_of(splits.train), ids_of(splits.held_out["held_out"])
+    assert (len(train), len(held_out)) == (36, 4) and {*train, *held_out} == {str(i) for i in range(40)}
+    assert train == sorted(train, key=int)  # the file's order; the order of training is batch_for_step's
+    assert load_splits(Config(data=path)) == splits
+    assert ids_of(load_splits(Config(data=path, seed=1)).held_out["held_out"]) != held_out
+
+
+def test_several_files_are_joined_and_none_need_be_held_out(tmp_path, capsys):
+    a, b = save_numbered(tmp_path / "a.json", 1, 2), save_numbered(tmp_path / "b.json", 3)
+    splits = load_splits(Config(data=f"{a}, {b}", test_share=0.0))
+    assert ids_of(splits.train) == ["1", "2", "3"] and splits.held_out == {}
+    assert f"{a}: 2 examples\n" in capsys.readouterr().out
+
+
+def test_a_test_file_replaces_the_split_up_to_eval_cases(tmp_path):
+    train, test = save_numbered(tmp_path / "a.json", *range(10)), save_numbered(tmp_path / "b.json", 20, 21, 22)
+    splits = load_splits(Config(data=train, test_data=test, eval_cases=2))
+    assert len(splits.train) == 10 and ids_of(splits.held_out["held_out"]) == ["20", "21"]
+
+
+def test_what_is_dropped_is_said(tmp_path, capsys):
+    broken = [xlam(id=i, answers="[{") for i in (2, 3)]
+    load_splits(Config(data=str(save(tmp_path / "x.json", xlam(), *broken, xlam(id=4, tools="[]")))))
+    assert "x.json: 1 examples, dropped: 2 broken_json; 1 no_tools" in capsys.readouterr().out
+
+
+def test_without_training_data_there_is_no_run(tmp_path):
+    with pytest.raises(DataError, match="data: no training file given; use --data FILE"):
+        load_splits(Config())
+    with pytest.raises(DataError, match="does not exist"):
+        load_splits(Config(data=str(tmp_path / "none.json")))
+    with pytest.raises(DataError, match="x.json leaves no example to train on; run: python data.py inspect"):
+        load_splits(Config(data=str(save(tmp_path / "x.json", xlam(answers="[{")))))
+
+
+# ------------------------------------------------------------------------------------------------------ prompts
+
+
+def example(rid: str, words: int) -> Example:
+    return Example(rid, "xlam", [{"role": "user", "content": "x" * words}], [ADD], [])
+
+
+def test_prompts_become_the_ids_of_encode_prompt_and_long_ones_are_counted(capsys):
+    tokenizer, template = build_tiny_tokenizer([], 259), "{tools}"
+    splits = Splits([example("a", 5), example("b", 500), example("c", 6)], {"held_out": [example("d", 500)]})
+    limit = len(encode_prompt(tokenizer, splits.train[2].messages, [ADD], template))
+    tokenized = tokenize_splits(splits, tokenizer, template, Config(max_prompt_tokens=limit))
+    assert ids_of(one.example for one in tokenized.train) == ["a", "c"] and tokenized.held_out == {}
+    assert tokenized.train[1].ids == encode_prompt(tokenizer, splits.train[2].messages, [ADD], template)
+    assert f"2 prompts are longer than max_prompt_tokens ({limit}) and are skipped" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"all 3 training prompts are longer than max_prompt_tokens \(9\)"):
+        tokenize_splits(splits, tokenizer, template, Config(max_prompt_tokens=9), quiet=True)
+
+
+# ------------------------------------------------------------------------------------------------- command line
+
+
+def data_py(*arguments: object) -> subprocess.CompletedProcess:
+    script = Path(__file__).parents[1] / "data.py"
+    return subprocess.run([sys.executable, str(script), *map(str, arguments)], capture_output=True, encoding="utf-8")
+
+
+def test_inspect_shows_counts_reasons_prompts_and_targets(tmp_path):
+    records = xlam(), xlam(id=8, answers="[{"), xlam(id=9, query="Not shown.")
+    run = data_py("inspect", save(tmp_path / "x.json", *records), 1)
+    assert run.returncode == 0 and run.stderr == ""
+    assert "2 examples (2 single)" in run.stdout
+    assert "dropped: line 2, id 8: broken_json: answers is not JSON" in run.stdout
+    assert f'<tools>\n{json.dumps({"type": "function", "function": ADD})}\n</tools>' in run.stdout
+    assert '--- user\nAdd 1.\n--- target\n<tool_call>[{"name": "add", "arguments": {"a": 1}}]</tool_call>' in run.stdout
+    assert "Not shown." not in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["inspect", "missing.json"], "error: missing.json does not exist; check the path\n"),
+        (["inspect"], "error: usage: python data.py inspect PATH [COUNT]\n"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_sentence(arguments, sentence):
+    run = data_py(*arguments)
+    assert (run.returncode, run.stdout, run.stderr) == (1, "", sentence)

@@ -1,0 +1,121 @@
+#!/usr/bin/env bash
+# The front door:
+#   bash run.sh                            set up .venv, run the demo (about three minutes on two CPU cores)
+#   bash run.sh test [pytest arguments]    set up, run the tests
+#   bash run.sh train CONFIG [--key value …]   grpo.py on all visible GPUs, or on the CPU
+#   bash run.sh eval MODEL [--bfcl DIR] [--apibank DIR] [--out DIR] [--limit N]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+fail() { # what happened, what to try
+  echo "run.sh: $1" >&2
+  echo "run.sh: try: $2" >&2
+  exit 1
+}
+
+has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -q GPU; }
+
+install() { # everything of requirements.txt, into .venv, quietly; the log tells why if it fails
+  local torch log=.venv/install.log
+  torch=$(grep '^torch==' requirements.txt)
+  python -m pip install --quiet --upgrade pip >"$log" 2>&1 || true
+  if ! has_gpu; then
+    # PyTorch's own index has builds without CUDA; from the usual one, torch brings gigabytes of it.
+    python -m pip install --quiet --timeout 15 --retries 1 --index-url https://download.pytorch.org/whl/cpu "$torch" \
+      >>"$log" 2>&1 || echo "run.sh: no CPU build at download.pytorch.org; taking $torch from the default index"
+  fi
+  python -m pip install --quiet --requirement requirements.txt >>"$log" 2>&1 \
+    || fail "installing requirements.txt failed, see $log: $(grep -m1 -i error "$log" || tail -n 1 "$log")" \
+      "check the network and the disk (df -h .), then run the same command again"
+  if has_gpu; then
+    echo "run.sh: trying flash-attn (without it torch's own flash kernels are used)"
+    timeout 1800 python -m pip install --quiet --no-build-isolation flash-attn >>"$log" 2>&1 \
+      || echo "run.sh: flash-attn did not install; going on with torch's kernels"
+  fi
+}
+
+setup() {
+  local python=${PYTHON:-python3} stamp
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
+    || fail "Python 3.10 or newer is needed" "install it, or name one: PYTHON=/path/to/python3 bash run.sh"
+  if [ ! -x .venv/bin/python ]; then
+    rm -rf .venv
+    "$python" -m venv .venv >/dev/null 2>&1 || fail "cannot make .venv" "apt-get install python3-venv"
+  fi
+  # shellcheck disable=SC1091
+  source .venv/bin/activate
+  stamp=.venv/installed.txt
+  if ! cmp -s requirements.txt "$stamp"; then
+    echo "run.sh: installing requirements.txt into .venv (once)"
+    install
+    cp requirements.txt "$stamp"
+  fi
+}
+
+demo() {
+  local run=runs/demo flops
+  echo "run.sh: building a tiny model, warming it up on imperfect demonstrations, then GRPO against the verifier"
+  python grpo.py --config configs/tiny.yaml --run_dir $run --overwrite true \
+    || fail "the demo stopped (see the line above)" "bash run.sh, or to go on: python grpo.py --config $run/config.yaml --resume true"
+  flops=$(python -c "import json; print(json.load(open('$run/summary.json'))['flops'])")
+  echo "run.sh: the baseline: more SFT on the same data, with the compute that GRPO took"
+  python sft.py --config configs/tiny.yaml --model $run/warmup/model --sft_flops "$flops" --run_dir $run/sft \
+    || fail "the SFT baseline stopped (see the line above)" "bash run.sh"
+  python plot.py $run
+}
+
+train() {
+  local config=${1:-} gpus=0
+  [ -f "$config" ] || fail "no such config: '$config'" "one of: $(ls configs/*.yaml | tr '\n' ' ')"
+  shift
+  if has_gpu; then gpus=$(python -c 'import torch; print(torch.cuda.device_count())'); fi
+  if [ "$gpus" -gt 0 ]; then
+    torchrun --standalone --nproc_per_node="$gpus" grpo.py --config "$config" "$@"
+  else
+    python grpo.py --config "$config" "$@"
+  fi
+}
+
+first_folder() { # the first of the arguments that is a folder
+  local folder
+  for folder in "$@"; do [ -d "$folder" ] && echo "$folder" && return; done
+}
+
+evaluate() {
+  local model=${1:-} bfcl apibank out= limit=()
+  [ -n "$model" ] || fail "eval needs a model folder or hub id" "bash run.sh eval runs/demo/model --limit 20"
+  shift
+  bfcl=$(first_folder "${BFCL_DATA:-}" data/bfcl ../shared/data/bfcl || true)
+  apibank=$(first_folder "${APIBANK_DATA:-}" data/apibank ../shared/data/apibank || true)
+  while [ $# -gt 0 ]; do
+    case "$1" in
+      --bfcl) bfcl=${2:-} ;;
+      --apibank) apibank=${2:-} ;;
+      --out) out=${2:-} ;;
+      --limit) limit=(--limit "${2:-}") ;;
+      *) fail "unknown option of eval: $1" "--bfcl DIR, --apibank DIR, --out DIR or --limit N" ;;
+    esac
+    shift 2 || fail "an option of eval lacks its value" "--bfcl DIR, --apibank DIR, --out DIR or --limit N"
+  done
+  out=${out:-runs/eval/$(basename "$model")}
+  [ -n "$bfcl$apibank" ] || fail "no benchmark data found" \
+    "pip install --no-deps bfcl-eval, or clone github.com/ShishirPatil/gorilla, and give its folder with --bfcl DIR"
+  if [ -n "$bfcl" ]; then
+    python eval_bfcl.py generate --model "$model" --data "$bfcl" --out "$out/bfcl" "${limit[@]}"
+    python eval_bfcl.py score --predictions "$out/bfcl/predictions.jsonl" --data "$bfcl" --out "$out/bfcl"
+  fi
+  if [ -n "$apibank" ]; then
+    python eval_apibank.py generate --model "$model" --data "$apibank" --out "$out/apibank" "${limit[@]}"
+    python eval_apibank.py score --predictions "$out/apibank/predictions.jsonl" --data "$apibank" --out "$out/apibank"
+  fi
+}
+
+command=${1:-demo}
+[ $# -gt 0 ] && shift
+case "$command" in
+  demo) setup && demo ;;
+  test) setup && python -m pytest "${@:-tests/}" ;;
+  train) setup && train "$@" ;;
+  eval) setup && evaluate "$@" ;;
+  *) sed -n '2,6s/^# //p' run.sh >&2 && fail "unknown command: $command" "bash run.sh" ;;
+esac

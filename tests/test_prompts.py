@@ -1,0 +1,331 @@
+"""The wire format: what a conversation looks like as text and as tokens, and how a reply is read back."""
+
+import re
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, processors
+from transformers import PreTrainedTokenizerFast
+
+from model import build_tiny_tokenizer
+from prompts import (
+    SYSTEM_TEMPLATE,
+    TAGS,
+    PromptError,
+    ToolCall,
+    build_messages,
+    check_tokenizer,
+    decode_reply,
+    encode_prompt,
+    encode_reply,
+    load_template,
+    parse_completion,
+    render_completion,
+    render_prompt,
+    stop_ids,
+)
+
+# Qwen2.5's way: a default system prompt when none is given, and results of tools inside a turn of the user.
+QWEN = """\
+{%- if messages[0].role != "system" -%}{{ "<|im_start|>system\nYou are Qwen, a default.<|im_end|>\n" }}{%- endif -%}
+{%- for m in messages -%}
+{%- if m.role == "tool" -%}
+{%- if loop.previtem.role != "tool" -%}{{ "<|im_start|>user" }}{%- endif -%}
+{{ "\n<tool_response>\n" + m.content + "\n</tool_response>" }}
+{%- if loop.last or loop.nextitem.role != "tool" -%}{{ "<|im_end|>\n" }}{%- endif -%}
+{%- else -%}{{ "<|im_start|>" + m.role + "\n" + m.content + "<|im_end|>\n" }}{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ "<|im_start|>assistant\n" }}{%- endif -%}"""
+
+# Llama 3.1's way: a token before all, headers, the date in the system message, trimmed texts, results as "ipython".
+LLAMA = """\
+{%- set ns = namespace(system="", rest=messages) -%}
+{%- if messages[0].role == "system" -%}
+{%- set ns.system = messages[0].content | trim -%}
+{%- set ns.rest = messages[1:] -%}
+{%- endif -%}
+{{ "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n" }}
+{{- "Today: " + date_string + "\n\n" + ns.system + "<|eot_id|>" }}
+{%- for m in ns.rest -%}
+{{ "<|start_header_id|>" + ("ipython" if m.role == "tool" else m.role) + "<|end_header_id|>\n\n" }}
+{{- (m.content | tojson if m.role == "tool" else m.content | trim) + "<|eot_id|>" }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ "<|start_header_id|>assistant<|end_header_id|>\n\n" }}{%- endif -%}"""
+
+BEGIN = "<|begin_of_text|>"
+LLAMA_TOKENS = [BEGIN, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"]
+
+
+def qwen(template: str = QWEN):
+    """A tokenizer of single bytes: the ids 0 to 2 are special, 3 to 258 are the bytes, then come the four tags."""
+    tokenizer = build_tiny_tokenizer([], 259)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def llama(template: str = LLAMA):
+    """The same bytes with Llama's special tokens from 263 on, the first of which it puts before all that it encodes."""
+    tokenizer = qwen(template)
+    tokenizer.add_tokens(LLAMA_TOKENS, special_tokens=True)
+    tokenizer.eos_token = "<|eot_id|>"
+    add_begin = processors.TemplateProcessing(f"{BEGIN} $A", special_tokens=[(BEGIN, 263)])
+    tokenizer.backend_tokenizer.post_processor = add_begin
+    assert tokenizer.encode("") == [263]
+    return tokenizer
+
+
+def slow_ids(tokenizer, text: str) -> list[int]:
+    """The obvious version of encoding for both: special tokens and tags by name, all else byte by byte."""
+    # GPT-2's alphabet of bytes: the printable ones first, then the rest.
+    alphabet = [*range(33, 127), *range(161, 173), *range(174, 256), *range(0, 33), *range(127, 161), 173]
+    ids = []
+    for part in re.split(r"(<\|\w+\|>|</?think>|</?tool_call>)", text):
+        named = re.fullmatch(r"<.*>", part)
+        ids += [tokenizer.get_vocab()[part]] if named else [3 + alphabet.index(byte) for byte in part.encode()]
+    return ids
+
+
+ADD = {"name": "add", "description": "é", "parameters": {"a": {"type": "int"}}}
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Add 1."},
+    {"role": "assistant", "content": "", "calls": [ToolCall("add", {"a": 1})]},
+    {"role": "tool", "content": "2"},
+    {"role": "assistant", "content": "It is 2."},
+    {"role": "user", "content": "Again?"},
+]
+TEMPLATE = "Tools:\n{tools}"
+TOOL_LINE = (
+    '{"type": "function", "function": {"name": "add", "description": "é", "parameters": {"a": {"type": "int"}}}}'
+)
+PAST_CALL = '<tool_call>[{"name": "add", "arguments": {"a": 1}}]</tool_call>'
+
+# -------------------------------------------------------------------------------------------------- to the model
+
+
+def test_golden_qwen_prompt():
+    expected = (
+        f"<|im_start|>system\nTools:\n{TOOL_LINE}\n\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\nAdd 1.<|im_end|>\n"
+        f"<|im_start|>assistant\n{PAST_CALL}<|im_end|>\n"
+        "<|im_start|>user\n<tool_response>\n2\n</tool_response><|im_end|>\n"
+        "<|im_start|>assistant\nIt is 2.<|im_end|>\n"
+        "<|im_start|>user\nAgain?<|im_end|>\n"
+        "<|im_start|>assistant\n"
+    )
+    assert render_prompt(qwen(), TALK, [ADD], TEMPLATE) == expected
+    assert encode_prompt(qwen(), TALK, [ADD], TEMPLATE) == slow_ids(qwen(), expected)
+
+
+def test_golden_llama_prompt():
+    def turn(role, text):
+        return f"<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>"
+
+    expected = "<|begin_of_text|>" + turn("system", f"Today: 26 Jul 2024\n\nTools:\n{TOOL_LINE}\n\nBe brief.")
+    expected += turn("user", "Add 1.") + turn("assistant", PAST_CALL) + turn("ipython", '"2"')
+    expected += turn("assistant", "It is 2.") + turn("user", "Again?")
+    expected += "<|start_header_id|>assistant<|end_header_id|>\n\n"
+    assert render_prompt(llama(), TALK, [ADD], TEMPLATE) == expected
+    ids = encode_prompt(llama(), TALK, [ADD], TEMPLATE)
+    assert ids == slow_ids(llama(), expected)
+    assert ids.count(263) == 1  # the tokenizer would add a second <|begin_of_text|>
+
+
+def test_golden_ids_literally():
+    ids = encode_prompt(qwen(), [{"role": "user", "content": "Hi"}], [], "{tools}<think>")
+    start, end, newline, think = 0, 1, 201, 259
+    system, user, assistant = [85, 91, 85, 86, 71, 79], [87, 85, 71, 84], [67, 85, 85, 75, 85, 86, 67, 80, 86]
+    expected = [start, *system, newline, think, end, newline, start, *user, newline, 42, 75, end, newline]
+    assert ids == [*expected, start, *assistant, newline]
+
+
+def test_one_system_message_ours_first_then_those_of_the_data():
+    late = {"role": "system", "content": "Later."}
+    messages = build_messages([*TALK, late], [ADD], TEMPLATE)
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "tool", "assistant", "user"]
+    assert messages[0]["content"] == f"Tools:\n{TOOL_LINE}\n\nBe brief.\n\nLater."
+
+
+def test_our_own_system_prompt_lists_every_tool_once():
+    text = render_prompt(qwen(), TALK, [ADD, ADD | {"name": "sub"}])
+    assert text.count(TOOL_LINE) == 1 and text.count('"name": "sub"') == 1 and "{tools}" not in text
+    assert text.count("<|im_start|>system") == 1 and "You are Qwen" not in text
+
+
+def test_a_past_turn_keeps_its_words_before_its_calls():
+    turn = {"role": "assistant", "content": "I add.", "calls": [ToolCall("add", {"a": 1})]}
+    assert build_messages([turn], [ADD])[1]["content"] == f"I add.\n{PAST_CALL}"
+
+
+def test_a_tool_that_looks_like_a_slot_is_not_filled_again():
+    tool = {"name": "fill", "description": "replaces {tools} and {name}", "parameters": {}}
+    assert "replaces {tools} and {name}" in build_messages([], [tool], TEMPLATE)[0]["content"]
+
+
+def test_unknown_role():
+    with pytest.raises(PromptError, match="unknown role 'observation'; roles are"):
+        build_messages([{"role": "observation", "content": "2"}], [ADD])
+
+
+def test_own_template_file(tmp_path):
+    path = tmp_path / "prompt.txt"
+    path.write_text("Werkzeuge für dich:\n{tools}\n", encoding="utf-8")
+    assert load_template(str(path)) == "Werkzeuge für dich:\n{tools}"
+    assert load_template("") == SYSTEM_TEMPLATE
+    path.write_text("no slot", encoding="utf-8")
+    with pytest.raises(PromptError, match=r"prompt.txt must have one \{tools\} slot"):
+        load_template(str(path))
+    with pytest.raises(PromptError, match="prompt_template: cannot read .*missing.txt"):
+        load_template(str(tmp_path / "missing.txt"))
+
+
+# ------------------------------------------------------------------------------------------------ start-up checks
+
+
+@pytest.mark.parametrize("family", [qwen, llama])
+def test_good_tokenizers_pass(family):
+    check_tokenizer(family())
+    check_tokenizer(family(), TEMPLATE)
+
+
+@pytest.mark.parametrize(
+    ("family", "template", "complaint"),
+    [
+        (qwen, None, "no chat template; use an Instruct model"),
+        (qwen, QWEN.replace("in messages", "in messages[1:]"), "system prompt exactly once"),
+        (llama, LLAMA.replace("+ ns.system", "+ ns.system * 2"), "system prompt exactly once"),
+        (qwen, QWEN + "{{ messages[0].content.split('Tools')[1] }}", "adds to the conversation"),
+        (qwen, QWEN + "{{ messages[1].content }}", "adds to the conversation"),
+        (qwen, QWEN.replace('messages[0].role != "system"', "true"), "adds a second system prompt"),
+    ],
+    ids=["none", "no system prompt", "system prompt twice", "tools twice", "question twice", "own system prompt"],
+)
+def test_chat_templates_that_spoil_the_prompt_are_refused(family, template, complaint):
+    with pytest.raises(PromptError, match=complaint):
+        check_tokenizer(family(template), TEMPLATE)
+
+
+def test_tokenizer_that_loses_the_tags_is_refused():
+    tokenizer = qwen()
+    tokenizer.backend_tokenizer.decoder = decoders.WordPiece()  # glues words with spaces, as BERT's does
+    with pytest.raises(PromptError, match="<think> </think> <tool_call> </tool_call> do not survive"):
+        check_tokenizer(tokenizer)
+
+
+# --------------------------------------------------------------------------------------------------------- tokens
+
+
+def test_every_token_that_ends_a_turn_stops():
+    assert stop_ids(qwen()) == [1, 2]  # <|im_end|>, <|endoftext|>
+    assert stop_ids(llama()) == [1, 2, 266, 267, 268]  # with <|eot_id|>, <|eom_id|>, <|end_of_text|>
+    unknown = qwen()
+    unknown.add_special_tokens({"eos_token": "<|halt|>"})  # an unknown family still has its own end token
+    assert stop_ids(unknown) == [1, 2, 263]
+
+
+def test_a_vocabulary_without_end_tokens_is_refused():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0})))
+    with pytest.raises(PromptError, match="no end token, so replies would never stop"):
+        stop_ids(tokenizer)
+
+
+def test_a_reply_to_imitate_is_closed_by_one_end_token():
+    tokenizer = qwen()
+    assert encode_reply(tokenizer, "<think>é") == [*slow_ids(tokenizer, "<think>é"), tokenizer.eos_token_id]
+    assert encode_reply(llama(), "") == [llama().eos_token_id]
+
+
+def test_decoding_cuts_one_stop_token_and_shows_the_rest():
+    tokenizer = llama()
+    stops, reply = stop_ids(tokenizer), render_completion([ToolCall("add", {"a": 1})], "so , it 's") + "<|eot_id|>"
+    ids = tokenizer.encode(reply, add_special_tokens=False)
+    assert decode_reply(tokenizer, ids, stops) == reply.removesuffix("<|eot_id|>")
+    assert decode_reply(tokenizer, [*ids, ids[-1]], stops) == reply
+    assert decode_reply(tokenizer, ids[:-1], stops) == reply.removesuffix("<|eot_id|>")  # cut off at the length limit
+    assert decode_reply(tokenizer, [], stops) == ""
+
+
+# ------------------------------------------------------------------------------------------------- from the model
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [],
+        [ToolCall("f", {})],
+        [ToolCall("get 天气 (2)", {"città": "Malmö 😀 \u2028"}), ToolCall("f", {"x": [1, 1.0, True, None, {"": "1"}]})],
+        [ToolCall("quote", {"text": "it's \"quoted\"\n\t\\ \x00"})],
+        [ToolCall("html", {"body": "</tool_call><tool_call> <think></think> <|im_end|>"})],
+    ],
+    ids=["no call", "no argument", "unicode and types", "quotes", "tags in a value"],
+)
+def test_what_is_rendered_is_parsed_back(calls):
+    for think in ("because", "a <b>\n</b> \u2028 😀"):
+        parsed = parse_completion(render_completion(calls, think))
+        assert (parsed.think, parsed.calls, parsed.error) == (think, calls, None)
+        assert repr(parsed.calls) == repr(calls)  # 1 == 1.0 == True to Python, but not here
+    assert parse_completion(render_completion(calls, " ")).calls == calls
+
+
+def test_the_example_in_our_system_prompt_follows_its_own_rules():
+    [reply] = re.findall(r"^<think>.+</think>\n<tool_call>.+</tool_call>$", SYSTEM_TEMPLATE, re.MULTILINE)
+    parsed = parse_completion(reply)
+    assert parsed.error is None and [call.name for call in parsed.calls] == ["forecast", "forecast"]
+    assert all(tag in SYSTEM_TEMPLATE for tag in TAGS)
+
+
+GOOD = '<think>so</think><tool_call>[{"name": "f", "arguments": {}}]</tool_call>'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [GOOD, f" \n{GOOD}\r\n", GOOD.replace("><", ">\n\n<"), GOOD.replace("[", "\n[\t").replace("]", " ]\n")]
+    + [f"{GOOD}\n{end}\n" for end in ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")],
+)
+def test_white_space_and_one_end_token_are_accepted(text):
+    parsed = parse_completion(text)
+    assert (parsed.think, parsed.calls, parsed.error) == ("so", [ToolCall("f", {})], None)
+
+
+ERRORS = [
+    ("not_text", None),
+    ("no_think", GOOD.removeprefix("<think>so</think>")),
+    ("no_think", "so</think>" + GOOD.removeprefix("<think>so</think>")),
+    ("no_think", ""),
+    ("text_before_think", f"Sure! {GOOD}"),
+    ("think_not_closed", GOOD.replace("</think>", "")),
+    ("empty_think", GOOD.replace("so", "")),
+    ("empty_think", GOOD.replace("so", " \n\t")),
+    ("tag_in_think", GOOD.replace("so", "<tool_call>[]</tool_call>")),
+    ("tag_in_think", GOOD.replace("so", "<think>so")),
+    ("text_before_tool_call", GOOD.replace("><", ">Here: <")),
+    ("text_before_tool_call", GOOD.replace("so</think>", "so</think></think>")),
+    ("no_tool_call", "<think>so</think>"),
+    ("no_tool_call", "<think>so</think>It is 2."),
+    ("tool_call_not_closed", GOOD.removesuffix("</tool_call>")),
+    ("text_after_tool_call", f"{GOOD} Done."),
+    ("text_after_tool_call", f"{GOOD}<|im_end|><|im_end|>"),
+    ("several_tool_calls", f"{GOOD}<tool_call>[]</tool_call>"),
+    ("bad_json", GOOD.replace('"f"', "'f'")),
+    ("bad_json", "<think>so</think><tool_call></tool_call>"),
+    ("not_a_list", "<think>so</think><tool_call>{}</tool_call>"),
+    ("not_a_list", '<think>so</think><tool_call>"[]"</tool_call>'),
+    ("bad_call", "<think>so</think><tool_call>[[]]</tool_call>"),
+    ("bad_call", GOOD.replace('"f"', "null")),
+    ("bad_call", GOOD.replace("{}", "[]")),
+]
+
+
+@pytest.mark.parametrize(("error", "text"), ERRORS)
+def test_every_error_by_name(error, text):
+    assert parse_completion(text).error == error
+
+
+def test_the_docstring_lists_exactly_these_errors():
+    listed = re.search(r"None or one of: ([\w\s,]+)\.", parse_completion.__doc__)[1]
+    assert {error for error, _ in ERRORS} == set(re.split(r",\s+", listed))
+
+
+@pytest.mark.parametrize("think", ["", "<think></think>", "<think> </think>"])
+def test_without_a_thought_the_calls_are_still_read(think):
+    parsed = parse_completion(GOOD.replace("<think>so</think>", think))
+    assert parsed.calls == [ToolCall("f", {})] and parsed.error in ("no_think", "empty_think")
