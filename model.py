@@ -85,8 +85,8 @@ def shared_prefix_attention(
     Equal to one causal pass per prompt + response (tests/test_model.py), with the prompt's part computed once.
     """
     if query.is_cuda:
-        output = _varlen_attention(query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), scaling, shared)
-        return output[None], None
+        rows = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
+        return _varlen_attention(*rows, scaling, shared)[None], None
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     parts = []

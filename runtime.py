@@ -160,9 +160,8 @@ def _convert(key: str, value: Any, kind: type) -> Any:
 
 def _check(c: Config) -> None:
     """Refuses settings that cannot work together, before anything is loaded."""
-    positive = ("prompts_per_step", "group_size", "minibatch_prompts", "max_prompt_tokens", "max_response_tokens",
-                "rollout_batch_size", "max_tokens_per_micro_batch", "sft_batch", "temperature", "keep_checkpoints")  # fmt: skip
-    for key in positive:
+    positive = "prompts_per_step group_size minibatch_prompts max_prompt_tokens max_response_tokens rollout_batch_size"
+    for key in f"{positive} max_tokens_per_micro_batch sft_batch temperature keep_checkpoints".split():
         if getattr(c, key) <= 0:
             raise ConfigError(f"{key} must be greater than 0, not {getattr(c, key)}")
     for key in ("lr", "sft_lr", "kl_coef", "steps", "warmup_steps", "epochs", "clip_eps", "max_grad_norm"):

@@ -109,7 +109,8 @@ def train_sft(
     for step in range(state["step"] + 1, steps + 1):
         own = batch_for_step(len(train), step - 1, config.sft_batch, config.seed)[ranks.rank :: ranks.world]
         groups = [
-            (train[i].ids, [encode_reply(tokenizer, text) for text in replies_to_imitate(train[i].example)]) for i in own
+            (train[i].ids, [encode_reply(tokenizer, text) for text in replies_to_imitate(train[i].example)])
+            for i in own
         ]
         progress = state["flops"] / config.sft_flops if config.sft_flops else (step - 1) / steps
         lr = config.sft_lr * min(1.0, step / RAMP_STEPS) * (1 - progress if config.sft_decay else 1)
@@ -148,8 +149,9 @@ def start_model(config: Config, splits: Splits, template: str, ranks: Ranks) -> 
         return config.model, config.warmup_steps > 0
     if ranks.main:
         with whole_folder(warm / "start") as folder:
-            tokenizer = build_tiny_tokenizer([], 0)
-            texts = [render_prompt(tokenizer, e.messages, e.tools, template) + "\n".join(e.demonstrations) for e in splits.train]
+            bare = build_tiny_tokenizer([], 0)  # knows bytes only, but has the chat template
+            texts = [render_prompt(bare, e.messages, e.tools, template) for e in splits.train]
+            texts += [text for example in splits.train for text in example.demonstrations]
             tokenizer = build_tiny_tokenizer(texts, config.tiny_vocab)
             export(build_tiny_model(tokenizer, config.tiny_hidden, config.tiny_layers, config.seed), tokenizer, folder)
     ranks.gather(None)
