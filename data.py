@@ -335,6 +335,10 @@ def load_files(paths: str) -> list[Example]:
             lost = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common() if count)
             used = len(kept) - reasons["duplicate"]
             print(f"data: {path}: {used} examples" + (f", dropped: {lost}" if lost else ""))
+            for one in dropped[:3]:
+                print(f"data: {path}:{one.line} id={one.id or '?'}: {one.reason}: {one.detail}")
+            if len(dropped) > 3:
+                print(f"data: … all dropped records: python data.py inspect {path}")
     return examples
 
 

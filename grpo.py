@@ -37,7 +37,7 @@ from model import (
 )  # fmt: skip
 from prompts import PromptError, check_tokenizer, load_template
 from reward import REWARDS, Reward, score
-from rollout import Group, Prompt, evaluate, prompt_seed, sample_groups
+from rollout import Group, Prompt, evaluate, prompt_seed, rollout_metrics, sample_groups, sample_rows
 from runtime import (
     Clock,
     Config,
@@ -193,42 +193,6 @@ def update_policy(
 # ----------------------------------------------------------------------------------------------------------- logging
 
 
-def rollout_metrics(groups: Sequence[Group], rewards: list[list[Reward]], ranks: Ranks) -> dict[str, float]:
-    """Collective. What a step's samples look like, in TRL's names where it has them; global sums over global counts."""
-    rows = [
-        [len(ids), one.total, one.format_ok, one.correct, cut]
-        for group, scores in zip(groups, rewards)
-        for ids, one, cut in zip(group.responses, scores, group.truncated)
-    ]
-    own = torch.tensor(rows, dtype=torch.float64).view(len(groups), -1, 5)
-    lengths, totals, format_ok, correct, truncated = torch.cat(ranks.gather(own)).unbind(2)  # [P, G] each
-    distinct = ranks.sum([sum(len(set(group.texts)) / len(group.texts) for group in groups)])[0]
-    return {
-        "reward": totals.mean().item(),
-        "reward_std": totals.std(1).mean().item(),
-        "frac_reward_zero_std": (totals.amax(1) == totals.amin(1)).double().mean().item(),
-        "format_rate": format_ok.mean().item(),
-        "correct_rate": correct.mean().item(),
-        "distinct_rate": distinct / len(totals),
-        "completions/mean_length": lengths.mean().item(),
-        "completions/min_length": lengths.min().item(),
-        "completions/max_length": lengths.max().item(),
-        "completions/clipped_ratio": truncated.mean().item(),
-    }
-
-
-def sample_rows(
-    step: int, groups: Sequence[Group], rewards: list[list[Reward]], advantages: Tensor, limit: int
-) -> list[dict]:
-    """Rows for samples.jsonl: the first `limit` completions of this rank."""
-    rows = []
-    for group, scores, values in zip(groups, rewards, advantages.tolist()):
-        for text, one, advantage in zip(group.texts, scores, values):
-            row = {"step": step, "prompt_id": group.prompt.id, "completion": text, "reward": one.total}
-            rows.append(row | {"reason": one.reason, "advantage": round(advantage, 4)})
-    return rows[:limit]
-
-
 def sampler_difference(
     groups: Sequence[Group], minibatches: list[list[MicroBatch]], ranks: Ranks
 ) -> dict[str, float]:
@@ -304,7 +268,8 @@ def train(run: Run) -> None:
         tokens, flops = model_flops(groups, count_parameters(run.policy), config, ranks)
         state |= {"step": step, "flops": state["flops"] + flops, "seconds": time.perf_counter() - began}
         metrics |= {"num_tokens": tokens} | {f"time/{phase}_s": s for phase, s in clock.seconds.items()}
-        finish_step(run, metrics, sample_rows(step, groups, scores, advantages, config.log_samples), step == bar.total)
+        rows = sample_rows(step, groups, scores, advantages, config.log_samples, ranks)
+        finish_step(run, metrics, rows, step == bar.total)
         bar.update()
         bar.set_postfix(reward=f"{metrics['reward']:.2f}", kl=f"{metrics['kl']:.3f}", refresh=False)
     bar.close()
@@ -326,7 +291,7 @@ def finish_step(run: Run, metrics: dict[str, float], rows: list[dict], last: boo
             run.folder, run.state, run.policy, run.tokenizer, run.optimizer, run.ranks, config.keep_checkpoints
         )
     if stopping and not last:
-        raise Interrupted(run.folder, step)
+        raise Interrupted(config.run_dir, step)
 
 
 def evaluate_all(run: Run) -> dict[str, float]:
@@ -357,6 +322,9 @@ def set_up(config: Config, ranks: Ranks) -> Run:
     check_tokenizer(tokenizer, template)
     tokenized = tokenize_splits(splits, tokenizer, template, config, quiet=not ranks.main)
     policy = load_model(str(checkpoint[0]) if checkpoint else start, ranks.device, config.gradient_checkpointing)
+    tokens, positions = config.max_prompt_tokens + config.max_response_tokens, policy.config.max_position_embeddings
+    if tokens > positions:
+        raise ConfigError(f"max_prompt_tokens + max_response_tokens ({tokens}) exceed the model's {positions} positions")
     # The reference is always the model that training started from, also after a resume.
     reference = load_model(start, ranks.device).requires_grad_(False).eval() if config.kl_coef else None
     policy.train()

@@ -41,8 +41,10 @@ and "arguments", and "arguments" is an object from parameter names to values.
 Both parts are required in the same reply, in this order, with nothing before, between or after them.
 
 A complete reply with two calls looks like this:
-<think>Two cities are named, so the forecast tool is called once for each, with the number of days from the request.</think>
-<tool_call>[{"name": "forecast", "arguments": {"city": "Oslo", "days": 2}}, {"name": "forecast", "arguments": {"city": "Lima", "days": 2}}]</tool_call>
+<think>Two cities are named, so the forecast tool is called once for each, with the number of days from \
+the request.</think>
+<tool_call>[{"name": "forecast", "arguments": {"city": "Oslo", "days": 2}}, \
+{"name": "forecast", "arguments": {"city": "Lima", "days": 2}}]</tool_call>
 
 Give each argument the JSON type that its tool declares: a number is written 3 and not "3", a truth value true and \
 not "true", a list [1, 2] and not "[1, 2]". If no tool applies, finish with <tool_call>[]</tool_call>.\

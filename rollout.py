@@ -22,7 +22,8 @@ from transformers import DynamicCache
 from data import KINDS, Tokenized, example_kind
 from model import autocast, load_model, load_tokenizer, use_attention
 from prompts import check_tokenizer, decode_reply, encode_prompt, stop_ids
-from reward import score
+from reward import Reward, score
+from runtime import Config, Ranks
 
 KEEP_SHARE = 0.75  # finished rows are dropped when fewer than this share of the rows is still alive
 
@@ -166,10 +167,52 @@ def _uniform_blocks(prompts: Sequence[Prompt], copies: int, device: torch.device
         yield from drawn.to(device).T
 
 
+# ----------------------------------------------------------------------------------------------------------- logging
+
+
+def rollout_metrics(groups: Sequence[Group], rewards: list[list[Reward]], ranks: Ranks) -> dict[str, float]:
+    """Collective. What a step's samples look like, in TRL's names where it has them; global sums over global counts."""
+    rows = [
+        [len(ids), one.total, one.format_ok, one.correct, cut]
+        for group, scores in zip(groups, rewards)
+        for ids, one, cut in zip(group.responses, scores, group.truncated)
+    ]
+    own = torch.tensor(rows, dtype=torch.float64).view(len(groups), -1, 5)
+    lengths, totals, format_ok, correct, truncated = torch.cat(ranks.gather(own)).unbind(2)  # [P, G] each
+    distinct = ranks.sum([sum(len(set(group.texts)) / len(group.texts) for group in groups)])[0]
+    return {
+        "reward": totals.mean().item(),
+        "reward_std": totals.std(1).mean().item(),
+        "frac_reward_zero_std": (totals.amax(1) == totals.amin(1)).double().mean().item(),
+        "format_rate": format_ok.mean().item(),
+        "correct_rate": correct.mean().item(),
+        "distinct_rate": distinct / len(totals),
+        "completions/mean_length": lengths.mean().item(),
+        "completions/min_length": lengths.min().item(),
+        "completions/max_length": lengths.max().item(),
+        "completions/clipped_ratio": truncated.mean().item(),
+    }
+
+
+def sample_rows(
+    step: int, groups: Sequence[Group], rewards: list[list[Reward]], advantages: Tensor, limit: int, ranks: Ranks
+) -> list[dict]:
+    """Collective. Rows for samples.jsonl: about `limit` completions of this step, equally many from every rank."""
+    rows = []
+    for group, scores, values in zip(groups, rewards, advantages.tolist()):
+        for text, one, advantage in zip(group.texts, scores, values):
+            row = {"step": step, "prompt_id": group.prompt.id, "completion": text, "reward": one.total}
+            rows.append(row | {"reason": one.reason, "advantage": round(advantage, 4)})
+    own = rows[: -(-limit // ranks.world)]
+    return [row for part in ranks.gather(own) for row in part]
+
+
 # ---------------------------------------------------------------------------------------------------- evaluation
 
 
-def evaluate(model: nn.Module, tokenizer, examples: Sequence[Tokenized], config, ranks, name: str) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, tokenizer, examples: Sequence[Tokenized], config: Config, ranks: Ranks, name: str
+) -> dict[str, float]:
     """Collective. Greedy accuracy (binary reward) on held-out examples, overall and by kind, as log entries.
 
     Keys: `{name}/accuracy`, `{name}/n`, and `{name}/accuracy_KIND`, `{name}/n_KIND` for every kind that occurs.

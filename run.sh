@@ -3,7 +3,7 @@
 #   bash run.sh                            set up .venv, run the demo (about three minutes on two CPU cores)
 #   bash run.sh test [pytest arguments]    set up, run the tests
 #   bash run.sh train CONFIG [--key value …]   grpo.py on all visible GPUs, or on the CPU
-#   bash run.sh eval MODEL [--bfcl DIR] [--apibank DIR] [--out DIR] [--limit N]
+#   bash run.sh eval MODEL [--bfcl DIR] [--apibank DIR] [--limit N]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -52,14 +52,22 @@ setup() {
   fi
 }
 
+launch() { # one process per core, at most two: the tiny model's matrices are too small to share one between threads
+  if [ "$(getconf _NPROCESSORS_ONLN)" -ge 2 ] && ! has_gpu; then
+    OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=2 "$@"
+  else
+    python "$@"
+  fi
+}
+
 demo() {
   local run=runs/demo flops
   echo "run.sh: building a tiny model, warming it up on imperfect demonstrations, then GRPO against the verifier"
-  python grpo.py --config configs/tiny.yaml --run_dir $run --overwrite true \
+  launch grpo.py --config configs/tiny.yaml --run_dir $run --overwrite true \
     || fail "the demo stopped (see the line above)" "bash run.sh, or to go on: python grpo.py --config $run/config.yaml --resume true"
   flops=$(python -c "import json; print(json.load(open('$run/summary.json'))['flops'])")
   echo "run.sh: the baseline: more SFT on the same data, with the compute that GRPO took"
-  python sft.py --config configs/tiny.yaml --model $run/warmup/model --sft_flops "$flops" --run_dir $run/sft \
+  launch sft.py --config configs/tiny.yaml --model $run/warmup/model --sft_flops "$flops" --run_dir $run/sft \
     || fail "the SFT baseline stopped (see the line above)" "bash run.sh"
   python plot.py $run
 }
@@ -82,7 +90,7 @@ first_folder() { # the first of the arguments that is a folder
 }
 
 evaluate() {
-  local model=${1:-} bfcl apibank out= limit=()
+  local model=${1:-} bfcl apibank out= options=()
   [ -n "$model" ] || fail "eval needs a model folder or hub id" "bash run.sh eval runs/demo/model --limit 20"
   shift
   bfcl=$(first_folder "${BFCL_DATA:-}" data/bfcl ../shared/data/bfcl || true)
@@ -92,20 +100,20 @@ evaluate() {
       --bfcl) bfcl=${2:-} ;;
       --apibank) apibank=${2:-} ;;
       --out) out=${2:-} ;;
-      --limit) limit=(--limit "${2:-}") ;;
-      *) fail "unknown option of eval: $1" "--bfcl DIR, --apibank DIR, --out DIR or --limit N" ;;
+      --limit | --max_new_tokens | --batch_size | --prompt_template) options+=("$1" "${2:-}") ;;
+      *) fail "unknown option of eval: $1" "--bfcl DIR, --apibank DIR, --out DIR, --limit N or --max_new_tokens N" ;;
     esac
-    shift 2 || fail "an option of eval lacks its value" "--bfcl DIR, --apibank DIR, --out DIR or --limit N"
+    shift 2 || fail "the last option of eval lacks its value" "bash run.sh eval MODEL --limit 20"
   done
   out=${out:-runs/eval/$(basename "$model")}
   [ -n "$bfcl$apibank" ] || fail "no benchmark data found" \
     "pip install --no-deps bfcl-eval, or clone github.com/ShishirPatil/gorilla, and give its folder with --bfcl DIR"
   if [ -n "$bfcl" ]; then
-    python eval_bfcl.py generate --model "$model" --data "$bfcl" --out "$out/bfcl" "${limit[@]}"
+    python eval_bfcl.py generate --model "$model" --data "$bfcl" --out "$out/bfcl" "${options[@]}"
     python eval_bfcl.py score --predictions "$out/bfcl/predictions.jsonl" --data "$bfcl" --out "$out/bfcl"
   fi
   if [ -n "$apibank" ]; then
-    python eval_apibank.py generate --model "$model" --data "$apibank" --out "$out/apibank" "${limit[@]}"
+    python eval_apibank.py generate --model "$model" --data "$apibank" --out "$out/apibank" "${options[@]}"
     python eval_apibank.py score --predictions "$out/apibank/predictions.jsonl" --data "$apibank" --out "$out/apibank"
   fi
 }

@@ -33,8 +33,9 @@ class ConfigError(ValueError):
 class Interrupted(Exception):
     """A run that was asked to stop and has saved a checkpoint."""
 
-    def __init__(self, run_dir: Path, step: int) -> None:
-        super().__init__(f"interrupted after step {step}; the checkpoint is in {run_dir}")
+    def __init__(self, run_dir: str, step: int) -> None:
+        go_on = f"python {Path(sys.argv[0]).name} --config {Path(run_dir) / 'config.yaml'} --resume true"
+        super().__init__(f"interrupted after step {step}, everything is saved; to go on: {go_on}")
 
 
 def _key(default: Any, help: str):
@@ -209,11 +210,19 @@ class Ranks:
         """Collective. Adds up the gradients of all ranks in place; each rank holds its share of one global sum."""
         if self.world == 1:
             return
-        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in model.parameters()]
-        flat = torch._utils._flatten_dense_tensors(gradients)
-        dist.all_reduce(flat)
-        for p, g in zip(model.parameters(), torch._utils._unflatten_dense_tensors(flat, gradients)):
-            p.grad = g
+        bucket: list[torch.Tensor] = []
+        parameters = list(model.parameters())
+        for i, parameter in enumerate(parameters):
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            bucket.append(parameter.grad)
+            # One call per bucket: few enough for speed, small enough that the copy costs little memory.
+            if sum(g.numel() for g in bucket) > 2**25 or i + 1 == len(parameters):
+                flat = torch.cat([g.flatten() for g in bucket])
+                dist.all_reduce(flat)
+                for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket])):
+                    gradient.copy_(part.view_as(gradient))
+                bucket = []
 
 
 def start_ranks(timeout_minutes: float = 60.0, threads: int = 0) -> Ranks:
@@ -262,7 +271,8 @@ def open_run(config: Config, ranks: Ranks) -> Path:
     """
     path, problem = Path(config.run_dir), ""
     if ranks.main:
-        used = path.exists() and any(path.iterdir())
+        # What failed at start leaves its config behind, and may be started again under the same name.
+        used = path.exists() and any(entry.name not in ("config.yaml", "git.txt") for entry in path.iterdir())
         if config.resume and not (path / "latest").exists() and not (path / "warmup").exists():
             problem = f"run_dir: nothing to resume in {path}; start without resume"
         elif used and not config.resume and not config.overwrite:
@@ -401,8 +411,11 @@ def run_script(main: Callable[[list[str]], None], errors: tuple[type[Exception],
     except errors as error:
         sys.exit(f"error: {error}")
     except Interrupted as stopped:
-        print(stopped, file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(stopped, file=sys.stderr)
         sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit("interrupted before the first step")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

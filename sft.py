@@ -129,7 +129,7 @@ def train_sft(
         if stopping or finished or (config.save_every and step % config.save_every == 0 and steps < 10**9):
             save_checkpoint(run_dir, state, policy, tokenizer, optimizer, ranks, config.keep_checkpoints)
         if stopping and not finished:
-            raise Interrupted(run_dir, step)
+            raise Interrupted(config.run_dir, step)
         if finished:
             break
     bar.close()

@@ -81,9 +81,9 @@ SHARES = (0.15, 0.35, 0.35, 0.15)
 # How often a demonstration has each flaw, where it can have it. The flaws are drawn independently, so no single habit
 # separates good demonstrations from bad ones.
 FLAWS = {
-    "number_as_text": 0.45,  # "3" instead of 3
+    "number_as_text": 0.55,  # "3" instead of 3
     "value_blank": 0.35,  # "" instead of a word
-    "call_dropped": 0.45,  # one of two calls is missing
+    "call_dropped": 0.5,  # one of two calls is missing
     "wrong_tool": 0.2,  # another tool of the list is called
     "call_invented": 0.35,  # a tool is called where none fits
 }
