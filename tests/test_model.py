@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -95,10 +96,10 @@ def test_packed_logprobs_and_entropy_equal_one_by_one(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_equal_one_by_one(family, gradient_checkpointing):
     """The prompt is computed once but belongs to G sequences: its gradient must be the sum over all of them."""
-    model, groups = random_model(family, gradient_checkpointing), random_groups()
+    model, plain, groups = random_model(family, gradient_checkpointing), random_model(family), random_groups()
     weights = torch.linspace(-1, 2, sum(len(r) for _, responses in groups for r in responses))  # an advantage per token
     fast = gradients(model, (token_logprobs(model, pack(groups, CPU), TEMPERATURE)[0] * weights).sum())
-    slow = gradients(model, (one_by_one(model, groups, TEMPERATURE)[0] * weights).sum())
+    slow = gradients(plain, (one_by_one(plain, groups, TEMPERATURE)[0] * weights).sum())
     for name in slow:
         assert (fast[name] - slow[name]).norm() <= 1e-5 * slow[name].norm(), name
 
@@ -115,8 +116,8 @@ def test_temperature_divides_the_logits():
 def test_the_chunk_size_of_the_head_changes_nothing(chunk):
     model, packed = random_model("qwen2"), pack(random_groups(), CPU)
     whole, parts = (token_logprobs(model, packed, TEMPERATURE, chunk=size) for size in (4096, chunk))
-    assert_close(parts[0], whole[0], atol=1e-6, rtol=1e-6)
-    assert_close(parts[1], whole[1], atol=1e-6, rtol=1e-6)
+    assert_close(parts[0], whole[0], atol=1e-5, rtol=1e-5)
+    assert_close(parts[1], whole[1], atol=1e-5, rtol=1e-5)
     fast, slow = gradients(model, parts[0].sum()), gradients(model, whole[0].sum())
     for name in slow:
         assert_close(fast[name], slow[name], atol=1e-4, rtol=1e-4)
@@ -231,7 +232,10 @@ def exported(tokenizer, tmp_path_factory):
     return folder, model
 
 
-@pytest.mark.parametrize("text", ["", "  a  b\n\tc ", "Paris", 'x"3"', "naïve — 東京 🙂\u2028", "\\u00e9 </tool_call>", "2024"])
+ODD_TEXTS = ["", "  a  b\n\tc ", "Paris", 'x"3"', "naïve — 東京 🙂\u2028", "\\u00e9 </tool_call>", "2024"]
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
 def test_any_text_survives_the_tiny_tokenizer(tokenizer, text):
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) == text
@@ -301,15 +305,13 @@ def test_every_end_token_is_exported(tmp_path):
     assert sorted(written) == sorted(tokenizer.convert_tokens_to_ids(list(END_TOKENS)))
 
 
-def test_a_bf16_export_halves_the_file_and_leaves_the_policy_in_fp32(tokenizer, tmp_path):
+def test_a_bf16_export_leaves_the_policy_in_fp32(tokenizer, tmp_path):
     model = build_tiny_model(tokenizer, 32, 1, 0)
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-        export(model, tokenizer, tmp_path / name, dtype)
-    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("fp32", "bf16")]
-    assert sizes[0] > 1.8 * sizes[1]
+    export(model, tokenizer, tmp_path, torch.bfloat16)
+    assert {weight.dtype for weight in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
     assert all(w.dtype == torch.float32 and torch.equal(w, before[name]) for name, w in model.state_dict().items())
-    rounded = load_model(str(tmp_path / "bf16"), CPU).state_dict()
+    rounded = load_model(str(tmp_path), CPU).state_dict()
     assert all(w.dtype == torch.float32 and torch.equal(w, before[name].bfloat16().float()) for name, w in rounded.items())
 
 

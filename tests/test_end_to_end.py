@@ -1,0 +1,213 @@
+"""Learning itself: GRPO must raise the reward by far more than noise, and must fail to do so when one line is broken.
+
+The task is the demo's in miniature: copy two digits from the request into one call. Two of three demonstrations write
+the numbers as text, so the warmed-up model copies well and gets the type right in a third of its samples. Only the
+habit is left for GRPO to learn, which takes it a few seconds.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+import grpo
+import reward
+import sft
+from data import Example, load_examples, write_examples
+from prompts import ToolCall, render_completion
+from reward import score
+from runtime import read_jsonl
+
+torch.set_num_threads(1)
+
+TOOL = {"name": "add", "description": "adds", "parameters": {"a": {"type": "int"}, "b": {"type": "int"}}}
+RISE = 0.3  # a mean over 5 steps of 64 samples has a standard error of about 0.03
+
+
+def sum_example(index: int, a: int, b: int) -> Example:
+    right, text = [ToolCall("add", {"a": a, "b": b})], [ToolCall("add", {"a": str(a), "b": str(b)})]
+    demonstrations = tuple(render_completion(calls, "add") for calls in (right, text, text))
+    question = [{"role": "user", "content": f"add {a} and {b}"}]
+    return Example(f"add-{index}", "sums", question, [TOOL], right, demonstrations)
+
+
+def write_task(folder: Path) -> dict[str, object]:
+    """Writes training and test file, and returns the settings of a run on them."""
+    pairs = [(a, b) for a in range(10) for b in range(10)]
+    random.Random(0).shuffle(pairs)
+    examples = [sum_example(i, *pair) for i, pair in enumerate(pairs)]
+    write_examples(folder / "train.jsonl", examples[:70])
+    write_examples(folder / "test.jsonl", examples[70:])
+    (folder / "template.txt").write_text("{tools}")
+    return dict(
+        data=folder / "train.jsonl", test_data=folder / "test.jsonl", prompt_template=folder / "template.txt",
+        max_prompt_tokens=200, max_response_tokens=40, gradient_checkpointing="false", threads=1, seed=0,
+        prompts_per_step=8, minibatch_prompts=8, group_size=8, temperature=1.0, lr=4e-4, steps=20,
+        eval_every=0, save_every=0, log_samples=1000,
+    )  # fmt: skip
+
+
+def as_arguments(settings: dict[str, object]) -> list[str]:
+    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+
+
+def run_here(main: Callable[[list[str]], None], settings: dict[str, object]) -> Path:
+    """Runs a script's main in this process, so that its lines can be broken; cleans up after it. Returns run_dir."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    environment = dict(os.environ)
+    try:
+        main(as_arguments(settings))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(environment)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return Path(settings["run_dir"])
+
+
+def warmed_up_task(folder: Path) -> dict[str, object]:
+    """The settings of a GRPO run that starts from a model that can copy, but writes two of three numbers as text."""
+    settings = write_task(folder)
+    tiny = dict(model="tiny", tiny_hidden=64, tiny_layers=2, tiny_vocab=400, sft_lr=4e-3, sft_batch=4, steps=220)
+    return settings | {"model": run_here(sft.main, settings | tiny | {"run_dir": folder / "sft"}) / "model"}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> dict[str, object]:
+    return warmed_up_task(tmp_path_factory.mktemp("task"))
+
+
+@pytest.fixture(scope="module")
+def healthy(settings, tmp_path_factory) -> Path:
+    return run_here(grpo.main, settings | {"run_dir": tmp_path_factory.mktemp("healthy")})
+
+
+def true_rewards(run_dir: Path, settings: dict[str, object]) -> list[float]:
+    """The mean reward of each step, from the completions in samples.jsonl alone: no broken line can colour it."""
+    answers = {example.id: example.answer for example in load_examples(settings["data"])[0]}
+    by_step: dict[int, list[float]] = {}
+    for row in read_jsonl(run_dir / "samples.jsonl"):
+        by_step.setdefault(row["step"], []).append(score(row["completion"], answers[row["prompt_id"]]).total)
+    assert all(len(rewards) == 64 for rewards in by_step.values())
+    return [sum(rewards) / len(rewards) for _, rewards in sorted(by_step.items())]
+
+
+def rise(run_dir: Path, settings: dict[str, object]) -> float:
+    rewards = true_rewards(run_dir, settings)
+    assert len(rewards) == settings["steps"]
+    return sum(rewards[-10:]) / 10 - rewards[0]
+
+
+# -------------------------------------------------------------------------------------------------- it learns
+
+
+def test_the_reward_rises(healthy, settings):
+    rewards = true_rewards(healthy, settings)
+    assert 0.15 < rewards[0] < 0.6, "the start leaves room to learn, and something to learn from"
+    assert rise(healthy, settings) > RISE
+    summary = json.loads((healthy / "summary.json").read_text())
+    assert summary["accuracy_after"] >= summary["accuracy_before"] and summary["accuracy_after"] > 0.8
+
+
+def shifted(pack):
+    """Every token is trained at the position that already shows it, instead of the one before."""
+
+    def broken(groups, device):
+        packed = pack(groups, device)
+        return dataclasses.replace(packed, predict=(packed.predict + 1).clamp(max=packed.ids.shape[1] - 1))
+
+    return broken
+
+
+def replaced_reward(change: Callable[[float], float]):
+    def broken(*args):
+        real = reward.score(*args)
+        return dataclasses.replace(real, total=change(real.total))
+
+    return broken
+
+
+BROKEN = {
+    "the sign of the advantage": ("group_advantages", lambda real: lambda rewards: -real(rewards)),
+    "the position that predicts": ("pack", shifted),
+    "advantages of other completions": ("group_advantages", lambda real: lambda rewards: real(rewards).roll(1, 1)),
+    "a constant reward": ("score", lambda real: replaced_reward(lambda total: 1.0)),
+    "the opposite reward": ("score", lambda real: replaced_reward(lambda total: 1.0 - total)),
+}
+
+
+@pytest.mark.parametrize("line", BROKEN)
+def test_nothing_is_learnt_with_one_line_broken(line, settings, tmp_path, monkeypatch):
+    """If this fails, test_the_reward_rises says nothing: something else than the broken line raises the reward."""
+    name, break_it = BROKEN[line]
+    monkeypatch.setattr(grpo, name, break_it(getattr(grpo, name)))
+    assert rise(run_here(grpo.main, settings | {"run_dir": tmp_path}), settings) < RISE / 2
+
+
+def test_nothing_is_learnt_from_shuffled_rewards(settings, tmp_path):
+    """The negative control of the README: the same rewards, but beside other completions."""
+    shuffled = settings | {"shuffle_rewards": "true", "run_dir": tmp_path}
+    assert rise(run_here(grpo.main, shuffled), settings) < RISE / 2
+
+
+def test_a_learning_rate_of_0_changes_no_bit(settings, tmp_path):
+    still = settings | {"lr": 0, "steps": 2, "run_dir": tmp_path, "kl_coef": 0.1, "minibatch_prompts": 4}
+    after = load_file(run_here(grpo.main, still) / "model" / "model.safetensors")
+    before = load_file(Path(settings["model"]) / "model.safetensors")
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    log = read_jsonl(tmp_path / "log.jsonl")
+    assert all(row["grad_norm"] > 0 for row in log[1:]), "there was something to learn"
+    # The policy never left the reference, so both directions of the comparison are exactly zero.
+    assert all(row["kl"] == 0 and row["clip_ratio/region_mean"] == 0 for row in log[1:])
+
+
+# ------------------------------------------------------------------------------------------- what a run leaves
+
+
+def test_the_summary_is_what_the_log_says(healthy, settings):
+    summary, log = json.loads((healthy / "summary.json").read_text()), read_jsonl(healthy / "log.jsonl")
+    rewards = [row["reward"] for row in log[1:]]
+    assert [row["step"] for row in log] == list(range(21))
+    assert summary["steps"] == 20
+    assert summary["reward_first5"] == pytest.approx(sum(rewards[:5]) / 5)
+    assert summary["reward_last10"] == pytest.approx(sum(rewards[-10:]) / 10)
+    assert summary["accuracy_before"] == log[0]["held_out/accuracy"]
+    assert summary["accuracy_after"] == log[-1]["held_out/accuracy"]
+    assert summary["flops"] == log[-1]["flops"] > 0
+    assert summary["wall_s"] == pytest.approx(log[-1]["seconds"], abs=0.1)
+    # every test case has one tool and one call
+    single = {"before": summary["accuracy_before"], "after": summary["accuracy_after"], "n": 30}
+    assert summary["accuracy_by_kind"] == {"single": single}
+
+
+def test_the_log_is_what_the_samples_say(healthy, settings):
+    log, samples = read_jsonl(healthy / "log.jsonl")[1:], read_jsonl(healthy / "samples.jsonl")
+    assert [row["reward"] for row in log] == pytest.approx(true_rewards(healthy, settings))
+    for row in log:
+        own = [sample for sample in samples if sample["step"] == row["step"]]
+        groups = [own[i : i + 8] for i in range(0, 64, 8)]
+        assert all(len({sample["prompt_id"] for sample in group}) == 1 for group in groups)
+        totals = torch.tensor([[sample["reward"] for sample in group] for group in groups], dtype=torch.float64)
+        assert row["reward_std"] == pytest.approx(totals.std(1).mean().item())
+        assert row["frac_reward_zero_std"] == (totals.amax(1) == totals.amin(1)).double().mean().item()
+        assert row["correct_rate"] == pytest.approx(sum(s["reason"] == "correct" for s in own) / 64)
+        distinct = [len({sample["completion"] for sample in group}) / 8 for group in groups]
+        assert row["distinct_rate"] == pytest.approx(sum(distinct) / 8)
+        for group in groups:
+            assert abs(sum(sample["advantage"] for sample in group)) < 1e-3
+
+
+def test_the_final_model_is_the_last_checkpoint(healthy):
+    assert (healthy / "latest").read_text() == "step_20"
+    final, checkpoint = (load_file(healthy / name / "model.safetensors") for name in ("model", "step_20"))
+    assert all(torch.equal(final[name], checkpoint[name]) for name in final)

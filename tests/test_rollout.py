@@ -1,0 +1,379 @@
+"""rollout.py: the decoding loop gives what plain generate() gives, samples follow softmax(logits / T), and no sample
+depends on anything but its own prompt and seed."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+from transformers import PreTrainedTokenizerFast
+
+import rollout
+from model import build_tiny_model, build_tiny_tokenizer, export, pack, token_logprobs, use_attention
+from prompts import encode_prompt, stop_ids
+from rollout import Case, Prompt, decode, prompt_seed, sample_groups, write_predictions
+
+torch.set_num_threads(1)
+
+CPU = torch.device("cpu")
+TEMPLATE = "Tools: {tools}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return build_tiny_tokenizer(["weather in Paris for 3 days", "a taxi in Rome with 4 seats"] * 3, 300)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer):
+    """A random model whose distributions are peaked and depend on every token before; end tokens come up now and then."""
+    model = build_tiny_model(tokenizer, hidden=32, layers=2, seed=0)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.add_(0.2 * torch.randn(weight.shape, generator=generator))
+    return model
+
+
+def prompts_of(lengths: list[int], seed: int = 0) -> list[Prompt]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(10, 250, (n,), generator=generator).tolist() for n in lengths]
+    return [Prompt(f"p{i}", row, prompt_seed(seed, 1, i)) for i, row in enumerate(ids)]
+
+
+def sample(model, tokenizer, prompts, **settings):
+    settings = dict(group_size=1, temperature=0, max_new_tokens=24, batch_size=64) | settings
+    return sample_groups(model, tokenizer, prompts, **settings)
+
+
+LENGTHS = [5, 1, 17, 9, 2, 30, 9, 12, 3, 4, 21, 8]
+
+# ---------------------------------------------------------------------------------------------------------- greedy
+
+
+@pytest.fixture
+def many_stops(monkeypatch, tokenizer):
+    """Every fifth token ends a reply, so rows finish at different times and leave the batch."""
+    stops = sorted({*stop_ids(tokenizer), *range(0, len(tokenizer), 5)})
+    monkeypatch.setattr(rollout, "stop_ids", lambda _: stops)
+    return stops
+
+
+def plain_greedy(model, prompt: list[int], stops: list[int], max_new_tokens: int) -> list[int]:
+    """transformers' own generate(), one prompt at a time, without padding."""
+    use_attention(model, "generate")
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops,
+        pad_token_id=0,
+    )  # fmt: skip
+    use_attention(model, "train")
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_greedy_equals_plain_generate(model, tokenizer, many_stops, batch_size):
+    prompts = prompts_of(LENGTHS)
+    groups = sample(model, tokenizer, prompts, batch_size=batch_size)
+    slow = [plain_greedy(model, prompt.ids, many_stops, 24) for prompt in prompts]
+    assert [group.responses for group in groups] == [[ids] for ids in slow]
+    assert [group.prompt for group in groups] == prompts, "in the order in which they came"
+    assert len({len(ids) for ids in slow}) >= 4 and max(map(len, slow)) == 24, "rows do finish at different times"
+
+
+def test_copies_of_a_greedy_prompt_are_equal(model, tokenizer, many_stops):
+    prompts = prompts_of(LENGTHS)
+    single = sample(model, tokenizer, prompts)
+    for one, copies in zip(single, sample(model, tokenizer, prompts, group_size=3, batch_size=7)):
+        assert copies.responses == one.responses * 3
+
+
+@pytest.mark.parametrize("keep_share", [0.0, 1.0])
+def test_dropping_finished_rows_changes_nothing(model, tokenizer, many_stops, monkeypatch, keep_share):
+    prompts, settings = prompts_of(LENGTHS), dict(group_size=4, temperature=1.0)
+    expected = sample(model, tokenizer, prompts, **settings)
+    monkeypatch.setattr(rollout, "KEEP_SHARE", keep_share)  # 0: never drop a row; 1: drop each at once
+    for one, other in zip(expected, sample(model, tokenizer, prompts, **settings)):
+        assert one.responses == other.responses
+
+
+def test_the_model_is_left_as_it_came(model, tokenizer):
+    for mode in (True, False):
+        model.train(mode)
+        sample(model, tokenizer, prompts_of([4, 2]))
+        assert model.training is mode and model.config._attn_implementation == "shared_prefix"
+
+
+# -------------------------------------------------------------------------------------------------------- sampling
+
+
+def deviation(counts: torch.Tensor, distribution: torch.Tensor) -> float:
+    """Pearson's chi-square in units of its own standard deviation, over the tokens that are expected 5 times or more."""
+    expected = distribution * counts.sum()
+    often = expected >= 5
+    chi2 = ((counts - expected)[often] ** 2 / expected[often]).sum()
+    freedom = int(often.sum()) - 1
+    return float((chi2 - freedom) / (2 * freedom) ** 0.5)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.5])
+def test_first_tokens_follow_the_softmax_of_the_logits(model, tokenizer, temperature):
+    """Forgetting the temperature in the sampler, or applying it twice, is many standard deviations away."""
+    prompt = prompts_of([6])[0]
+    use_attention(model, "generate")
+    logits = model(torch.tensor([prompt.ids])).logits[0, -1].double().detach()
+    use_attention(model, "train")
+    (group,) = sample(model, tokenizer, [prompt], group_size=4000, temperature=temperature, max_new_tokens=1)
+    counts = torch.bincount(torch.tensor([ids[0] for ids in group.responses]), minlength=len(logits)).double()
+    assert deviation(counts, F.softmax(logits / temperature, -1)) < 4
+    wrong = 1.0 if temperature != 1.0 else 0.8
+    assert deviation(counts, F.softmax(logits / wrong, -1)) > 12
+
+
+def test_second_tokens_follow_the_softmax_after_the_first(model, tokenizer):
+    """The same with the KV cache in use: over pairs of tokens, p(first) p(second | first)."""
+    prompt, temperature = prompts_of([6])[0], 0.5
+    (group,) = sample(model, tokenizer, [prompt], group_size=4000, temperature=temperature, max_new_tokens=2)
+    firsts, counts = torch.tensor([ids[0] for ids in group.responses]).unique(return_counts=True)
+    first = firsts[counts.argmax()].item()
+    seconds = torch.tensor([ids[1] for ids in group.responses if ids[0] == first])
+    use_attention(model, "generate")
+    logits = model(torch.tensor([[*prompt.ids, first]])).logits[0, -1].double().detach()
+    use_attention(model, "train")
+    assert len(seconds) > 300
+    counts = torch.bincount(seconds, minlength=len(logits)).double()
+    assert deviation(counts, F.softmax(logits / temperature, -1)) < 4
+
+
+def test_samples_depend_on_their_own_seed_only(model, tokenizer, many_stops):
+    prompts, settings = prompts_of(LENGTHS), dict(group_size=4, temperature=1.0)
+    expected = {g.prompt.id: g.responses for g in sample(model, tokenizer, prompts, **settings)}
+    variants = {
+        "another batch size": sample(model, tokenizer, prompts, **settings | {"batch_size": 9}),
+        "another order": sample(model, tokenizer, prompts[::-1], **settings),
+        "other company": sample(model, tokenizer, prompts[3:5] + prompts_of([40, 3], seed=9)[:1], **settings)[:2],
+        "alone": sample(model, tokenizer, prompts[5:6], **settings),
+    }
+    for name, groups in variants.items():
+        for group in groups:
+            assert group.responses == expected[group.prompt.id], name
+
+
+def test_another_seed_gives_other_samples_and_copies_differ(model, tokenizer):
+    ids = prompts_of([6])[0].ids
+    first, second = sample(
+        model, tokenizer, [Prompt("a", ids, 1), Prompt("b", ids, 2)], group_size=8, temperature=1.0
+    )  # fmt: skip
+    texts = [tuple(response) for group in (first, second) for response in group.responses]
+    assert len(set(texts)) == 16
+
+
+def test_long_samples_do_not_repeat_their_random_numbers(model):
+    """Numbers come in blocks of 64 tokens; each block must be new."""
+    blocks = rollout._uniform_blocks([Prompt("a", [1], 7)], 2, CPU)
+    numbers = torch.stack([next(blocks) for _ in range(200)])
+    assert numbers.dtype == torch.float64 and numbers.shape == (200, 2)
+    assert len(numbers.unique()) == 400
+
+
+def test_generation_config_does_not_leak_into_samples(model, tokenizer):
+    """transformers' generate() obeys top_k = 1 even where the caller asks to sample: all completions would be equal."""
+    settings = dict(group_size=6, temperature=1.0)
+    clean = sample(model, tokenizer, prompts_of(LENGTHS), **settings)
+    leaky = dict(top_k=1, top_p=0.1, repetition_penalty=5.0, temperature=0.1, max_new_tokens=2, eos_token_id=[7])
+    saved = {name: getattr(model.generation_config, name) for name in leaky}
+    try:
+        for name, value in leaky.items():
+            setattr(model.generation_config, name, value)
+        coloured = sample(model, tokenizer, prompts_of(LENGTHS), **settings)
+    finally:
+        for name, value in saved.items():
+            setattr(model.generation_config, name, value)
+    assert coloured == clean
+
+
+# ------------------------------------------------------------------------------------- log-probs, stop tokens, texts
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.0])
+def test_sampler_and_trainer_agree_on_log_probs(model, tokenizer, many_stops, temperature):
+    """If the temperature is forgotten on one side, ratios start far from 1 and nothing crashes."""
+    groups = sample(model, tokenizer, prompts_of(LENGTHS), group_size=3, temperature=temperature, batch_size=12)
+    packed = pack([(group.prompt.ids, group.responses) for group in groups], CPU)
+    sampler = torch.tensor([x for group in groups for row in group.logprobs for x in row])
+    with torch.no_grad():
+        assert_close(sampler, token_logprobs(model, packed, temperature)[0], atol=1e-4, rtol=1e-4)
+        wrong = token_logprobs(model, packed, temperature + 0.3)[0]
+    assert (sampler - wrong).abs().mean() > 0.05
+
+
+def test_a_stop_token_ends_a_response_and_stays_in_it(model, tokenizer, many_stops):
+    """The end token is a decision of the policy: without it in the loss, the policy never learns to stop."""
+    groups = sample(model, tokenizer, prompts_of(LENGTHS), group_size=6, temperature=1.0, max_new_tokens=7)
+    rows = [row for group in groups for row in zip(group.responses, group.truncated, group.texts, group.logprobs)]
+    for ids, truncated, text, logprobs in rows:
+        assert 1 <= len(ids) <= 7 and len(logprobs) == len(ids)
+        assert not set(ids[:-1]) & set(many_stops), "nothing follows a stop token"
+        assert truncated == (ids[-1] not in many_stops)
+        assert len(ids) == 7 or not truncated
+        body = ids if truncated else ids[:-1]
+        assert text == tokenizer.decode(body, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    assert {truncated for _, truncated, _, _ in rows} == {True, False}
+
+
+def test_a_stop_token_at_the_limit_is_no_truncation(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(rollout, "stop_ids", lambda _: list(range(len(tokenizer))))
+    (group,) = sample(model, tokenizer, prompts_of([5]), max_new_tokens=1)
+    assert group.truncated == [False] and group.texts == [""] and len(group.responses[0]) == 1
+
+
+def test_no_prompts_no_groups(model, tokenizer):
+    assert sample(model, tokenizer, []) == []
+
+
+# ----------------------------------------------------------------------------------------------------------- seeds
+
+
+def test_prompt_seeds_never_change():
+    """Golden values: a run is repeatable years later only if these stay."""
+    golden = {
+        (0, 0, 0): 2558736989570252433,
+        (0, 1, 0): 1482366174331975417,
+        (1, 0, 0): 3569668903477806787,
+        (0, 0, 1): 4764156602392020899,
+        (7, 80, 1023): 56531638041132248,
+        (0, 3, -1): 3489783273225737375,
+    }
+    assert {key: prompt_seed(*key) for key in golden} == golden
+
+
+def test_prompt_seeds_are_distinct():
+    """Neither neighbours nor swapped numbers may share their random numbers."""
+    seeds = {prompt_seed(*key) for key in ((s, t, i) for s in range(12) for t in range(12) for i in range(-1, 12))}
+    assert len(seeds) == 12 * 12 * 13
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    generators = [torch.Generator().manual_seed(seed) for seed in sorted(seeds)[:50]]
+    assert len({torch.rand(1, generator=g).item() for g in generators}) == 50
+
+
+# ----------------------------------------------------------------------------------------------------- predictions
+
+
+@pytest.fixture(scope="module")
+def exported(model, tokenizer, tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("model")
+    export(model, tokenizer, folder)
+    return str(folder)
+
+
+CASES = [
+    Case(f"c{i}", "simple" if i % 2 else "multiple", [{"role": "user", "content": "weather " * (i + 1)}], [])
+    for i in range(5)
+]
+
+
+def predict(exported, cases, path, **settings) -> list[dict]:
+    settings = dict(template=TEMPLATE, max_prompt_tokens=500, max_new_tokens=6, batch_size=2) | settings
+    write_predictions(exported, cases, path, **settings)
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def without_latency(rows: list[dict]) -> dict:
+    return {row["id"]: {key: value for key, value in row.items() if key != "latency"} for row in rows}
+
+
+def test_predictions_are_greedy_replies_one_line_each(exported, model, tokenizer, tmp_path):
+    rows = predict(exported, CASES, tmp_path / "new" / "predictions.jsonl")
+    assert [row["id"] for row in sorted(rows, key=lambda row: row["id"])] == [case.id for case in CASES]
+    by_id = {row["id"]: row for row in rows}
+    for case in CASES:
+        ids = encode_prompt(tokenizer, case.messages, case.tools, TEMPLATE)
+        reply = plain_greedy(model.eval(), ids, stop_ids(tokenizer), 6)
+        row = by_id[case.id]
+        assert (row["category"], row["input_tokens"], row["output_tokens"]) == (case.category, len(ids), len(reply))
+        assert row["output"] == rollout.decode_reply(tokenizer, reply, stop_ids(tokenizer)) and row["latency"] > 0
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(exported, tmp_path, monkeypatch):
+    path = tmp_path / "predictions.jsonl"
+    whole = predict(exported, CASES, path)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:2]) + lines[2][:17])  # killed in the middle of the third line
+    done = []
+    monkeypatch.setattr(rollout, "decode", lambda *args: done.append(len(args[1])) or decode(*args))
+    again = predict(exported, CASES, path)
+    assert without_latency(again) == without_latency(whole) and len(again) == len(whole)
+    assert path.read_bytes().startswith(b"".join(lines[:2])), "what was there is not touched"
+    assert sum(done) == 3, "only the missing cases are generated"
+
+
+def test_a_kill_inside_a_character_does_not_stop_the_next_start(exported, tmp_path):
+    """Replies are written as UTF-8, so a line can break off between the bytes of one letter."""
+    path = tmp_path / "predictions.jsonl"
+    row = {"id": "c0", "category": "multiple", "output": "東", "input_tokens": 1, "output_tokens": 1, "latency": 1.0}
+    line = json.dumps(row, ensure_ascii=False).encode()
+    path.write_bytes(line[: line.index("東".encode()) + 1])
+    assert len(predict(exported, CASES[:1], path)) == 1
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u0085", "\u001c"])
+def test_unusual_line_ends_in_a_reply_do_not_stop_the_next_start(exported, tmp_path, character):
+    """str.splitlines() also cuts at U+2028 and U+0085, which JSON leaves as they are, and half a line is no JSON."""
+    path = tmp_path / "predictions.jsonl"
+    row = {"id": "c0", "category": "multiple", "output": character, "input_tokens": 1, "output_tokens": 1}
+    path.write_text(json.dumps(row | {"latency": 1.0}, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert [row["id"] for row in predict(exported, CASES[:2], path)] == ["c0", "c1"]
+
+
+def test_a_finished_evaluation_loads_no_model(exported, tmp_path, capsys):
+    path = tmp_path / "predictions.jsonl"
+    rows = predict(exported, CASES, path)
+    assert predict("/no/such/model", CASES, path) == rows
+    assert "all 5 cases are there already" in capsys.readouterr().out
+
+
+def test_an_id_that_occurs_twice_is_answered_twice(exported, tmp_path):
+    """BFCL v3 has one id twice; a set of finished ids would lose the second case."""
+    path = tmp_path / "predictions.jsonl"
+    assert len(predict(exported, [CASES[0], CASES[0]], path)) == 2
+    assert len(predict(exported, [CASES[0], CASES[0]], path)) == 2
+    other = Case("c0", "other", CASES[0].messages, [])
+    assert len(predict(exported, [CASES[0], CASES[0], other], path)) == 3, "the same id in another category is another"
+
+
+def test_prompts_beyond_the_limit_are_skipped_and_say_so(exported, tokenizer, tmp_path):
+    lengths = [len(encode_prompt(tokenizer, case.messages, case.tools, TEMPLATE)) for case in CASES]
+    rows = predict(exported, CASES, tmp_path / "p.jsonl", max_prompt_tokens=sorted(lengths)[2])
+    by_id = {row["id"]: row for row in rows}
+    for case, length in zip(CASES, lengths):
+        row, skipped = by_id[case.id], length > sorted(lengths)[2]
+        assert row.get("skipped") == ("prompt_too_long" if skipped else None)
+        assert not skipped or (row["output"], row["output_tokens"]) == ("", 0)
+    assert sum("skipped" in row for row in rows) == 2
+
+
+def test_evaluate_counts_hits_by_kind(model, tokenizer, monkeypatch):
+    """The slow version: hits and cases counted by hand, over two ranks whose sums are added."""
+    from types import SimpleNamespace
+
+    from data import Tokenized, example_kind
+    from synthetic import synthetic
+
+    examples = [Tokenized(e, encode_prompt(tokenizer, e.messages, e.tools, TEMPLATE)) for e in synthetic(11, 0)]
+    hit = lambda text, answer: SimpleNamespace(total=float(len(answer) == 1))  # noqa: E731
+    monkeypatch.setattr(rollout, "score", hit)
+    config = SimpleNamespace(max_response_tokens=2, rollout_batch_size=4)
+    sums = []
+    for rank in range(2):
+        ranks = SimpleNamespace(rank=rank, world=2, sum=lambda values: sums.append(list(values)) or sums[-1])
+        rollout.evaluate(model, tokenizer, examples, config, ranks, "test")
+    ranks = SimpleNamespace(rank=0, world=2, sum=lambda values: list(values) and [a + b for a, b in zip(*sums[:2])])
+    entries = rollout.evaluate(model, tokenizer, examples, config, ranks, "test")
+    assert entries["test/n"] == 11
+    assert entries["test/accuracy"] == pytest.approx(sum(len(t.example.answer) == 1 for t in examples) / 11)
+    for kind in {example_kind(t.example) for t in examples}:
+        own = [t for t in examples if example_kind(t.example) == kind]
+        assert entries[f"test/n_{kind}"] == len(own)
+        assert entries[f"test/accuracy_{kind}"] == float(kind in ("single", "choice"))

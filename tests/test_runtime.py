@@ -1,0 +1,400 @@
+"""runtime.py: one config with clear precedence, run directories that cannot be lost by accident, data order by step."""
+
+import dataclasses
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from runtime import (
+    Config,
+    ConfigError,
+    Ranks,
+    append_jsonl,
+    batch_for_step,
+    cut_log,
+    latest_checkpoint,
+    load_config,
+    open_run,
+    read_jsonl,
+    whole_folder,
+)
+
+ROOT = Path(__file__).parents[1]
+
+
+class OneRank(Ranks):
+    """A single process without a process group: what is gathered is the item itself."""
+
+    def gather(self, item):
+        return [item]
+
+
+ONE = OneRank(0, 1, torch.device("cpu"))
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def refusal(arguments: list[str]) -> str:
+    """The one sentence with which these arguments are refused."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------- config
+
+
+def test_default_then_yaml_then_command_line(tmp_path):
+    config = write(tmp_path / "c.yaml", "group_size: 6\nlr: 1e-5\n")
+    assert load_config([]).group_size == Config().group_size == 5
+    assert load_config(["--config", config]).group_size == 6
+    for arguments in (["--config", config, "--group_size", "7"], ["--group_size=7", "--config", config]):
+        loaded = load_config(arguments)
+        assert (loaded.group_size, loaded.lr) == (7, 1e-5), "--key value wins wherever it stands"
+
+
+def test_a_later_file_wins_over_an_earlier_one(tmp_path):
+    files = [write(tmp_path / f"{i}.yaml", f"seed: {i}\n" + "lr: 0.5\n" * (i == 1)) for i in (1, 2)]
+    loaded = load_config(["--config", files[0], "--config", files[1]])
+    assert (loaded.seed, loaded.lr) == (2, 0.5)
+
+
+def test_base_is_relative_to_the_file_that_names_it(tmp_path, monkeypatch):
+    (tmp_path / "configs" / "more").mkdir(parents=True)
+    write(tmp_path / "configs" / "root.yaml", "seed: 1\nlr: 0.1\nsteps: 3\n")
+    write(tmp_path / "configs" / "middle.yaml", "base: root.yaml\nseed: 2\nlr: 0.2\n")
+    leaf = write(tmp_path / "configs" / "more" / "leaf.yaml", "base: ../middle.yaml\nseed: 3\n")
+    monkeypatch.chdir(tmp_path / "configs")
+    loaded = load_config(["--config", leaf])
+    assert (loaded.seed, loaded.lr, loaded.steps) == (3, 0.2, 3)
+
+
+def test_every_config_of_the_repository_loads():
+    paths = sorted((ROOT / "configs").glob("*.yaml"))
+    assert paths
+    for path in paths:
+        assert isinstance(load_config(["--config", str(path)]), Config)
+
+
+def test_what_was_saved_loads_again(tmp_path):
+    config = load_config(["--run_dir", str(tmp_path / "run"), "--lr", "1e-6", "--data", "a b.json", "--overwrite"])
+    open_run(config, ONE)
+    saved = load_config(["--config", str(tmp_path / "run" / "config.yaml")])
+    assert saved == dataclasses.replace(config, overwrite=False)
+    assert not saved.overwrite, "starting from this file must not delete the run"
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("true", True), ("True", True), ("1", True), ("false", False), ("False", False), ("0", False)],
+)
+def test_bools(value, expected, tmp_path):
+    assert load_config(["--shuffle_rewards", value]).shuffle_rewards is expected
+    config = write(tmp_path / "c.yaml", f"shuffle_rewards: {value}\n")
+    assert load_config(["--config", config]).shuffle_rewards is expected
+
+
+def test_a_flag_without_a_value_is_true():
+    loaded = load_config(["--overwrite", "--seed", "3"])
+    assert loaded.overwrite is True and loaded.seed == 3
+
+
+@pytest.mark.parametrize("text", ["1e-6", "1.0e-6", "0.000001", "'1e-6'"])
+def test_floats_of_any_spelling(text, tmp_path):
+    """YAML reads 1e-6, without a dot, as a string."""
+    config = write(tmp_path / "c.yaml", f"lr: {text}\n")
+    loaded = load_config(["--config", config])
+    assert loaded.lr == 1e-6 and isinstance(loaded.lr, float)
+
+
+def test_every_value_has_the_type_of_its_default(tmp_path):
+    config = write(tmp_path / "c.yaml", "steps: '12'\nkl_coef: 0\nrun_dir: 7\nprompts_per_step: 512.0\n")
+    loaded = load_config(["--config", config])
+    for field in dataclasses.fields(Config):
+        assert type(getattr(loaded, field.name)) is type(field.default), field.name
+    assert (loaded.steps, loaded.run_dir, loaded.prompts_per_step) == (12, "7", 512)
+
+
+@pytest.mark.parametrize("value", ["-5", "1.5", "abc", "", "nan", "inf", "true"])
+def test_wrong_numbers_are_refused(value):
+    message = refusal(["--steps", value])
+    assert "steps" in message and (value in message)
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ("steps: true", "int"), ("steps: 1.5", "int"), ("steps: abc", "int"), ("steps: [1]", "int"), ("steps:", "int"),
+        ("lr: true", "float"), ("lr: fast", "float"), ("lr: {a: 1}", "float"),
+        ("overwrite: 2", "bool"), ("overwrite: ja", "bool"), ("overwrite: [true]", "bool"),
+        ("model: [a, b]", "str"), ("data:", "str"),
+    ],
+)  # fmt: skip
+def test_wrong_types_in_yaml_are_refused(line, kind, tmp_path):
+    message = refusal(["--config", write(tmp_path / "c.yaml", line + "\n")])
+    assert message.startswith(f"{line.partition(':')[0]} must be a {kind}, not ")
+
+
+def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path):
+    assert refusal(["--learning_rte", "1"]) == "unknown setting 'learning_rte'"
+    assert refusal(["--groupsize", "4"]) == "unknown setting 'groupsize'; did you mean 'group_size'?"
+    config = write(tmp_path / "c.yaml", "temprature: 1\n")
+    assert refusal(["--config", config]) == "unknown setting 'temprature'; did you mean 'temperature'?"
+
+
+def test_stray_words_are_refused():
+    assert "'tiny.yaml'" in refusal(["tiny.yaml"])
+    assert "'4'" in refusal(["--group_size", "3", "4"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("group_size=1", "group_size must be at least 2"),
+        ("group_size=0", "group_size must be greater than 0"),
+        ("prompts_per_step=10 minibatch_prompts=4", "prompts_per_step (10) must be a multiple of minibatch_prompts (4)"),
+        ("minibatch_prompts=0", "minibatch_prompts must be greater than 0"),
+        ("temperature=0", "temperature must be greater than 0"),
+        ("temperature=nan", "temperature"),
+        ("max_response_tokens=0", "max_response_tokens must be greater than 0"),
+        ("max_tokens_per_micro_batch=-1", "max_tokens_per_micro_batch must be greater than 0"),
+        ("lr=-1e-6", "lr must not be negative"),
+        ("lr=nan", "lr must not be negative"),
+        ("kl_coef=-1", "kl_coef must not be negative"),
+        ("steps=-1", "steps must not be negative"),
+        ("test_share=1", "test_share must be from 0 to below 1"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, words):
+    pairs = [pair.split("=") for pair in settings.split()]
+    assert words in refusal([word for key, value in pairs for word in (f"--{key}", value)])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("seed: 1\nlr: [1\nsteps: 2\n", "(line 3)"),
+        ("seed: 1\n\tlr: 2\n", "(line 2)"),
+        ("- seed\n", "must hold `key: value` lines"),
+        ("", "must hold `key: value` lines"),
+        ("base: nowhere.yaml\n", "cannot read"),
+    ],
+)
+def test_broken_yaml_is_one_sentence(text, words, tmp_path):
+    message = refusal(["--config", write(tmp_path / "broken.yaml", text)])
+    assert words in message and str(tmp_path) in message
+
+
+def test_an_unreadable_config_file_is_one_sentence(tmp_path):
+    assert "missing.yaml" in refusal(["--config", str(tmp_path / "missing.yaml")])
+    assert str(tmp_path) in refusal(["--config", str(tmp_path)])
+    (tmp_path / "latin.yaml").write_bytes("run_dir: läufe\n".encode("latin-1"))
+    assert "latin.yaml" in refusal(["--config", str(tmp_path / "latin.yaml")])
+
+
+# --------------------------------------------------------------------------------------------------- run directory
+
+
+def opened(path: Path, **settings) -> Path:
+    return open_run(Config(run_dir=str(path), **settings), ONE)
+
+
+def refused(path: Path, **settings) -> str:
+    before = sorted((p, p.read_bytes()) for p in path.rglob("*") if p.is_file()) if path.is_dir() else None
+    with pytest.raises(ConfigError) as caught:
+        opened(path, **settings)
+    if before is not None:
+        after = sorted((p, p.read_bytes()) for p in path.rglob("*") if p.is_file())
+        assert after == before, "a refusal touches nothing"
+    return str(caught.value)
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A run directory with a checkpoint."""
+    path = opened(tmp_path / "run")
+    (path / "step_2").mkdir()
+    write(path / "step_2" / "state.json", '{"step": 2}')
+    write(path / "latest", "step_2")
+    write(path / "log.jsonl", '{"step": 1}\n')
+    return path
+
+
+def test_a_new_run_explains_itself(tmp_path):
+    path = opened(tmp_path / "a" / "run", seed=3)
+    assert yaml.safe_load((path / "config.yaml").read_text())["seed"] == 3
+    assert (path / "git.txt").read_text().startswith(("commit ", "no git repository"))
+    (tmp_path / "empty").mkdir()
+    opened(tmp_path / "empty")
+
+
+def test_an_existing_run_is_refused(run):
+    message = refused(run)
+    assert "--resume true" in message and "--overwrite true" in message and str(run) in message
+
+
+def test_resume_needs_something_to_resume(run, tmp_path):
+    assert "nothing to resume" in refused(tmp_path / "new", resume=True)
+    assert not (tmp_path / "new").exists()
+    (run / "latest").unlink()
+    assert "nothing to resume" in refused(run, resume=True)
+    (run / "warmup").mkdir()
+    assert opened(run, resume=True) == run, "a run that was stopped during its warm-up"
+
+
+def test_resume_keeps_everything(run):
+    opened(run, resume=True)
+    assert (run / "log.jsonl").read_text() == '{"step": 1}\n'
+    assert latest_checkpoint(run) == (run / "step_2", {"step": 2})
+
+
+def test_overwrite_deletes_the_old_run(run):
+    opened(run, overwrite=True)
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "git.txt"]
+
+
+def test_resume_wins_over_overwrite(run):
+    opened(run, resume=True, overwrite=True)
+    assert (run / "step_2").exists()
+
+
+def test_a_folder_that_is_no_run_is_never_deleted(tmp_path):
+    """--run_dir ~ --overwrite true must not be the end of a home directory."""
+    write(tmp_path / "thesis.tex", "years of work")
+    assert "not a run directory" in refused(tmp_path, overwrite=True)
+
+
+def test_a_file_in_the_place_of_the_run_directory(tmp_path):
+    write(tmp_path / "run", "a file")
+    for settings in ({}, {"overwrite": True}, {"resume": True}):
+        assert str(tmp_path / "run") in refused(tmp_path / "run", **settings)
+    assert (tmp_path / "run").read_text() == "a file"
+
+
+# --------------------------------------------------------------------------------------------------- data by step
+
+
+def slow_batches(count: int, size: int, seed: int, steps: int) -> list[list[int]]:
+    """All batches from the start: the passes one after the other, cut into pieces."""
+    line = []
+    while len(line) < steps * size:
+        line += [batch_for_step(count, place, 1, seed)[0] for place in range(len(line), len(line) + count)]
+    return [line[i * size : (i + 1) * size] for i in range(steps)]
+
+
+@pytest.mark.parametrize(("count", "size"), [(10, 4), (10, 10), (3, 8), (1, 3), (7, 1)])
+def test_every_example_comes_once_per_pass(count, size):
+    batches = [batch_for_step(count, step, size, 0) for step in range(count)]  # `size` whole passes
+    assert batches == slow_batches(count, size, 0, count)
+    line = [index for batch in batches for index in batch]
+    for start in range(0, len(line), count):
+        assert sorted(line[start : start + count]) == list(range(count))
+
+
+def test_a_batch_spans_two_passes():
+    first, second, third = (batch_for_step(10, step, 4, 0) for step in range(3))
+    assert len(third) == 4 and set(third[:2]) == set(range(10)) - set(first) - set(second)
+
+
+def test_the_order_depends_on_seed_and_pass_alone():
+    """Resume computes the order of step 5 without the steps before it."""
+    torch.manual_seed(0)
+    one = batch_for_step(100, 5, 16, seed=1)
+    torch.manual_seed(1)
+    assert batch_for_step(100, 5, 16, seed=1) == one
+    assert batch_for_step(100, 5, 16, seed=2) != one
+    passes = [tuple(batch_for_step(16, step, 16, seed=1)) for step in range(20)]
+    assert len(set(passes)) == 20, "a fresh shuffle per pass"
+    firsts = Counter(batch_for_step(4, step, 4, seed=0)[0] for step in range(400))
+    assert all(60 < firsts[index] < 140 for index in range(4)), "no example is always first"
+
+
+# --------------------------------------------------------------------------------------------- log and checkpoints
+
+
+def test_cut_log_drops_the_steps_that_will_be_done_again(tmp_path):
+    path = tmp_path / "log.jsonl"
+    rows = [{"step": step, "text": f"ü{step}"} for step in (0, 1, 2, 2, 3, 4)]
+    append_jsonl(path, rows[:3])
+    append_jsonl(path, rows[3:])
+    assert read_jsonl(path) == rows
+    cut_log(path, 2)
+    assert read_jsonl(path) == [row for row in rows if row["step"] <= 2]
+    cut_log(tmp_path / "missing.jsonl", 2)
+    assert read_jsonl(tmp_path / "missing.jsonl") == []
+
+
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\u0085", "\u000b", "\n", "\r"])
+def test_unusual_line_ends_in_a_completion_survive(character, tmp_path):
+    """str.splitlines() also cuts at U+2028 and U+0085: a run whose samples contain one could not be resumed."""
+    rows = [{"step": 1, "completion": f"a{character}b"}, {"step": 2, "completion": ""}]
+    append_jsonl(tmp_path / "samples.jsonl", rows)
+    assert read_jsonl(tmp_path / "samples.jsonl") == rows
+    cut_log(tmp_path / "samples.jsonl", 1)
+    assert read_jsonl(tmp_path / "samples.jsonl") == rows[:1]
+
+
+def test_a_log_that_broke_off_in_the_middle_of_a_line_can_be_resumed(tmp_path):
+    """Power cut, full disk or SIGKILL: the broken line belongs to a step that will be done again."""
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "rew')
+    cut_log(path, 1)
+    append_jsonl(path, [{"step": 2}])
+    assert read_jsonl(path) == [{"step": 1}, {"step": 2}]
+
+
+def test_a_whole_folder_appears_at_once(tmp_path):
+    target = tmp_path / "step_3"
+    with whole_folder(target) as folder:
+        write(folder / "a", "new")
+        assert not target.exists()
+    assert (target / "a").read_text() == "new" and os.listdir(tmp_path) == ["step_3"]
+
+
+def test_a_folder_that_fails_half_way_leaves_the_old_one(tmp_path):
+    """Disk full while a checkpoint is written: the one before must still be whole, and the next attempt starts clean."""
+    target = tmp_path / "model"
+    with whole_folder(target) as folder:
+        write(folder / "a", "old")
+    with pytest.raises(OSError, match="disk full"), whole_folder(target) as folder:
+        write(folder / "a", "half")
+        write(folder / "b", "half")
+        raise OSError("disk full")
+    assert {p.name: p.read_text() for p in target.iterdir()} == {"a": "old"}
+    with whole_folder(target) as folder:
+        assert not any(folder.iterdir())
+        write(folder / "a", "new")
+    assert {p.name: p.read_text() for p in target.iterdir()} == {"a": "new"} and os.listdir(tmp_path) == ["model"]
+
+
+def test_the_latest_checkpoint_is_what_the_pointer_says(run, tmp_path):
+    """A folder of a later step without the pointer may be one whose writing was cut off."""
+    (run / "step_9.tmp").mkdir()
+    (run / "step_8").mkdir()
+    assert latest_checkpoint(run)[0].name == "step_2"
+    assert latest_checkpoint(tmp_path / "nothing") is None
+
+
+def test_checkpoints_beyond_the_newest_are_deleted(tmp_path):
+    from model import build_tiny_model, build_tiny_tokenizer
+    from runtime import save_checkpoint
+
+    tokenizer = build_tiny_tokenizer([], 300)
+    policy = build_tiny_model(tokenizer, 16, 1, 0)
+    optimizer = torch.optim.AdamW(policy.parameters())
+    for step in (8, 9, 10, 11):
+        save_checkpoint(tmp_path, {"step": step, "seconds": 1.5}, policy, tokenizer, optimizer, ONE, keep=2)
+        assert latest_checkpoint(tmp_path) == (tmp_path / f"step_{step}", {"step": step, "seconds": 1.5})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step_10", "step_11"], "10 is after 9"
+    names = {path.name for path in (tmp_path / "step_11").iterdir()}
+    assert {"model.safetensors", "tokenizer.json", "optimizer.pt", "state.json"} <= names
+    assert json.loads((tmp_path / "step_11" / "state.json").read_text())["step"] == 11
