@@ -316,7 +316,9 @@ def load_splits(config) -> Splits:
         train = [example for example in train if example.id.split("#")[0] not in apart]
     if not train:
         raise DataError(f"data: {config.data} leaves no example to train on; run: python data.py inspect FILE")
-    return Splits(train, {"held_out": held_out[: config.eval_cases]} if held_out else {})
+    # A random part of them, or only the first file's would be evaluated.
+    held_out = random.Random(f"{config.seed}/cases").sample(held_out, min(config.eval_cases, len(held_out)))
+    return Splits(train, {"held_out": held_out} if held_out else {})
 
 
 def load_files(paths: str) -> list[Example]:

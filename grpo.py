@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=8 grpo.py --config configs/qwen2.5-1.5b.yaml --data xlam.json,toolace.json
     python grpo.py --config configs/tiny.yaml                      the demo: a model from nothing, on a laptop's CPU
     python grpo.py --config runs/demo/config.yaml --resume true    go on after an interruption
-    python grpo.py --export runs/demo/step_80 OUT                  a checkpoint as a bf16 Hugging Face folder
+    python grpo.py --export runs/demo/step_140 OUT                 a checkpoint as a bf16 Hugging Face folder
 
 Source: Tool-N1 (arXiv 2505.00024); GRPO from DeepSeekMath (arXiv 2402.03300). Letters: P prompts, G completions per
 prompt, N response tokens of a micro-batch.
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from config import Config, ConfigError, load_config
 from data import KINDS, DataError, Tokenized, load_splits, tokenize_splits
 from model import (
     ModelError,
@@ -40,8 +41,6 @@ from reward import REWARDS, Reward, score
 from rollout import Group, Prompt, evaluate, prompt_seed, rollout_metrics, sample_groups, sample_rows
 from runtime import (
     Clock,
-    Config,
-    ConfigError,
     Interrupted,
     Ranks,
     StopFlag,
@@ -49,7 +48,6 @@ from runtime import (
     batch_for_step,
     cut_log,
     latest_checkpoint,
-    load_config,
     open_run,
     read_jsonl,
     run_script,
@@ -58,6 +56,8 @@ from runtime import (
     whole_folder,
 )  # fmt: skip
 from sft import warm_up
+
+MAX_FAILED_STEPS = 5  # so many steps in a row without a finite gradient end the run
 
 # ------------------------------------------------------------------------------------------------------ the maths
 
@@ -114,10 +114,10 @@ def shuffled(rewards: Tensor, config: Config, step: int, ranks: Ranks) -> Tensor
 
     The negative control: the same rewards, but telling nothing about the completion that they stand beside.
     """
-    everything = torch.cat(ranks.gather(rewards))
+    everything = torch.stack(ranks.gather(rewards), 1).flatten(0, 1)  # in the order of the batch: ranks take turns
     generator = torch.Generator().manual_seed(prompt_seed(config.seed, step, -1))
     mixed = everything.flatten()[torch.randperm(everything.numel(), generator=generator)].view_as(everything)
-    return mixed[ranks.rank * len(rewards) : (ranks.rank + 1) * len(rewards)]
+    return mixed[ranks.rank :: ranks.world]
 
 
 def make_minibatches(
@@ -234,13 +234,13 @@ class Run:
     optimizer: torch.optim.Optimizer
     train: Sequence[Tokenized]
     held_out: dict[str, Sequence[Tokenized]]
-    state: dict  # step, seconds, flops, best accuracy: saved with every checkpoint
+    state: dict  # step, seconds, flops: saved with every checkpoint
+    began: float  # time.perf_counter() at the start, moved back by the seconds of the parts before a resume
 
 
 def train(run: Run) -> None:
     """Collective. The training loop, from the step after run.state["step"] to the last."""
     config, ranks, state = run.config, run.ranks, run.state
-    began = time.perf_counter() - state["seconds"]
     bar = tqdm(total=total_steps(config, len(run.train)), initial=state["step"], desc="GRPO", disable=not ranks.main)
     for step in range(state["step"] + 1, bar.total + 1):
         clock = Clock()
@@ -251,7 +251,7 @@ def train(run: Run) -> None:
         with clock("rollout"):
             groups = sample_groups(
                 run.policy, run.tokenizer, prompts, group_size=config.group_size, temperature=config.temperature,
-                max_new_tokens=config.max_response_tokens, batch_size=config.rollout_batch_size,
+                max_new_tokens=config.max_response_tokens, batch_size=config.rollout_batch_size, progress=ranks.main,
             )  # fmt: skip
         with clock("reward"):
             scores = score_groups(groups, items, config)
@@ -264,9 +264,12 @@ def train(run: Run) -> None:
             fixed_logprobs(run.policy, run.reference, minibatches, config)
         with clock("update"):
             metrics = update_policy(run.policy, run.optimizer, minibatches, config, ranks)
+        run.state["failed"] = 0 if metrics["updates"] else run.state.get("failed", 0) + 1
+        if run.state["failed"] == MAX_FAILED_STEPS:
+            raise ConfigError(f"steps {step - MAX_FAILED_STEPS + 1} to {step} had NaN or infinite gradients only; lower lr")
         metrics |= rollout_metrics(groups, scores, ranks) | sampler_difference(groups, minibatches, ranks)
         tokens, flops = model_flops(groups, count_parameters(run.policy), config, ranks)
-        state |= {"step": step, "flops": state["flops"] + flops, "seconds": time.perf_counter() - began}
+        state |= {"step": step, "flops": state["flops"] + flops}
         metrics |= {"num_tokens": tokens} | {f"time/{phase}_s": s for phase, s in clock.seconds.items()}
         rows = sample_rows(step, groups, scores, advantages, config.log_samples, ranks)
         finish_step(run, metrics, rows, step == bar.total)
@@ -280,6 +283,7 @@ def finish_step(run: Run, metrics: dict[str, float], rows: list[dict], last: boo
     config, step = run.config, run.state["step"]
     if last or (config.eval_every and step % config.eval_every == 0):
         metrics = metrics | evaluate_all(run)
+    run.state["seconds"] = time.perf_counter() - run.began
     if run.ranks.main:
         epoch = step * config.prompts_per_step / len(run.train)
         record = {"step": step, "epoch": round(epoch, 4), "learning_rate": config.lr, **metrics}
@@ -309,14 +313,15 @@ def total_steps(config: Config, examples: int) -> int:
 
 def set_up(config: Config, ranks: Ranks) -> Run:
     """Collective. Data, start model, policy, frozen reference and optimizer; or all of it from a checkpoint."""
+    began = time.perf_counter()
     template, splits = load_template(config.prompt_template), load_splits(config)
+    if config.model != "tiny":  # before an old run is replaced
+        check_tokenizer(load_tokenizer(config.model), template)
     folder, stop = open_run(config, ranks), StopFlag()
     if ranks.main:
         print(f"run: {folder} · {ranks.world} process(es) on {ranks.device} · attention: {attention_backend(ranks.device)}")
-    state = {"step": 0, "seconds": 0.0, "flops": 0.0}
-    began = time.perf_counter()
+    earlier = latest_checkpoint(folder / "warmup")  # of a warm-up before a resume
     start = warm_up(config, splits, template, ranks, stop)
-    state["seconds"] = time.perf_counter() - began
     checkpoint = latest_checkpoint(folder)
     tokenizer = load_tokenizer(start)
     check_tokenizer(tokenizer, template)
@@ -329,14 +334,19 @@ def set_up(config: Config, ranks: Ranks) -> Run:
     reference = load_model(start, ranks.device).requires_grad_(False).eval() if config.kl_coef else None
     policy.train()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    state = {"step": 0, "seconds": earlier[1]["seconds"] if earlier else 0.0, "flops": 0.0}
     if checkpoint:
         state = checkpoint[1]
         optimizer.load_state_dict(torch.load(checkpoint[0] / "optimizer.pt", weights_only=True, map_location="cpu"))
-        for name in ("log.jsonl", "samples.jsonl") if ranks.main else ():
-            cut_log(folder / name, state["step"])
+        for group in optimizer.param_groups:  # the checkpoint's rates came along, but the config of now counts
+            group["lr"], group["weight_decay"] = config.lr, config.weight_decay
+    if ranks.main:  # steps after the checkpoint are done again; without one, all of them
+        for name in ("log.jsonl", "samples.jsonl"):
+            cut_log(folder / name, state["step"] if checkpoint else -1)
     run = Run(
-        config, ranks, folder, stop, tokenizer, policy, reference, optimizer, tokenized.train, tokenized.held_out, state
-    )
+        config, ranks, folder, stop, tokenizer, policy, reference, optimizer, tokenized.train, tokenized.held_out,
+        state, began - state["seconds"],
+    )  # fmt: skip
     if not checkpoint:
         before = evaluate_all(run)
         if ranks.main:

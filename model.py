@@ -8,7 +8,6 @@ ordinary entry of transformers' attention interface, so Qwen2, Qwen3 and Llama m
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -46,7 +46,11 @@ def attention_backend(device: torch.device) -> str:
     """Which kernels run: "flash_attn" (the package) or "torch_varlen" on CUDA, "sdpa" on CPU."""
     if device.type != "cuda":
         return "sdpa"
-    return "flash_attn" if importlib.util.find_spec("flash_attn") else "torch_varlen"
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    except ImportError:
+        return "torch_varlen"
+    return "flash_attn"
 
 
 def autocast(device: torch.device):
@@ -105,8 +109,11 @@ def shared_prefix_attention(
 
 def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, shared: Layout) -> Tensor:
     """[T, H, D], [T, Hkv, D] twice -> [T, H, D]: every segment is causal, aligned to the bottom right of its K/V."""
+    # Rotary embeddings leave fp32 behind under autocast, and flash kernels take 16 bits only.
+    dtype = torch.get_autocast_dtype("cuda") if query.dtype == torch.float32 and query.is_cuda else query.dtype
     # A prompt's K/V serve G + 1 segments: the gather runs in fp32 so that its backward adds the gradients in fp32.
-    key, value = (x.float()[shared.kv_index].to(query.dtype) for x in (key, value))
+    key, value = (x.float()[shared.kv_index].to(dtype) for x in (key, value))
+    query = query.to(dtype)
     lengths = (shared.cu_q, shared.cu_k, shared.max_q, shared.max_k)
     if attention_backend(query.device) == "flash_attn":
         from flash_attn import flash_attn_varlen_func
@@ -206,25 +213,26 @@ def split_by_tokens(sizes: Sequence[int], budget: int) -> list[list[int]]:
 # ----------------------------------------------------------------------------------------------------- log-probs
 
 
-def token_logprobs(model: nn.Module, packed: Packed, temperature: float, chunk: int = 4096) -> tuple[Tensor, Tensor]:
+def token_logprobs(model: nn.Module, packed: Packed, temperature: float, chunk: int = 1024) -> tuple[Tensor, Tensor]:
     """Log-probs of the response tokens, and the entropy at each (no gradient): [N], [N] float32.
 
     The policy, old and reference models all go through here, with the temperature that the sampler used. The LM head
     runs in chunks that are recomputed in the backward, so no [T, V] tensor outlives its chunk.
     """
-    hidden = model.get_decoder()(
-        input_ids=packed.ids,
-        position_ids=packed.positions,
-        # A ready 4-d mask makes transformers build none of its own: the layout says who attends to whom.
-        attention_mask=torch.zeros(1, 1, 1, 1, device=packed.ids.device),
-        use_cache=False,
-        shared=packed.layout,
-    ).last_hidden_state[0][packed.predict]
-    head = model.get_output_embeddings()
-    parts = [
-        checkpoint(_head_chunk, head, h, t, temperature, use_reentrant=False)
-        for h, t in zip(hidden.split(chunk), packed.target.split(chunk))
-    ]
+    with autocast(packed.ids.device):
+        hidden = model.get_decoder()(
+            input_ids=packed.ids,
+            position_ids=packed.positions,
+            # A ready 4-d mask makes transformers build none of its own: the layout says who attends to whom.
+            attention_mask=torch.zeros(1, 1, 1, 1, device=packed.ids.device),
+            use_cache=False,
+            shared=packed.layout,
+        ).last_hidden_state[0][packed.predict]
+        head = model.get_output_embeddings()
+        parts = [
+            checkpoint(_head_chunk, head, h, t, temperature, use_reentrant=False)
+            for h, t in zip(hidden.split(chunk), packed.target.split(chunk))
+        ]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
@@ -245,8 +253,8 @@ def load_tokenizer(path: str):
     _check_path(path)
     saved = Path(path) / "tokenizer_config.json"
     # AutoTokenizer goes by the model type and would give our byte-level BPE the word splitting of Qwen2.
-    own = saved.is_file() and json.loads(saved.read_text(encoding="utf-8")).get("tokenizer_class") == "TokenizersBackend"
     try:
+        own = saved.is_file() and json.loads(saved.read_text("utf-8")).get("tokenizer_class") == "TokenizersBackend"
         return (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ModelError(f"model: no tokenizer could be loaded from {path!r}: {_first_line(error)}") from None
@@ -260,7 +268,7 @@ def load_model(path: str, device: torch.device, gradient_checkpointing: bool = F
     _check_path(path)
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"model: {path!r} could not be loaded: {_first_line(error)}") from None
     return prepare_model(model, device, gradient_checkpointing)
 
@@ -362,10 +370,14 @@ def export(model: nn.Module, tokenizer, path: Path, dtype: torch.dtype = torch.f
     model.generation_config = GenerationConfig(eos_token_id=stop_ids(tokenizer), pad_token_id=tokenizer.pad_token_id)
     use_attention(model, "generate")
     state = {k: v.to("cpu", dtype) if v.is_floating_point() else v.cpu() for k, v in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)  # casting has made it a copy of the embedding
     try:
-        model.config.dtype = dtype
         model.save_pretrained(path, state_dict=state)
         tokenizer.save_pretrained(path)
+        config = json.loads((path / "config.json").read_text("utf-8"))
+        config["dtype"] = str(dtype).removeprefix("torch.")  # transformers writes that of the live model
+        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     finally:
         model.generation_config = previous
         use_attention(model, "train")

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from runtime import ConfigError, read_jsonl, run_script
+from config import ConfigError
+from runtime import read_jsonl, run_script
 
 PANELS = (  # title, key in log.jsonl
     ("reward of the samples (mean)", "reward"),

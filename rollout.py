@@ -7,6 +7,7 @@ finished rows leave the batch. Every sampling rule is here and explicit, so noth
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections import Counter
@@ -19,11 +20,12 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import DynamicCache
 
+from config import Config
 from data import KINDS, Tokenized, example_kind
-from model import autocast, load_model, load_tokenizer, use_attention
+from model import ModelError, autocast, load_model, load_tokenizer, use_attention
 from prompts import check_tokenizer, decode_reply, encode_prompt, stop_ids
 from reward import Reward, score
-from runtime import Config, Ranks
+from runtime import Ranks
 
 KEEP_SHARE = 0.75  # finished rows are dropped when fewer than this share of the rows is still alive
 
@@ -79,10 +81,11 @@ def sample_groups(
     model.eval()
     use_attention(model, "generate")
     try:
-        with tqdm(total=len(prompts), desc="rollout", leave=False, disable=not progress) as bar:
+        with tqdm(total=len(prompts), desc="rollout", leave=False, delay=10, disable=not progress) as bar:
             for start in range(0, len(order), per_batch):
                 batch = [prompts[i] for i in order[start : start + per_batch]]
-                rows = decode(model, batch, group_size, temperature, max_new_tokens, stops)
+                with autocast(next(model.parameters()).device):  # around the loop: weights are cast once, not per token
+                    rows = decode(model, batch, group_size, temperature, max_new_tokens, stops)
                 for k, (i, prompt) in enumerate(zip(order[start:], batch)):
                     own = rows[k * group_size : (k + 1) * group_size]
                     texts = [decode_reply(tokenizer, ids, stops) for ids, _ in own]
@@ -107,11 +110,10 @@ def decode(
     mask = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()  # padding is on the left
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
-    with autocast(device):
-        logits = model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
-        ).logits[:, -1]  # fmt: skip
+    logits = model(
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+        logits_to_keep=1,
+    ).logits[:, -1]  # fmt: skip
     cache.batch_repeat_interleave(copies)
     logits, mask, position = (x.repeat_interleave(copies, 0) for x in (logits, mask, lengths))
     noise = _uniform_blocks(prompts, copies, device)
@@ -134,11 +136,10 @@ def decode(
             alive, token, mask, position = alive[keep], token[keep], mask[keep], position[keep]
             running = running[keep]
         mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
-        with autocast(device):
-            logits = model(
-                input_ids=token[:, None], attention_mask=mask, position_ids=position[:, None], past_key_values=cache,
-                use_cache=True,
-            ).logits[:, -1]  # fmt: skip
+        logits = model(
+            input_ids=token[:, None], attention_mask=mask, position_ids=position[:, None], past_key_values=cache,
+            use_cache=True,
+        ).logits[:, -1]  # fmt: skip
         position = position + 1
     counts = (tokens >= 0).sum(1).tolist()
     return [(t[:n], lp[:n]) for t, lp, n in zip(tokens.tolist(), logprobs.tolist(), counts)]
@@ -251,8 +252,10 @@ def write_predictions(
 
     Rows: id, category, output, input_tokens, output_tokens, latency (seconds of its batch / cases of its batch), and
     "skipped" where a prompt is longer than `max_prompt_tokens` (its output is empty). Cases that `path` holds already
-    are not done again, so a killed run goes on where it was.
+    are not done again, so a killed run goes on where it was. Raises ModelError when those are another model's.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _check_author(path, model, template, max_new_tokens)
     done = _finished(path)
     todo = []
     for case in cases:  # counted, because BFCL v3 has one id twice
@@ -269,7 +272,6 @@ def write_predictions(
         Prompt(case.id, encode_prompt(tokenizer, case.messages, case.tools, template)) for case in todo
     ]
     order = sorted(range(len(todo)), key=lambda i: len(prompts[i].ids))
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file, tqdm(total=len(todo), desc=path.parent.name or "eval") as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
@@ -292,6 +294,21 @@ def write_predictions(
             bar.update(len(batch))
 
 
+def _check_author(path: Path, model: str, template: str, max_new_tokens: int) -> None:
+    """Remembers beside `path` what its predictions are made with, and refuses to mix in those of anything else."""
+    weights = [p.stat().st_mtime_ns for p in sorted(Path(model).glob("*.safetensors"))]
+    author = {
+        "model": str(Path(model).resolve()) if weights else model,
+        "weights": weights,
+        "template": hashlib.sha256(template.encode()).hexdigest(),
+        "max_new_tokens": max_new_tokens,
+    }
+    note = path.with_name("generated_with.json")
+    if path.exists() and note.exists() and json.loads(note.read_text(encoding="utf-8")) != author:
+        raise ModelError(f"{path} was made with another model or settings ({note}); give another --out, or delete it")
+    note.write_text(json.dumps(author, indent=1) + "\n", encoding="utf-8")
+
+
 def _finished(path: Path) -> Counter[tuple[str, str]]:
     """How often each (category, id) is in `path`. A line cut off by a kill is removed, so appending is safe."""
     if not path.exists():
@@ -300,5 +317,5 @@ def _finished(path: Path) -> Counter[tuple[str, str]]:
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         path.write_text(whole, encoding="utf-8")
-    rows = [json.loads(line) for line in whole.splitlines() if line]
+    rows = [json.loads(line) for line in whole.split("\n") if line]
     return Counter((row["category"], row["id"]) for row in rows)

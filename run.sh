@@ -6,6 +6,8 @@
 #   bash run.sh eval MODEL [--bfcl DIR] [--apibank DIR] [--limit N]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+# After a signal torchrun kills its workers in 30 s, which may be less than the step and the checkpoint take.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
 
 fail() { # what happened, what to try
   echo "run.sh: $1" >&2
@@ -13,7 +15,7 @@ fail() { # what happened, what to try
   exit 1
 }
 
-has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus 2>/dev/null | grep -q GPU; }
+has_gpu() { [ -n "$(nvidia-smi --list-gpus 2>/dev/null || true)" ]; }
 
 install() { # everything of requirements.txt, into .venv, quietly; the log tells why if it fails
   local torch log=.venv/install.log
@@ -27,23 +29,22 @@ install() { # everything of requirements.txt, into .venv, quietly; the log tells
   python -m pip install --quiet --requirement requirements.txt >>"$log" 2>&1 \
     || fail "installing requirements.txt failed, see $log: $(grep -m1 -i error "$log" || tail -n 1 "$log")" \
       "check the network and the disk (df -h .), then run the same command again"
-  if has_gpu; then
-    echo "run.sh: trying flash-attn (without it torch's own flash kernels are used)"
-    timeout 1800 python -m pip install --quiet --no-build-isolation flash-attn >>"$log" 2>&1 \
+  if has_gpu && command -v nvcc >/dev/null && [ -z "${NO_FLASH_ATTN:-}" ]; then
+    echo "run.sh: building flash-attn, at most 30 minutes (NO_FLASH_ATTN=1 skips it: torch's own flash kernels are used)"
+    MAX_JOBS=${MAX_JOBS:-8} timeout 1800 python -m pip install --quiet --no-build-isolation flash-attn >>"$log" 2>&1 \
       || echo "run.sh: flash-attn did not install; going on with torch's kernels"
   fi
 }
 
 setup() {
   local python=${PYTHON:-python3} stamp
-  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null \
-    || fail "Python 3.10 or newer is needed" "install it, or name one: PYTHON=/path/to/python3 bash run.sh"
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+    || fail "Python 3.11 or newer is needed" "install it, or name one: PYTHON=/path/to/python3 bash run.sh"
   if [ ! -x .venv/bin/python ]; then
     rm -rf .venv
-    "$python" -m venv .venv >/dev/null 2>&1 || fail "cannot make .venv" "apt-get install python3-venv"
+    "$python" -m venv .venv >/dev/null 2>&1 || { rm -rf .venv; fail "cannot make .venv" "apt-get install python3-venv"; }
   fi
-  # shellcheck disable=SC1091
-  source .venv/bin/activate
+  export PATH="$PWD/.venv/bin:$PATH"
   stamp=.venv/installed.txt
   if ! cmp -s requirements.txt "$stamp"; then
     echo "run.sh: installing requirements.txt into .venv (once)"
@@ -53,8 +54,8 @@ setup() {
 }
 
 launch() { # one process per core, at most two: the tiny model's matrices are too small to share one between threads
-  if [ "$(getconf _NPROCESSORS_ONLN)" -ge 2 ] && ! has_gpu; then
-    OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=2 "$@"
+  if [ "$(nproc)" -ge 2 ] && ! has_gpu; then
+    OMP_NUM_THREADS=1 python -m torch.distributed.run --standalone --nproc_per_node=2 "$@"
   else
     python "$@"
   fi
@@ -64,11 +65,11 @@ demo() {
   local run=runs/demo flops
   echo "run.sh: building a tiny model, warming it up on imperfect demonstrations, then GRPO against the verifier"
   launch grpo.py --config configs/tiny.yaml --run_dir $run --overwrite true \
-    || fail "the demo stopped (see the line above)" "bash run.sh, or to go on: python grpo.py --config $run/config.yaml --resume true"
+    || fail "the demo stopped; the first error line above says why" "bash run.sh, or to go on: bash run.sh train $run/config.yaml --resume true"
   flops=$(python -c "import json; print(json.load(open('$run/summary.json'))['flops'])")
   echo "run.sh: the baseline: more SFT on the same data, with the compute that GRPO took"
   launch sft.py --config configs/tiny.yaml --model $run/warmup/model --sft_flops "$flops" --run_dir $run/sft \
-    || fail "the SFT baseline stopped (see the line above)" "bash run.sh"
+    || fail "the SFT baseline stopped; the first error line above says why" "bash run.sh"
   python plot.py $run
 }
 
@@ -78,7 +79,7 @@ train() {
   shift
   if has_gpu; then gpus=$(python -c 'import torch; print(torch.cuda.device_count())'); fi
   if [ "$gpus" -gt 0 ]; then
-    torchrun --standalone --nproc_per_node="$gpus" grpo.py --config "$config" "$@"
+    python -m torch.distributed.run --standalone --nproc_per_node="$gpus" grpo.py --config "$config" "$@"
   else
     python grpo.py --config "$config" "$@"
   fi
@@ -105,15 +106,15 @@ evaluate() {
     esac
     shift 2 || fail "the last option of eval lacks its value" "bash run.sh eval MODEL --limit 20"
   done
-  out=${out:-runs/eval/$(basename "$model")}
+  out=${out:-runs/eval/${model//\//_}}
   [ -n "$bfcl$apibank" ] || fail "no benchmark data found" \
     "pip install --no-deps bfcl-eval, or clone github.com/ShishirPatil/gorilla, and give its folder with --bfcl DIR"
   if [ -n "$bfcl" ]; then
-    python eval_bfcl.py generate --model "$model" --data "$bfcl" --out "$out/bfcl" "${options[@]}"
+    python eval_bfcl.py generate --model "$model" --data "$bfcl" --out "$out/bfcl" ${options[@]+"${options[@]}"}
     python eval_bfcl.py score --predictions "$out/bfcl/predictions.jsonl" --data "$bfcl" --out "$out/bfcl"
   fi
   if [ -n "$apibank" ]; then
-    python eval_apibank.py generate --model "$model" --data "$apibank" --out "$out/apibank" "${options[@]}"
+    python eval_apibank.py generate --model "$model" --data "$apibank" --out "$out/apibank" ${options[@]+"${options[@]}"}
     python eval_apibank.py score --predictions "$out/apibank/predictions.jsonl" --data "$apibank" --out "$out/apibank"
   fi
 }
@@ -121,9 +122,9 @@ evaluate() {
 command=${1:-demo}
 [ $# -gt 0 ] && shift
 case "$command" in
-  demo) setup && demo ;;
-  test) setup && python -m pytest "${@:-tests/}" ;;
-  train) setup && train "$@" ;;
-  eval) setup && evaluate "$@" ;;
+  demo) setup; demo ;;
+  test) setup; python -m pytest "${@:-tests/}" ;;
+  train) setup; train "$@" ;;
+  eval) setup; evaluate "$@" ;;
   *) sed -n '2,6s/^# //p' run.sh >&2 && fail "unknown command: $command" "bash run.sh" ;;
 esac

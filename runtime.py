@@ -1,10 +1,9 @@
-"""What every script needs around the method: one config, ranks, the run directory and its log, checkpoints."""
+"""What every script needs around the method: ranks, the run directory and its log, checkpoints."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import json
 import os
 import random
@@ -14,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,159 +22,17 @@ import torch
 import torch.distributed as dist
 import yaml
 
+from config import Config, ConfigError
 from model import export
-
-
-class ConfigError(ValueError):
-    """A setting that cannot work; the message names the key and what to do."""
 
 
 class Interrupted(Exception):
     """A run that was asked to stop and has saved a checkpoint."""
 
     def __init__(self, run_dir: str, step: int) -> None:
-        go_on = f"python {Path(sys.argv[0]).name} --config {Path(run_dir) / 'config.yaml'} --resume true"
-        super().__init__(f"interrupted after step {step}, everything is saved; to go on: {go_on}")
-
-
-def _key(default: Any, help: str):
-    return field(default=default, metadata={"help": help})
-
-
-@dataclass(frozen=True)
-class Config:
-    """Every setting of grpo.py and sft.py. Defaults are the paper's (arXiv 2505.00024). YAML < --key value."""
-
-    # what is trained, on what, where to
-    model: str = _key("Qwen/Qwen2.5-7B-Instruct", 'Hugging Face folder or hub id; "tiny" builds the demo model')
-    data: str = _key("", 'training file(s), comma-separated (xLAM, ToolACE or our JSONL), or "synthetic"')
-    test_data: str = _key("", "held-out file; empty: test_share of data")
-    test_share: float = _key(0.1, "share of the data held out for evaluation (paper: 90/10)")
-    prompt_template: str = _key("", "file with a system prompt that has a {tools} slot; empty: the project's own")
-    run_dir: str = _key("runs/grpo", "where config, logs, samples, checkpoints and the final model go")
-    resume: bool = _key(False, "go on from the latest checkpoint in run_dir")
-    overwrite: bool = _key(False, "delete an existing run_dir first")
-    seed: int = _key(0, "decides the data order and, with step and prompt, every sample")
-    # the method
-    prompts_per_step: int = _key(1024, "P: prompts per rollout batch")
-    group_size: int = _key(5, "G: completions per prompt")
-    minibatch_prompts: int = _key(256, "prompts per optimizer update; 1024 / 256 = 4 updates per rollout batch")
-    epochs: float = _key(7.0, "passes over the training prompts; ignored when steps > 0")
-    steps: int = _key(0, "rollout batches (sft.py: optimizer steps); 0: from epochs")
-    lr: float = _key(1e-6, "AdamW learning rate, constant")
-    weight_decay: float = _key(0.0, "AdamW weight decay")
-    max_grad_norm: float = _key(1.0, "gradient clipping by global norm")
-    temperature: float = _key(0.7, "sampling temperature; also divides the logits of every log-prob")
-    clip_eps: float = _key(0.2, "epsilon of the clipped ratio")
-    kl_coef: float = _key(1e-3, "beta: weight of the k3 KL to the frozen start model; 0 skips the reference")
-    reward: str = _key("binary", "row of reward.REWARDS: binary, no_reason, partial_format, partial_names")
-    shuffle_rewards: bool = _key(False, "negative control: rewards are permuted within the batch; nothing may be learnt")
-    max_prompt_tokens: int = _key(4096, "longer prompts are counted and skipped")
-    max_response_tokens: int = _key(8192, "longer completions are cut off and count as truncated")
-    # speed and memory
-    rollout_batch_size: int = _key(256, "sequences decoded at once per rank")
-    max_tokens_per_micro_batch: int = _key(16384, "tokens per forward/backward per rank; changes no result")
-    gradient_checkpointing: bool = _key(True, "recompute activations in the backward: less memory, more time")
-    timeout_minutes: float = _key(60.0, "a rank that waits longer for the others stops the run")
-    threads: int = _key(0, "CPU threads per process; 0: torch's default")
-    # looking and saving
-    eval_every: int = _key(10, "greedy evaluation on the held-out cases every N steps; 0: only first and last")
-    eval_cases: int = _key(200, "held-out cases used by it")
-    save_every: int = _key(10, "checkpoint every N steps; 0: only at the end")
-    keep_checkpoints: int = _key(2, "older ones are deleted")
-    log_samples: int = _key(64, "completions per step written to samples.jsonl; 0: none")
-    # supervised fine-tuning (sft.py)
-    sft_batch: int = _key(32, "examples per optimizer step")
-    sft_lr: float = _key(2e-5, "learning rate of sft.py and of the demo's warm-up")
-    sft_decay: bool = _key(True, "let sft_lr fall linearly to 0 over the run")
-    sft_flops: float = _key(0.0, "sft.py stops after this much training compute; 0: after steps or epochs")
-    # the demo: a tiny model from nothing, on generated data
-    warmup_steps: int = _key(0, "SFT steps on imperfect demonstrations before RL; for a model that knows nothing yet")
-    tiny_hidden: int = _key(96, "hidden size of the tiny model")
-    tiny_layers: int = _key(3, "layers of the tiny model")
-    tiny_vocab: int = _key(800, "tokens of its tokenizer")
-    synthetic_train: int = _key(1000, "generated training queries")
-    synthetic_test: int = _key(150, "generated held-out cases, in each of the two splits")
-
-
-def load_config(arguments: list[str]) -> Config:
-    """`--config FILE.yaml` and `--key value` pairs -> Config. Raises ConfigError with one sentence.
-
-    A flag without a value is true. A YAML file may name a `base` file, relative to itself, that it refines.
-    """
-    values: dict[str, Any] = {}
-    pairs = _pairs(arguments)
-    for path in [value for key, value in pairs if key == "config"]:
-        values |= _read_yaml(Path(path))
-    values |= {key: value for key, value in pairs if key != "config"}
-    fields = {f.name: f for f in dataclasses.fields(Config)}
-    for key in values:
-        if key not in fields:
-            near = difflib.get_close_matches(key, fields, 1)
-            raise ConfigError(f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    config = Config(**{key: _convert(key, value, type(fields[key].default)) for key, value in values.items()})
-    _check(config)
-    return config
-
-
-def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
-    pairs, rest = [], list(arguments)
-    while rest:
-        key = rest.pop(0)
-        if not key.startswith("--"):
-            raise ConfigError(f"settings are given as --key value, not {key!r}")
-        key, equals, value = key[2:].partition("=")
-        if not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        pairs.append((key, value))
-    return pairs
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise ConfigError(f"config: cannot read {path}; the ready ones are in configs/") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise ConfigError(f"config: {path} is not YAML" + (f" (line {mark.line + 1})" if mark else "")) from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"config: {path} must hold `key: value` lines")
-    base = values.pop("base", None)
-    return (_read_yaml(path.parent / base) if base else {}) | values
-
-
-def _convert(key: str, value: Any, kind: type) -> Any:
-    """The YAML or command-line value as `kind`. "1e-6" is a string to YAML, and a bool must not pass for an int."""
-    try:
-        if kind is bool:
-            return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
-        if isinstance(value, (bool, list, dict)) or value is None:
-            raise ValueError
-        if kind is int and float(value) != int(float(value)):
-            raise ValueError
-        return kind(float(value)) if kind is int else kind(value)
-    except (ValueError, KeyError, OverflowError):
-        raise ConfigError(f"{key} must be a {kind.__name__}, not {value!r}") from None
-
-
-def _check(c: Config) -> None:
-    """Refuses settings that cannot work together, before anything is loaded."""
-    positive = "prompts_per_step group_size minibatch_prompts max_prompt_tokens max_response_tokens rollout_batch_size"
-    for key in f"{positive} max_tokens_per_micro_batch sft_batch temperature keep_checkpoints".split():
-        if getattr(c, key) <= 0:
-            raise ConfigError(f"{key} must be greater than 0, not {getattr(c, key)}")
-    for key in ("lr", "sft_lr", "kl_coef", "steps", "warmup_steps", "epochs", "clip_eps", "max_grad_norm"):
-        if not getattr(c, key) >= 0:
-            raise ConfigError(f"{key} must not be negative, not {getattr(c, key)}")
-    if c.group_size < 2:
-        raise ConfigError("group_size must be at least 2: an advantage compares the completions of one prompt")
-    if c.prompts_per_step % c.minibatch_prompts:
-        raise ConfigError(
-            f"prompts_per_step ({c.prompts_per_step}) must be a multiple of minibatch_prompts ({c.minibatch_prompts})"
-        )
-    if not 0 <= c.test_share < 1:
-        raise ConfigError(f"test_share must be from 0 to below 1, not {c.test_share}")
+        script, saved = Path(sys.argv[0]).name, Path(run_dir) / "config.yaml"
+        start = "bash run.sh train" if script == "grpo.py" else f"python {script} --config"
+        super().__init__(f"interrupted after step {step}, all is saved; to go on: {start} {saved} --resume true")
 
 
 # --------------------------------------------------------------------------------------------------------- ranks
@@ -197,7 +54,7 @@ class Ranks:
     def sum(self, values: Iterable[float]) -> list[float]:
         """Collective. Element-wise sums over all ranks, in float64."""
         tensor = torch.tensor(list(values), dtype=torch.float64)
-        dist.all_reduce(tensor, group=None)
+        dist.all_reduce(tensor)
         return tensor.tolist()
 
     def gather(self, item: Any) -> list[Any]:
@@ -242,6 +99,11 @@ def start_ranks(timeout_minutes: float = 60.0, threads: int = 0) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
+def _prints() -> bool:
+    """Whether this process speaks for its machine, so that eight ranks do not say the same eight times."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
 class StopFlag:
     """Set by SIGINT or SIGTERM; a second one ends the process at once. `agreed` makes all ranks stop at one step."""
 
@@ -254,7 +116,8 @@ class StopFlag:
         if self.signal:
             raise SystemExit(128 + number)
         self.signal = number
-        print("\nstopping after this step; press again to stop at once", file=sys.stderr)
+        if _prints():
+            os.write(2, b"\nstopping after this step; a second signal stops at once\n")  # print() may not be re-entered
 
     def agreed(self, ranks: Ranks) -> bool:
         """Collective. Whether any rank was asked to stop."""
@@ -271,28 +134,51 @@ def open_run(config: Config, ranks: Ranks) -> Path:
     """
     path, problem = Path(config.run_dir), ""
     if ranks.main:
-        # What failed at start leaves its config behind, and may be started again under the same name.
-        used = path.exists() and any(entry.name not in ("config.yaml", "git.txt") for entry in path.iterdir())
-        if config.resume and not (path / "latest").exists() and not (path / "warmup").exists():
-            problem = f"run_dir: nothing to resume in {path}; start without resume"
-        elif used and not config.resume and not config.overwrite:
-            problem = f"run_dir: {path} exists; add --resume true to go on, --overwrite true to replace it"
-        elif used and not config.resume and not (path / "config.yaml").exists():
-            problem = f"run_dir: {path} is not a run directory, so it is not overwritten; delete it yourself"
+        try:
+            problem = _claim(path, config)
+        except OSError as error:
+            problem = f"run_dir: cannot use {path}: {error.strerror}"
     problem = ranks.gather(problem)[0]
     if problem:
         raise ConfigError(problem)
-    if ranks.main:
-        if config.overwrite and not config.resume:
-            shutil.rmtree(path, ignore_errors=True)
-        path.mkdir(parents=True, exist_ok=True)
-        # Without the two switches: whoever starts from this file must not delete or continue a run by accident.
-        saved = dataclasses.asdict(dataclasses.replace(config, resume=False, overwrite=False))
-        lines = yaml.safe_dump(saved, sort_keys=False, allow_unicode=True)
-        (path / "config.yaml").write_text(lines, encoding="utf-8")
-        (path / "git.txt").write_text(git_state(), encoding="utf-8")
-    ranks.gather(None)
     return path
+
+
+# What a resumed run must share with its first part; steps, rates, saving, speed and the like may change.
+FIXED_KEYS = (
+    "model data test_data test_share prompt_template seed prompts_per_step group_size minibatch_prompts temperature "
+    "reward shuffle_rewards max_prompt_tokens max_response_tokens warmup_steps sft_batch synthetic_train"
+).split()
+
+
+def _claim(path: Path, config: Config) -> str:
+    """Makes the run directory for this run; returns why it cannot, or "". """
+    # What failed at start leaves its config behind, and may be started again under the same name.
+    used = path.exists() and any(entry.name not in ("config.yaml", "git.txt") for entry in path.iterdir())
+    saved = dataclasses.asdict(config)
+    if config.resume:
+        if not any((path / name).exists() for name in ("latest", "warmup/latest", "warmup/model")):
+            return f"run_dir: {path} has no checkpoint to resume; start without resume, or with --overwrite true"
+        before = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        changed = [f"{key} ({before[key]!r} -> {saved[key]!r})" for key in FIXED_KEYS if before.get(key) != saved[key]]
+        if changed:
+            return f"resume: these settings must stay as they were: {', '.join(changed)}"
+    elif used and not config.overwrite:
+        hint = "--resume true to go on, " if (path / "latest").exists() else ""
+        return f"run_dir: {path} exists; add {hint}--overwrite true to replace it, or another --run_dir"
+    elif used and not (path / "config.yaml").exists():
+        return f"run_dir: {path} is not a run directory, so it is not overwritten; delete it yourself"
+    elif used and path.resolve() in Path(config.model).resolve().parents:
+        return f"model: {config.model} lies in {path}, which would be overwritten; choose another run_dir"
+    if used and not config.resume:
+        shutil.rmtree(path)
+    path.mkdir(parents=True, exist_ok=True)
+    # Without the two switches: whoever starts from this file must not delete or continue a run by accident.
+    saved |= {"resume": False, "overwrite": False}
+    text = yaml.safe_dump(saved, sort_keys=False, allow_unicode=True)
+    (path / "config.yaml").write_text(text, encoding="utf-8")
+    (path / "git.txt").write_text(git_state(), encoding="utf-8")
+    return ""
 
 
 def git_state() -> str:
@@ -312,15 +198,19 @@ def append_jsonl(path: Path, rows: Iterable[dict]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """All rows of a JSONL file that we wrote; [] if there is none."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """All whole rows of a JSONL file that we wrote; [] if there is none. A last line cut off by a kill is left out."""
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+    return [json.loads(line) for line in lines[:-1]]  # not splitlines(): a completion may hold U+2028
 
 
 def cut_log(path: Path, step: int) -> None:
     """Drops rows of steps after `step`: a resumed run does them again."""
     if path.exists():
-        kept = [row for row in read_jsonl(path) if row["step"] <= step]
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+        rows = [row for row in read_jsonl(path) if row["step"] <= step]
+        shorter = path.with_name(path.name + ".tmp")
+        shorter.write_text("", encoding="utf-8")
+        append_jsonl(shorter, rows)
+        shorter.replace(path)
 
 
 class Clock:
@@ -406,16 +296,21 @@ def batch_for_step(count: int, step: int, size: int, seed: int) -> list[int]:
 
 def run_script(main: Callable[[list[str]], None], errors: tuple[type[Exception], ...]) -> None:
     """Runs a script's main; the named errors end it with their one sentence instead of a traceback."""
+    message, code = "", 1
     try:
         main(sys.argv[1:])
     except errors as error:
-        sys.exit(f"error: {error}")
+        message = f"error: {error}"
     except Interrupted as stopped:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(stopped, file=sys.stderr)
-        sys.exit(130)
+        message, code = str(stopped), 130
     except KeyboardInterrupt:
-        sys.exit("interrupted before the first step")
+        message, code = "interrupted", 130
+    except torch.OutOfMemoryError:
+        message = "error: out of GPU memory; lower rollout_batch_size (rollout) or max_tokens_per_micro_batch (update)"
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+    if message:
+        if _prints():
+            print(message, file=sys.stderr)
+        sys.exit(code)

@@ -11,12 +11,14 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
+from config import Config, ConfigError, load_config
 from data import DataError, Example, Splits, Tokenized, load_splits, tokenize_splits
 from model import (
     ModelError,
@@ -33,8 +35,6 @@ from model import (
 from prompts import PromptError, check_tokenizer, encode_reply, load_template, render_completion, render_prompt
 from rollout import evaluate
 from runtime import (
-    Config,
-    ConfigError,
     Interrupted,
     Ranks,
     StopFlag,
@@ -42,7 +42,6 @@ from runtime import (
     batch_for_step,
     cut_log,
     latest_checkpoint,
-    load_config,
     open_run,
     run_script,
     save_checkpoint,
@@ -107,6 +106,8 @@ def train_sft(
     policy.train()
     bar = tqdm(total=None if config.sft_flops else steps, initial=state["step"], desc=label, disable=not ranks.main)
     for step in range(state["step"] + 1, steps + 1):
+        if 0 < config.sft_flops <= state["flops"]:  # a finished run that was asked to go on
+            break
         own = batch_for_step(len(train), step - 1, config.sft_batch, config.seed)[ranks.rank :: ranks.world]
         groups = [
             (train[i].ids, [encode_reply(tokenizer, text) for text in replies_to_imitate(train[i].example)])
@@ -126,7 +127,7 @@ def train_sft(
         bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
         finished = step == steps or 0 < config.sft_flops <= state["flops"]
         stopping = stop.agreed(ranks)
-        if stopping or finished or (config.save_every and step % config.save_every == 0 and steps < 10**9):
+        if stopping or finished or (config.save_every and step % config.save_every == 0):
             save_checkpoint(run_dir, state, policy, tokenizer, optimizer, ranks, config.keep_checkpoints)
         if stopping and not finished:
             raise Interrupted(config.run_dir, step)
@@ -169,7 +170,8 @@ def warm_up(config: Config, splits: Splits, template: str, ranks: Ranks, stop: S
     warm = Path(config.run_dir) / "warmup"
     tokenizer, policy = load_tokenizer(path), load_model(path, ranks.device, config.gradient_checkpointing)
     train = tokenize_splits(splits, tokenizer, template, config, quiet=True).train
-    train_sft(policy, tokenizer, train, config, config.warmup_steps, warm, ranks, stop, "warm-up (SFT)")
+    by_steps = replace(config, sft_flops=0.0)
+    train_sft(policy, tokenizer, train, by_steps, config.warmup_steps, warm, ranks, stop, "warm-up (SFT)")
     if ranks.main:
         with whole_folder(warm / "model") as folder:
             export(policy, tokenizer, folder)

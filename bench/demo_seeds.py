@@ -3,10 +3,11 @@
     python bench/demo_seeds.py                       8 seeds, then lr 0 and shuffled rewards with 3 seeds each
     python bench/demo_seeds.py --seeds 2 --controls 0
 
-Runs that are finished (runs/seeds/…/summary.json) are not done again, so it can be interrupted.
+Runs that are finished (runs/seeds/RECIPE/…/summary.json) are not done again, so it can be interrupted.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import statistics
@@ -23,15 +24,21 @@ KINDS = ("single", "choice", "parallel", "none")
 
 def run(variant: str, seed: int) -> dict:
     """One demo run in its own process; its summary."""
-    folder = ROOT / "runs" / "seeds" / f"{variant.replace(' ', '_')}_{seed}"
+    folder = ROOT / "runs" / "seeds" / recipe() / f"{variant.replace(' ', '_')}_{seed}"
     if not (folder / "summary.json").exists():
         command = [sys.executable, "grpo.py", "--config", "configs/tiny.yaml", "--seed", str(seed)]
         command += ["--run_dir", str(folder), "--overwrite", "true", *VARIANTS[variant]]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
-            sys.exit(f"{variant}, seed {seed}: {done.stderr.strip().splitlines()[-1]}")
+            raise RuntimeError(f"{variant}, seed {seed}: {done.stderr.strip()[-300:]}")
         print(f"{variant}, seed {seed}: done", file=sys.stderr)
     return json.loads((folder / "summary.json").read_text())
+
+
+def recipe() -> str:
+    """A short hash of what the demo is made of, so that runs of another recipe are never reused."""
+    parts = ("configs/tiny.yaml", "configs/tiny_prompt.txt", "synthetic.py")
+    return hashlib.sha256(b"".join((ROOT / part).read_bytes() for part in parts)).hexdigest()[:8]
 
 
 def figures(summary: dict) -> dict[str, float]:

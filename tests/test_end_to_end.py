@@ -29,7 +29,9 @@ from runtime import read_jsonl
 torch.set_num_threads(1)
 
 TOOL = {"name": "add", "description": "adds", "parameters": {"a": {"type": "int"}, "b": {"type": "int"}}}
-RISE = 0.3  # a mean over 5 steps of 64 samples has a standard error of about 0.03
+# The mean of one step's 64 samples has a standard error of 0.06. Learning rate and steps are such that Adam's random walk
+# under shuffled rewards, whose steps are as long as those of learning, stays far behind.
+RISE = 0.3
 
 
 def sum_example(index: int, a: int, b: int) -> Example:
@@ -50,7 +52,7 @@ def write_task(folder: Path) -> dict[str, object]:
     return dict(
         data=folder / "train.jsonl", test_data=folder / "test.jsonl", prompt_template=folder / "template.txt",
         max_prompt_tokens=200, max_response_tokens=40, gradient_checkpointing="false", threads=1, seed=0,
-        prompts_per_step=8, minibatch_prompts=8, group_size=8, temperature=1.0, lr=4e-4, steps=20,
+        prompts_per_step=8, minibatch_prompts=8, group_size=8, temperature=1.0, lr=2e-4, steps=25,
         eval_every=0, save_every=0, log_samples=1000,
     )  # fmt: skip
 
@@ -177,14 +179,14 @@ def test_a_learning_rate_of_0_changes_no_bit(settings, tmp_path):
 def test_the_summary_is_what_the_log_says(healthy, settings):
     summary, log = json.loads((healthy / "summary.json").read_text()), read_jsonl(healthy / "log.jsonl")
     rewards = [row["reward"] for row in log[1:]]
-    assert [row["step"] for row in log] == list(range(21))
-    assert summary["steps"] == 20
+    assert [row["step"] for row in log] == list(range(26))
+    assert summary["steps"] == 25
     assert summary["reward_first5"] == pytest.approx(sum(rewards[:5]) / 5)
     assert summary["reward_last10"] == pytest.approx(sum(rewards[-10:]) / 10)
     assert summary["accuracy_before"] == log[0]["held_out/accuracy"]
     assert summary["accuracy_after"] == log[-1]["held_out/accuracy"]
     assert summary["flops"] == log[-1]["flops"] > 0
-    assert summary["wall_s"] == pytest.approx(log[-1]["seconds"], abs=0.1)
+    assert log[-1]["seconds"] - 0.1 < summary["wall_s"] < log[-1]["seconds"] + 10
     # every test case has one tool and one call
     single = {"before": summary["accuracy_before"], "after": summary["accuracy_after"], "n": 30}
     assert summary["accuracy_by_kind"] == {"single": single}
@@ -208,6 +210,6 @@ def test_the_log_is_what_the_samples_say(healthy, settings):
 
 
 def test_the_final_model_is_the_last_checkpoint(healthy):
-    assert (healthy / "latest").read_text() == "step_20"
-    final, checkpoint = (load_file(healthy / name / "model.safetensors") for name in ("model", "step_20"))
+    assert (healthy / "latest").read_text() == "step_25"
+    final, checkpoint = (load_file(healthy / name / "model.safetensors") for name in ("model", "step_25"))
     assert all(torch.equal(final[name], checkpoint[name]) for name in final)

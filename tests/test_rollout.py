@@ -327,10 +327,11 @@ def test_unusual_line_ends_in_a_reply_do_not_stop_the_next_start(exported, tmp_p
     assert [row["id"] for row in predict(exported, CASES[:2], path)] == ["c0", "c1"]
 
 
-def test_a_finished_evaluation_loads_no_model(exported, tmp_path, capsys):
+def test_a_finished_evaluation_loads_no_model(exported, tmp_path, monkeypatch, capsys):
     path = tmp_path / "predictions.jsonl"
     rows = predict(exported, CASES, path)
-    assert predict("/no/such/model", CASES, path) == rows
+    monkeypatch.delattr(rollout, "load_model")
+    assert predict(exported, CASES, path) == rows
     assert "all 5 cases are there already" in capsys.readouterr().out
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from config import load_config
 from data import KINDS, DataError, example_kind, load_xlam
 from model import build_tiny_tokenizer
 from prompts import parse_completion, render_completion
 from reward import score
-from runtime import load_config
 from synthetic import FLAWS, SHARES, synthetic, synthetic_splits
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tiny.yaml"

@@ -1,0 +1,168 @@
+"""Every setting of grpo.py and sft.py, with its meaning, default and check."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names the key and what to do."""
+
+
+def _key(default: Any, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of grpo.py and sft.py. Defaults are the paper's (arXiv 2505.00024). YAML < --key value."""
+
+    # what is trained, on what, where to
+    model: str = _key("Qwen/Qwen2.5-7B-Instruct", 'Hugging Face folder or hub id; "tiny" builds the demo model')
+    data: str = _key("", 'training file(s), comma-separated (xLAM, ToolACE or our JSONL), or "synthetic"')
+    test_data: str = _key("", "held-out file; empty: test_share of data")
+    test_share: float = _key(0.1, "share of the data held out for evaluation (paper: 90/10)")
+    prompt_template: str = _key("", "file with a system prompt that has a {tools} slot; empty: the project's own")
+    run_dir: str = _key("runs/grpo", "where config, logs, samples, checkpoints and the final model go")
+    resume: bool = _key(False, "go on from the latest checkpoint in run_dir")
+    overwrite: bool = _key(False, "delete an existing run_dir first")
+    seed: int = _key(0, "decides the data order and, with step and prompt, every sample")
+    # the method
+    prompts_per_step: int = _key(1024, "P: prompts per rollout batch")
+    group_size: int = _key(5, "G: completions per prompt")
+    minibatch_prompts: int = _key(256, "prompts per optimizer update; 1024 / 256 = 4 updates per rollout batch")
+    epochs: float = _key(7.0, "passes over the training prompts; ignored when steps > 0")
+    steps: int = _key(0, "rollout batches (sft.py: optimizer steps); 0: from epochs")
+    lr: float = _key(1e-6, "AdamW learning rate, constant")
+    weight_decay: float = _key(0.0, "AdamW weight decay")
+    max_grad_norm: float = _key(1.0, "gradient clipping by global norm")
+    temperature: float = _key(0.7, "sampling temperature; also divides the logits of every log-prob")
+    clip_eps: float = _key(0.2, "epsilon of the clipped ratio")
+    kl_coef: float = _key(1e-3, "beta: weight of the k3 KL to the frozen start model; 0 skips the reference")
+    reward: str = _key("binary", "row of reward.REWARDS: binary, no_reason, partial_format, partial_names")
+    shuffle_rewards: bool = _key(False, "negative control: rewards are permuted within the batch; nothing may be learnt")
+    max_prompt_tokens: int = _key(4096, "longer prompts are counted and skipped")
+    max_response_tokens: int = _key(8192, "longer completions are cut off and count as truncated")
+    # speed and memory
+    rollout_batch_size: int = _key(256, "sequences decoded at once per rank")
+    max_tokens_per_micro_batch: int = _key(16384, "tokens per forward/backward per rank; changes no result")
+    gradient_checkpointing: bool = _key(True, "recompute activations in the backward: less memory, more time")
+    timeout_minutes: float = _key(60.0, "a rank that waits longer for the others stops the run")
+    threads: int = _key(0, "CPU threads per process; 0: torch's default")
+    # looking and saving
+    eval_every: int = _key(10, "greedy evaluation on the held-out cases every N steps; 0: only first and last")
+    eval_cases: int = _key(200, "held-out cases used by it")
+    save_every: int = _key(10, "checkpoint every N steps; 0: only at the end")
+    keep_checkpoints: int = _key(2, "older ones are deleted")
+    log_samples: int = _key(64, "completions per step written to samples.jsonl; 0: none")
+    # supervised fine-tuning (sft.py)
+    sft_batch: int = _key(32, "examples per optimizer step")
+    sft_lr: float = _key(2e-5, "learning rate of sft.py and of the demo's warm-up")
+    sft_decay: bool = _key(True, "let sft_lr fall linearly to 0 over the run")
+    sft_flops: float = _key(0.0, "sft.py stops after this much training compute; 0: after steps or epochs")
+    # the demo: a tiny model from nothing, on generated data
+    warmup_steps: int = _key(0, "SFT steps on imperfect demonstrations before RL; for a model that knows nothing yet")
+    tiny_hidden: int = _key(96, "hidden size of the tiny model")
+    tiny_layers: int = _key(3, "layers of the tiny model")
+    tiny_vocab: int = _key(800, "tokens of its tokenizer")
+    synthetic_train: int = _key(1000, "generated training queries")
+    synthetic_test: int = _key(150, "generated held-out cases, in each of the two splits")
+
+
+def load_config(arguments: list[str]) -> Config:
+    """`--config FILE.yaml` and `--key value` pairs -> Config. Raises ConfigError with one sentence.
+
+    A flag without a value is true. A YAML file may name a `base` file, relative to itself, that it refines.
+    """
+    values: dict[str, Any] = {}
+    pairs = _pairs(arguments)
+    if any(key == "help" for key, _ in pairs):
+        for f in dataclasses.fields(Config):
+            print(f"--{f.name:<28}{f.default!r:<30} {f.metadata['help']}")
+        raise SystemExit(0)
+    for path in [value for key, value in pairs if key == "config"]:
+        values |= _read_yaml(Path(path))
+    values |= {key: value for key, value in pairs if key != "config"}
+    fields = {f.name: f for f in dataclasses.fields(Config)}
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, 1)
+            raise ConfigError(f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    config = Config(**{key: _convert(key, value, type(fields[key].default)) for key, value in values.items()})
+    _check(config)
+    return config
+
+
+def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
+    pairs, rest = [], list(arguments)
+    while rest:
+        key = rest.pop(0)
+        if not key.startswith("--"):
+            raise ConfigError(f"settings are given as --key value, not {key!r}")
+        key, equals, value = key[2:].partition("=")
+        if not equals:
+            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        pairs.append((key, value))
+    return pairs
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        raise ConfigError(f"config: cannot read {path}; the ready ones are in configs/") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise ConfigError(f"config: {path} is not YAML" + (f" (line {mark.line + 1})" if mark else "")) from None
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(f"config: {path} must hold `key: value` lines")
+    base = values.pop("base", None)
+    if base is not None and (not isinstance(base, str) or (path.parent / base).resolve() == path.resolve()):
+        raise ConfigError(f"config: base in {path} must name another YAML file, not {base!r}")
+    return (_read_yaml(path.parent / base) if base else {}) | values
+
+
+def _convert(key: str, value: Any, kind: type) -> Any:
+    """The YAML or command-line value as `kind`. "1e-6" is a string to YAML, and a bool must not pass for an int."""
+    try:
+        if kind is bool:
+            return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
+        if isinstance(value, (bool, list, dict)) or value is None:
+            raise ValueError
+        if kind is int and float(value) != int(float(value)):
+            raise ValueError
+        number = kind(float(value)) if kind is int else kind(value)
+        if kind is float and not math.isfinite(number):
+            raise ValueError
+        return number
+    except (ValueError, KeyError, OverflowError):
+        raise ConfigError(f"{key} must be a {kind.__name__}, not {value!r}") from None
+
+
+def _check(c: Config) -> None:
+    """Refuses settings that cannot work together, before anything is loaded."""
+    positive = "prompts_per_step group_size minibatch_prompts max_prompt_tokens max_response_tokens rollout_batch_size"
+    for key in f"{positive} max_tokens_per_micro_batch sft_batch temperature keep_checkpoints".split():
+        if getattr(c, key) <= 0:
+            raise ConfigError(f"{key} must be greater than 0, not {getattr(c, key)}")
+    for f in dataclasses.fields(c):
+        value = getattr(c, f.name)
+        if isinstance(value, (int, float)) and value < 0:
+            raise ConfigError(f"{f.name} must not be negative, not {value}")
+    if c.tiny_hidden % 8:
+        raise ConfigError(f"tiny_hidden must be a multiple of 8 (4 heads of even size), not {c.tiny_hidden}")
+    if c.group_size < 2:
+        raise ConfigError("group_size must be at least 2: an advantage compares the completions of one prompt")
+    if c.prompts_per_step % c.minibatch_prompts:
+        raise ConfigError(
+            f"prompts_per_step ({c.prompts_per_step}) must be a multiple of minibatch_prompts ({c.minibatch_prompts})"
+        )
+    if not 0 <= c.test_share < 1:
+        raise ConfigError(f"test_share must be from 0 to below 1, not {c.test_share}")

@@ -1,0 +1,494 @@
+"""grpo.py: the maths against slow loops, one update against its definition, and whole runs as a user starts them:
+on two processes, interrupted and resumed, and with bad input."""
+
+import json
+import math
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from test_end_to_end import as_arguments, run_here, warmed_up_task, write_task
+from torch.testing import assert_close
+
+import grpo
+from grpo import group_advantages, kl_k3, make_minibatches, policy_loss, update_policy
+from model import build_tiny_model, build_tiny_tokenizer, load_model, pack, token_logprobs
+from rollout import Group, Prompt
+from runtime import Config, ConfigError, Ranks, read_jsonl, start_ranks
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+
+# ------------------------------------------------------------------------------------------------------ the maths
+
+
+def test_advantages_against_a_slow_loop():
+    rewards = torch.rand(5, 4, generator=torch.Generator().manual_seed(0))
+    advantages = group_advantages(rewards)
+    assert advantages.shape == rewards.shape
+    for row, values in zip(rewards.tolist(), advantages.tolist()):
+        mean = sum(row) / 4
+        std = math.sqrt(sum((x - mean) ** 2 for x in row) / 3)  # n - 1
+        assert values == pytest.approx([(x - mean) / (std + 1e-6) for x in row], rel=1e-4)
+    assert_close(advantages.mean(1), torch.zeros(5), atol=1e-6, rtol=0)
+    assert_close(advantages.std(1), torch.ones(5), atol=1e-4, rtol=0)
+
+
+def test_one_right_answer_among_four():
+    """0, 0, 0, 1: mean 1/4, sample std 1/2."""
+    assert group_advantages(torch.tensor([[0.0, 0, 0, 1]])).tolist()[0] == pytest.approx([-0.5, -0.5, -0.5, 1.5], abs=1e-5)
+
+
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 0.1 + 0.2, 1 / 3, 1e-9])
+@pytest.mark.parametrize("size", [2, 5, 7])
+def test_a_flat_group_has_no_advantage_at_all(reward, size):
+    """The mean of seven times 0.1 is not 0.1: divided by the small floor under the std, the rounding became a signal."""
+    rewards = torch.full((2, size), reward)
+    assert torch.equal(group_advantages(rewards), torch.zeros(2, size))
+    rewards[1, 0] += 0.5  # another group in the batch does not matter
+    assert torch.equal(group_advantages(rewards)[0], torch.zeros(size))
+
+
+def test_advantages_compare_inside_a_group_only():
+    """A std over the batch would make the first group's advantages depend on the second's."""
+    first, easy, hard = [0.0, 1.0, 1.0], [1.0, 1.0, 0.0], [0.0, 0.0, 100.0]
+    with_easy, with_hard = (group_advantages(torch.tensor([first, other])) for other in (easy, hard))
+    assert torch.equal(with_easy[0], with_hard[0])
+    assert torch.equal(with_easy[0], group_advantages(torch.tensor([first]))[0])
+
+
+def distributions() -> tuple[torch.Tensor, torch.Tensor]:
+    logits = torch.randn(2, 9, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return logits[0].log_softmax(-1), (2 * logits[1]).log_softmax(-1)
+
+
+def test_the_expectation_of_k3_is_the_kl():
+    """Over all tokens of a small vocabulary: sum_x p(x) k3(x) = sum_x p(x) log p(x)/q(x), and no other direction."""
+    p, q = distributions()
+    exact = (p.exp() * (p - q)).sum()
+    assert_close((p.exp() * kl_k3(p, q)).sum(), exact)
+    other_direction = (q.exp() * (q - p)).sum()
+    assert (exact - other_direction).abs() > 0.05
+
+
+def test_k3_is_never_negative_and_zero_only_at_equality():
+    p, q = distributions()
+    assert torch.equal(kl_k3(p, p), torch.zeros(9, dtype=torch.float64))
+    assert (kl_k3(p, q) > 0).all()
+
+
+def slow_policy_loss(logprob: float, old: float, advantage: float, eps: float) -> float:
+    ratio = math.exp(logprob - old)
+    clipped = min(max(ratio, 1 - eps), 1 + eps)
+    return -min(ratio * advantage, clipped * advantage)
+
+
+def test_the_policy_loss_against_a_slow_loop():
+    """Ratios below, inside and above the clip range, each with both signs of the advantage."""
+    eps, old = 0.2, -2.0
+    cases = [(old + math.log(r), a) for r in (0.1, 0.79, 0.81, 1.0, 1.19, 1.21, 5.0) for a in (-1.5, 0.0, 2.0)]
+    logprobs = torch.tensor([lp for lp, _ in cases], dtype=torch.float64, requires_grad=True)
+    advantages = torch.tensor([a for _, a in cases], dtype=torch.float64)
+    loss = policy_loss(logprobs, torch.full_like(logprobs, old), advantages, eps)
+    assert loss.tolist() == pytest.approx([slow_policy_loss(lp, old, a, eps) for lp, a in cases])
+    loss.sum().backward()
+    for (logprob, advantage), gradient in zip(cases, logprobs.grad.tolist()):
+        ratio = math.exp(logprob - old)
+        # Clipped where the update has gone far enough already, and never where it must come back.
+        stopped = (advantage > 0 and ratio > 1.2) or (advantage < 0 and ratio < 0.8)
+        assert gradient == pytest.approx(0.0 if stopped else -ratio * advantage)
+
+
+# --------------------------------------------------------------------------------------------------- one update
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    """A process group of this process alone."""
+    environment = dict(os.environ)
+    yield start_ranks(1.0, threads=1)
+    dist.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+def settings_of(**changes) -> Config:
+    base = dict(prompts_per_step=4, minibatch_prompts=4, group_size=3, temperature=0.8, max_grad_norm=1e9, kl_coef=0.0)
+    return Config(**(base | changes))
+
+
+@pytest.fixture
+def policy():
+    return build_tiny_model(build_tiny_tokenizer([], 300), hidden=16, layers=1, seed=0).train()
+
+
+def random_groups(seed: int = 0) -> list[Group]:
+    """4 prompts with 3 completions each, all of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda size: torch.randint(250, (size,), generator=generator).tolist()  # noqa: E731
+    groups = []
+    for i in range(4):
+        responses = [draw(2 + (5 * i + 3 * k) % 7) for k in range(3)]
+        logprobs = [[0.0] * len(response) for response in responses]
+        groups.append(Group(Prompt(f"p{i}", draw(3 + 2 * i)), responses, logprobs, ["", "", ""], [False] * 3))
+    return groups
+
+
+ADVANTAGES = torch.tensor([[-1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [1.2, -0.6, -0.6], [0.5, 0.6, -1.1]])
+
+
+class Recorder:
+    """Stands in for the optimizer: keeps each gradient instead of making a step."""
+
+    def __init__(self, policy) -> None:
+        self.policy, self.seen = policy, []
+
+    def step(self) -> None:
+        self.seen.append({name: p.grad.clone() for name, p in self.policy.named_parameters()})
+
+    def zero_grad(self, set_to_none: bool) -> None:
+        self.policy.zero_grad(set_to_none)
+
+
+def updated(policy, config, ranks, reference=None, change=None) -> tuple[list[dict], dict[str, float]]:
+    """(gradient of each update, metrics) for the random groups."""
+    minibatches = make_minibatches(random_groups(), ADVANTAGES, config, ranks)
+    grpo.fixed_logprobs(policy, reference, minibatches, config)
+    for micro in (m for minibatch in minibatches for m in minibatch):
+        if change:
+            change(micro)
+    recorder = Recorder(policy)
+    metrics = update_policy(policy, recorder, minibatches, config, ranks)
+    return recorder.seen, metrics
+
+
+def assert_same_gradients(one: dict, other: dict, relative: float = 1e-5) -> None:
+    for name in other:
+        assert (one[name] - other[name]).norm() <= relative * other[name].norm() + 1e-9, name
+
+
+def slow_gradient(policy, config, groups: list[Group], advantages: torch.Tensor, beta: float = 0.0, reference=None) -> dict:
+    """The definition, one completion at a time: -mean over all tokens of A * grad log p - beta * grad k3, ratio 1."""
+    policy.zero_grad()
+    losses = []
+    for group, row in zip(groups, advantages):
+        for response, advantage in zip(group.responses, row):
+            packed = pack([(group.prompt.ids, [response])], CPU)
+            logprobs, _ = token_logprobs(policy, packed, config.temperature)
+            loss = -advantage * logprobs
+            if reference is not None:
+                loss = loss + beta * kl_k3(logprobs, token_logprobs(reference, packed, config.temperature)[0].detach())
+            losses.append(loss)
+    torch.cat(losses).mean().backward()
+    gradient = {name: p.grad.clone() for name, p in policy.named_parameters()}
+    policy.zero_grad()
+    return gradient
+
+
+def test_the_first_update_is_the_policy_gradient(policy, ranks):
+    """The ratio is exactly 1: nothing is clipped, and the gradient is that of -A log p, averaged over all tokens."""
+    config = settings_of(clip_eps=1e-7)
+    (gradient,), metrics = updated(policy, config, ranks)
+    assert_same_gradients(gradient, slow_gradient(policy, config, random_groups(), ADVANTAGES))
+    assert metrics["clip_ratio/low_mean"] == metrics["clip_ratio/high_mean"] == metrics["clip_ratio/region_mean"] == 0
+    assert (metrics["updates"], metrics["updates_skipped_nonfinite"], metrics["kl"]) == (1, 0, 0)
+    counts = torch.tensor([[len(r) for r in group.responses] for group in random_groups()])
+    assert metrics["loss"] == pytest.approx(float(-(ADVANTAGES * counts).sum() / counts.sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("update", [0, 1])
+def test_stored_log_probs_are_the_policys_own_to_the_bit(policy, ranks, update):
+    """With several updates per batch the ratio of an unchanged policy is exactly 1 too, even with a clip range of 0."""
+    config = settings_of(minibatch_prompts=2, clip_eps=0.0)
+    gradients, metrics = updated(policy, config, ranks)
+    half = slice(2 * update, 2 * update + 2)
+    assert_same_gradients(gradients[update], slow_gradient(policy, config, random_groups()[half], ADVANTAGES[half]))
+    assert metrics["clip_ratio/region_mean"] == 0 and metrics["updates"] == 2
+
+
+def test_the_kl_term_pulls_towards_the_reference(policy, ranks):
+    config = settings_of(kl_coef=0.3)
+    reference = build_tiny_model(build_tiny_tokenizer([], 300), hidden=16, layers=1, seed=1)
+    (gradient,), metrics = updated(policy, config, ranks, reference)
+    assert_same_gradients(gradient, slow_gradient(policy, config, random_groups(), ADVANTAGES, 0.3, reference))
+    assert metrics["kl"] > 0.01
+    (same,), metrics = updated(policy, config, ranks, policy)
+    assert metrics["kl"] == 0, "the reference's log-probs go through the same code at the same temperature"
+
+
+@pytest.mark.parametrize(("tokens", "parts"), [(10**6, 1), (70, 2), (1, 4)])
+def test_micro_batches_change_no_gradient(policy, ranks, tokens, parts):
+    """Gradient accumulation that averages per micro-batch gives short completions in small batches too much weight."""
+    config = settings_of(kl_coef=0.3, max_tokens_per_micro_batch=tokens)
+    assert len(make_minibatches(random_groups(), ADVANTAGES, config, ranks)[0]) == parts
+    reference = build_tiny_model(build_tiny_tokenizer([], 300), hidden=16, layers=1, seed=1)
+    (gradient,), metrics = updated(policy, config, ranks, reference)
+    assert_same_gradients(gradient, slow_gradient(policy, config, random_groups(), ADVANTAGES, 0.3, reference))
+    whole = updated(policy, settings_of(kl_coef=0.3), ranks, reference)[1]
+    assert metrics == pytest.approx(whole, rel=1e-4)
+
+
+def test_each_token_of_a_completion_has_its_advantage(ranks):
+    (minibatch,) = make_minibatches(random_groups(), ADVANTAGES, settings_of(max_tokens_per_micro_batch=1), ranks)
+    for micro, group, row in zip(minibatch, random_groups(), ADVANTAGES.tolist()):
+        expected = [a for response, a in zip(group.responses, row) for _ in response]
+        assert micro.advantages.tolist() == pytest.approx(expected)
+        assert micro.packed.target.tolist() == [token for response in group.responses for token in response]
+
+
+def test_the_clip_ratios_count_tokens(policy, ranks):
+    """Old log-probs are moved so that every ratio is e^0.5: clipped where the advantage is positive, and only there."""
+
+    def lower(micro) -> None:
+        micro.old_logprobs -= 0.5
+
+    _, metrics = updated(policy, settings_of(minibatch_prompts=2), ranks, change=lower)
+    counts = torch.tensor([[len(r) for r in group.responses] for group in random_groups()])
+    assert metrics["clip_ratio/high_mean"] == pytest.approx(float(counts[ADVANTAGES > 0].sum() / counts.sum()))
+    assert metrics["clip_ratio/low_mean"] == 0
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_an_update_with_a_bad_gradient_is_skipped_and_counted(policy, ranks, poison):
+    """One NaN would go into every weight and both Adam moments, and the run would be lost."""
+    weights = [p.detach().clone() for p in policy.parameters()]
+    config, calls = settings_of(minibatch_prompts=2), []
+
+    def spoil_the_first(micro) -> None:
+        calls.append(micro)
+        if len(calls) == 1:
+            micro.advantages[0] = poison
+
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)
+    minibatches = make_minibatches(random_groups(), ADVANTAGES, config, ranks)
+    grpo.fixed_logprobs(policy, None, minibatches, config)
+    spoil_the_first(minibatches[0][0])
+    metrics = update_policy(policy, optimizer, minibatches, config, ranks)
+    assert (metrics["updates"], metrics["updates_skipped_nonfinite"]) == (1, 1)
+    assert all(torch.equal(p, w) for p, w in zip(policy.parameters(), weights))
+    assert all(p.grad is None for p in policy.parameters()), "nothing of it is left for the next update"
+    assert all(torch.isfinite(x).all() for s in optimizer.state.values() for x in s.values())
+    assert math.isfinite(metrics["grad_norm"])
+
+
+def test_the_gradient_norm_is_clipped(policy, ranks):
+    (free,), metrics = updated(policy, settings_of(), ranks)
+    (clipped,), again = updated(policy, settings_of(max_grad_norm=metrics["grad_norm"] / 10), ranks)
+    assert again["grad_norm"] == pytest.approx(metrics["grad_norm"]), "what is logged is the norm before clipping"
+    for name in free:
+        assert_close(clipped[name], free[name] / 10, atol=1e-7, rtol=1e-4)
+
+
+# --------------------------------------------------------------------------------- whole runs, as a user starts them
+
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+SINGLE = [sys.executable, "grpo.py"]
+DOUBLE = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "grpo.py"]
+
+
+def start(command: list[str], settings: dict) -> subprocess.CompletedProcess:
+    """Runs the script in its own process, or two."""
+    return subprocess.run(
+        command + as_arguments(settings), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=180
+    )  # fmt: skip
+
+
+def train_here(settings: dict) -> Path:
+    """The same in this process, which saves the seconds that the imports take. Returns run_dir."""
+    return run_here(grpo.main, settings)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> dict[str, object]:
+    """A short run of the task of test_end_to_end.py, from a model whose samples are right now and then."""
+    task = warmed_up_task(tmp_path_factory.mktemp("task"))
+    return task | dict(steps=4, prompts_per_step=4, minibatch_prompts=2, group_size=4, lr=2e-4, kl_coef=0.1)
+
+
+@pytest.fixture(scope="module")
+def straight(settings, tmp_path_factory) -> Path:
+    """4 steps of 2 updates each, on one process, without a break."""
+    run_dir = tmp_path_factory.mktemp("straight") / "run"
+    done = start(SINGLE, settings | {"run_dir": run_dir})
+    assert done.returncode == 0, done.stderr
+    log = read_jsonl(run_dir / "log.jsonl")
+    # Otherwise the tests below would compare two runs in which nothing happens.
+    assert sum(row["frac_reward_zero_std"] < 1 for row in log[1:]) >= 3
+    assert all(row["updates"] == 2 for row in log[1:]) and log[-1]["kl"] > 0
+    return run_dir
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def samples_by_step(run_dir: Path) -> dict[int, list[tuple]]:
+    steps: dict[int, list[tuple]] = {}
+    for row in read_jsonl(run_dir / "samples.jsonl"):
+        steps.setdefault(row["step"], []).append((row["prompt_id"], row["completion"], row["reward"]))
+    return {step: sorted(rows) for step, rows in steps.items()}
+
+
+@pytest.mark.parametrize("minibatch_prompts", [2, 4])
+def test_two_processes_do_what_one_does(settings, straight, tmp_path, minibatch_prompts):
+    """The same samples, and the same weights but for the order of float additions.
+
+    A key bias adds nearly the same to all scores of a query, so its gradient is almost rounding alone, and Adam makes
+    full steps of it: only there may more than 1e-6 differ.
+    """
+    settings = settings | {"minibatch_prompts": minibatch_prompts}
+    one, two = straight, tmp_path / "two"
+    if minibatch_prompts != 2:
+        one = tmp_path / "one"
+        train_here(settings | {"run_dir": one})
+    done = start(DOUBLE, settings | {"run_dir": two})
+    assert done.returncode == 0, done.stderr
+    assert "2 process(es)" in done.stdout
+    assert samples_by_step(two) == samples_by_step(one)
+    assert {step: len(rows) for step, rows in samples_by_step(two).items()} == {1: 16, 2: 16, 3: 16, 4: 16}
+    first, second, begin = weights(one / "model"), weights(two / "model"), weights(Path(settings["model"]))
+    for name in first:
+        assert_close(second[name], first[name], atol=1e-4 if name.endswith("k_proj.bias") else 1e-6, rtol=0)
+    assert max((first[name] - begin[name]).abs().max() for name in first) > 3e-4, "there was something to compare"
+    for row, other in zip(read_jsonl(one / "log.jsonl"), read_jsonl(two / "log.jsonl"), strict=True):
+        same = {key for key in row if not key.startswith("time/") and key != "seconds"}
+        assert {k: other[k] for k in same} == pytest.approx({k: row[k] for k in same}, rel=1e-3, abs=1e-5)
+
+
+def test_a_resumed_run_is_the_straight_run_to_the_bit(settings, straight, tmp_path):
+    """Weights alone would not do: Adam's moments, the data order, the samples' seeds and the reference count too."""
+    run_dir = tmp_path / "run"
+    train_here(settings | {"run_dir": run_dir, "steps": 2, "save_every": 2})
+    # As if it had been killed in step 3, after its log line and before its checkpoint:
+    with (run_dir / "log.jsonl").open("a") as log:
+        log.write('{"step": 3, "reward": 77}\n')
+    train_here(settings | {"run_dir": run_dir, "steps": 4, "resume": "true"})
+    resumed, whole = weights(run_dir / "model"), weights(straight / "model")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    log = read_jsonl(run_dir / "log.jsonl")
+    assert [row["step"] for row in log] == [0, 1, 2, 3, 4]
+    assert log[3]["reward"] == read_jsonl(straight / "log.jsonl")[3]["reward"] != 77
+    assert samples_by_step(run_dir) == samples_by_step(straight)
+    assert json.loads((run_dir / "summary.json").read_text())["steps"] == 4
+    seconds, flops = ([row[key] for row in log[1:]] for key in ("seconds", "flops"))
+    assert seconds == sorted(seconds) and flops == sorted(flops), "the first part of the run counts"
+
+
+def test_a_resumed_run_uses_the_learning_rate_that_it_logs(settings, tmp_path):
+    """The optimizer's saved state carries the old rate: --lr was logged, and silently not used."""
+    run_dir = tmp_path / "run"
+    before = weights(train_here(settings | {"run_dir": run_dir, "steps": 1}) / "model")
+    train_here(settings | {"run_dir": run_dir, "steps": 2, "resume": "true", "lr": 0})
+    assert read_jsonl(run_dir / "log.jsonl")[-1]["learning_rate"] == 0
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(run_dir / "model").items())
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(settings, tmp_path):
+    run_dir = tmp_path / "run"
+    long = settings | {"run_dir": run_dir, "steps": 2000}
+    process = subprocess.Popen(
+        SINGLE + as_arguments(long), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline and len(read_jsonl(run_dir / "log.jsonl")) < 3:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and "Traceback" not in stderr
+    assert "--resume true" in stderr and str(run_dir) in stderr
+    last = read_jsonl(run_dir / "log.jsonl")[-1]["step"]
+    assert last >= 2 and (run_dir / f"step_{last}" / "optimizer.pt").exists()
+    assert not (run_dir / "model").exists()
+    train_here({"config": run_dir / "config.yaml", "resume": "true", "steps": last + 1, "run_dir": run_dir})
+    assert [row["step"] for row in read_jsonl(run_dir / "log.jsonl")] == list(range(last + 2))
+    assert (run_dir / "model").exists()
+
+
+def test_export_of_a_checkpoint(straight, tmp_path):
+    grpo.main(["--export", str(straight / "step_4"), str(tmp_path / "out")])
+    exported, trained = weights(tmp_path / "out"), weights(straight / "model")
+    assert all(torch.equal(exported[name], trained[name].bfloat16()) for name in trained)
+    assert not (tmp_path / "out" / "optimizer.pt").exists()
+    load_model(str(tmp_path / "out"), CPU)
+    with pytest.raises(ConfigError, match="exists already"):
+        grpo.main(["--export", str(straight / "step_4"), str(tmp_path / "out")])
+
+
+# ------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory) -> dict[str, object]:
+    """A run that needs no model file; none of the tests below gets as far as a step."""
+    folder = tmp_path_factory.mktemp("bad")
+    return write_task(folder) | dict(model="tiny", tiny_hidden=16, tiny_layers=1, tiny_vocab=300, run_dir=folder / "run")
+
+
+BAD = {
+    "a missing model folder": ({"model": "{tmp}/no-model"}, "no-model' does not exist"),
+    "a wrong key": ({"group_sise": 8}, "unknown setting 'group_sise'; did you mean 'group_size'?"),
+    "a value of the wrong type": ({"group_size": "many"}, "group_size must be a int, not 'many'"),
+    "an empty data file": ({"data": "{tmp}/empty.jsonl"}, "empty.jsonl is empty"),
+    "a data file that does not exist": ({"data": "{tmp}/none.jsonl"}, "none.jsonl does not exist"),
+    "a data file that is no data": ({"data": "{tmp}/prose.jsonl"}, "prose.jsonl"),
+    "a template that does not exist": ({"prompt_template": "{tmp}/none.txt"}, "none.txt"),
+    "a run directory in use": ({"run_dir": "{tmp}/used"}, "used exists; add --"),
+    "nothing to resume": ({"resume": "true"}, "to resume"),
+    "prompts that are all too long": ({"max_prompt_tokens": 5}, "longer than max_prompt_tokens (5)"),
+    "an unknown reward": ({"reward": "generous"}, "reward must be one of binary"),
+    "no data at all": ({"data": ""}, "no training file given"),
+}
+
+
+def bad_settings(case: str, task: dict, tmp_path: Path) -> tuple[dict, str]:
+    """(settings, what the message must contain), with the files that the case needs."""
+    (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "prose.jsonl").write_text("This is a letter.\nTo nobody.\n")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "log.jsonl").touch()
+    changes, words = BAD[case]
+    changes = {key: str(value).replace("{tmp}", str(tmp_path)) for key, value in changes.items()}
+    return task | {"run_dir": tmp_path / "run"} | changes, words
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_sentence(case, task, tmp_path, monkeypatch, capsys):
+    settings, words = bad_settings(case, task, tmp_path)
+    monkeypatch.setattr(sys, "argv", ["grpo.py", *as_arguments(settings)])
+    with pytest.raises(SystemExit) as caught:  # any other exception would be a traceback
+        run_here(lambda _: runpy.run_path(str(ROOT / "grpo.py"), run_name="__main__"), settings)
+    code = caught.value.code  # a status, or a text that Python prints to stderr
+    message = code if isinstance(code, str) else capsys.readouterr().err.strip().splitlines()[-1]
+    assert code and message.startswith("error: ") and words in message and "\n" not in message
+
+
+def test_the_sentence_arrives_on_stderr(task, tmp_path):
+    settings, words = bad_settings("a missing model folder", task, tmp_path)
+    done = start(SINGLE, settings)
+    assert done.returncode not in (0, 130) and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ") and words in done.stderr
+    again = start(SINGLE, settings | {"model": "tiny", "max_prompt_tokens": 5})
+    assert "longer than max_prompt_tokens" in again.stderr, "a mistake does not block the run directory"
+
+
+def test_minibatches_must_divide_among_the_processes(task, tmp_path):
+    uneven = {"prompts_per_step": 3, "minibatch_prompts": 3, "run_dir": tmp_path / "run"}
+    done = start(DOUBLE, task | uneven)
+    assert done.returncode != 0
+    assert "error: minibatch_prompts (3) must be a multiple of the number of processes (2)" in done.stderr
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,207 @@
+"""sft.py: the loss is the mean cross-entropy of the reply tokens alone, and a run stops, resumes and refuses as it says."""
+
+import math
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from test_end_to_end import TOOL, as_arguments, run_here, sum_example, write_task
+
+import sft
+from data import Example
+from model import build_tiny_model, build_tiny_tokenizer, count_parameters, use_attention
+from prompts import ToolCall, encode_reply, parse_completion, render_calls
+from runtime import Config, Ranks, read_jsonl, start_ranks
+from sft import replies_to_imitate, sft_steps, sft_update
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def ranks() -> Iterator[Ranks]:
+    """A process group of this process alone."""
+    environment = dict(os.environ)
+    yield start_ranks(1.0, threads=1)
+    dist.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+@pytest.fixture
+def policy():
+    return build_tiny_model(build_tiny_tokenizer([], 300), hidden=16, layers=1, seed=0).train()
+
+
+GROUPS = [([5, 6, 7], [[8, 9, 10, 11], [12]]), ([20], [[21, 22]]), ([30, 31, 32, 33, 34], [[35] * 9])]
+
+# ------------------------------------------------------------------------------------------------------ one update
+
+
+def slow_loss(policy, groups) -> torch.Tensor:
+    """Cross-entropy of every reply token, one plain forward pass per reply; the prompt's own tokens do not count."""
+    use_attention(policy, "generate")
+    losses = []
+    for prompt, replies in groups:
+        for reply in replies:
+            logits = policy(torch.tensor([prompt + reply]), use_cache=False).logits[0]
+            labels = torch.tensor([-100] * len(prompt) + reply)
+            losses.append(F.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum"))
+    use_attention(policy, "train")
+    return sum(losses) / sum(len(reply) for _, replies in groups for reply in replies)
+
+
+@pytest.mark.parametrize("tokens", [10**6, 15, 1])
+def test_the_loss_and_its_gradient_are_those_of_the_reply_tokens(policy, ranks, tokens):
+    expected = slow_loss(policy, GROUPS)
+    expected.backward()
+    gradients = [p.grad.clone() for p in policy.parameters()]
+    policy.zero_grad()
+    config = Config(max_tokens_per_micro_batch=tokens, max_grad_norm=1e9)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)  # the step is the gradient
+    before = [p.detach().clone() for p in policy.parameters()]
+    metrics = sft_update(policy, optimizer, GROUPS, config, ranks)
+    assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert metrics["num_tokens"] == 3 + 5 + 1 + 2 + 5 + 9
+    norm = math.sqrt(sum(float(g.norm()) ** 2 for g in gradients))
+    assert metrics["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    for p, old, gradient in zip(policy.parameters(), before, gradients):
+        assert (old - p - gradient).norm() <= 1e-4 * gradient.norm() + 1e-6
+
+
+def test_the_loss_falls(policy, ranks):
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    losses = [sft_update(policy, optimizer, GROUPS, Config(), ranks)["loss"] for _ in range(40)]
+    assert losses[-1] < losses[0] / 3
+
+
+def test_a_bad_gradient_changes_nothing(policy, ranks):
+    """One NaN would go into every weight."""
+    with torch.no_grad():
+        policy.model.norm.weight[0] = math.nan
+    before = {name: p.detach().clone() for name, p in policy.named_parameters()}
+    metrics = sft_update(policy, torch.optim.SGD(policy.parameters(), lr=1.0), GROUPS, Config(), ranks)
+    assert not math.isfinite(metrics["grad_norm"])
+    assert all(torch.equal(p.nan_to_num(7), before[name].nan_to_num(7)) for name, p in policy.named_parameters())
+    assert all(p.grad is None for p in policy.parameters())
+
+
+# ---------------------------------------------------------------------------------------------- what is imitated
+
+
+def test_demonstrations_are_imitated_as_they_are():
+    example = sum_example(0, 1, 2)
+    assert replies_to_imitate(example) == example.demonstrations and len(example.demonstrations) == 3
+
+
+@pytest.mark.parametrize("calls", [[ToolCall("add", {"a": 1, "b": 2})], []])
+def test_an_example_without_demonstrations_is_imitated_as_its_bare_calls(calls):
+    example = Example("x", "sums", [{"role": "user", "content": "add 1 and 2"}], [TOOL], calls)
+    (reply,) = replies_to_imitate(example)
+    assert parse_completion(reply).calls == calls
+    assert render_calls(calls) in reply
+
+
+def test_a_reply_ends_with_the_end_token():
+    """Without it in the loss the model never learns to stop."""
+    tokenizer = build_tiny_tokenizer([], 300)
+    ids = encode_reply(tokenizer, "abc")
+    assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
+    assert tokenizer.decode(ids[:-1]) == "abc"
+
+
+def test_steps_or_epochs():
+    assert sft_steps(Config(steps=7), 100) == 7
+    assert sft_steps(Config(epochs=2.0, sft_batch=10), 100) == 20
+    assert sft_steps(Config(epochs=0.5, sft_batch=10), 4) == 1, "never nothing"
+    assert sft_steps(Config(steps=7, sft_flops=1.0), 100) > 10**6, "the budget decides, not the steps"
+
+
+# ------------------------------------------------------------------------------------------------------ whole runs
+
+
+@pytest.fixture
+def settings(tmp_path) -> dict[str, object]:
+    tiny = dict(model="tiny", tiny_hidden=16, tiny_layers=1, tiny_vocab=300, sft_lr=1e-2, sft_batch=4)
+    return write_task(tmp_path) | tiny | {"run_dir": tmp_path / "run", "steps": 6, "max_response_tokens": 4}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def test_a_run_as_a_user_starts_it(settings):
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run(
+        [sys.executable, "sft.py", *as_arguments(settings)], cwd=ROOT, env=environment | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "greedy accuracy" in done.stdout
+    log = read_jsonl(settings["run_dir"] / "log.jsonl")
+    assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6]
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert (settings["run_dir"] / "summary.json").exists() and weights(settings["run_dir"])
+
+
+def test_a_resumed_run_is_the_straight_run_to_the_bit(settings, monkeypatch):
+    """Stopped after step 4 of 6 by a signal. The learning rate, which falls over the run, goes on where it was."""
+    straight = run_here(sft.main, settings)
+    broken = settings | {"run_dir": settings["run_dir"].with_name("broken")}
+    calls = []
+    with monkeypatch.context() as patch:
+        patch.setattr(sft.StopFlag, "agreed", lambda self, ranks: calls.append(1) or len(calls) == 4)
+        with pytest.raises(sft.Interrupted, match="--resume true"):
+            run_here(sft.main, broken)
+    assert [row["step"] for row in read_jsonl(broken["run_dir"] / "log.jsonl")] == [1, 2, 3, 4]
+    run_here(sft.main, broken | {"resume": "true"})
+    one, other = weights(straight), weights(broken["run_dir"])
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    logs = [read_jsonl(path / "log.jsonl") for path in (straight, broken["run_dir"])]
+    for row, again in zip(*logs, strict=True):
+        assert {k: v for k, v in row.items() if k != "seconds"} == {k: v for k, v in again.items() if k != "seconds"}
+
+
+def test_the_learning_rate_rises_and_falls(settings):
+    log = read_jsonl(run_here(sft.main, settings | {"steps": 40}) / "log.jsonl")
+    for row in log:
+        ramp, decay = min(1, row["step"] / 20), 1 - (row["step"] - 1) / 40
+        assert row["learning_rate"] == pytest.approx(1e-2 * ramp * decay)
+    flat = read_jsonl(run_here(sft.main, settings | {"steps": 25, "sft_decay": "false", "overwrite": "true"}) / "log.jsonl")
+    assert [row["learning_rate"] for row in flat][19:] == [1e-2] * 6
+
+
+def test_a_compute_budget_ends_the_run(settings):
+    """6 FLOPs per parameter and token: the run stops with the step that reaches the budget."""
+    free = read_jsonl(run_here(sft.main, settings) / "log.jsonl")
+    model = build_tiny_model(build_tiny_tokenizer([], 300), hidden=16, layers=1, seed=0)
+    first = 6 * free[0]["num_tokens"] * count_parameters(model)
+    assert free[0]["flops"] == pytest.approx(first, rel=0.2), "but for the size of the vocabulary"
+    per_token = free[0]["flops"] / free[0]["num_tokens"]
+    assert free[3]["flops"] == pytest.approx(per_token * sum(row["num_tokens"] for row in free[:4]))
+    budget = free[2]["flops"] * 0.99
+    bounded = settings | {"run_dir": settings["run_dir"].with_name("bounded"), "sft_flops": budget}
+    log = read_jsonl(run_here(sft.main, bounded) / "log.jsonl")
+    assert [row["step"] for row in log] == [1, 2, 3] and log[-1]["flops"] >= budget > log[-2]["flops"]
+    # Starting it once more spends nothing more.
+    run_here(sft.main, bounded | {"resume": "true"})
+    assert len(read_jsonl(bounded["run_dir"] / "log.jsonl")) == 3
+
+
+def test_bad_input_is_one_clear_sentence(settings, monkeypatch, capsys):
+    missing = settings | {"model": str(settings["run_dir"].with_name("no-model"))}
+    monkeypatch.setattr(sys, "argv", ["sft.py", *as_arguments(missing)])
+    with pytest.raises(SystemExit) as caught:  # any other exception would be a traceback
+        run_here(lambda _: runpy.run_path(str(ROOT / "sft.py"), run_name="__main__"), missing)
+    code = caught.value.code  # a status, or a text that Python prints to stderr
+    message = code if isinstance(code, str) else capsys.readouterr().err.strip().splitlines()[-1]
+    assert code and message.startswith("error: model: the folder") and "\n" not in message
