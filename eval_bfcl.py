@@ -297,10 +297,13 @@ def generate(args: argparse.Namespace, out: Path) -> None:
     for problem in problems:
         tools = prompt_tools(problem.functions, LANGUAGES.get(problem.category, "python"))
         cases.append(rollout.Case(id=problem.id, category=problem.category, messages=problem.messages, tools=tools))
-    rollout.write_predictions(
-        args.model, cases, out / "predictions.jsonl", template=load_template(args.prompt_template),
-        max_prompt_tokens=args.max_prompt_tokens, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size,
-    )
+    try:
+        rollout.write_predictions(
+            args.model, cases, out / "predictions.jsonl", template=load_template(args.prompt_template),
+            max_prompt_tokens=args.max_prompt_tokens, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size,
+        )  # fmt: skip
+    except rollout.ModelError as error:
+        raise BfclError(str(error)) from None
 
 
 def _positive(text: str) -> int:

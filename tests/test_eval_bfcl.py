@@ -500,7 +500,7 @@ def test_score_is_a_light_script(tmp_path):
 def rollout(monkeypatch):
     """Stands in for rollout.py, which needs torch; remembers what it was asked."""
     module, asked = ModuleType("rollout"), {}
-    module.Case = SimpleNamespace
+    module.Case, module.ModelError = SimpleNamespace, ValueError
     module.write_predictions = lambda model, cases, path, **options: asked.update(
         model=model, cases=cases, path=path, options=options
     )

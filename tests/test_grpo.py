@@ -20,10 +20,11 @@ from test_end_to_end import as_arguments, run_here, warmed_up_task, write_task
 from torch.testing import assert_close
 
 import grpo
+from config import Config, ConfigError
 from grpo import group_advantages, kl_k3, make_minibatches, policy_loss, update_policy
 from model import build_tiny_model, build_tiny_tokenizer, load_model, pack, token_logprobs
 from rollout import Group, Prompt
-from runtime import Config, ConfigError, Ranks, read_jsonl, start_ranks
+from runtime import Ranks, read_jsonl, start_ranks
 
 torch.set_num_threads(1)
 

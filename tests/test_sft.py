@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from test_end_to_end import TOOL, as_arguments, run_here, sum_example, write_task
 
 import sft
+from config import Config
 from data import Example
 from model import build_tiny_model, build_tiny_tokenizer, count_parameters, use_attention
 from prompts import ToolCall, encode_reply, parse_completion, render_calls
-from runtime import Config, Ranks, read_jsonl, start_ranks
+from runtime import Ranks, read_jsonl, start_ranks
 from sft import replies_to_imitate, sft_steps, sft_update
 
 torch.set_num_threads(1)
