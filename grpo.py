@@ -174,7 +174,8 @@ def update_policy(
                 ratio = (logprobs - old).exp()
                 low = (ratio < 1 - config.clip_eps) & (micro.advantages < 0)
                 high = (ratio > 1 + config.clip_eps) & (micro.advantages > 0)
-                sums += torch.stack([x.double().sum() for x in (loss, kl, entropy, low, high)]).cpu()
+                part = torch.stack([x.double().sum() for x in (loss, kl, entropy, low, high)])
+                sums += part.nan_to_num(0.0, 0.0, 0.0).cpu()  # a bad part is counted below and must not blot the log
         ranks.sum_gradients(policy)
         norm = float(nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
         if math.isfinite(norm):  # the norm is the same on all ranks, so all skip together

@@ -313,9 +313,9 @@ def _finished(path: Path) -> Counter[tuple[str, str]]:
     """How often each (category, id) is in `path`. A line cut off by a kill is removed, so appending is safe."""
     if not path.exists():
         return Counter()
-    text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    rows = [json.loads(line) for line in whole.split("\n") if line]
+    data = path.read_bytes()  # bytes, because the cut may be inside a character
+    whole = data[: data.rfind(b"\n") + 1]
+    if whole != data:
+        path.write_bytes(whole)
+    rows = [json.loads(line) for line in whole.split(b"\n") if line]
     return Counter((row["category"], row["id"]) for row in rows)

@@ -166,7 +166,7 @@ def _claim(path: Path, config: Config) -> str:
     elif used and not config.overwrite:
         hint = "--resume true to go on, " if (path / "latest").exists() else ""
         return f"run_dir: {path} exists; add {hint}--overwrite true to replace it, or another --run_dir"
-    elif used and not (path / "config.yaml").exists():
+    elif used and not ((path / "config.yaml").exists() and (path / "git.txt").exists()):
         return f"run_dir: {path} is not a run directory, so it is not overwritten; delete it yourself"
     elif used and path.resolve() in Path(config.model).resolve().parents:
         return f"model: {config.model} lies in {path}, which would be overwritten; choose another run_dir"
@@ -199,7 +199,7 @@ def append_jsonl(path: Path, rows: Iterable[dict]) -> None:
 
 def read_jsonl(path: Path) -> list[dict]:
     """All whole rows of a JSONL file that we wrote; [] if there is none. A last line cut off by a kill is left out."""
-    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
     return [json.loads(line) for line in lines[:-1]]  # not splitlines(): a completion may hold U+2028
 
 
