@@ -351,7 +351,7 @@ def tokenize_splits(splits: Splits, tokenizer, template: str, config, quiet: boo
     """
     limit, skipped = config.max_prompt_tokens, 0
 
-    def encode(examples: Sequence[Example]) -> list[Tokenized]:
+    def encode(examples: Sequence[Example]) -> list[Tokenized]:  # counts what it leaves out
         nonlocal skipped
         kept = []
         for example in tqdm(examples, desc="tokenize", leave=False, disable=quiet):

@@ -38,7 +38,7 @@ from model import (
 )  # fmt: skip
 from prompts import PromptError, check_tokenizer, load_template
 from reward import REWARDS, Reward, score
-from rollout import Group, Prompt, evaluate, prompt_seed, rollout_metrics, sample_groups, sample_rows
+from rollout import Group, Prompt, evaluate, model_flops, prompt_seed, rollout_metrics, sample_groups, sample_rows
 from runtime import (
     Clock,
     Interrupted,
@@ -205,17 +205,6 @@ def sampler_difference(
     difference = (torch.cat(trainer).cpu() - sampler).abs().double()
     total, count = ranks.sum([difference.sum().item(), float(len(sampler))])
     return {"sampling/sampling_logp_difference/mean": total / count}
-
-
-def model_flops(groups: Sequence[Group], parameters: int, config: Config, ranks: Ranks) -> tuple[float, float]:
-    """Collective. (training tokens, FLOPs) of one step on all ranks; attention is left out.
-
-    2 per parameter and token forward, 4 backward: a rollout is one forward, the reference another, an update three.
-    """
-    tokens = float(sum(len(g.prompt.ids) + sum(map(len, g.responses)) for g in groups))
-    passes = 2 + 2 * (config.kl_coef > 0) + 2 * (config.minibatch_prompts < config.prompts_per_step) + 6
-    tokens = ranks.sum([tokens])[0]
-    return tokens, passes * parameters * tokens
 
 
 # -------------------------------------------------------------------------------------------------------------- loop

@@ -208,6 +208,17 @@ def sample_rows(
     return [row for part in ranks.gather(own) for row in part]
 
 
+def model_flops(groups: Sequence[Group], parameters: int, config: Config, ranks: Ranks) -> tuple[float, float]:
+    """Collective. (training tokens, FLOPs) of one step on all ranks; attention is left out.
+
+    2 per parameter and token forward, 4 backward: a rollout is one forward, the reference another, an update three.
+    """
+    tokens = float(sum(len(g.prompt.ids) + sum(map(len, g.responses)) for g in groups))
+    passes = 2 + 2 * (config.kl_coef > 0) + 2 * (config.minibatch_prompts < config.prompts_per_step) + 6
+    tokens = ranks.sum([tokens])[0]
+    return tokens, passes * parameters * tokens
+
+
 # ---------------------------------------------------------------------------------------------------- evaluation
 
 
