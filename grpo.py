@@ -146,9 +146,9 @@ def fixed_logprobs(
     """Fills in the log-probs that stay fixed during the updates: the reference's, and the policy's own before them."""
     for micro in (m for minibatch in minibatches for m in minibatch):
         if reference is not None:
-            micro.ref_logprobs = token_logprobs(reference, micro.packed, config.temperature)[0]
+            micro.ref_logprobs = token_logprobs(reference, micro.packed, config.temperature, entropy=False)[0]
         if len(minibatches) > 1:
-            micro.old_logprobs = token_logprobs(policy, micro.packed, config.temperature)[0]
+            micro.old_logprobs = token_logprobs(policy, micro.packed, config.temperature, entropy=False)[0]
 
 
 def update_policy(

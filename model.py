@@ -33,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 from prompts import END_TOKENS, TAGS, stop_ids
 
 SHARED_PREFIX = "shared_prefix"
+KEPT_LOGITS = 2**23  # logits of one micro-batch that are not worth recomputing: 32 MiB
 
 
 class ModelError(ValueError):
@@ -213,11 +214,13 @@ def split_by_tokens(sizes: Sequence[int], budget: int) -> list[list[int]]:
 # ----------------------------------------------------------------------------------------------------- log-probs
 
 
-def token_logprobs(model: nn.Module, packed: Packed, temperature: float, chunk: int = 1024) -> tuple[Tensor, Tensor]:
-    """Log-probs of the response tokens, and the entropy at each (no gradient): [N], [N] float32.
+def token_logprobs(
+    model: nn.Module, packed: Packed, temperature: float, chunk: int = 1024, entropy: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Log-probs of the response tokens, and the entropy at each (no gradient; 0 if not asked for): [N], [N] float32.
 
     The policy, old and reference models all go through here, with the temperature that the sampler used. The LM head
-    runs in chunks that are recomputed in the backward, so no [T, V] tensor outlives its chunk.
+    runs in chunks that are recomputed in the backward, so no [T, V] tensor outlives its chunk; small ones are kept.
     """
     with autocast(packed.ids.device):
         hidden = model.get_decoder()(
@@ -229,20 +232,25 @@ def token_logprobs(model: nn.Module, packed: Packed, temperature: float, chunk: 
             shared=packed.layout,
         ).last_hidden_state[0][packed.predict]
         head = model.get_output_embeddings()
-        parts = [
-            checkpoint(_head_chunk, head, h, t, temperature, use_reentrant=False)
-            for h, t in zip(hidden.split(chunk), packed.target.split(chunk))
-        ]
+        parts = []
+        for h, t in zip(hidden.split(chunk), packed.target.split(chunk)):
+            if len(packed.target) * head.out_features <= KEPT_LOGITS:
+                parts.append(_head_chunk(head, h, t, temperature, entropy))
+            else:
+                parts.append(checkpoint(_head_chunk, head, h, t, temperature, entropy, use_reentrant=False))
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
-def _head_chunk(head: nn.Module, hidden: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _head_chunk(
+    head: nn.Module, hidden: Tensor, target: Tensor, temperature: float, entropy: bool
+) -> tuple[Tensor, Tensor]:
     logits = head(hidden).float() / temperature
     lse = logits.logsumexp(-1)
     logprobs = logits.gather(-1, target[:, None])[:, 0] - lse
+    if not entropy:
+        return logprobs, torch.zeros_like(logprobs)
     with torch.no_grad():
-        entropy = lse - (logits * (logits - lse[:, None]).exp()).sum(-1)
-    return logprobs, entropy
+        return logprobs, lse - (logits * (logits - lse[:, None]).exp()).sum(-1)
 
 
 # -------------------------------------------------------------------------------------------- load, build, export

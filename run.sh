@@ -68,7 +68,7 @@ demo() {
     || fail "the demo stopped; the first error line above says why" "bash run.sh, or to go on: bash run.sh train $run/config.yaml --resume true"
   flops=$(python -c "import json; print(json.load(open('$run/summary.json'))['flops'])")
   echo "run.sh: the baseline: more SFT on the same data, with the compute that GRPO took"
-  launch sft.py --config configs/tiny.yaml --model $run/warmup/model --sft_flops "$flops" --run_dir $run/sft \
+  launch sft.py --config configs/tiny.yaml --model $run/warmup/model --sft_flops "$flops" --sft_batch 32 --run_dir $run/sft \
     || fail "the SFT baseline stopped; the first error line above says why" "bash run.sh"
   python plot.py $run
 }

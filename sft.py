@@ -64,7 +64,7 @@ def sft_update(policy: nn.Module, optimizer, groups: list, config: Config, ranks
     loss = 0.0
     for batch in split_by_tokens(sizes, config.max_tokens_per_micro_batch):
         packed = pack([groups[i] for i in batch], ranks.device)
-        logprobs, _ = token_logprobs(policy, packed, temperature=1.0)
+        logprobs, _ = token_logprobs(policy, packed, temperature=1.0, entropy=False)
         part = -logprobs.sum() / total
         part.backward()
         loss += part.item()
