@@ -289,7 +289,8 @@ def test_several_files_are_joined_and_none_need_be_held_out(tmp_path, capsys):
 def test_a_test_file_replaces_the_split_up_to_eval_cases(tmp_path):
     train, test = save_numbered(tmp_path / "a.json", *range(10)), save_numbered(tmp_path / "b.json", 20, 21, 22)
     splits = load_splits(Config(data=train, test_data=test, eval_cases=2))
-    assert len(splits.train) == 10 and ids_of(splits.held_out["held_out"]) == ["20", "21"]
+    chosen = ids_of(splits.held_out["held_out"])  # a random part: the first ones would all be of the first file
+    assert len(splits.train) == 10 and len(set(chosen)) == 2 and set(chosen) < {"20", "21", "22"}
 
 
 def test_what_is_dropped_is_said(tmp_path, capsys):
