@@ -1,6 +1,6 @@
 """The demo with fresh seeds and with two negative controls; prints minimum, median and maximum of each figure.
 
-    python bench/demo_seeds.py                       8 seeds, then lr 0 and shuffled rewards with 2 seeds each
+    python bench/demo_seeds.py                       8 seeds, then lr 0 and shuffled rewards with one seed each
     python bench/demo_seeds.py --seeds 2 --controls 0
 
 Runs that are finished (runs/seeds/RECIPE/…/summary.json) are not done again, so it can be interrupted.
@@ -58,7 +58,7 @@ def main() -> None:
     """Runs what is missing, at most one process per core, and prints a Markdown table per variant."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--seeds", type=int, default=8)
-    parser.add_argument("--controls", type=int, default=2)
+    parser.add_argument("--controls", type=int, default=1)
     args = parser.parse_args()
     jobs = [("GRPO", FIRST_SEED + i) for i in range(args.seeds)]
     jobs += [(variant, FIRST_SEED + i) for variant in list(VARIANTS)[1:] for i in range(args.controls)]
