@@ -151,6 +151,7 @@ def pack(groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], device
     ids: list[int] = []
     positions: list[int] = []
     predict: list[int] = []
+    target: list[int] = []
     counts: list[int] = []
     layouts, kv_index, query_lengths, key_lengths = [], [], [], []
     for prompt, responses in groups:
@@ -170,6 +171,7 @@ def pack(groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], device
             positions += range(length, length + size)
             # The prompt's last token predicts the first response token of every response of the group.
             predict += [start + length - 1, *range(first, first + size - 1)]
+            target += response
             counts.append(size)
             index[row, :size] = torch.arange(first, first + size)
             real.append(torch.arange(size) + row * longest)
@@ -179,23 +181,12 @@ def pack(groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], device
         mask = torch.ones(longest, length + longest, dtype=torch.bool).tril(length)
         layouts.append((start, length, index.to(device), mask.to(device), torch.cat(real).to(device)))
     flat = torch.tensor(ids)
-    target = torch.cat([flat[first : first + size] for first, size in _response_spans(groups)])
     cu = [F.pad(torch.tensor(sizes).cumsum(0), (1, 0)).to(device, torch.int32) for sizes in (query_lengths, key_lengths)]
     layout = Layout(layouts, torch.cat(kv_index).to(device), *cu, max(query_lengths), max(key_lengths))
     return Packed(
         flat[None].to(device), torch.tensor(positions)[None].to(device), layout, torch.tensor(predict).to(device),
-        target.to(device), torch.tensor(counts).to(device),
+        torch.tensor(target).to(device), torch.tensor(counts).to(device),
     )  # fmt: skip
-
-
-def _response_spans(groups) -> Iterable[tuple[int, int]]:
-    """(first index, length) of every response in packing order."""
-    position = 0
-    for prompt, responses in groups:
-        position += len(prompt)
-        for response in responses:
-            yield position, len(response)
-            position += len(response)
 
 
 def split_by_tokens(sizes: Sequence[int], budget: int) -> list[list[int]]:

@@ -67,19 +67,20 @@ class Ranks:
         """Collective. Adds up the gradients of all ranks in place; each rank holds its share of one global sum."""
         if self.world == 1:
             return
-        bucket: list[torch.Tensor] = []
+        bucket, filled = [], 0
         parameters = list(model.parameters())
         for i, parameter in enumerate(parameters):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             bucket.append(parameter.grad)
+            filled += parameter.numel()
             # One call per bucket: few enough for speed, small enough that the copy costs little memory.
-            if sum(g.numel() for g in bucket) > 2**25 or i + 1 == len(parameters):
+            if filled > 2**25 or i + 1 == len(parameters):
                 flat = torch.cat([g.flatten() for g in bucket])
                 dist.all_reduce(flat)
                 for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket])):
                     gradient.copy_(part.view_as(gradient))
-                bucket = []
+                bucket, filled = [], 0
 
 
 def start_ranks(timeout_minutes: float = 60.0, threads: int = 0) -> Ranks:
