@@ -37,7 +37,7 @@ from model import (
     token_logprobs,
 )  # fmt: skip
 from prompts import PromptError, check_tokenizer, load_template
-from reward import REWARDS, Reward, score
+from reward import Reward, RewardError, RewardFunction, reward_function
 from rollout import Group, Prompt, evaluate, model_flops, prompt_seed, rollout_metrics, sample_groups, sample_rows
 from runtime import (
     Clock,
@@ -101,10 +101,10 @@ class MicroBatch:
     ref_logprobs: Tensor | None = None  # None: kl_coef is 0
 
 
-def score_groups(groups: Sequence[Group], examples: Sequence[Tokenized], config: Config) -> list[list[Reward]]:
+def score_groups(groups: Sequence[Group], examples: Sequence[Tokenized], reward: RewardFunction) -> list[list[Reward]]:
     """The reward of every completion, [P][G]."""
     return [
-        [score(text, item.example.answer, config.reward) for text in group.texts]
+        [reward(text, item.example.answer, item.example.tools) for text in group.texts]
         for group, item in zip(groups, examples)
     ]
 
@@ -219,6 +219,7 @@ class Run:
     folder: Path
     stop: StopFlag
     tokenizer: object
+    reward: RewardFunction
     policy: nn.Module
     reference: nn.Module | None
     optimizer: torch.optim.Optimizer
@@ -244,7 +245,7 @@ def train(run: Run) -> None:
                 max_new_tokens=config.max_response_tokens, batch_size=config.rollout_batch_size, progress=ranks.main,
             )  # fmt: skip
         with clock("reward"):
-            scores = score_groups(groups, items, config)
+            scores = score_groups(groups, items, run.reward)
             rewards = torch.tensor([[r.total for r in row] for row in scores])
         if config.shuffle_rewards:
             rewards = shuffled(rewards, config, step, ranks)
@@ -304,7 +305,9 @@ def total_steps(config: Config, examples: int) -> int:
 def set_up(config: Config, ranks: Ranks) -> Run:
     """Collective. Data, start model, policy, frozen reference and optimizer; or all of it from a checkpoint."""
     began = time.perf_counter()
+    reward = reward_function(config.reward, config.lenient)
     template, splits = load_template(config.prompt_template), load_splits(config)
+    reward("", splits.train[0].answer, splits.train[0].tools)  # a broken function of the user's own stops here
     if config.model != "tiny":  # before an old run is replaced
         check_tokenizer(load_tokenizer(config.model), template)
     folder, stop = open_run(config, ranks), StopFlag()
@@ -334,7 +337,7 @@ def set_up(config: Config, ranks: Ranks) -> Run:
         for name in ("log.jsonl", "samples.jsonl"):
             cut_log(folder / name, state["step"] if checkpoint else -1)
     run = Run(
-        config, ranks, folder, stop, tokenizer, policy, reference, optimizer, tokenized.train, tokenized.held_out,
+        config, ranks, folder, stop, tokenizer, reward, policy, reference, optimizer, tokenized.train, tokenized.held_out,
         state, began - state["seconds"],
     )  # fmt: skip
     if not checkpoint:
@@ -376,8 +379,6 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] == ["--export"]:
         return export_checkpoint(arguments[1:])
     config = load_config(arguments)
-    if config.reward not in REWARDS:
-        raise ConfigError(f"reward must be one of {', '.join(REWARDS)}, not {config.reward!r}")
     ranks = start_ranks(config.timeout_minutes, config.threads)
     if config.minibatch_prompts % ranks.world:
         raise ConfigError(
@@ -412,4 +413,4 @@ def export_checkpoint(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, (ConfigError, DataError, ModelError, PromptError))
+    run_script(main, (ConfigError, DataError, ModelError, PromptError, RewardError))

@@ -22,6 +22,10 @@ MAX_DEPTH = 64  # deeper JSON is refused: Python's own limit depends on the call
 # lets the others run on to the length limit.
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
 
+# Headers of an assistant's turn: Tool-N1's released reward looks only at what follows the last one.
+QWEN_MARKER = "<|im_start|>assistant"
+LLAMA_MARKER = "<|start_header_id|>assistant<|end_header_id|>"
+
 SYSTEM_TEMPLATE = """\
 You answer requests by calling tools. Study the conversation and the tools below, decide which calls fulfil the \
 latest request, and compose them. Some requests need one call, some need several, and some need none: when no tool \
@@ -212,9 +216,12 @@ def check_tokenizer(tokenizer, template: str = SYSTEM_TEMPLATE) -> None:
 # -------------------------------------------------------------------------------------------- from the model
 
 
+_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(",", ":"))  # json.dumps makes one per call
+
+
 def canonical_json(value: Any) -> str:
     """JSON with sorted keys, so that equal values give equal text. Keeps 1, 1.0, true and "1" apart."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return _CANONICAL.encode(value)
 
 
 def _refuse_constant(name: str) -> None:
@@ -235,14 +242,17 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict:
     return result
 
 
+_STRICT = json.JSONDecoder(
+    parse_constant=_refuse_constant, parse_float=_finite_float, object_pairs_hook=_unique_keys
+)
+
+
 def strict_json(text: str) -> Any:
     """json.loads without NaN, Infinity, overflow or repeated keys, each of which could hide a second reading.
 
     Raises ValueError (json.JSONDecodeError is one) or RecursionError for absurd nesting.
     """
-    return json.loads(
-        text, parse_constant=_refuse_constant, parse_float=_finite_float, object_pairs_hook=_unique_keys
-    )
+    return _STRICT.decode(text)
 
 
 def _nested_deeper(value: Any, limit: int) -> bool:
@@ -318,3 +328,33 @@ def parse_completion(text: str) -> Parsed:
     if not think.strip():
         return Parsed(think, calls, error or "empty_think")
     return Parsed(think, calls, error)
+
+
+def parse_reference(text: str, marker: str, text_raises: bool = False) -> tuple[bool, str | None, Any]:
+    """Reads a reply as Tool-N1's released reward does -> (thought, block, calls), for its variants only.
+
+    What follows the last `marker` counts. thought: both think tags occur, anywhere. block: the text of the last closed
+    tool-call section, None without one. calls: its JSON, of whatever shape; JSON inside a JSON text is read once more,
+    and an object becomes a list; None where it is no JSON. Raises what the reference raises: ValueError for integers of
+    more than 4,300 digits, RecursionError, and with `text_raises` json.JSONDecodeError for a text that is no JSON.
+    """
+    kept = text.rpartition(marker)[2]
+    block, at = None, kept.find(CALL)
+    while at >= 0 and (end := kept.find(END_CALL, at)) >= 0:
+        block = kept[at + len(CALL) : end]
+        at = kept.find(CALL, end)
+    thought = THINK in kept and END_THINK in kept
+    if block is None:
+        return thought, None, None
+    try:
+        calls = json.loads(block.strip())
+    except json.JSONDecodeError:
+        return thought, block, None
+    if isinstance(calls, str):
+        try:
+            calls = json.loads(calls)
+        except json.JSONDecodeError:
+            if text_raises:
+                raise
+            return thought, block, None
+    return thought, block, [calls] if isinstance(calls, dict) else calls

@@ -148,7 +148,7 @@ def open_run(config: Config, ranks: Ranks) -> Path:
 # What a resumed run must share with its first part; steps, rates, saving, speed and the like may change.
 FIXED_KEYS = (
     "model data test_data test_share prompt_template seed prompts_per_step group_size minibatch_prompts temperature "
-    "reward shuffle_rewards max_prompt_tokens max_response_tokens warmup_steps sft_batch synthetic_train"
+    "reward lenient shuffle_rewards max_prompt_tokens max_response_tokens warmup_steps sft_batch synthetic_train"
 ).split()
 
 
@@ -161,7 +161,8 @@ def _claim(path: Path, config: Config) -> str:
         if not any((path / name).exists() for name in ("latest", "warmup/latest", "warmup/model")):
             return f"run_dir: {path} has no checkpoint to resume; start without resume, or with --overwrite true"
         before = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        changed = [f"{key} ({before[key]!r} -> {saved[key]!r})" for key in FIXED_KEYS if before.get(key) != saved[key]]
+        before = dataclasses.asdict(Config()) | before  # a setting that is newer than the run had its default then
+        changed = [f"{key} ({before[key]!r} -> {saved[key]!r})" for key in FIXED_KEYS if before[key] != saved[key]]
         if changed:
             return f"resume: these settings must stay as they were: {', '.join(changed)}"
     elif used and not config.overwrite:

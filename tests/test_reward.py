@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 from prompts import ToolCall, parse_completion, render_calls, render_completion
-from reward import REWARDS, score
+from reward import (
+    REWARDS,
+    RewardError,
+    compute_score,
+    main,
+    reward_function,
+    score,
+    trl_reward,
+)
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "reward_verdicts.jsonl.gz"
 
@@ -204,7 +212,14 @@ TABLE = {
     "no_reason": (1.0, 1.0, 0.0, 0.0, 0.0, 0.0),
     "partial_format": (1.0, 0.8, 0.2, 0.2, 0.0, 0.0),
     "partial_names": (1.0, 0.8, 0.4, 0.2, 0.0, 0.0),
+    "tool_n1_v0": (1.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+    "tool_n1_v1": (1.2, 1.0, -0.2, -0.2, 0.0, 0.0),
+    "tool_n1_v2": (1.0, 1.0, 0.0, 0.0, 0.0, 0.0),
+    "tool_n1_v3": (1.0, 0.8, 0.2, 0.2, 0.0, 0.2),
+    "tool_n1_v4": (1.0, 0.8, 0.4, 0.2, 0.0, 0.2),
+    "tool_n1_llama": (1.0, 0.0, 0.0, 0.0, 0.0, 0.0),
 }
+OURS = [name for name in REWARDS if not REWARDS[name].marker]
 COMPLETIONS = (GOOD, BLOCK, GOOD.replace("2", "3"), with_calls("[]"), "<tool_call>[]</tool_call>", with_calls("oops"))
 
 
@@ -219,12 +234,12 @@ def test_the_table_is_complete():
 
 
 def test_the_reason_is_correct_without_a_thought_only_where_that_pays_in_full():
-    reasons = {variant: score(BLOCK, ANSWER, variant).reason for variant in TABLE}
-    assert reasons == dict.fromkeys(TABLE, "no_think") | {"no_reason": "correct"}
+    reasons = {variant: score(BLOCK, ANSWER, variant).reason for variant in OURS}
+    assert reasons == dict.fromkeys(OURS, "no_think") | {"no_reason": "correct"}
 
 
-@pytest.mark.parametrize("variant", TABLE)
-def test_bare_tags_pay_in_no_variant(variant):
+@pytest.mark.parametrize("variant", OURS)
+def test_bare_tags_pay_in_no_variant_of_ours(variant):
     for completion in (THINK, "<think></think><tool_call></tool_call>", f"{THINK}<tool_call></tool_call>"):
         assert score(completion, ANSWER, variant).total == 0.0
 
@@ -249,8 +264,76 @@ def test_an_unknown_variant_raises():
 
 # ------------------------------------------------------------------------------------------------ the reference
 
+needs_golden = pytest.mark.skipif(
+    not GOLDEN.exists(), reason="shared/golden is not beside this checkout; it holds the verdicts"
+)
 
-@pytest.mark.skipif(not GOLDEN.exists(), reason="shared/golden is not beside this checkout; it holds the verdicts")
+
+@needs_golden
+@pytest.mark.parametrize("variant", [name for name in REWARDS if name not in OURS])
+def test_the_reference_variants_give_its_verdict_on_every_golden_row(variant):
+    """Where the reference raises, we pay 0 and the reason names its exception."""
+    with gzip.open(GOLDEN, "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    differing = []
+    for row in rows:
+        verdict = row[variant.removeprefix("tool_n1_")]
+        reward = score(row["completion"], row["ground_truth"], variant)
+        raised = reward.reason.removeprefix("raises ") if reward.reason.startswith("raises ") else None
+        wanted = (0.0, verdict["raises"]) if isinstance(verdict, dict) else (pytest.approx(verdict), None)
+        if (reward.total, raised) != wanted:
+            differing.append((row["kind"], verdict, reward))
+    assert len(rows) > 6000 and not differing
+
+
+REFERENCE_HOLES = [  # what v0 pays for, and the strict default does not: FAILURES.md 17
+    ("empty thought", f"<think></think>{BLOCK}"),
+    ("thought after the call", BLOCK + THINK),
+    ("tags reversed", f"</think>hm<think>{BLOCK}"),
+    ("call inside the thought", f"<think>hm{BLOCK}</think>"),
+    ("tags in an argument's place", f"I like <think> and </think>. {BLOCK}"),
+    ("text before, between and after", f"a{THINK}b{BLOCK}c"),
+    ("several blocks, the last is right", f"{THINK}<tool_call>[]</tool_call>{BLOCK}"),
+    ("dict instead of list", with_calls(CALL)),
+    ("double-encoded JSON", with_calls(json.dumps(f"[{CALL}]"))),
+    ("extra key", with_calls(f'[{CALL[:-1]}, "id": 1}}]')),
+    ("duplicate key", with_calls(f'[{{"name": "other", {CALL[1:]}]')),
+]
+
+
+@pytest.mark.parametrize("completion", [hole[1] for hole in REFERENCE_HOLES], ids=[hole[0] for hole in REFERENCE_HOLES])
+def test_the_reference_pays_for_what_the_strict_default_refuses(completion):
+    assert (score(completion, ANSWER, "tool_n1_v0").total, score(completion, ANSWER).total) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "variant", "total", "reason"),
+    [
+        # A dict as ground truth is not wrapped, though one in the completion is: never right.
+        (GOOD, json.dumps(ANSWER[0]), "tool_n1_v0", 0.0, "wrong_calls"),
+        (GOOD, json.dumps(json.dumps(ANSWER)), "tool_n1_v0", 1.0, "correct"),
+        (GOOD, '[{"name": "book"}]', "tool_n1_v0", 0.0, "raises KeyError"),
+        (GOOD, "null", "tool_n1_v0", 0.0, "raises TypeError"),
+        (BLOCK, "null", "tool_n1_v0", 0.0, "no_think"),  # v0 looks at nothing else without a thought
+        (with_calls("5"), "[]", "tool_n1_v2", 0.0, "raises TypeError"),
+        (with_calls('"5"'), "[]", "tool_n1_v2", 0.0, "raises TypeError"),
+        (with_calls('"hello"'), "[]", "tool_n1_v2", 0.0, "unread"),
+        (with_calls('"hello"'), "[]", "tool_n1_llama", 0.0, "raises JSONDecodeError"),
+        (with_value("9" * 5000), ANSWER, "tool_n1_v3", 0.0, "raises ValueError"),
+        ("Sorry, no.", "[]", "tool_n1_llama", 1.0, "no_block"),  # pays for silence
+        ("Sorry, no.", ANSWER, "tool_n1_llama", 0.0, "no_block"),
+        (THINK, ANSWER, "tool_n1_v4", 0.2, "no_block"),  # pays for bare tags
+        (f"{GOOD}<|im_start|>assistant", ANSWER, "tool_n1_v2", 0.0, "no_block"),  # the marker hides what is before it
+        (f"{GOOD}<|im_start|>assistant", ANSWER, "tool_n1_llama", 1.0, "correct"),  # only its own family's marker does
+        (None, ANSWER, "tool_n1_v0", 0.0, "not_text"),
+    ],
+)
+def test_quirks_of_the_reference(completion, answer, variant, total, reason):
+    reward = score(completion, answer, variant)
+    assert (reward.total, reward.reason) == (total, reason)
+
+
+@needs_golden
 def test_against_the_verdicts_of_the_reference():
     """We pay less often, for reasons of the format; more often only where a tag in a value misled the reference."""
     with gzip.open(GOLDEN, "rt", encoding="utf-8") as lines:
@@ -344,15 +427,21 @@ def mutated(text: str, rng: random.Random) -> str:
     return text
 
 
+PAID = {variant: {*row, 0.0, row[2] - row[3]} for variant, row in TABLE.items()}
+REFERENCE_REASONS = {"raises", "unread", "no_block", "wrong_calls"}
+
+
 def test_twenty_thousand_broken_completions():
     rng, rewards = random.Random(0), Counter()
     known = set(re.findall(r"\w+", parse_completion.__doc__)) | {"correct", "no_call", "wrong_number", "wrong_name"}
+    known |= {"wrong_arguments"}
     for _ in range(20_000):
         completion = mutated(GOOD, rng)
         for variant in REWARDS:
             reward = score(completion, ANSWER, variant)
-            assert 0.0 <= reward.total <= 1.0 and reward.reason in known | {"wrong_arguments"}, completion
-            if variant == "binary" and reward.total:
+            assert reward.total in PAID[variant], completion
+            assert reward.reason in known or variant not in OURS and reward.reason.split()[0] in REFERENCE_REASONS
+            if variant in OURS and reward.total == 1.0 and reward.format_ok:
                 form = FORM.fullmatch(completion)
                 assert form and form[1].strip() and json.loads(form[2]) == ANSWER, completion
             rewards[variant, reward.total == 1.0] += 1
@@ -381,5 +470,166 @@ BIG = {
 @pytest.mark.parametrize("completion", BIG.values(), ids=BIG)
 def test_time_is_linear_in_the_length(completion):
     start = time.perf_counter()
-    score(completion, ANSWER * 1000)
-    assert time.perf_counter() - start < 5  # well below 1 s; a quadratic reader needs minutes
+    for variant in ("binary", "tool_n1_v4", "tool_n1_llama"):
+        score(completion, ANSWER * 1000, variant)
+    assert time.perf_counter() - start < 15  # well below 1 s; a quadratic reader needs minutes
+
+
+# ------------------------------------------------------------------------------------------------- lenient types
+
+TOOL = {
+    "name": "f",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "price": {"type": "number"},
+            "count": {"type": "integer"},
+            "word": {"type": "string"},
+            "on": {"type": "boolean"},
+            "prices": {"type": "array", "items": {"type": "number"}},
+            "place": {"type": "object", "properties": {"lat": {"type": "float"}, "floor": {"type": "int"}}},
+            "pair": {"type": "Tuple[float, float]"},
+            "maybe": {"type": ["number", "null"]},
+            "anything": {},
+        },
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "truth", "given", "equal"),
+    [
+        ("price", 2.0, 2, True),  # an integer is a number
+        ("price", 2, 2.0, True),
+        ("price", 2.0, "2", False),  # a numeric string is a string
+        ("price", 1.0, True, False),  # a truth value is no number
+        ("price", 0.0, -0.0, True),
+        ("price", 2**53, 2**53 + 1, False),  # exact beyond what a float can hold
+        ("price", 10**400, 10**400, True),
+        ("count", 2, 2.0, False),  # an integer was asked for, and a tool may refuse 2.0
+        ("word", "2", 2, False),
+        ("on", True, 1, False),
+        ("prices", [1, 2.5], [1.0, 2.5], True),  # inside declared lists
+        ("prices", [1, 2], [2, 1], False),  # where order counts, as before
+        ("place", {"lat": 1, "floor": 1}, {"floor": 1, "lat": 1.0}, True),  # inside declared objects
+        ("place", {"lat": 1, "floor": 1}, {"lat": 1, "floor": 1.0}, False),
+        ("pair", [1, 2], [1.0, 2.0], True),
+        ("maybe", 1, 1.0, True),
+        ("anything", 1, 1.0, False),  # nothing declared: compared strictly
+        ("undeclared", 1, 1.0, False),
+    ],
+)
+def test_lenient_compares_numbers_by_the_declared_type(name, truth, given, equal):
+    completion, answer = render_completion([ToolCall("f", {name: given})], "so"), [ToolCall("f", {name: truth})]
+    assert score(completion, answer, lenient=True, tools=[TOOL]).correct == equal
+
+
+def test_lenient_closes_no_more_and_no_fewer_holes():
+    """It changes how numbers are compared, and nothing else."""
+    for _, completion, reason in HOLES:
+        assert score(completion, ANSWER, lenient=True, tools=[TOOL]).reason == reason
+    with pytest.raises(ValueError, match="lenient does not go with tool_n1_v0"):
+        score(GOOD, ANSWER, "tool_n1_v0", lenient=True)
+
+
+# ------------------------------------------------------------------------------------- functions for trainers, files
+
+
+def test_trl_reward_takes_texts_and_messages():
+    truth = json.dumps(ANSWER)
+    rewards = trl_reward(
+        prompts=["p"] * 3, completions=[GOOD, [{"role": "assistant", "content": GOOD}], [{"role": "assistant"}]],
+        ground_truth=[truth, ANSWER, truth], id=["a", "b", "c"], trainer_state=None,
+    )  # fmt: skip
+    assert rewards == [1.0, 1.0, 0.0] and all(isinstance(reward, float) for reward in rewards)
+    assert trl_reward(["p"], [THINK], ground_truth=["[]"], variant="tool_n1_v3") == [0.2]
+    with pytest.raises(ValueError, match="answer is not JSON"):
+        trl_reward(["p"], [GOOD], ground_truth=["[oops"])
+
+
+def test_verl_compute_score():
+    assert compute_score("toolace", GOOD, json.dumps(ANSWER), {"index": 3}) == 1.0
+    assert compute_score("toolace", BLOCK, json.dumps(ANSWER), None, variant="no_reason") == 1.0
+    with pytest.raises(ValueError, match="answer"):
+        compute_score("toolace", GOOD, "{}")
+
+
+def test_a_reward_function_of_the_users_own(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "def length(completion, answer, tools):\n    return len(completion) / 10 + len(answer) + len(tools)\n"
+        "def broken(completion, answer, tools):\n    return completion['text']\n"
+        "def nothing(completion, answer, tools):\n    pass\n"
+    )
+    reward = reward_function(f"{path}:length")("x" * 10, [ToolCall("f", {})], [TOOL])
+    assert (reward.total, reward.correct, reward.reason) == (3.0, False, "no_think")  # the log's rates stay meaningful
+    with pytest.raises(RewardError, match="raised TypeError"):
+        reward_function(f"{path}:broken")("x", [], [])
+    with pytest.raises(RewardError, match="must return a finite number, not None"):
+        reward_function(f"{path}:nothing")("x", [], [])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("binery", "reward must be one of binary"),
+        ("nowhere.py:f", "there is no file nowhere.py"),
+        ("{mine}:g", "has no function 'g'"),
+        ("{bad}:f", "importing .* failed: ZeroDivisionError"),
+        ("{text}:f", "is not a Python file"),
+    ],
+)
+def test_a_reward_that_cannot_be_used_is_one_sentence(tmp_path, name, message):
+    files = {"mine": tmp_path / "mine.py", "bad": tmp_path / "bad.py", "text": tmp_path / "notes.txt"}
+    for file, source in zip(files.values(), ("f = 3\n", "1 / 0\n", "hello\n")):
+        file.write_text(source)
+    with pytest.raises(RewardError, match=message):
+        reward_function(name.format(**files))
+
+
+def write_rows(path: Path, *rows: dict) -> Path:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_a_file_is_rescored(tmp_path, capsys, name):
+    path = write_rows(
+        tmp_path / name,
+        {"id": "a", "completion": GOOD, "ground_truth": ANSWER},
+        {"id": "b", "completion": THINK, "ground_truth": json.dumps(ANSWER)},
+    )
+    main([str(path), "--out", str(tmp_path / "scored.jsonl")])
+    rows = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["line"], row["reward"], row["reason"]) for row in rows] == [
+        ("a", 1, 1.0, "correct"),
+        ("b", 2, 0.0, "no_tool_call"),
+    ]
+    assert "2 completions, mean reward 0.5000" in capsys.readouterr().err
+    main([str(path), "--variant", "tool_n1_v3"])
+    assert '"reason": "no_block"' in capsys.readouterr().out
+
+
+def test_a_file_is_rescored_leniently_by_the_tools_of_its_rows(tmp_path, capsys):
+    completion = render_completion([ToolCall("f", {"price": 2})], "so")
+    row = {"completion": completion, "ground_truth": [{"name": "f", "arguments": {"price": 2.0}}], "tools": [TOOL]}
+    path = write_rows(tmp_path / "rows.jsonl", row)
+    main([str(path), "--lenient"])
+    main([str(path)])
+    assert [json.loads(line)["total"] for line in capsys.readouterr().out.splitlines()] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"completion": "x"}', "rows.jsonl:1: a row needs the fields completion and ground_truth"),
+        ('{"completion": "x", "ground_truth": []}\n{"compl', "rows.jsonl:2: not a JSON object"),
+        ('{"completion": "x", "ground_truth": "[oops"}', "rows.jsonl:1: the answer is not JSON"),
+        ("\n", "holds no row"),
+    ],
+)
+def test_a_broken_file_is_one_sentence_with_its_line(tmp_path, text, message):
+    (tmp_path / "rows.jsonl").write_text(text)
+    with pytest.raises(RewardError, match=message):
+        main([str(tmp_path / "rows.jsonl")])

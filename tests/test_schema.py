@@ -1,0 +1,115 @@
+"""What a tool declares, in every dialect of the known data: JSON Schema, ToolACE, BFCL's type names, xLAM's flat one."""
+
+import pytest
+
+from schema import json_type, lenient_arguments, missing_arguments, properties, required, wrong_types
+
+FLAT = {  # xLAM
+    "name": "f",
+    "parameters": {
+        "city": {"description": "", "type": "str"},
+        "days": {"description": "", "type": "int", "default": 3},
+        "unit": {"description": "", "type": "str, optional"},
+    },
+}
+NESTED = {  # ToolACE: the list of required parameters may stand inside or beside
+    "name": "f",
+    "parameters": {
+        "type": "dict",
+        "properties": {"city": {"type": "string"}, "days": {"type": "int"}, "unit": {"type": ["string", "null"]}},
+        "required": ["city"],
+    },
+    "required": ["days", "ghost"],
+}
+
+
+@pytest.mark.parametrize(
+    ("declared", "kind"),
+    [
+        ("str", "string"),
+        ("string", "string"),
+        ("str, optional", "string"),
+        ("int,optional", "integer"),
+        ("Optional[float]", "number"),
+        ("List[int]", "array"),
+        ("List[Union[int, float]]", "array"),
+        ("Tuple[float, float], optional", "array"),
+        ("Dict[str, Any]", "object"),
+        ("DICT", "object"),
+        (["string", "null"], "string"),
+        (["string", "integer"], None),  # either: nothing to judge by
+        ("Callable[[float], float]", None),
+        ("Union[int, str]", None),
+        ("any", None),
+        ("List[int", None),
+        ("", None),
+        (None, None),
+        (5, None),
+    ],
+)
+def test_declared_types(declared, kind):
+    assert json_type({"type": declared}) == kind
+
+
+def test_properties_and_required_of_both_dialects():
+    assert list(properties(FLAT)) == ["city", "days", "unit"] and required(FLAT) == ["city"]
+    assert list(properties(NESTED)) == ["city", "days", "unit"] and required(NESTED) == ["days", "city"]
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [None, [], "text", {}, {"type": "object"}, {"properties": None, "type": "dict"}, {"properties": {}, "required": ["x"]}],
+)
+def test_a_tool_without_readable_parameters_declares_nothing(parameters):
+    tool = {"name": "f", "parameters": parameters}
+    assert (properties(tool), required(tool), missing_arguments({}, tool), wrong_types({"x": 1}, tool)) == ({}, [], [], [])
+
+
+def test_flat_parameters_may_be_called_type_or_properties():
+    flat = {"type": {"type": "str"}, "properties": {"description": "", "type": "int"}}
+    assert list(properties({"name": "f", "parameters": flat})) == ["type", "properties"]
+    assert list(properties({"name": "f", "parameters": {"properties": flat["properties"]}})) == ["properties"]
+
+
+def test_missing_arguments():
+    assert missing_arguments({"days": 2}, FLAT) == ["city"]
+    assert missing_arguments({"city": ""}, FLAT) == []
+    assert missing_arguments({"city": "Oslo"}, NESTED) == ["days"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong"),
+    [
+        ({"city": "Oslo", "days": 2}, []),
+        ({"city": 5}, ["city: string declared, int given"]),
+        ({"days": "2"}, ["days: integer declared, str given"]),
+        ({"days": True}, ["days: integer declared, bool given"]),  # a truth value is no integer
+        ({"days": 2.0}, ["days: integer declared, float given"]),
+        ({"days": None}, []),  # it has a default, so null says: take that
+        ({"unit": None}, []),
+        ({"city": None}, ["city: string declared, NoneType given"]),
+        ({"ghost": object}, []),  # not declared
+    ],
+)
+def test_wrong_types(arguments, wrong):
+    assert wrong_types(arguments, FLAT) == wrong
+
+
+def test_integers_are_numbers_and_null_needs_permission():
+    tool = {"parameters": {"type": "object", "properties": {"x": {"type": "number"}}, "required": ["x"]}}
+    assert wrong_types({"x": 1}, tool) == [] and wrong_types({"x": 1.5}, tool) == []
+    assert wrong_types({"x": None}, tool) and wrong_types({"x": "1"}, tool)
+    assert wrong_types({"unit": None}, NESTED) == []
+
+
+def test_lenient_arguments_change_declared_numbers_only():
+    tool = {
+        "name": "f",
+        "parameters": {
+            "a": {"type": "float"}, "b": {"type": "int"}, "c": {"type": "List[float]"}, "d": {"type": "Tuple[int, float]"},
+        },
+    }  # fmt: skip
+    arguments = {"a": 1, "b": 1, "c": [1, "1", None], "d": [1, 1], "e": 1}
+    changed = lenient_arguments(arguments, tool)
+    assert repr(changed) == repr({"a": 1.0, "b": 1, "c": [1.0, "1", None], "d": [1, 1], "e": 1})
+    assert arguments["a"] == 1 and type(arguments["a"]) is int, "the record itself stays as it is"
