@@ -131,20 +131,10 @@ def shifted(pack):
     return broken
 
 
-def replaced_reward(change: Callable[[float], float]):
-    def broken(*args):
-        real = reward.score(*args)
-        return dataclasses.replace(real, total=change(real.total))
-
-    return broken
-
-
 BROKEN = {
     "the sign of the advantage": ("group_advantages", lambda real: lambda rewards: -real(rewards)),
     "the position that predicts": ("pack", shifted),
     "advantages of other completions": ("group_advantages", lambda real: lambda rewards: real(rewards).roll(1, 1)),
-    "a constant reward": ("score", lambda real: replaced_reward(lambda total: 1.0)),
-    "the opposite reward": ("score", lambda real: replaced_reward(lambda total: 1.0 - total)),
 }
 
 
@@ -154,6 +144,33 @@ def test_nothing_is_learnt_with_one_line_broken(line, settings, tmp_path, monkey
     name, break_it = BROKEN[line]
     monkeypatch.setattr(grpo, name, break_it(getattr(grpo, name)))
     assert rise(run_here(grpo.main, settings | {"run_dir": tmp_path}), settings) < RISE / 2
+
+
+OWN_REWARDS = """
+from reward import score
+
+def constant(completion, answer, tools):
+    return 1
+
+def opposite(completion, answer, tools):
+    assert tools[0]["name"] == answer[0]["name"] == "add"
+    return 1.0 - score(completion, answer).total
+"""
+
+
+@pytest.mark.parametrize("function", ["constant", "opposite"])
+def test_a_reward_of_ones_own_is_what_is_learnt(function, settings, tmp_path):
+    """Neither of these two teaches the task: `--reward file.py:function` replaces the verifier."""
+    (tmp_path / "own.py").write_text(OWN_REWARDS)
+    own = settings | {"reward": f"{tmp_path / 'own.py'}:{function}", "run_dir": tmp_path / "run"}
+    assert rise(run_here(grpo.main, own), settings) < RISE / 2
+
+
+def test_a_broken_reward_of_ones_own_stops_before_anything_is_made(settings, tmp_path):
+    (tmp_path / "own.py").write_text("def f(completion): return 1")
+    with pytest.raises(reward.RewardError, match="own.py:f raised TypeError"):
+        run_here(grpo.main, settings | {"reward": f"{tmp_path / 'own.py'}:f", "run_dir": tmp_path / "run"})
+    assert not (tmp_path / "run").exists()
 
 
 def test_nothing_is_learnt_from_shuffled_rewards(settings, tmp_path):
