@@ -1,8 +1,6 @@
 """Prompts -> completions: groups of samples for training, greedy replies for evaluation. Tokens in, tokens out.
 
-Hugging Face forward passes with its KV cache: a prompt is prefilled once per group, the cache is expanded G times, and
-finished rows leave the batch. Every sampling rule is here and explicit, so nothing of a model's generation_config
-(top_k, top_p, repetition penalty) can leak into the samples.
+How a batch is decoded is in engines.py; here prompts become batches, and token ids become texts, metrics and rows.
 """
 
 from __future__ import annotations
@@ -11,32 +9,21 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import DynamicCache
 
 from config import Config
 from data import KINDS, Tokenized, example_kind
+from engines import ENGINES, Prompt
 from model import ModelError, autocast, load_model, load_tokenizer, use_attention
 from prompts import check_tokenizer, decode_reply, encode_prompt, stop_ids
 from reward import Reward, score
 from runtime import Ranks
-
-KEEP_SHARE = 0.75  # finished rows are dropped when fewer than this share of the rows is still alive
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt to be answered. seed: of its own samples, so they depend on neither batch nor number of ranks."""
-
-    id: str
-    ids: list[int]
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,27 +54,28 @@ def prompt_seed(seed: int, step: int, index: int) -> int:
 
 def sample_groups(
     model: nn.Module, tokenizer, prompts: Sequence[Prompt], *, group_size: int, temperature: float,
-    max_new_tokens: int, batch_size: int, progress: bool = False,
+    max_new_tokens: int, batch_size: int, engine: str = "shared_prefix", progress: bool = False,
 ) -> list[Group]:  # fmt: skip
     """`group_size` completions of every prompt, in the order of `prompts`.
 
     temperature: 0 is greedy. batch_size: sequences decoded at once; whole groups stay together, and prompts of similar
-    length share a batch, so little is padded. The model is left as it came (train or eval mode, attention).
+    length share a batch, so little is padded. engine: a key of engines.ENGINES. The model is left as it came (train or
+    eval mode, attention).
     """
     stops, was_training = stop_ids(tokenizer), model.training
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-    per_batch = max(1, batch_size // group_size)
+    copies = group_size if temperature > 0 else 1  # greedy copies would be equal
+    per_batch = max(1, batch_size // copies)
     groups: dict[int, Group] = {}
     model.eval()
-    use_attention(model, "generate")
     try:
         with tqdm(total=len(prompts), desc="rollout", leave=False, delay=10, disable=not progress) as bar:
             for start in range(0, len(order), per_batch):
                 batch = [prompts[i] for i in order[start : start + per_batch]]
                 with autocast(next(model.parameters()).device):  # around the loop: weights are cast once, not per token
-                    rows = decode(model, batch, group_size, temperature, max_new_tokens, stops)
+                    rows = ENGINES[engine](model, batch, copies, temperature, max_new_tokens, stops)
                 for k, (i, prompt) in enumerate(zip(order[start:], batch)):
-                    own = rows[k * group_size : (k + 1) * group_size]
+                    own = rows[k * copies : (k + 1) * copies] * (group_size // copies)
                     texts = [decode_reply(tokenizer, ids, stops) for ids, _ in own]
                     truncated = [ids[-1] not in stops for ids, _ in own]
                     groups[i] = Group(prompt, [ids for ids, _ in own], [lp for _, lp in own], texts, truncated)
@@ -96,76 +84,6 @@ def sample_groups(
         use_attention(model, "train")
         model.train(was_training)
     return [groups[i] for i in range(len(prompts))]
-
-
-@torch.no_grad()
-def decode(
-    model: nn.Module, prompts: Sequence[Prompt], copies: int, temperature: float, max_new_tokens: int, stops: list[int]
-) -> list[tuple[list[int], list[float]]]:
-    """The decoding loop for one batch: (response ids, their log-probs) for prompt 1 copy 1, prompt 1 copy 2, …"""
-    device = next(model.parameters()).device
-    longest, rows = max(len(p.ids) for p in prompts), len(prompts) * copies
-    ids = torch.tensor([[0] * (longest - len(p.ids)) + p.ids for p in prompts], device=device)
-    lengths = torch.tensor([len(p.ids) for p in prompts], device=device)
-    mask = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()  # padding is on the left
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache(config=model.config)
-    logits = model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
-        logits_to_keep=1,
-    ).logits[:, -1]  # fmt: skip
-    cache.batch_repeat_interleave(copies)
-    logits, mask, position = (x.repeat_interleave(copies, 0) for x in (logits, mask, lengths))
-    noise = _uniform_blocks(prompts, copies, device)
-    stop = torch.tensor(stops, device=device)
-    alive = torch.arange(rows, device=device)  # which row of the result each row of the batch writes
-    tokens = torch.full((rows, max_new_tokens), -1, device=device)
-    logprobs = torch.zeros(rows, max_new_tokens, device=device)
-    running = torch.ones(rows, dtype=torch.bool, device=device)  # over the rows of the batch
-    for step in range(max_new_tokens):
-        token, logprob = _choose(logits, temperature, next(noise)[alive] if temperature > 0 else None)
-        write = alive[running]
-        tokens[write, step], logprobs[write, step] = token[running], logprob[running]
-        running = running & ~torch.isin(token, stop)
-        left = int(running.sum())
-        if left == 0 or step + 1 == max_new_tokens:
-            break
-        if left < KEEP_SHARE * len(alive):
-            keep = running.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            alive, token, mask, position = alive[keep], token[keep], mask[keep], position[keep]
-            running = running[keep]
-        mask = torch.cat([mask, mask.new_ones(len(alive), 1)], 1)
-        logits = model(
-            input_ids=token[:, None], attention_mask=mask, position_ids=position[:, None], past_key_values=cache,
-            use_cache=True,
-        ).logits[:, -1]  # fmt: skip
-        position = position + 1
-    counts = (tokens >= 0).sum(1).tolist()
-    return [(t[:n], lp[:n]) for t, lp, n in zip(tokens.tolist(), logprobs.tolist(), counts)]
-
-
-def _choose(logits: Tensor, temperature: float, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
-    """[B, V], [B] uniform numbers -> the chosen token [B] and its log-prob [B]. Temperature 0 takes the maximum.
-
-    Inverse-CDF sampling: one number per token decides, so a sample depends on its own prompt's seed only.
-    """
-    logprobs = torch.log_softmax(logits.float() / (temperature or 1.0), -1)
-    if uniform is None:
-        token = logprobs.argmax(-1)
-    else:
-        cdf = logprobs.double().exp().cumsum(-1)
-        token = torch.searchsorted(cdf, (uniform * cdf[:, -1])[:, None], right=True)[:, 0]
-        token = token.clamp(max=logits.shape[-1] - 1)
-    return token, logprobs.gather(-1, token[:, None])[:, 0]
-
-
-def _uniform_blocks(prompts: Sequence[Prompt], copies: int, device: torch.device, block: int = 64) -> Iterator[Tensor]:
-    """Endless [rows] vectors of uniform float64 numbers, drawn per prompt from a generator with its own seed."""
-    generators = [torch.Generator().manual_seed(p.seed) for p in prompts]
-    while True:
-        drawn = torch.cat([torch.rand(copies, block, generator=g, dtype=torch.float64) for g in generators])
-        yield from drawn.to(device).T
 
 
 # ----------------------------------------------------------------------------------------------------------- logging

@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
+import engines
 import rollout
+from engines import ENGINES
 from model import build_tiny_model, build_tiny_tokenizer, export, pack, token_logprobs, use_attention
 from prompts import encode_prompt, stop_ids
-from rollout import Case, Prompt, decode, prompt_seed, sample_groups, write_predictions
+from rollout import Case, Prompt, prompt_seed, sample_groups, write_predictions
 
 torch.set_num_threads(1)
 
@@ -94,7 +96,7 @@ def test_copies_of_a_greedy_prompt_are_equal(model, tokenizer, many_stops):
 def test_dropping_finished_rows_changes_nothing(model, tokenizer, many_stops, monkeypatch, keep_share):
     prompts, settings = prompts_of(LENGTHS), dict(group_size=4, temperature=1.0)
     expected = sample(model, tokenizer, prompts, **settings)
-    monkeypatch.setattr(rollout, "KEEP_SHARE", keep_share)  # 0: never drop a row; 1: drop each at once
+    monkeypatch.setattr(engines, "KEEP_SHARE", keep_share)  # 0: never drop a row; 1: drop each at once
     for one, other in zip(expected, sample(model, tokenizer, prompts, **settings)):
         assert one.responses == other.responses
 
@@ -172,7 +174,7 @@ def test_another_seed_gives_other_samples_and_copies_differ(model, tokenizer):
 
 def test_long_samples_do_not_repeat_their_random_numbers(model):
     """Numbers come in blocks of 64 tokens; each block must be new."""
-    blocks = rollout._uniform_blocks([Prompt("a", [1], 7)], 2, CPU)
+    blocks = engines.uniform_numbers([Prompt("a", [1], 7)], 2, CPU)
     numbers = torch.stack([next(blocks) for _ in range(200)])
     assert numbers.dtype == torch.float64 and numbers.shape == (200, 2)
     assert len(numbers.unique()) == 400
@@ -302,7 +304,8 @@ def test_a_killed_evaluation_goes_on_where_it_was(exported, tmp_path, monkeypatc
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:2]) + lines[2][:17])  # killed in the middle of the third line
     done = []
-    monkeypatch.setattr(rollout, "decode", lambda *args: done.append(len(args[1])) or decode(*args))
+    real = ENGINES["shared_prefix"]
+    monkeypatch.setitem(ENGINES, "shared_prefix", lambda *args: done.append(len(args[1])) or real(*args))
     again = predict(exported, CASES, path)
     assert without_latency(again) == without_latency(whole) and len(again) == len(whole)
     assert path.read_bytes().startswith(b"".join(lines[:2])), "what was there is not touched"

@@ -1,0 +1,201 @@
+"""engines.py: every engine gives the same greedy tokens and samples from the same distribution, after an update too."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+import engines
+from engines import ENGINES, Prompt, shared_prefix
+from model import ModelError, pack, prepare_model, token_logprobs, use_attention
+
+torch.set_num_threads(1)
+
+VOCABULARY = 50
+STOPS = list(range(3, VOCABULARY, 6))
+SHAPE = dict(
+    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=None, eos_token_id=3,
+    pad_token_id=None,
+)  # fmt: skip
+FAMILIES = {
+    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=16)),  # heads wider than hidden / heads
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
+}
+PROMPTS = [
+    Prompt(f"p{i}", torch.randint(VOCABULARY, (n,), generator=torch.Generator().manual_seed(i)).tolist(), 100 + i)
+    for i, n in enumerate([5, 1, 17, 9, 2, 30])
+]
+
+
+def build(family: str, seed: int = 0):
+    """A random model with peaked distributions, grouped K/V heads and untied head."""
+    torch.manual_seed(seed)
+    model = prepare_model(FAMILIES[family](), torch.device("cpu")).eval()
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.add_(0.25 * torch.randn_like(weight))
+    return model
+
+
+@pytest.fixture(scope="module")
+def model():
+    return build("qwen2")
+
+
+def one_by_one(model, prompt: list[int], max_new_tokens: int) -> list[int]:
+    """Greedy decoding that computes everything anew for each token: nothing can be stale or out of place."""
+    use_attention(model, "generate")
+    ids = list(prompt)
+    while len(ids) < len(prompt) + max_new_tokens:
+        with torch.no_grad():
+            ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
+        if ids[-1] in STOPS:
+            break
+    return ids[len(prompt) :]
+
+
+def trainer_logprobs(model, rows, copies: int, temperature: float) -> torch.Tensor:
+    use_attention(model, "train")
+    groups = [(p.ids, [ids for ids, _ in rows[i * copies : (i + 1) * copies]]) for i, p in enumerate(PROMPTS)]
+    with torch.no_grad():
+        return token_logprobs(model, pack(groups, torch.device("cpu")), temperature)[0]
+
+
+# ----------------------------------------------------------------------------------------------------- every engine
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_those_of_the_slow_loop(family, engine):
+    model = build(family)
+    slow = [one_by_one(model, prompt.ids, 20) for prompt in PROMPTS]
+    rows = ENGINES[engine](model, PROMPTS, 1, 0.0, 20, STOPS)
+    assert [ids for ids, _ in rows] == slow
+    assert len({len(ids) for ids in slow}) > 2, "rows do finish at different times"
+    fast = torch.tensor([x for _, chances in rows for x in chances])
+    assert_close(fast, trainer_logprobs(model, rows, 1, 1.0), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_log_probs_of_samples_are_the_trainers(model, engine):
+    rows = ENGINES[engine](model, PROMPTS, 3, 0.7, 20, STOPS)
+    assert len(rows) == 3 * len(PROMPTS)
+    fast = torch.tensor([x for _, chances in rows for x in chances])
+    assert_close(fast, trainer_logprobs(model, rows, 3, 0.7), atol=1e-5, rtol=1e-5)
+    for ids, _ in rows:
+        assert not set(ids[:-1]) & set(STOPS) and (len(ids) == 20 or ids[-1] in STOPS)
+
+
+def chi_square(counts: torch.Tensor, distribution: torch.Tensor) -> float:
+    """Pearson's statistic in units of its own standard deviation, over the tokens that are expected 5 times or more."""
+    expected = distribution * counts.sum()
+    often = expected >= 5
+    chi2 = ((counts - expected)[often] ** 2 / expected[often]).sum()
+    freedom = int(often.sum()) - 1
+    return float((chi2 - freedom) / (2 * freedom) ** 0.5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_samples_follow_the_softmax_whatever_the_models_own_defaults_say(model, engine):
+    """Qwen2.5-Instruct brings top_k 20, top_p 0.8 and a repetition penalty, which generate() inherits silently."""
+    prompt, temperature, n = PROMPTS[2], 0.7, 1200
+    use_attention(model, "generate")
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt.ids])).logits[0, -1].double()
+    defaults = dict(do_sample=True, top_k=5, top_p=0.5, repetition_penalty=1.5, temperature=0.3, min_p=0.2)
+    defaults |= dict(epsilon_cutoff=0.1, no_repeat_ngram_size=1, suppress_tokens=[5])
+    saved = {name: getattr(model.generation_config, name) for name in defaults}
+    try:
+        for name, value in defaults.items():
+            setattr(model.generation_config, name, value)
+        rows = ENGINES[engine](model, [prompt], n, temperature, 1, STOPS)
+    finally:
+        for name, value in saved.items():
+            setattr(model.generation_config, name, value)
+    counts = torch.bincount(torch.tensor([ids[0] for ids, _ in rows]), minlength=VOCABULARY).double()
+    assert chi_square(counts, F.softmax(logits / temperature, -1)) < 4
+    assert chi_square(counts, F.softmax(logits, -1)) > 8, "without the temperature"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_after_an_update_samples_come_from_the_new_weights(engine):
+    """A kept prompt cache would answer with the old ones: transformers' persistent manager does."""
+    model = build("qwen2")
+    before = ENGINES[engine](model, PROMPTS, 2, 1.0, 8, STOPS)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.1)
+    after = ENGINES[engine](model, PROMPTS, 2, 1.0, 8, STOPS)
+    fast = torch.tensor([x for _, chances in after for x in chances])
+    assert_close(fast, trainer_logprobs(model, after, 2, 1.0), atol=1e-5, rtol=1e-5)
+    assert before != after
+
+
+# ---------------------------------------------------------------------------------------------------- shared_prefix
+
+
+def test_neither_prefill_rows_nor_blocks_nor_dropping_change_a_sample(model, monkeypatch):
+    expected = shared_prefix(model, PROMPTS, 4, 1.0, 40, STOPS[:1])
+    assert max(len(ids) for ids, _ in expected) > 30, "responses outgrow several blocks"
+    for setting, values in {"PREFILL_TOKENS": (1, 20), "KEEP_SHARE": (0.0, 1.0), "BLOCK": (1, 8)}.items():
+        for value in values:
+            with monkeypatch.context() as patch:
+                patch.setattr(engines, setting, value)
+                if setting == "BLOCK":  # random numbers come in blocks, too: those must stay as they were
+                    patch.setattr(engines, "uniform_numbers", with_blocks_of(64, engines.uniform_numbers))
+                rows = shared_prefix(model, PROMPTS, 4, 1.0, 40, STOPS[:1])
+            assert [ids for ids, _ in rows] == [ids for ids, _ in expected], (setting, value)
+
+
+def with_blocks_of(size: int, real):
+    def numbers(prompts, copies, device):
+        generators = [torch.Generator().manual_seed(p.seed) for p in prompts]
+        while True:
+            yield from torch.cat([torch.rand(copies, size, generator=g, dtype=torch.float64) for g in generators]).T
+
+    return numbers
+
+
+def test_a_prompt_is_computed_and_stored_once_per_group(model):
+    with torch.no_grad():
+        cache, logits = engines._prefill(model, PROMPTS, 4)
+    assert logits.shape == (len(PROMPTS), VOCABULARY)
+    assert cache.prompt_k[0].shape == (len(PROMPTS), 2, 30, 8)
+    assert cache.k[0].shape == (4 * len(PROMPTS), 2, engines.BLOCK, 8)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("the mask of padded prompts", lambda cache: cache.hidden.zero_()),
+        ("the mask of tokens to come", lambda cache: cache.later.zero_()),
+        ("which prompt a row belongs to", lambda cache: [x.copy_(x.flip(0)) for x in cache.prompt_k]),
+    ],
+)
+def test_a_wrong_cache_is_noticed(model, monkeypatch, name, change):
+    """The comparison with the slow loop would see each of these."""
+    real = engines._prefill
+
+    def broken(*args):
+        cache, logits = real(*args)
+        change(cache)
+        return cache, logits
+
+    monkeypatch.setattr(engines, "_prefill", broken)
+    rows = shared_prefix(model, PROMPTS, 1, 0.0, 20, STOPS)
+    assert [ids for ids, _ in rows] != [one_by_one(model, prompt.ids, 20) for prompt in PROMPTS], name
+
+
+# ---------------------------------------------------------------------------------------------- continuous_batching
+
+
+def test_a_partial_result_of_continuous_batching_is_an_error(model, monkeypatch):
+    """The library prints its exception, returns what it has, and says nothing."""
+    real = model.generate_batch
+    monkeypatch.setattr(model, "generate_batch", lambda *a, **k: dict(list(real(*a, **k).items())[1:]))
+    with pytest.raises(ModelError, match="returned 11 of 12 completions"):
+        ENGINES["continuous_batching"](model, PROMPTS, 2, 1.0, 4, STOPS)
