@@ -9,6 +9,7 @@ penalty) can leak into the samples.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ from model import ModelError, use_attention
 KEEP_SHARE = 0.75  # finished rows are dropped when fewer than this share of the rows is still alive
 BLOCK = 64  # response K/V grow by at least so many tokens, random numbers are drawn for so many
 PREFILL_TOKENS = 16384  # prompts are prefilled in rows of about so many tokens
+PLANNED_TOKENS = 1024  # how long responses are expected to become when the batch size is chosen
 CUDA_STEPS_PER_CHECK = 16  # asking whether rows have finished waits for the GPU, so it is not asked at every step
 PREFILL, DECODE = "group_prefill", "group_decode"  # entries of transformers' attention interface
 
@@ -270,6 +272,21 @@ def shared_prefix(
     return [(t[:n], lp[:n]) for t, lp, n in zip(tokens.tolist(), logprobs.tolist(), counts)]
 
 
+def rows_that_fit(model: nn.Module, prompt_tokens: int, copies: int, max_new_tokens: int) -> int:
+    """How many sequences can be decoded at once in the GPU's free memory; on the CPU as many as anybody wants.
+
+    Planned for responses of PLANNED_TOKENS at most: few grow longer, and where too many do, the caller tries half.
+    """
+    weight, config = model.get_output_embeddings().weight, model.config
+    if weight.device.type != "cuda":
+        return sys.maxsize
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * size * 2  # keys and values in 16 bits
+    per_row = per_token * (prompt_tokens / copies + min(max_new_tokens, PLANNED_TOKENS))
+    return max(1, int(0.8 * free / (per_row + 12 * config.vocab_size)))  # logits, their exponentials and sums
+
+
 def choose(logits: Tensor, temperature: float, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
     """[B, V], [B] uniform numbers or None -> the chosen token [B] and its log-prob [B]. Temperature 0 takes the maximum.
 
@@ -314,7 +331,7 @@ def _own_generation_config(model: nn.Module, **settings) -> Iterator[GenerationC
 
 def _settings(copies: int, temperature: float, max_new_tokens: int, stops: list[int]) -> dict:
     sampling = dict(temperature=temperature, top_k=0, top_p=1.0) if temperature > 0 else {}
-    lengths = dict(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=stops[0])
+    lengths = dict(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=0)
     return dict(do_sample=temperature > 0, num_return_sequences=copies) | sampling | lengths
 
 
@@ -328,7 +345,7 @@ def generate(
     """
     device = next(model.parameters()).device
     longest = max(len(p.ids) for p in prompts)
-    ids = torch.tensor([[stops[0]] * (longest - len(p.ids)) + p.ids for p in prompts], device=device)
+    ids = torch.tensor([[0] * (longest - len(p.ids)) + p.ids for p in prompts], device=device)
     lengths = torch.tensor([len(p.ids) for p in prompts], device=device)
     mask = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
     seen: list[Tensor] = []  # the log-probs [B, V] of the step before

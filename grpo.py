@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from config import Config, ConfigError, load_config
-from data import KINDS, DataError, Tokenized, load_splits, tokenize_splits
+from data import DataError, Tokenized, load_splits, tokenize_splits
+from engines import ENGINES, Prompt
 from model import (
     ModelError,
     Packed,
@@ -36,9 +37,10 @@ from model import (
     split_by_tokens,
     token_logprobs,
 )  # fmt: skip
+from plot import summarize
 from prompts import PromptError, check_tokenizer, load_template
 from reward import Reward, RewardError, RewardFunction, reward_function
-from rollout import Group, Prompt, evaluate, model_flops, prompt_seed, rollout_metrics, sample_groups, sample_rows
+from rollout import Group, evaluate, prompt_seed, rollout_metrics, sample_groups, sample_rows, speed_metrics
 from runtime import (
     Clock,
     Interrupted,
@@ -97,6 +99,7 @@ class MicroBatch:
 
     packed: Packed
     advantages: Tensor
+    sampler_logprobs: Tensor
     old_logprobs: Tensor | None = None  # None: one update per rollout batch, so the policy has not changed yet
     ref_logprobs: Tensor | None = None  # None: kl_coef is 0
 
@@ -123,31 +126,40 @@ def shuffled(rewards: Tensor, config: Config, step: int, ranks: Ranks) -> Tensor
 def make_minibatches(
     groups: Sequence[Group], advantages: Tensor, config: Config, ranks: Ranks
 ) -> list[list[MicroBatch]]:
-    """This rank's groups as minibatches (one optimizer update each) of micro-batches (one forward/backward each)."""
+    """This rank's groups as minibatches (one optimizer update each) of micro-batches (one forward/backward each).
+
+    With skip_zero_variance, groups whose advantages are all 0 are left out: neither loss, KL nor token count sees them.
+    """
     per_update = config.minibatch_prompts // ranks.world
+    teaches = (advantages != 0).any(1).tolist()
     minibatches = []
     for start in range(0, len(groups), per_update):
         own = range(start, min(start + per_update, len(groups)))
+        own = [i for i in own if teaches[i] or not config.skip_zero_variance]
         sizes = [len(groups[i].prompt.ids) + sum(map(len, groups[i].responses)) for i in own]
         micro = []
         for part in split_by_tokens(sizes, config.max_tokens_per_micro_batch):
             chosen = [own[k] for k in part]
             packed = pack([(groups[i].prompt.ids, groups[i].responses) for i in chosen], ranks.device)
             per_response = advantages[chosen].flatten().to(ranks.device)
-            micro.append(MicroBatch(packed, per_response.repeat_interleave(packed.counts)))
+            sampled = torch.tensor([x for i in chosen for row in groups[i].logprobs for x in row], device=ranks.device)
+            micro.append(MicroBatch(packed, per_response.repeat_interleave(packed.counts), sampled))
         minibatches.append(micro)
     return minibatches
 
 
 @torch.no_grad()
 def fixed_logprobs(
-    policy: nn.Module, reference: nn.Module | None, minibatches: list[list[MicroBatch]], config: Config
+    policy: nn.Module | None, reference: nn.Module | None, minibatches: list[list[MicroBatch]], config: Config
 ) -> None:
-    """Fills in the log-probs that stay fixed during the updates: the reference's, and the policy's own before them."""
+    """Fills in the log-probs that stay fixed during the updates: the reference's, and the policy's own before them.
+
+    The latter only where there is more than one update: before the first one they are what the update computes itself.
+    """
     for micro in (m for minibatch in minibatches for m in minibatch):
         if reference is not None:
             micro.ref_logprobs = token_logprobs(reference, micro.packed, config.temperature, entropy=False)[0]
-        if len(minibatches) > 1:
+        if policy is not None and len(minibatches) > 1:
             micro.old_logprobs = token_logprobs(policy, micro.packed, config.temperature, entropy=False)[0]
 
 
@@ -163,6 +175,8 @@ def update_policy(
     tokens, norms, skipped = 0.0, [], 0
     for minibatch in minibatches:
         total = ranks.sum([float(sum(len(m.advantages) for m in minibatch))])[0]
+        if total == 0:  # on all ranks: every group of this update was left out
+            continue
         for micro in minibatch:
             logprobs, entropy = token_logprobs(policy, micro.packed, config.temperature)
             old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
@@ -185,7 +199,7 @@ def update_policy(
             skipped += 1
         optimizer.zero_grad(set_to_none=True)
         tokens += total
-    loss, kl, entropy, low, high = (x / tokens for x in ranks.sum(sums.tolist()))
+    loss, kl, entropy, low, high = (x / max(tokens, 1) for x in ranks.sum(sums.tolist()))
     metrics = {"loss": loss, "kl": kl, "entropy": entropy, "clip_ratio/low_mean": low, "clip_ratio/high_mean": high}
     metrics |= {"clip_ratio/region_mean": low + high, "grad_norm": sum(norms) / max(1, len(norms))}
     return metrics | {"updates": len(norms), "updates_skipped_nonfinite": skipped}
@@ -194,17 +208,12 @@ def update_policy(
 # ----------------------------------------------------------------------------------------------------------- logging
 
 
-def sampler_difference(
-    groups: Sequence[Group], minibatches: list[list[MicroBatch]], ranks: Ranks
-) -> dict[str, float]:
+def sampler_difference(minibatches: list[list[MicroBatch]], ranks: Ranks) -> dict[str, float]:
     """Collective. Mean |sampler - trainer| log-prob where the old log-probs were computed: a bug detector, not a loss."""
-    trainer = [m.old_logprobs for minibatch in minibatches for m in minibatch if m.old_logprobs is not None]
-    if not trainer:
-        return {}
-    sampler = torch.tensor([x for g in groups for row in g.logprobs for x in row])
-    difference = (torch.cat(trainer).cpu() - sampler).abs().double()
-    total, count = ranks.sum([difference.sum().item(), float(len(sampler))])
-    return {"sampling/sampling_logp_difference/mean": total / count}
+    micros = [m for minibatch in minibatches for m in minibatch if m.old_logprobs is not None]
+    differences = [(m.old_logprobs - m.sampler_logprobs).abs().double().sum().item() for m in micros]
+    total, count = ranks.sum([sum(differences), float(sum(len(m.advantages) for m in micros))])
+    return {"sampling/sampling_logp_difference/mean": total / count} if count else {}
 
 
 # -------------------------------------------------------------------------------------------------------------- loop
@@ -237,36 +246,69 @@ def train(run: Run) -> None:
         clock = Clock()
         batch = batch_for_step(len(run.train), step - 1, config.prompts_per_step, config.seed)
         places = range(ranks.rank, len(batch), ranks.world)  # this rank's places in the batch
-        items = [run.train[batch[place]] for place in places]
-        prompts = [Prompt(t.example.id, t.ids, prompt_seed(config.seed, step, p)) for t, p in zip(items, places)]
-        with clock("rollout"):
-            groups = sample_groups(
-                run.policy, run.tokenizer, prompts, group_size=config.group_size, temperature=config.temperature,
-                max_new_tokens=config.max_response_tokens, batch_size=config.rollout_batch_size, progress=ranks.main,
-            )  # fmt: skip
-        with clock("reward"):
-            scores = score_groups(groups, items, run.reward)
-            rewards = torch.tensor([[r.total for r in row] for row in scores])
+        groups, scores = sample_and_score(run, [run.train[batch[place]] for place in places], step, places, clock)
+        metrics = rollout_metrics(groups, scores, ranks)  # of the policy as it is: before anything is sampled again
+        groups, scores, again = resample_flat(run, groups, scores, step, places, clock)
+        rewards = torch.tensor([[r.total for r in row] for row in scores])
         if config.shuffle_rewards:
             rewards = shuffled(rewards, config, step, ranks)
         advantages = group_advantages(rewards)
         minibatches = make_minibatches(groups, advantages, config, ranks)
-        with clock("logprobs"):
-            fixed_logprobs(run.policy, run.reference, minibatches, config)
+        with clock("reference"):
+            fixed_logprobs(None, run.reference, minibatches, config)
+        with clock("old_logprobs"):
+            fixed_logprobs(run.policy, None, minibatches, config)
         with clock("update"):
-            metrics = update_policy(run.policy, run.optimizer, minibatches, config, ranks)
-        run.state["failed"] = 0 if metrics["updates"] else run.state.get("failed", 0) + 1
-        if run.state["failed"] == MAX_FAILED_STEPS:
+            metrics |= update_policy(run.policy, run.optimizer, minibatches, config, ranks)
+        failed = not metrics["updates"] and metrics["updates_skipped_nonfinite"]
+        state["failed"] = state.get("failed", 0) + 1 if failed else 0
+        if state["failed"] == MAX_FAILED_STEPS:
             raise ConfigError(f"steps {step - MAX_FAILED_STEPS + 1} to {step} had NaN or infinite gradients only; lower lr")
-        metrics |= rollout_metrics(groups, scores, ranks) | sampler_difference(groups, minibatches, ranks)
-        tokens, flops = model_flops(groups, count_parameters(run.policy), config, ranks)
-        state |= {"step": step, "flops": state["flops"] + flops}
-        metrics |= {"num_tokens": tokens} | {f"time/{phase}_s": s for phase, s in clock.seconds.items()}
+        metrics |= sampler_difference(minibatches, ranks)
+        trained = sum(m.packed.ids.numel() for minibatch in minibatches for m in minibatch)
+        metrics |= speed_metrics(groups, again, trained, count_parameters(run.policy), config, clock.seconds, ranks)
+        state |= {"step": step, "flops": state["flops"] + metrics.pop("step_flops")}
         rows = sample_rows(step, groups, scores, advantages, config.log_samples, ranks)
         finish_step(run, metrics, rows, step == bar.total)
         bar.update()
         bar.set_postfix(reward=f"{metrics['reward']:.2f}", kl=f"{metrics['kl']:.3f}", refresh=False)
     bar.close()
+
+
+def sample_and_score(
+    run: Run, items: Sequence[Tokenized], step: int, places: Sequence[int], clock: Clock
+) -> tuple[list[Group], list[list[Reward]]]:
+    """Completions of the prompts at these places of the step's batch, and their rewards."""
+    config = run.config
+    prompts = [Prompt(t.example.id, t.ids, prompt_seed(config.seed, step, p)) for t, p in zip(items, places)]
+    with clock("rollout"):
+        groups = sample_groups(
+            run.policy, run.tokenizer, prompts, group_size=config.group_size, temperature=config.temperature,
+            max_new_tokens=config.max_response_tokens, batch_size=config.rollout_batch_size,
+            engine=config.rollout_engine, progress=run.ranks.main,
+        )  # fmt: skip
+    with clock("reward"):
+        return groups, score_groups(groups, items, run.reward)
+
+
+def resample_flat(
+    run: Run, groups: list[Group], scores: list[list[Reward]], step: int, places: Sequence[int], clock: Clock
+) -> tuple[list[Group], list[list[Reward]], list[Group]]:
+    """Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups whose rewards are all equal give their place to
+    other prompts, at most resample_rounds times. -> (groups, rewards, the groups that were given up).
+
+    Which prompt comes next depends on seed, step, place and round alone, so neither ranks nor a resume change it.
+    """
+    groups, scores, given_up = list(groups), list(scores), []
+    for round_ in range(1, run.config.resample_rounds + 1):
+        flat = [k for k, row in enumerate(scores) if len({one.total for one in row}) == 1]
+        spots = [places[k] + round_ * run.config.prompts_per_step for k in flat]  # beyond the batch: seeds of their own
+        items = [run.train[prompt_seed(run.config.seed + 1, step, spot) % len(run.train)] for spot in spots]
+        fresh, fresh_scores = sample_and_score(run, items, step, spots, clock)
+        for k, group, row in zip(flat, fresh, fresh_scores):
+            given_up.append(groups[k])
+            groups[k], scores[k] = group, row
+    return groups, scores, given_up
 
 
 def finish_step(run: Run, metrics: dict[str, float], rows: list[dict], last: bool) -> None:
@@ -305,6 +347,8 @@ def total_steps(config: Config, examples: int) -> int:
 def set_up(config: Config, ranks: Ranks) -> Run:
     """Collective. Data, start model, policy, frozen reference and optimizer; or all of it from a checkpoint."""
     began = time.perf_counter()
+    if config.rollout_engine not in ENGINES:
+        raise ConfigError(f"rollout_engine must be one of {', '.join(ENGINES)}, not {config.rollout_engine!r}")
     reward = reward_function(config.reward, config.lenient)
     template, splits = load_template(config.prompt_template), load_splits(config)
     reward("", splits.train[0].answer, splits.train[0].tools)  # a broken function of the user's own stops here
@@ -347,33 +391,6 @@ def set_up(config: Config, ranks: Ranks) -> Run:
     return run
 
 
-def summarize(run: Run) -> dict:
-    """What the run did, from its log alone, so that a resumed run counts its first part too.
-
-    accuracy_* is the first held-out split; those of another split carry its name, as in strict_accuracy_after.
-    """
-    log = read_jsonl(run.folder / "log.jsonl")
-    before, steps = log[0], [row for row in log if row["step"] > 0]
-    after, rewards = steps[-1], [row["reward"] for row in steps]
-    summary = {"steps": len(steps), "wall_s": round(run.state["seconds"], 1), "flops": run.state["flops"]}
-    summary["reward_first5"] = sum(rewards[:5]) / len(rewards[:5])
-    summary["reward_last10"] = sum(rewards[-10:]) / len(rewards[-10:])
-    for name in run.held_out:
-        prefix = "" if name == "held_out" else f"{name}_"
-        summary[f"{prefix}accuracy_before"] = before[f"{name}/accuracy"]
-        summary[f"{prefix}accuracy_after"] = after[f"{name}/accuracy"]
-        summary[f"{prefix}accuracy_by_kind"] = {
-            kind: {
-                "before": before[f"{name}/accuracy_{kind}"],
-                "after": after[f"{name}/accuracy_{kind}"],
-                "n": before[f"{name}/n_{kind}"],
-            }
-            for kind in KINDS
-            if f"{name}/n_{kind}" in before
-        }
-    return summary
-
-
 def main(arguments: list[str]) -> None:
     """Collective. Trains as the settings say, or exports a checkpoint (`--export CHECKPOINT OUT`)."""
     if arguments[:1] == ["--export"]:
@@ -389,7 +406,7 @@ def main(arguments: list[str]) -> None:
     if ranks.main:
         with whole_folder(run.folder / "model") as folder:
             export(run.policy, run.tokenizer, folder)
-        summary = summarize(run)
+        summary = summarize(read_jsonl(run.folder / "log.jsonl"), list(run.held_out))
         (run.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         print(f"reward: first 5 steps {summary['reward_first5']:.3f}, last 10 steps {summary['reward_last10']:.3f}")
         for key in [key for key in summary if key.endswith("accuracy_before")]:

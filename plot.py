@@ -7,9 +7,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from config import ConfigError
+from data import KINDS
 from runtime import read_jsonl, run_script
 
 PANELS = (  # title, key in log.jsonl
@@ -19,6 +21,32 @@ PANELS = (  # title, key in log.jsonl
     ("entropy (nats per token)", "entropy"),
     ("completion length (tokens, mean)", "completions/mean_length"),
 )
+
+
+def summarize(log: list[dict], splits: Sequence[str]) -> dict:
+    """What a run did, from its log alone, so that a resumed run counts its first part too.
+
+    accuracy_* is the first held-out split; those of another split carry its name, as in strict_accuracy_after.
+    """
+    before, steps = log[0], [row for row in log if row["step"] > 0]
+    after, rewards = steps[-1], [row["reward"] for row in steps]
+    summary = {"steps": len(steps), "wall_s": round(after["seconds"], 1), "flops": after["flops"]}
+    summary["reward_first5"] = sum(rewards[:5]) / len(rewards[:5])
+    summary["reward_last10"] = sum(rewards[-10:]) / len(rewards[-10:])
+    for name in splits:
+        prefix = "" if name == "held_out" else f"{name}_"
+        summary[f"{prefix}accuracy_before"] = before[f"{name}/accuracy"]
+        summary[f"{prefix}accuracy_after"] = after[f"{name}/accuracy"]
+        summary[f"{prefix}accuracy_by_kind"] = {
+            kind: {
+                "before": before[f"{name}/accuracy_{kind}"],
+                "after": after[f"{name}/accuracy_{kind}"],
+                "n": before[f"{name}/n_{kind}"],
+            }
+            for kind in KINDS
+            if f"{name}/n_{kind}" in before
+        }
+    return summary
 
 
 def smooth(values: list[float], window: int = 9) -> list[float]:

@@ -148,7 +148,8 @@ def open_run(config: Config, ranks: Ranks) -> Path:
 # What a resumed run must share with its first part; steps, rates, saving, speed and the like may change.
 FIXED_KEYS = (
     "model data test_data test_share prompt_template seed prompts_per_step group_size minibatch_prompts temperature "
-    "reward lenient shuffle_rewards max_prompt_tokens max_response_tokens warmup_steps sft_batch synthetic_train"
+    "reward lenient shuffle_rewards skip_zero_variance resample_rounds max_prompt_tokens max_response_tokens warmup_steps "
+    "sft_batch synthetic_train"
 ).split()
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ import grpo
 from config import Config, ConfigError
 from grpo import group_advantages, kl_k3, make_minibatches, policy_loss, update_policy
 from model import build_tiny_model, build_tiny_tokenizer, load_model, pack, token_logprobs
+from reward import Reward
 from rollout import Group, Prompt
 from runtime import Ranks, read_jsonl, start_ranks
 
@@ -248,6 +250,76 @@ def test_each_token_of_a_completion_has_its_advantage(ranks):
         assert micro.packed.target.tolist() == [token for response in group.responses for token in response]
 
 
+# ------------------------------------------------------------------------------------- groups that teach nothing
+
+FLAT = torch.tensor([[1.0, 0.0, -1.0], [0.0, 0.0, 0.0], [0.5, -0.5, 0.0], [0.0, 0.0, 0.0]])  # of the four groups
+
+
+def test_skipping_flat_groups_is_training_without_them(policy, ranks):
+    """Neither their KL term nor their tokens count; without the KL, only the denominator tells the difference."""
+    config = settings_of(kl_coef=0.3, skip_zero_variance=True, minibatch_prompts=4)
+    reference = build_tiny_model(build_tiny_tokenizer([], 300), hidden=16, layers=1, seed=1)
+    minibatches = make_minibatches(random_groups(), FLAT, config, ranks)
+    grpo.fixed_logprobs(policy, reference, minibatches, config)
+    recorder = Recorder(policy)
+    update_policy(policy, recorder, minibatches, config, ranks)
+    teaching = [random_groups()[i] for i in (0, 2)]
+    expected = slow_gradient(policy, config, teaching, FLAT[[0, 2]], 0.3, reference)
+    assert_same_gradients(recorder.seen[0], expected)
+    kept = make_minibatches(random_groups(), FLAT, settings_of(minibatch_prompts=4), ranks)
+    sizes = [sum(m.packed.ids.numel() for part in batch for m in part) for batch in (minibatches, kept)]
+    assert sizes[0] == sum(len(g.prompt.ids) + sum(map(len, g.responses)) for g in teaching) < sizes[1]
+
+
+def test_an_update_without_any_group_left_changes_nothing(policy, ranks):
+    """All ranks see the same total of 0, so all leave the update out together; it is no failure."""
+    config = settings_of(skip_zero_variance=True, minibatch_prompts=2)
+    advantages = FLAT * torch.tensor([0.0, 0.0, 1.0, 0.0])[:, None]
+    minibatches = make_minibatches(random_groups(), advantages, config, ranks)
+    grpo.fixed_logprobs(policy, None, minibatches, config)
+    recorder = Recorder(policy)
+    metrics = update_policy(policy, recorder, minibatches, config, ranks)
+    assert len(recorder.seen) == metrics["updates"] == 1 and metrics["updates_skipped_nonfinite"] == 0
+    none = make_minibatches(random_groups(), 0 * advantages, config, ranks)
+    metrics = update_policy(policy, Recorder(policy), none, config, ranks)
+    assert (metrics["updates"], metrics["updates_skipped_nonfinite"], metrics["loss"]) == (0, 0, 0.0)
+
+
+def flat_run(monkeypatch, rounds: int, world: int, teaches) -> list[tuple[list, list, list]]:
+    """resample_flat on every rank of `world`, of 4 places; a prompt's rewards differ where `teaches(item, spot)`."""
+    results = []
+
+    def sample_and_score(run, items, step, spots, clock):
+        pairs = list(zip(items, spots))
+        rows = [[Reward(float(k and teaches(*pair)), True, True, "") for k in range(2)] for pair in pairs]
+        return [f"{item}@{spot}" for item, spot in pairs], rows
+
+    monkeypatch.setattr(grpo, "sample_and_score", sample_and_score)
+    config = settings_of(resample_rounds=rounds)
+    for rank in range(world):
+        run, places = SimpleNamespace(config=config, train=range(1000)), range(rank, 4, world)
+        groups, scores = sample_and_score(run, [f"first{p}" for p in places], 5, places, None)
+        results.append(grpo.resample_flat(run, groups, scores, 5, places, None))
+    return results
+
+
+def test_dynamic_sampling_replaces_flat_groups_only(monkeypatch):
+    teaches = lambda item, spot: spot in (0, 3) or spot >= 8  # noqa: E731  (places 1 and 2 need two more rounds)
+    ((groups, scores, given_up),) = flat_run(monkeypatch, 3, 1, teaches)
+    assert (groups[0], groups[3]) == ("first0@0", "first3@3") and [g.split("@")[1] for g in groups] == ["0", "9", "10", "3"]
+    assert all(row[0].total != row[1].total for row in scores)
+    assert [g.split("@")[1] for g in given_up] == ["1", "2", "5", "6"], "two rounds were given up, the third was not needed"
+
+
+def test_dynamic_sampling_stops_after_its_rounds_and_does_not_depend_on_ranks(monkeypatch):
+    never = lambda item, spot: False  # noqa: E731
+    ((alone, _, given_up),) = flat_run(monkeypatch, 2, 1, never)
+    first, second = flat_run(monkeypatch, 2, 2, never)
+    assert [alone[0], alone[2]] == first[0] and [alone[1], alone[3]] == second[0]
+    assert len(given_up) == 8 and len(set(alone)) == 4, "other prompts, not the same ones again"
+    assert flat_run(monkeypatch, 0, 1, never)[0][0] == ["first0@0", "first1@1", "first2@2", "first3@3"]
+
+
 def test_the_clip_ratios_count_tokens(policy, ranks):
     """Old log-probs are moved so that every ratio is e^0.5: clipped where the advantage is positive, and only there."""
 
@@ -364,8 +436,17 @@ def test_two_processes_do_what_one_does(settings, straight, tmp_path, minibatch_
         assert_close(second[name], first[name], atol=1e-4 if name.endswith("k_proj.bias") else 1e-6, rtol=0)
     assert max((first[name] - begin[name]).abs().max() for name in first) > 3e-4, "there was something to compare"
     for row, other in zip(read_jsonl(one / "log.jsonl"), read_jsonl(two / "log.jsonl"), strict=True):
-        same = {key for key in row if not key.startswith("time/") and key != "seconds"}
+        same = {key for key in row if not key.startswith(("time/", "memory/")) and not key.endswith(("seconds", "per_s"))}
         assert {k: other[k] for k in same} == pytest.approx({k: row[k] for k in same}, rel=1e-3, abs=1e-5)
+
+
+def test_a_run_that_skips_and_resamples_says_so_in_its_log(settings, tmp_path):
+    run_dir = train_here(settings | {"skip_zero_variance": "true", "resample_rounds": 1, "run_dir": tmp_path / "run"})
+    log = read_jsonl(run_dir / "log.jsonl")[1:]
+    assert all(0 <= row["update/skipped_token_ratio"] < 1 for row in log)
+    assert all(row["rollout/resampled_ratio"] == row["frac_reward_zero_std"] for row in log), "each flat group, once"
+    assert 0 < sum(row["rollout/resampled_ratio"] for row in log) < 4
+    assert all(row["rollout/tokens_per_s"] > 0 and row["memory/peak_gib"] > 0.1 for row in log)
 
 
 def test_a_resumed_run_is_the_straight_run_to_the_bit(settings, straight, tmp_path):
