@@ -12,6 +12,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from eval_report import ReportError, shorten
+from prompts import CALL, END_CALL
+
 LANGUAGES = {"simple_java": "java", "simple_javascript": "javascript"}  # every other category is Python
 
 # Declared type -> type of the value. The three languages agree wherever they share a name.
@@ -25,8 +28,8 @@ TYPES = {
 }
 
 
-class BfclError(ValueError):
-    """Something a person must repair; the message says where and how."""
+class BfclError(ReportError):
+    """Benchmark data or a row that a person must repair; the message says where and how."""
 
 
 @dataclass(frozen=True)
@@ -277,70 +280,121 @@ def _value_error(value: Any, allowed: list, details: dict, language: str) -> str
 # ---------------------------------------------------------------------------------- checking one model output
 
 
-def _call_error(function: dict, call: dict, wanted: dict, language: str) -> str | None:
-    """Error type of one call {name: arguments}, or None: name, required parameters, each argument, omitted ones."""
+Fault = tuple[str, str]  # (official error type, the same in words)
+
+
+def _show(value: Any) -> str:
+    try:
+        return shorten(repr(value), 200)
+    except RecursionError:
+        return "a deeply nested value"
+
+
+def _call_fault(function: dict, call: dict, wanted: dict, language: str) -> Fault | None:
+    """What is wrong with one call {name: arguments}: name, required parameters, each argument, omitted ones."""
     properties, allowed = function["parameters"]["properties"], next(iter(wanted.values()))
     if function["name"] not in call:
-        return "simple_function_checker:wrong_func_name"
+        return "simple_function_checker:wrong_func_name", f"{_show(next(iter(call)))} is called, not {function['name']!r}"
     arguments = call[function["name"]]
-    if any(name not in arguments for name in function["parameters"].get("required", ())):
-        return "simple_function_checker:missing_required"
+    for name in function["parameters"].get("required", ()):
+        if name not in arguments:
+            return "simple_function_checker:missing_required", f"the required parameter {name!r} is missing"
     for name, value in arguments.items():
         if name not in properties or name not in allowed:
-            return "simple_function_checker:unexpected_param"
+            where = "answer" if name in properties else "function's documentation"
+            return "simple_function_checker:unexpected_param", f"the parameter {_show(name)} is not in the {where}"
         if error := _value_error(value, allowed[name], properties[name], language):
-            return error
-    if any(name not in arguments and "" not in choices for name, choices in allowed.items()):
-        return "simple_function_checker:missing_optional"
+            expected = f"the allowed values are {_show(allowed[name])}"
+            if error.startswith("type_error"):
+                expected = f"{properties[name]['type']} is expected{' as text' * (language != 'python')}; {expected}"
+            return error, f"{name} is {_show(value)}, but {expected}"
+    for name, choices in allowed.items():
+        if name not in arguments and "" not in choices:
+            return "simple_function_checker:missing_optional", f"the answer does not let {name!r} be left out"
     return None
 
 
-def _calls_error(problem: Problem, calls: list[dict]) -> str | None:
-    """Error type of a list of calls. The category's name decides how they are matched with the answer."""
-    language = LANGUAGES.get(problem.category, "python")
-    by_name = {function["name"]: function for function in problem.functions}
-    wrong_number = len(calls) != len(problem.answer)
+def _calls_fault(problem: Problem, calls: list[dict]) -> Fault | None:
+    """What is wrong with a list of calls. The category's name decides how they are matched with the answer."""
+    language, n = LANGUAGES.get(problem.category, "python"), len(problem.answer)
+    if "multiple" in problem.category or "parallel" in problem.category:
+        by_name = {function["name"]: function for function in problem.functions}
     if "parallel" in problem.category:
-        if wrong_number:
-            return "parallel_function_checker_no_order:wrong_count"
+        if len(calls) != n:
+            return "parallel_function_checker_no_order:wrong_count", f"the number of calls is {len(calls)}, not {n}"
         unused = list(calls)
         for wanted in problem.answer:
-            function = by_name[next(iter(wanted))]
+            function, faults = by_name[next(iter(wanted))], []
             # Oddity: the first fitting call is taken, even where only another choice would let all answers match.
-            chosen = (i for i, call in enumerate(unused) if not _call_error(function, call, wanted, language))
-            if (index := next(chosen, None)) is None:
-                return "parallel_function_checker_no_order:cannot_find_match"
-            del unused[index]
+            for index, call in enumerate(unused):
+                if not (fault := _call_fault(function, call, wanted, language)):
+                    del unused[index]
+                    break
+                faults.append(fault[1])
+            else:
+                words = f"no call that is left fits the expected {_show(wanted)}: {'; '.join(faults)}"
+                return "parallel_function_checker_no_order:cannot_find_match", words
         return None
     if "multiple" in problem.category:
-        if wrong_number:
-            return "multiple_function_checker:wrong_count"
-        return _call_error(by_name[next(iter(problem.answer[0]))], calls[0], problem.answer[0], language)
+        if len(calls) != n:
+            return "multiple_function_checker:wrong_count", f"the number of calls is {len(calls)}, not {n}"
+        return _call_fault(by_name[next(iter(problem.answer[0]))], calls[0], problem.answer[0], language)
     if len(calls) != 1:
-        return "simple_function_checker:wrong_count"
-    return _call_error(problem.functions[0], calls[0], problem.answer[0], language)
+        return "simple_function_checker:wrong_count", f"the number of calls is {len(calls)}, not 1"
+    return _call_fault(problem.functions[0], calls[0], problem.answer[0], language)
 
 
-def _decode(output: str) -> list[dict] | None:
+def find_block(output: str) -> str | None:
+    """What stands between the first <tool_call> and the first </tool_call> after it; None without such a pair."""
+    inside, closed, _ = output.partition(CALL)[2].partition(END_CALL)
+    return inside.strip() if closed else None
+
+
+def decode(output: str) -> list[dict] | None:
     """The calls of a model output as [{name: arguments}], or None. Laxer than prompts.parse_completion on purpose:
     this is the decoding under which the official verdicts, and the paper's figures, come about."""
-    found = re.search(r"<tool_call>(.*?)</tool_call>", output, re.DOTALL)
+    block = find_block(output)
     try:
-        return [{item["name"]: item["arguments"]} for item in json.loads(found[1].strip())] if found else None
+        return None if block is None else [{item["name"]: item["arguments"]} for item in json.loads(block)]
     except (ValueError, RecursionError, TypeError, KeyError):
         return None  # no JSON, JSON too deep or with too long a number, or not a list of calls
 
 
-def check(case: Problem, output: str) -> tuple[bool, str | None]:
-    """(valid, error type or None) of one model output, as the official checker has it. No output makes it raise."""
-    calls = _decode(output)
-    well_formed = calls is not None and all(isinstance(*call.values(), dict) for call in calls)
+def _well_formed(calls: list[dict] | None) -> bool:
+    return calls is not None and all(isinstance(*call.values(), dict) for call in calls)
+
+
+def reply_kind(output: str, calls: list[dict] | None) -> str:
+    """Says "called", "empty_list" (an explicit []), "no_block" (no closed tool-call section) or "unparsable".
+
+    calls: decode(output). Officially all but the first are correct where no function fits.
+    """
+    if calls:
+        return "called" if _well_formed(calls) else "unparsable"
+    block = find_block(output)
+    if block is None:
+        return "no_block"
+    return "empty_list" if calls is not None and block.startswith("[") else "unparsable"
+
+
+def find_fault(case: Problem, calls: list[dict] | None) -> Fault | None:
+    """(official error type, the same in words) of the decoded calls (see decode), or None if they are right."""
+    well_formed = _well_formed(calls)
     if "relevance" in case.category:
         called = bool(well_formed and calls)
         if called == (case.category == "live_relevance"):
-            return True, None
-        return False, "irrelevance_error:decoder_success" if called else "relevance_error:decoder_failed"
+            return None
+        if called:
+            return "irrelevance_error:decoder_success", "a call is made, though no function fits"
+        return "relevance_error:decoder_failed", "no readable call is made, though a function fits"
     if calls is None:
-        return False, "ast_decoder:decoder_failed"
-    error = _calls_error(case, calls) if well_formed else "ast_decoder:decoder_wrong_output_format"
-    return error is None, error
+        return "ast_decoder:decoder_failed", "there is no closed tool-call section, or no JSON list of calls in it"
+    if not well_formed:
+        return "ast_decoder:decoder_wrong_output_format", "the arguments of a call are not an object"
+    return _calls_fault(case, calls)
+
+
+def check(case: Problem, output: str) -> tuple[bool, str | None]:
+    """(valid, error type or None) of one model output, as the official checker has it. No output makes it raise."""
+    fault = find_fault(case, decode(output))
+    return fault is None, fault[0] if fault else None

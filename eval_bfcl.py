@@ -2,6 +2,7 @@
 
     python eval_bfcl.py generate --model M --data DIR --out DIR
     python eval_bfcl.py score --predictions FILE.jsonl --data DIR --out DIR
+    python eval_bfcl.py --diff OUT_A OUT_B
 
 The verdicts come from bfcl_check.py and are those of the official checker. `score` imports no torch.
 """
@@ -9,298 +10,298 @@ The verdicts come from bfcl_check.py and are those of the official checker. `sco
 from __future__ import annotations
 
 import argparse
-import csv
-import gzip
-import json
+import gc
 import sys
-import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from itertools import groupby, islice
+from collections.abc import Iterable
 from pathlib import Path
 
-from bfcl_check import LANGUAGES, TYPES, BfclError, Problem, check
+from bfcl_check import BfclError, Problem, check, decode, find_fault, reply_kind
+from bfcl_data import (
+    CATEGORIES,
+    HUB_ID,
+    LIVE,
+    LIVE_AST,
+    NON_LIVE_AST,
+    SIMPLE,
+    V3_NAMES,
+    category_of,
+    choose_problems,
+    file_category,
+    find_data,
+    load_problems,
+    prompt_cases,
+    write_official,
+)  # fmt: skip
+from eval_report import (
+    ReportError,
+    combined_interval,
+    make_folder,
+    print_diff,
+    read_predictions,
+    shorten,
+    tally,
+    text_table,
+    write_cases,
+    write_rows,
+    write_table,
+)  # fmt: skip
 from prompts import PromptError, load_template
 
-SIMPLE = ("simple_python", *LANGUAGES)
-NON_LIVE_AST = (*SIMPLE, "multiple", "parallel", "parallel_multiple")
-NON_LIVE = (*NON_LIVE_AST, "irrelevance")
-LIVE_AST = ("live_simple", "live_multiple", "live_parallel", "live_parallel_multiple")
-LIVE = (*LIVE_AST, "live_irrelevance", "live_relevance")
-CATEGORIES = (*NON_LIVE, *LIVE)  # named as in v4
-V3_NAMES = {"simple": "simple_python", "java": "simple_java", "javascript": "simple_javascript"}
-GROUPS = {
-    "single_turn": CATEGORIES,
-    "all": CATEGORIES,
-    "non_live": NON_LIVE,
-    "live": LIVE,
-    "python": tuple(name for name in CATEGORIES if name not in LANGUAGES),
-    "non_python": tuple(LANGUAGES),
-}
-SUITE = "berkeley-function-call-leaderboard"
-DATA_FOLDERS = (".", "bfcl_eval/data", "data", f"{SUITE}/bfcl_eval/data", f"{SUITE}/data")
+__all__ = ["BfclError", "Problem", "check", "prompt_cases"]  # training evaluates with these
 
-# ------------------------------------------------------------------------------------------------------- data
+AST = (*NON_LIVE_AST, *LIVE_AST)
+REFUSALS = ("irrelevance", "live_irrelevance")  # categories in which no function fits
+REPLY_KINDS = {
+    "empty_list": "explicit []", "no_block": "no tool-call section", "unparsable": "unparsable", "called": "called",
+}  # fmt: skip
+MAX_BRACKETS = 300  # of a reply whose calls are written again as JSON; Python refuses about 1,000 levels
+OFFICIAL_MODEL = "Salesforce/xLAM-2-3b-fc-r"  # a model that the official command knows, and reads a JSON list from
 
-
-def _read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(line number, line) of a text or .gz file, blank lines left out."""
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, line
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or f"damaged or half-written gzip file ({error})"
-        raise BfclError(f"{path}: cannot be read: {reason}") from None
-
-
-def find_data(folder: str | Path) -> tuple[Path, str]:
-    """(folder with the question files, "v3" or "v4") in `folder`, or in a checkout or package of BFCL there."""
-    if not Path(folder).is_dir():
-        raise BfclError(f"{folder}: no such folder; --data must be a folder that holds BFCL_v4_*.json")
-    for place in (Path(folder) / inner for inner in DATA_FOLDERS):
-        for version in ("v4", "v3"):
-            if any(place.glob(f"BFCL_{version}_*.json*")):
-                return place, version
-    raise BfclError(f"{folder}: holds no BFCL_v4_*.json or BFCL_v3_*.json; point --data at the folder that does")
-
-
-def _load_records(stem: Path) -> list[tuple[str, dict]]:
-    """(file and line, record) for all records of stem.json or stem.json.gz; [] where neither exists."""
-    path = next((path for suffix in ("json", "json.gz") if (path := Path(f"{stem}.{suffix}")).exists()), None)
-    records = []
-    for number, line in _read_lines(path) if path else ():
-        try:
-            records.append((f"{path}:{number}", {**json.loads(line)}))
-        except (ValueError, TypeError):
-            raise BfclError(f"{path}:{number}: not a JSON object; fetch this file again") from None
-    return records
-
-
-def _load_category(folder: Path, version: str, file_name: str) -> Iterator[Problem]:
-    questions = _load_records(folder / f"BFCL_{version}_{file_name}")
-    answers = _load_records(folder / "possible_answer" / f"BFCL_{version}_{file_name}")
-    if "relevance" in file_name:
-        answers = [(place, {**question, "ground_truth": []}) for place, question in questions]
-    if len(answers) != len(questions):
-        raise BfclError(f"{folder}: BFCL_{version}_{file_name} has {len(questions)} questions, {len(answers)} answers")
-    # By row and not by id: v3 has a repeated id, and an answer under a wrong id.
-    for (place, question), (_, answer) in zip(questions, answers):
-        try:
-            name, functions, wanted = question["id"], question["function"], answer["ground_truth"]
-            messages = [message for turn in question["question"] for message in turn]
-            if version == "v4" and answer["id"] != name:
-                raise BfclError(f"{place}: {name} stands beside the answer to {answer['id']}; fetch both files again")
-            for function in functions if wanted else ():
-                for details in function["parameters"]["properties"].values():
-                    TYPES[details["items"]["type"] if TYPES[details["type"]] is list else details["type"]]
-        except (KeyError, TypeError) as error:
-            raise BfclError(f"{place}: not a BFCL case: {error} is missing or unknown; fetch the file again") from None
-        yield Problem(name, V3_NAMES.get(file_name, file_name), messages, functions, wanted)
-
-
-def load_problems(folder: str | Path) -> dict[str, Problem]:
-    """All single-turn cases in `folder` (see find_data) by id, in the order of CATEGORIES. Raises BfclError.
-
-    The second case under one id (v3 has one) goes by that id with "#2" behind it.
-    """
-    place, version = find_data(folder)
-    old_names = {new: old for old, new in V3_NAMES.items()} if version == "v3" else {}
-    problems: dict[str, Problem] = {}
-    for category in CATEGORIES:
-        for problem in _load_category(place, version, old_names.get(category, category)):
-            unique = f"{problem.id}#2" if problem.id in problems else problem.id
-            problems[unique] = replace(problem, id=unique)
-    return problems
-
+PAPER_SOURCE = (
+    "quoted from arXiv 2505.00024, Table 2 (data of BFCL v3). Live of 6: the row fits a count over all 2,251 live cases; "
+    "of 4: over the 1,351 of the four AST categories; -: neither. 82.57 is not the mean of its row, which is 83.07."
+)
+PAPER_COLUMNS = (
+    "model", "simple", "mult.", "par.", "par.mult.", "L simple", "L mult.", "L par.", "L par.mult.", "Non-live", "Live",
+    "Overall", "Live of",
+)  # fmt: skip
+PAPER = (
+    ("GPT-4o", 79.42, 95.50, 94.00, 83.50, 84.88, 79.77, 87.50, 75.00, 88.10, 79.83, 83.97, "6"),
+    ("GPT-4o-mini", 80.08, 90.50, 89.50, 87.00, 81.40, 76.73, 93.75, 79.17, 86.77, 76.50, 81.64, "6"),
+    ("Qwen2.5-7B-Inst", 75.33, 94.50, 91.50, 84.50, 76.74, 74.93, 62.50, 70.83, 86.46, 67.44, 76.95, "6"),
+    ("xLAM-2-70b-fc-r", 78.25, 94.50, 92.00, 89.00, 77.13, 71.13, 68.75, 58.33, 88.44, 72.95, 80.70, "6"),
+    ("ToolACE-8B", 76.67, 93.50, 90.50, 89.50, 73.26, 76.73, 81.25, 70.83, 87.54, 78.59, 82.57, "6"),
+    ("Hammer2.1-7B", 78.08, 95.00, 93.50, 88.00, 76.74, 77.40, 81.25, 70.83, 88.65, 75.11, 81.88, "-"),
+    ("Tool-N1-7B", 77.00, 95.00, 94.50, 90.50, 82.17, 80.44, 62.50, 70.83, 89.25, 80.38, 84.82, "4"),
+    ("Tool-N1-14B", 80.58, 96.00, 93.50, 92.00, 84.10, 81.10, 81.25, 66.67, 90.52, 81.42, 85.97, "4"),
+)
 
 # ----------------------------------------------------------------------------------------------------- scores
 
 
-def _mean(*values: float | None) -> float | None:
-    return None if None in values else sum(values) / len(values)
+def _equal(*names: str) -> dict[str, float]:
+    return {name: 1 / len(names) for name in names}
 
 
-def _accuracies(table: dict[str, dict], names: Iterable[str]) -> list[float | None]:
-    return [table[name]["accuracy"] if name in table else None for name in names]
+def _scaled(factor: float, weights: dict[str, float]) -> dict[str, float]:
+    return {name: factor * weight for name, weight in weights.items()}
 
 
-def _non_live(table: dict[str, dict]) -> list[float | None]:
-    """The four non-live figures; the three languages of "simple" weigh the same, whatever their number of cases."""
-    return [_mean(*_accuracies(table, SIMPLE)), *_accuracies(table, NON_LIVE_AST[len(SIMPLE) :])]
-
-
-def _pooled(table: dict[str, dict], names: Iterable[str]) -> float | None:
-    """Accuracy over all cases of the named categories together."""
-    if any(name not in table for name in names):
-        return None
-    n = sum(table[name]["n"] for name in names)
-    return sum(table[name]["accuracy"] * table[name]["n"] for name in names) / max(n, 1)
+def _by_size(table: dict[str, dict], names: Iterable[str]) -> dict[str, float]:
+    """Every case weighs the same: the accuracy over all cases together."""
+    sizes = {name: table[name]["n"] for name in names if name in table}
+    return {name: sizes.get(name, 0) / max(sum(sizes.values()), 1) for name in names}
 
 
 def aggregates(categories: dict[str, dict], sizes: dict[str, int]) -> list[dict]:
-    """Rows {"group", "name", "accuracy" (percent; None = n/a), "n"} from {category: {"accuracy": percent, "n": n}}.
+    """Rows {"group", "name", "accuracy", "low", "high" (percent; None = n/a), "n"} from the tally of every category.
 
-    The columns of BFCL v3, of BFCL v4, and of the paper (arXiv 2505.00024, Table 2). sizes: full number of cases per
-    category, because the official Overall columns count what did not run as wrong.
+    The columns of BFCL v3, of BFCL v4, and of the paper (arXiv 2505.00024, Table 2), each a weighted sum of categories.
+    sizes: full number of cases per category, because official Overall columns count what did not run as wrong.
     """
-    ran = categories
-    filled = {name: ran.get(name, {"accuracy": 0.0, "n": sizes[name]}) for name in CATEGORIES}
-    both = ("irrelevance", "live_irrelevance")
-    non_live, live_ast, live = _mean(*_non_live(ran)), _pooled(ran, LIVE_AST), _pooled(ran, LIVE)
-    v3_non_live, v3_live = _mean(*_non_live(filled), filled["irrelevance"]["accuracy"]), _pooled(filled, LIVE)
-    v4_non_live, v4_live = _mean(*_non_live(filled)), _pooled(filled, LIVE_AST)
+    empty = {"accuracy": 0.0, "low": 0.0, "high": 0.0}
+    filled = {name: categories.get(name, {**empty, "n": sizes[name]}) for name in CATEGORIES}
+    # The three languages of "simple" weigh the same, whatever their numbers of cases.
+    non_live = _scaled(0.25, _equal(*SIMPLE)) | _scaled(0.75, _equal("multiple", "parallel", "parallel_multiple"))
+    v3_non_live = _scaled(0.8, non_live) | {"irrelevance": 0.2}
+    live_ast, live, refusals = _by_size(filled, LIVE_AST), _by_size(filled, LIVE), _equal(*REFUSALS)
     # Multi-turn (v3: a third, v4: 30 %) and agentic (v4: 40 %) are not run here and count 0.
-    v3_overall = (v3_non_live + v3_live + 0.0) / 3
-    v4_overall = 0.1 * v4_non_live + 0.1 * v4_live + 0.1 * _mean(*_accuracies(filled, both))
+    v3_overall = _scaled(1 / 3, v3_non_live) | _scaled(1 / 3, live)
+    v4_overall = _scaled(0.1, non_live) | _scaled(0.1, live_ast) | _scaled(0.1, refusals)
     rows = [
-        ("v3 official", "Non-live AST summary", non_live, NON_LIVE_AST),
-        ("v3 official", "Non-live overall", v3_non_live, NON_LIVE),
-        ("v3 official", "Live overall", v3_live, LIVE),
-        ("v3 official", "Overall (multi-turn = 0)", v3_overall, CATEGORIES),
-        ("v4 official", "Non-live overall", v4_non_live, NON_LIVE_AST),
-        ("v4 official", "Live overall", v4_live, LIVE_AST),
-        ("v4 official", "Irrelevance", _mean(*_accuracies(ran, both)), both),
-        ("v4 official", "Overall (multi-turn, agentic = 0)", v4_overall, (*NON_LIVE, *LIVE_AST, "live_irrelevance")),
-        ("paper", "Non-live", non_live, NON_LIVE_AST),
-        ("paper", "Live (4 AST categories)", live_ast, LIVE_AST),
-        ("paper", "Live (6 categories)", live, LIVE),
-        ("paper", "Overall (Live of 4)", _mean(non_live, live_ast), (*NON_LIVE_AST, *LIVE_AST)),
-        ("paper", "Overall (Live of 6)", _mean(non_live, live), (*NON_LIVE_AST, *LIVE)),
+        ("v3 official", "Non-live AST summary", non_live, categories),
+        ("v3 official", "Non-live overall", v3_non_live, filled),
+        ("v3 official", "Live overall", live, filled),
+        ("v3 official", "Overall (multi-turn = 0)", v3_overall, filled),
+        ("v4 official", "Non-live overall", non_live, filled),
+        ("v4 official", "Live overall", live_ast, filled),
+        ("v4 official", "Irrelevance", refusals, categories),
+        ("v4 official", "Overall (multi-turn, agentic = 0)", v4_overall, filled),
+        ("paper", "Non-live", non_live, categories),
+        ("paper", "Live (4 AST categories)", live_ast, categories),
+        ("paper", "Live (6 categories)", live, categories),
+        ("paper", "Overall (Live of 4)", _scaled(0.5, non_live) | _scaled(0.5, live_ast), categories),
+        ("paper", "Overall (Live of 6)", _scaled(0.5, non_live) | _scaled(0.5, live), categories),
     ]
-    counts = [sum(ran[part]["n"] for part in parts if part in ran) for *_, parts in rows]
-    return [
-        {"group": group, "name": name, "accuracy": accuracy if n else None, "n": n}
-        for (group, name, accuracy, _), n in zip(rows, counts)
-    ]
+    listed = []
+    for group, name, weights, table in rows:
+        n = sum(categories[part]["n"] for part in weights if part in categories)
+        listed.append({"group": group, "name": name, **_weighted(weights, table if n else {}), "n": n})
+    return listed
+
+
+def _weighted(weights: dict[str, float], table: dict[str, dict]) -> dict:
+    """Accuracy, low and high of a weighted sum of categories; None where one of them did not run."""
+    if any(name not in table for name in weights):
+        return dict.fromkeys(("accuracy", "low", "high"))
+    return dict(zip(("accuracy", "low", "high"), combined_interval((w, table[name]) for name, w in weights.items())))
+
+
+def reply_rows(kinds: dict[str, list[tuple[str, str]]]) -> list[dict]:
+    """What came where no call is right, the over-calling rate, and how often [] came where a call is right.
+
+    kinds: category -> (case, reply_kind) of every row. Rows as of aggregates(), with "correct" for the count.
+    """
+    rows = []
+    for name in (name for name in REFUSALS if name in kinds):
+        for kind, label in REPLY_KINDS.items():
+            share = tally((case, found == kind) for case, found in kinds[name])
+            rows.append({"group": "replies", "name": f"{name}: {label}", **share})
+    for name, parts, kind in (
+        ("over-calling: a call, none fits", REFUSALS, "called"),
+        ("under-calling: [], a call fits", AST, "empty_list"),
+    ):
+        pairs = [(case, found == kind) for part in parts for case, found in kinds.get(part, ())]
+        rows.append({"group": "replies", "name": name, **tally(pairs)})
+    return rows
+
+
+def paper_rows(categories: dict[str, dict], listed: list[dict]) -> list[tuple]:
+    """Our rows of the paper's table, with Live over six and over four categories. listed: aggregates()."""
+    figures = [_weighted(_equal(*SIMPLE), categories)["accuracy"]]
+    figures += [categories[name]["accuracy"] if name in categories else None for name in (*NON_LIVE_AST[3:], *LIVE_AST)]
+    means = {row["name"]: row["accuracy"] for row in listed if row["group"] == "paper"}
+    live = (("Live (6 categories)", "Overall (Live of 6)", "6"), ("Live (4 AST categories)", "Overall (Live of 4)", "4"))
+    return [("these predictions", *figures, means["Non-live"], means[a], means[b], label) for a, b, label in live]
+
+
+# ---------------------------------------------------------------------------------------------------- judging
+
+
+def pair_rows(rows: Iterable[dict], problems: dict[str, Problem], data: str | Path) -> list[tuple[dict, Problem]]:
+    """Every row {"id", "output"} beside its case. Raises BfclError for a row that has none.
+
+    v3's repeated id is dealt in turn to its two cases, unless the rows call the second one "#2" as `generate` does.
+    """
+    rows = [row if "place" in row else {**row, "place": f"prediction {i}"} for i, row in enumerate(rows, 1)]
+    if not rows:
+        raise BfclError("there are no predictions to score; run `generate` first")
+    told_apart, seen, pairs = any(str(row.get("id")).endswith("#2") for row in rows), Counter(), []
+    present = {problem.category for problem in problems.values()}
+    for row in rows:
+        place, name = row["place"], row.get("id")
+        if not isinstance(name, str) or not isinstance(row.get("output"), str):
+            raise BfclError(f'{place}: needs "id" and "output", both strings; write one such object per line')
+        if name not in problems:
+            category, advice = category_of(name), "no category of BFCL's single-turn part has such an id"
+            if category in CATEGORIES:
+                missing = f"it has no file of {category}; fetch all of BFCL"
+                advice = "check that --data has the right version, v3 or v4" if category in present else missing
+            raise BfclError(f"{place}: {data} has no case {name!r}; {advice}")
+        seen[name] += 1
+        if f"{name}#2" in problems and not told_apart and seen[name] % 2 == 0:
+            name += "#2"
+        category = str(row.get("category") or problems[name].category)
+        if V3_NAMES.get(category, category) != problems[name].category:
+            what = "category" if V3_NAMES.get(category, category) in CATEGORIES else "unknown category"
+            raise BfclError(f"{place}: {what} {category!r}, but {name} is {problems[name].category}; repair the row")
+        pairs.append((row, problems[name]))
+    return pairs
+
+
+def judge(pairs: Iterable[tuple[dict, Problem]], problems: dict[str, Problem]) -> tuple[list[dict], dict]:
+    """(cases, scores) of (row, case) pairs; several rows may share a case (samples).
+
+    cases: per row, in order: id, category, valid, error_type, expected, came, why (see write_cases), "sample" if given.
+    scores: "categories" (tally, and "errors": how often each type) for those that ran, "aggregates" and "replies" (see
+    there), "sizes" (cases per category in the data).
+    """
+    cases: list[dict] = []
+    verdicts: dict[str, list[tuple[str, bool]]] = {}
+    kinds: dict[str, list[tuple[str, str]]] = {}
+    for row, problem in pairs:
+        output, calls = row["output"], decode(row["output"])
+        kind, (error_type, why) = reply_kind(output, calls), find_fault(problem, calls) or (None, "")
+        verdicts.setdefault(problem.category, []).append((problem.id, error_type is None))
+        kinds.setdefault(problem.category, []).append((problem.id, kind))
+        # JSON nested too deeply to be written again is shown as text.
+        readable = kind in ("called", "empty_list") and output.count("[") + output.count("{") < MAX_BRACKETS
+        case = {
+            "id": row["id"], "category": problem.category, "valid": error_type is None, "error_type": error_type,
+            "expected": "a call" if problem.category == "live_relevance" else problem.answer,
+            "came": calls if readable else shorten(output), "why": why,
+        }  # fmt: skip
+        cases.append(case | {"sample": row["sample"]} if "sample" in row else case)
+    errors = Counter((case["category"], case["error_type"]) for case in cases if not case["valid"])
+    categories = {
+        name: {**tally(verdicts[name]), "errors": {key: n for (part, key), n in errors.items() if part == name}}
+        for name in CATEGORIES
+        if name in verdicts
+    }
+    sizes = Counter(problem.category for problem in problems.values())
+    scores = {"categories": categories, "aggregates": aggregates(categories, sizes), "replies": reply_rows(kinds)}
+    return cases, scores | {"sizes": dict(sizes)}
 
 
 def score_predictions(rows: Iterable[dict], data_dir: str | Path) -> tuple[list[dict], dict]:
     """Judges rows {"id", "output"}; several may share an id. Returns (verdicts, scores), raises BfclError.
 
-    verdicts: {"id", "valid", "error_type"} per row, in order. scores: "categories" ({"accuracy" in percent, "correct",
-    "n", "errors"} for each that ran) and "aggregates" (see there).
+    verdicts: {"id", "valid", "error_type"} per row, in order. scores: see judge.
     """
-    problems, verdicts = load_problems(data_dir), []
-    tallies: dict[str, Counter] = {}
-    for number, row in enumerate(rows, 1):
-        place = row.get("place", f"prediction {number}")
-        if not isinstance(row.get("id"), str) or not isinstance(row.get("output"), str):
-            raise BfclError(f'{place}: needs "id" and "output", both strings; write one such object per line')
-        if row["id"] not in problems:
-            raise BfclError(f"{place}: {data_dir} has no case {row['id']!r}; check that --data has the right version")
-        problem = problems[row["id"]]
-        valid, error_type = check(problem, row["output"])
-        verdicts.append({"id": row["id"], "valid": valid, "error_type": error_type})
-        tallies.setdefault(problem.category, Counter())[error_type] += 1
-    if not verdicts:
-        raise BfclError("there are no predictions to score; run `generate` first")
-    categories = {}
-    for name in (name for name in CATEGORIES if name in tallies):
-        n, correct = tallies[name].total(), tallies[name].pop(None, 0)
-        categories[name] = {"accuracy": 100 * correct / n, "correct": correct, "n": n, "errors": dict(tallies[name])}
-    sizes = Counter(problem.category for problem in problems.values())
-    return verdicts, {"categories": categories, "aggregates": aggregates(categories, sizes)}
+    problems = load_problems(data_dir)
+    cases, scores = judge(pair_rows(rows, problems, data_dir), problems)
+    return verdict_rows(cases), scores
+
+
+def verdict_rows(cases: Iterable[dict]) -> list[dict]:
+    return [{key: case[key] for key in ("id", "valid", "error_type")} for case in cases]
 
 
 # --------------------------------------------------------------------------------------------------- commands
 
 
-def read_predictions(path: Path) -> list[dict]:
-    """Rows of a predictions file, each with its "place" for messages. A half-written last line is left out."""
-    lines, rows = list(_read_lines(path)), []
-    for number, line in lines:
-        place = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            if number != lines[-1][0]:
-                raise BfclError(f"{place}: not JSON, so the file is damaged; repair or delete this line") from None
-            print(f"eval_bfcl: warning: {place}: half-written last line left out", file=sys.stderr)
-            continue
-        if not isinstance(row, dict):
-            raise BfclError(f'{place}: needs to be an object with "id" and "output"')
-        rows.append({**row, "place": place})
-    if not rows:
-        raise BfclError(f"{path}: holds no predictions; run `generate` first")
-    return rows
+def write_scores(cases: list[dict], scores: dict, out: Path) -> None:
+    """Writes verdicts.jsonl, cases.jsonl, failures.txt, scores.json and scores.csv into `out`, and prints the tables."""
+    write_rows(out / "verdicts.jsonl", verdict_rows(cases))
+    write_cases(cases, out)
+    categories, sizes = scores["categories"], scores["sizes"]
+    listed = [{"group": "category", "name": name, **categories.get(name, tally(()))} for name in CATEGORIES]
+    ours = paper_rows(categories, scores["aggregates"])
+    quoted = [dict(zip(PAPER_COLUMNS, row)) for row in PAPER]
+    scores |= {"paper": {"source": PAPER_SOURCE, "rows": [dict(zip(PAPER_COLUMNS, row)) for row in ours] + quoted}}
+    write_table([*listed, *scores["aggregates"], *scores["replies"]], out, scores)
+    print(f"\nBeside the paper's ({PAPER_SOURCE})\n{text_table(PAPER_COLUMNS, [*ours, *PAPER])}")
+    short = [f"{name} {row['cases']} of {sizes[name]}" for name, row in categories.items() if row["cases"] < sizes[name]]
+    if short:
+        print(f"Not all cases were asked: {', '.join(short)}.")
 
 
-def _table(scores: dict) -> list[tuple]:
-    """(group, name, accuracy or None, correct or "", n): categories that ran or not, then the aggregates."""
-    empty = {"accuracy": None, "correct": "", "n": 0}
-    listed = [("category", name, scores["categories"].get(name, empty)) for name in CATEGORIES]
-    listed += [(row["group"], row["name"], {"correct": "", **row}) for row in scores["aggregates"]]
-    return [(group, name, row["accuracy"], row["correct"], row["n"]) for group, name, row in listed]
+def score(args: argparse.Namespace) -> None:
+    """The command `score`."""
+    gc.disable()  # nothing is garbage before the end, and looking for it takes a fifth of the time
+    rows = read_predictions(args.predictions)
+    place, version = find_data(args.data)
+    problems = load_problems(place)
+    pairs = pair_rows(rows, problems, args.data)
+    cases, scores = judge(pairs, problems)
+    make_folder(args.out)
+    write_scores(cases, {"data": version, **scores}, args.out)
+    skipped = sum("skipped" in row for row in rows)
+    if skipped:
+        print(f"{skipped} of {len(rows)} prompts were too long to be asked; they count as answered without a call.")
+    if args.official_dir:
+        files = write_official(pairs, version, args.official_dir, args.model_name)
+        names = ",".join(file_category(name, version) for name in scores["categories"])
+        partial = any(row["cases"] < scores["sizes"][name] for name, row in scores["categories"].items())
+        print(
+            f"{len(files)} files for BFCL {version}'s own command, which scores them with:\n"
+            f"BFCL_PROJECT_ROOT={args.official_dir.resolve()} bfcl evaluate --model {args.model_name} "
+            f"--test-category {names}{' --partial-eval' * partial}"
+        )
 
 
-def write_scores(verdicts: list[dict], scores: dict, out: Path) -> None:
-    """Writes verdicts.jsonl, scores.json and scores.csv into `out`, and prints the table."""
-    lines = "".join(json.dumps(verdict) + "\n" for verdict in verdicts)
-    (out / "verdicts.jsonl").write_text(lines, encoding="utf-8")
-    (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
-    with open(out / "scores.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("group", "name", "accuracy", "correct", "n"))
-        for group, name, accuracy, correct, n in _table(scores):
-            writer.writerow((group, name, "n/a" if accuracy is None else f"{accuracy:.4f}", correct, n))
-    for group, name, accuracy, _, n in _table(scores):
-        print(f"{group:12} {name:34} {'n/a' if accuracy is None else f'{accuracy:.2f}':>7}  n={n}")
-
-
-def select_categories(names: list[str]) -> set[str]:
-    """Category names of v3 or v4 and names of GROUPS, each possibly several with commas -> v4 names."""
-    chosen: set[str] = set()
-    for name in (part for text in names for part in text.split(",") if part):
-        name = V3_NAMES.get(name, name)
-        if name not in GROUPS and name not in CATEGORIES:
-            raise BfclError(f"--categories: unknown {name!r}; choose from {', '.join((*GROUPS, *CATEGORIES))}")
-        chosen.update(GROUPS.get(name, (name,)))
-    return chosen
-
-
-def _append(text: str, sentence: str) -> str:
-    return f"{text.rstrip(' .')}. {sentence}" if text.strip() else sentence
-
-
-def prompt_tools(functions: list[dict], language: str) -> list[dict]:
-    """The documentation as the model sees it: with the language of the values, and for Java and JavaScript with every
-    parameter as a string that spells the value. The checker uses the documentation without these hints."""
-    label = {"python": "Python 3", "java": "Java 8 SDK", "javascript": "JavaScript"}[language]
-    tools = json.loads(json.dumps(functions))
-    for tool in tools:
-        tool["description"] = _append(tool.get("description", ""), f"Argument values follow {label} syntax.")
-        for details in tool["parameters"]["properties"].values() if language != "python" else ():
-            declared = details["type"]
-            kind = "object of any type" if declared == "any" else f"value of type {declared}"
-            hint = f"Give this as a string that spells a {label} {kind}."
-            if TYPES[declared] is list:
-                hint += f" Its elements are of type {details.pop('items')['type']}, not each spelled as a string."
-            if declared == "dict" and "properties" in details:
-                hint += f" Its entries, as a JSON schema: {json.dumps(details.pop('properties'))}"
-            details.update(type="string", description=_append(details.get("description", ""), hint))
-    return tools
-
-
-def generate(args: argparse.Namespace, out: Path) -> None:
-    """Asks the model every chosen case and appends to predictions.jsonl; cases already there are not asked again."""
-    chosen, problems = select_categories(args.categories), []
-    for _, listed in groupby(load_problems(args.data).values(), key=lambda problem: problem.category):
-        problems += [problem for problem in islice(listed, args.limit) if problem.category in chosen]
-    if not problems:
-        raise BfclError(f"{args.data}: holds no case of {', '.join(args.categories)}; choose others or raise --limit")
+def generate(args: argparse.Namespace) -> None:
+    """The command `generate`: appends to predictions.jsonl; cases already there are not asked again."""
+    problems, template = choose_problems(args.data, args.categories, args.limit), load_template(args.prompt_template)
+    make_folder(args.out)
     import rollout  # here, so that `score` starts without torch
 
-    cases = []
-    for problem in problems:
-        tools = prompt_tools(problem.functions, LANGUAGES.get(problem.category, "python"))
-        cases.append(rollout.Case(id=problem.id, category=problem.category, messages=problem.messages, tools=tools))
     try:
         rollout.write_predictions(
-            args.model, cases, out / "predictions.jsonl", template=load_template(args.prompt_template),
+            args.model, prompt_cases(problems), args.out / "predictions.jsonl", template=template,
             max_prompt_tokens=args.max_prompt_tokens, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size,
+            temperature=args.temperature, samples=args.samples, seed=args.seed,
         )  # fmt: skip
     except rollout.ModelError as error:
         raise BfclError(str(error)) from None
@@ -312,42 +313,58 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"needs a number of 0 (greedy) or more, not {text!r}")
+    return value
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="BFCL single-turn: ask a model, then judge its answers.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser = argparse.ArgumentParser(description="BFCL single-turn: ask a model, judge its answers, compare two models.")
+    parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="compare the --out folders of two `score` runs")
+    parser.add_argument("--show", type=int, default=20, help="with --diff: how many ids to list (default 20)")
+    commands = parser.add_subparsers(dest="command")
     ask = commands.add_parser("generate", help="model -> OUT/predictions.jsonl; resumes")
     ask.add_argument("--model", required=True, help="folder or name of a model")
     ask.add_argument("--categories", nargs="+", default=["single_turn"], help="categories or groups; commas allowed")
     ask.add_argument("--limit", type=_positive, help="first N cases of each category")
-    ask.add_argument("--max_prompt_tokens", type=_positive, default=16384)
+    ask.add_argument("--temperature", type=_temperature, default=0.0, help="0, the default, is greedy")
+    ask.add_argument("--samples", type=_positive, default=1, help="replies per case; needs a temperature above 0")
+    ask.add_argument("--seed", type=int, default=0, help="of the samples")
+    ask.add_argument("--max_prompt_tokens", type=_positive, default=16384, help="longer prompts get an empty reply")
     ask.add_argument("--max_new_tokens", type=_positive, default=1024)
     ask.add_argument("--batch_size", type=_positive, default=32)
     ask.add_argument("--prompt_template", default="", help="file with a {tools} slot instead of the project's prompt")
-    judge = commands.add_parser("score", help="predictions -> OUT/verdicts.jsonl, scores.json, scores.csv")
-    judge.add_argument("--predictions", required=True, type=Path, help=".jsonl or .jsonl.gz")
-    for command in (ask, judge):
-        command.add_argument("--data", required=True, help="folder with BFCL_v4_*.json, or a checkout that has it")
+    scoring = commands.add_parser("score", help="predictions -> OUT/verdicts.jsonl, cases, tables")
+    scoring.add_argument("--predictions", required=True, type=Path, help=".jsonl or .jsonl.gz")
+    scoring.add_argument("--official-dir", "--official_dir", type=Path, help="also write result files for `bfcl evaluate`")
+    scoring.add_argument("--model-name", "--model_name", default=OFFICIAL_MODEL, help="name there (%(default)s)")
+    for command in (ask, scoring):
+        command.add_argument("--data", required=True, help=f"folder or checkout with BFCL_v4_*.json, or {HUB_ID}")
         command.add_argument("--out", required=True, type=Path)
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns 0, or 2 after an error that is told in one sentence."""
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    if bool(args.diff) == bool(args.command):
+        parser.error("choose one of generate, score and --diff A B")
     try:
-        if args.command == "score":
-            verdicts, scores = score_predictions(read_predictions(args.predictions), args.data)
-        try:
-            args.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BfclError(f"--out: cannot make the folder {args.out}: {error.strerror}") from None
-        if args.command == "score":
-            write_scores(verdicts, scores, args.out)
+        if args.diff:
+            print_diff(*args.diff, args.show, group=lambda row: category_of(row["id"]))
         else:
-            generate(args, args.out)
-    except (BfclError, PromptError) as error:
+            {"generate": generate, "score": score}[args.command](args)
+    except (ReportError, PromptError) as error:
         print(f"eval_bfcl: error: {error}", file=sys.stderr)
         return 2
+    finally:
+        gc.enable()
     return 0
 
 

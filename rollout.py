@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -19,11 +20,13 @@ from tqdm import tqdm
 
 from config import Config
 from data import KINDS, Tokenized, example_kind
-from engines import ENGINES, Prompt
+from engines import ENGINES, Prompt, rows_that_fit
 from model import ModelError, autocast, load_model, load_tokenizer, use_attention
 from prompts import check_tokenizer, decode_reply, encode_prompt, stop_ids
 from reward import Reward, score
 from runtime import Ranks
+
+PEAK_TFLOPS = {"H100": 989, "H200": 989, "GH200": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "B200": 2250}
 
 
 @dataclass(frozen=True)
@@ -59,22 +62,32 @@ def sample_groups(
     """`group_size` completions of every prompt, in the order of `prompts`.
 
     temperature: 0 is greedy. batch_size: sequences decoded at once; whole groups stay together, and prompts of similar
-    length share a batch, so little is padded. engine: a key of engines.ENGINES. The model is left as it came (train or
-    eval mode, attention).
+    length share a batch, so little is padded; on CUDA fewer at once where their K/V would not fit. engine: a key of
+    engines.ENGINES. The model is left as it came (train or eval mode, attention).
     """
     stops, was_training = stop_ids(tokenizer), model.training
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     copies = group_size if temperature > 0 else 1  # greedy copies would be equal
-    per_batch = max(1, batch_size // copies)
+    device = next(model.parameters()).device
     groups: dict[int, Group] = {}
     model.eval()
     try:
         with tqdm(total=len(prompts), desc="rollout", leave=False, delay=10, disable=not progress) as bar:
-            for start in range(0, len(order), per_batch):
-                batch = [prompts[i] for i in order[start : start + per_batch]]
-                with autocast(next(model.parameters()).device):  # around the loop: weights are cast once, not per token
-                    rows = ENGINES[engine](model, batch, copies, temperature, max_new_tokens, stops)
-                for k, (i, prompt) in enumerate(zip(order[start:], batch)):
+            while len(groups) < len(prompts):
+                ahead = order[len(groups) :]
+                rows = min(batch_size, rows_that_fit(model, len(prompts[ahead[-1]].ids), copies, max_new_tokens))
+                ahead = ahead[: max(1, rows // copies)]
+                batch = [prompts[i] for i in ahead]
+                try:
+                    with autocast(device):  # around the whole batch: weights are cast once, not per token
+                        rows = ENGINES[engine](model, batch, copies, temperature, max_new_tokens, stops)
+                except torch.OutOfMemoryError:
+                    if len(batch) == 1:
+                        raise
+                    batch_size = max(1, len(batch) // 2) * copies  # samples depend on their seeds alone: the same again
+                    torch.cuda.empty_cache()
+                    continue
+                for k, (i, prompt) in enumerate(zip(ahead, batch)):
                     own = rows[k * copies : (k + 1) * copies] * (group_size // copies)
                     texts = [decode_reply(tokenizer, ids, stops) for ids, _ in own]
                     truncated = [ids[-1] not in stops for ids, _ in own]
@@ -126,15 +139,39 @@ def sample_rows(
     return [row for part in ranks.gather(own) for row in part]
 
 
-def model_flops(groups: Sequence[Group], parameters: int, config: Config, ranks: Ranks) -> tuple[float, float]:
-    """Collective. (training tokens, FLOPs) of one step on all ranks; attention is left out.
+def speed_metrics(
+    groups: Sequence[Group], given_up: Sequence[Group], trained: int, parameters: int, config: Config,
+    seconds: dict[str, float], ranks: Ranks,
+) -> dict[str, float]:  # fmt: skip
+    """Collective. Tokens, FLOPs, seconds and memory of one step; rates are over all ranks and this rank's seconds.
 
-    2 per parameter and token forward, 4 backward: a rollout is one forward, the reference another, an update three.
+    trained: tokens that this rank packed for the update. FLOPs: 2 per parameter and token forward, 4 backward, attention
+    left out: a rollout is one forward, the reference another, an update three.
     """
-    tokens = float(sum(len(g.prompt.ids) + sum(map(len, g.responses)) for g in groups))
-    passes = 2 + 2 * (config.kl_coef > 0) + 2 * (config.minibatch_prompts < config.prompts_per_step) + 6
-    tokens = ranks.sum([tokens])[0]
-    return tokens, passes * parameters * tokens
+    sizes = [len(g.prompt.ids) + sum(map(len, g.responses)) for g in groups]
+    dropped = [len(g.prompt.ids) + sum(map(len, g.responses)) for g in given_up]
+    new = sum(len(ids) for g in (*groups, *given_up) for ids in g.responses)
+    own = [float(x) for x in (sum(sizes), sum(dropped), new, trained, len(given_up), len(groups))]
+    kept, dropped, new, all_trained, again, total = ranks.sum(own)
+    passes = 6 + 2 * (config.kl_coef > 0) + 2 * (config.minibatch_prompts < config.prompts_per_step)
+    metrics = {f"time/{phase}_s": value for phase, value in seconds.items()}
+    metrics |= {"num_tokens": kept, "step_flops": parameters * (2 * (kept + dropped) + passes * all_trained)}
+    metrics |= {"rollout/tokens_per_s": new / seconds["rollout"], "update/tokens_per_s": all_trained / seconds["update"]}
+    if config.kl_coef:
+        metrics["reference/tokens_per_s"] = all_trained / seconds["reference"]
+    if config.skip_zero_variance:
+        metrics["update/skipped_token_ratio"] = max(0.0, 1 - all_trained / kept)
+    if config.resample_rounds:
+        metrics["rollout/resampled_ratio"] = again / total
+    if ranks.device.type == "cuda":
+        metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        name = torch.cuda.get_device_name()
+        peak = next((tera for part, tera in PEAK_TFLOPS.items() if part in name), None)
+        if peak:  # model FLOPs utilisation of the update: what is recomputed for checkpointing does not count
+            metrics["update/mfu"] = 6 * parameters * trained / seconds["update"] / (peak * 1e12)
+    else:
+        metrics["memory/peak_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return metrics
 
 
 # ---------------------------------------------------------------------------------------------------- evaluation
@@ -175,55 +212,63 @@ class Case:
 
 def write_predictions(
     model: str, cases: Sequence[Case], path: Path, *, template: str, max_prompt_tokens: int, max_new_tokens: int,
-    batch_size: int,
+    batch_size: int, temperature: float = 0.0, samples: int = 1, seed: int = 0,
 ) -> None:  # fmt: skip
-    """Greedy replies of the model in folder or hub id `model`, appended to `path`, one JSON line per case.
+    """`samples` replies per case of the model in folder or hub id `model`, appended to `path`, one JSON line each.
 
-    Rows: id, category, output, input_tokens, output_tokens, latency (seconds of its batch / cases of its batch), and
-    "skipped" where a prompt is longer than `max_prompt_tokens` (its output is empty). Cases that `path` holds already
-    are not done again, so a killed run goes on where it was. Raises ModelError when those are another model's.
+    temperature: 0 is greedy. Samples depend on `seed` and their own case only. batch_size: replies decoded at once;
+    cases with prompts of similar length share a batch. Rows: id, category, sample (0 to samples - 1), output,
+    input_tokens, output_tokens, latency (seconds of its batch / replies of its batch), and "skipped" where a prompt is
+    longer than `max_prompt_tokens` (its output is empty). Replies that `path` holds already are not written again, so a
+    killed run goes on where it was. Raises ModelError when those were made with another model or other settings.
     """
+    if temperature == 0 and samples > 1:
+        raise ModelError(f"samples: greedy decoding would give {samples} equal replies; set a temperature above 0, or 1")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _check_author(path, model, template, max_new_tokens)
-    done = _finished(path)
-    todo = []
-    for case in cases:  # counted, because BFCL v3 has one id twice
-        done[case.category, case.id] -= 1
-        if done[case.category, case.id] < 0:
-            todo.append(case)
+    sampling = {"temperature": temperature, "samples": samples, "seed": seed if temperature else 0}
+    _check_author(path, model, template, max_new_tokens, sampling)
+    todo = _missing(path, cases, samples)
     if not todo:
-        print(f"{path}: all {len(cases)} cases are there already")
+        print(f"{path}: all {len(cases) * samples} replies are there already")
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer, policy = load_tokenizer(model), load_model(model, device)
     check_tokenizer(tokenizer, template)
     prompts = [
-        Prompt(case.id, encode_prompt(tokenizer, case.messages, case.tools, template)) for case in todo
+        Prompt(case.id, encode_prompt(tokenizer, case.messages, case.tools, template), _case_seed(seed, case, nth))
+        for case, nth, _ in todo
     ]
     order = sorted(range(len(todo)), key=lambda i: len(prompts[i].ids))
+    size, count, tokens, start_time = max(1, batch_size // samples), 0, 0, time.perf_counter()
     with path.open("a", encoding="utf-8") as file, tqdm(total=len(todo), desc=path.parent.name or "eval") as bar:
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
+        for start in range(0, len(order), size):
+            batch = order[start : start + size]
             fits = [i for i in batch if len(prompts[i].ids) <= max_prompt_tokens]
             began = time.perf_counter()
+            # All samples of a case come from one stream of random numbers, so all are made even if some are there.
             groups = sample_groups(
-                policy, tokenizer, [prompts[i] for i in fits], group_size=1, temperature=0,
+                policy, tokenizer, [prompts[i] for i in fits], group_size=samples, temperature=temperature,
                 max_new_tokens=max_new_tokens, batch_size=batch_size,
             )  # fmt: skip
-            latency = (time.perf_counter() - began) / len(batch)
+            latency = round((time.perf_counter() - began) / (len(batch) * samples), 4)
             replies = dict(zip(fits, groups))
             for i in batch:
-                row = {"id": todo[i].id, "category": todo[i].category, "input_tokens": len(prompts[i].ids)}
-                if i in replies:
-                    row |= {"output": replies[i].texts[0], "output_tokens": len(replies[i].responses[0])}
-                else:
-                    row |= {"output": "", "output_tokens": 0, "skipped": "prompt_too_long"}
-                file.write(json.dumps(row | {"latency": round(latency, 4)}, ensure_ascii=False) + "\n")
+                case, _, wanted = todo[i]
+                for k in wanted:
+                    row = {"id": case.id, "category": case.category, "sample": k, "input_tokens": len(prompts[i].ids)}
+                    if i in replies:
+                        row |= {"output": replies[i].texts[k], "output_tokens": len(replies[i].responses[k])}
+                    else:
+                        row |= {"output": "", "output_tokens": 0, "skipped": "prompt_too_long"}
+                    file.write(json.dumps(row | {"latency": latency}, ensure_ascii=False) + "\n")
+                    count, tokens = count + 1, tokens + row["output_tokens"]
             file.flush()
             bar.update(len(batch))
+    spent = time.perf_counter() - start_time
+    print(f"{path}: {count} replies in {spent:.1f} s: {count / spent:.2f} replies/s, {tokens / spent:.0f} new tokens/s")
 
 
-def _check_author(path: Path, model: str, template: str, max_new_tokens: int) -> None:
+def _check_author(path: Path, model: str, template: str, max_new_tokens: int, sampling: dict) -> None:
     """Remembers beside `path` what its predictions are made with, and refuses to mix in those of anything else."""
     weights = [p.stat().st_mtime_ns for p in sorted(Path(model).glob("*.safetensors"))]
     author = {
@@ -231,15 +276,39 @@ def _check_author(path: Path, model: str, template: str, max_new_tokens: int) ->
         "weights": weights,
         "template": hashlib.sha256(template.encode()).hexdigest(),
         "max_new_tokens": max_new_tokens,
+        **sampling,
     }
     note = path.with_name("generated_with.json")
-    if path.exists() and note.exists() and json.loads(note.read_text(encoding="utf-8")) != author:
-        raise ModelError(f"{path} was made with another model or settings ({note}); give another --out, or delete it")
+    if path.exists() and note.exists():
+        greedy = {"temperature": 0.0, "samples": 1, "seed": 0}  # what a note says that was written before there was more
+        before = greedy | json.loads(note.read_text(encoding="utf-8"))
+        changed = [key for key in author if before.get(key) != author[key]]
+        if changed:
+            what = f"{', '.join(changed)}; see {note}"
+            raise ModelError(f"{path} was made with another model or other settings ({what}); give another --out")
     note.write_text(json.dumps(author, indent=1) + "\n", encoding="utf-8")
 
 
-def _finished(path: Path) -> Counter[tuple[str, str]]:
-    """How often each (category, id) is in `path`. A line cut off by a kill is removed, so appending is safe."""
+def _case_seed(seed: int, case: Case, nth: int) -> int:
+    """A seed of the case's own: a function of its name, whatever else is asked and in which order."""
+    digest = hashlib.sha256(f"{seed}/evaluation/{case.category}/{case.id}/{nth}".encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
+
+
+def _missing(path: Path, cases: Sequence[Case], samples: int) -> list[tuple[Case, int, list[int]]]:
+    """(case, how many cases of its id came before, samples that `path` does not hold) for all cases that lack any."""
+    done, met, todo = _finished(path), Counter(), []
+    for case in cases:  # counted, because an id may occur twice
+        name = (case.category, case.id)
+        wanted = [k for k in range(samples) if done[*name, k] <= met[name]]
+        if wanted:
+            todo.append((case, met[name], wanted))
+        met[name] += 1
+    return todo
+
+
+def _finished(path: Path) -> Counter[tuple[str, str, int]]:
+    """How often each (category, id, sample) is in `path`. A line cut off by a kill is removed, so appending is safe."""
     if not path.exists():
         return Counter()
     data = path.read_bytes()  # bytes, because the cut may be inside a character
@@ -247,4 +316,4 @@ def _finished(path: Path) -> Counter[tuple[str, str]]:
     if whole != data:
         path.write_bytes(whole)
     rows = [json.loads(line) for line in whole.split(b"\n") if line]
-    return Counter((row["category"], row["id"]) for row in rows)
+    return Counter((row["category"], row["id"], row.get("sample", 0)) for row in rows)

@@ -2,6 +2,7 @@
 depends on anything but its own prompt and seed."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 import engines
 import rollout
 from engines import ENGINES
-from model import build_tiny_model, build_tiny_tokenizer, export, pack, token_logprobs, use_attention
+from model import ModelError, build_tiny_model, build_tiny_tokenizer, export, pack, token_logprobs, use_attention
 from prompts import encode_prompt, stop_ids
 from rollout import Case, Prompt, prompt_seed, sample_groups, write_predictions
 
@@ -283,7 +284,9 @@ def predict(exported, cases, path, **settings) -> list[dict]:
 
 
 def without_latency(rows: list[dict]) -> dict:
-    return {row["id"]: {key: value for key, value in row.items() if key != "latency"} for row in rows}
+    return {
+        (row["id"], row["sample"]): {key: value for key, value in row.items() if key != "latency"} for row in rows
+    }
 
 
 def test_predictions_are_greedy_replies_one_line_each(exported, model, tokenizer, tmp_path):
@@ -312,6 +315,71 @@ def test_a_killed_evaluation_goes_on_where_it_was(exported, tmp_path, monkeypatc
     assert sum(done) == 3, "only the missing cases are generated"
 
 
+def test_throughput_is_told_at_the_end(exported, tmp_path, capsys):
+    rows = predict(exported, CASES, tmp_path / "p.jsonl")
+    told = capsys.readouterr().out.splitlines()[-1]
+    numbers = re.search(r"5 replies in ([\d.]+) s: ([\d.]+) replies/s, (\d+) new tokens/s$", told)
+    _, replies, tokens = (float(number) for number in numbers.groups())
+    assert tokens / replies == pytest.approx(sum(row["output_tokens"] for row in rows) / 5, rel=0.1)
+
+
+SAMPLED = {"temperature": 1.0, "samples": 3, "batch_size": 6}
+
+
+def test_samples_of_a_case_are_numbered_and_depend_on_seed_and_case_alone(exported, tmp_path):
+    rows = predict(exported, CASES, tmp_path / "a.jsonl", **SAMPLED)
+    assert sorted((row["id"], row["sample"]) for row in rows) == [(c.id, k) for c in CASES for k in range(3)]
+    assert len({row["output"] for row in rows}) > len(CASES)
+    alone = predict(exported, CASES[2:3], tmp_path / "b" / "b.jsonl", **SAMPLED)
+    assert {row["sample"]: row["output"] for row in alone} == {
+        row["sample"]: row["output"] for row in rows if row["id"] == CASES[2].id
+    }
+    other = predict(exported, CASES, tmp_path / "c" / "c.jsonl", seed=1, **SAMPLED)
+    assert without_latency(other) != without_latency(rows)
+    same = [Case(name, "simple", CASES[4].messages, []) for name in ("x", "y", "y")]  # equal prompts, different cases
+    outputs = [row["output"] for row in predict(exported, same, tmp_path / "d" / "d.jsonl", **SAMPLED)]
+    assert len({tuple(outputs[i : i + 3]) for i in (0, 3, 6)}) == 3
+
+
+def test_a_killed_evaluation_misses_and_repeats_no_sample(exported, tmp_path):
+    """The kill may fall between two samples of one case: exactly the others are added, and they come out the same."""
+    path = tmp_path / "predictions.jsonl"
+    whole = predict(exported, CASES, path, **SAMPLED)
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:4], lines[7]]))
+    again = predict(exported, CASES, path, **SAMPLED)
+    assert len(again) == len(whole) and without_latency(again) == without_latency(whole)
+
+
+def test_greedy_samples_are_refused(exported, tmp_path):
+    with pytest.raises(ModelError, match="greedy decoding would give 3 equal replies; set a temperature above 0, or 1"):
+        predict(exported, CASES, tmp_path / "p.jsonl", samples=3)
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"), [({"seed": 1}, "seed"), ({"samples": 2}, "samples"), ({"temperature": 0.5}, "temperature")]
+)
+def test_replies_of_other_settings_are_not_mixed(exported, tmp_path, changed, name):
+    path = tmp_path / "predictions.jsonl"
+    before = predict(exported, CASES[:1], path, **SAMPLED)
+    with pytest.raises(ModelError, match=f"with another model or other settings .{name}; see .*generated_with.json"):
+        predict(exported, CASES, path, **(SAMPLED | changed))
+    assert predict(exported, CASES[:1], path, **SAMPLED) == before, "the refusal changes nothing"
+
+
+def test_predictions_from_before_sampling_existed_are_kept(exported, tmp_path):
+    """Older files have no "sample", and their note no temperature: both mean greedy."""
+    path = tmp_path / "predictions.jsonl"
+    whole = predict(exported, CASES, path)
+    path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "sample"}) + "\n" for row in whole[:3]))
+    note = tmp_path / "generated_with.json"
+    kept = {k: v for k, v in json.loads(note.read_text()).items() if k not in ("temperature", "samples", "seed")}
+    note.write_text(json.dumps(kept))
+    with pytest.raises(ModelError, match="other settings .temperature;"):
+        predict(exported, CASES, path, temperature=0.5)
+    assert sorted(row["id"] for row in predict(exported, CASES, path)) == [case.id for case in CASES]
+
+
 def test_a_kill_inside_a_character_does_not_stop_the_next_start(exported, tmp_path):
     """Replies are written as UTF-8, so a line can break off between the bytes of one letter."""
     path = tmp_path / "predictions.jsonl"
@@ -335,13 +403,15 @@ def test_a_finished_evaluation_loads_no_model(exported, tmp_path, monkeypatch, c
     rows = predict(exported, CASES, path)
     monkeypatch.delattr(rollout, "load_model")
     assert predict(exported, CASES, path) == rows
-    assert "all 5 cases are there already" in capsys.readouterr().out
+    assert "all 5 replies are there already" in capsys.readouterr().out
 
 
 def test_an_id_that_occurs_twice_is_answered_twice(exported, tmp_path):
     """BFCL v3 has one id twice; a set of finished ids would lose the second case."""
     path = tmp_path / "predictions.jsonl"
     assert len(predict(exported, [CASES[0], CASES[0]], path)) == 2
+    assert len(predict(exported, [CASES[0], CASES[0]], path)) == 2
+    path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])  # killed between the two
     assert len(predict(exported, [CASES[0], CASES[0]], path)) == 2
     other = Case("c0", "other", CASES[0].messages, [])
     assert len(predict(exported, [CASES[0], CASES[0], other], path)) == 3, "the same id in another category is another"

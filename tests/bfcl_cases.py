@@ -1,0 +1,58 @@
+"""What the tests of BFCL share: cases, replies and data folders made by hand, and where the genuine ones lie."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from bfcl_check import Problem
+from eval_bfcl import main
+
+SHARED = Path(__file__).parents[2] / "shared"
+DATA = SHARED / "data" / "bfcl"
+GOLDEN = SHARED / "golden" / "bfcl_verdicts.jsonl.gz"
+needs_shared = pytest.mark.skipif(not GOLDEN.exists(), reason="the data in ../shared is absent")
+
+
+def reply(*calls):
+    """A model output that makes calls given as (name, arguments)."""
+    listed = [{"name": name, "arguments": arguments} for name, arguments in calls]
+    return f"<think>t</think><tool_call>{json.dumps(listed)}</tool_call>"
+
+
+def problem(declared, allowed, item=None, category="simple_python", required=True, id="simple_python_0"):
+    """A case whose one function `f` has one parameter `p`."""
+    details = {"type": declared, "description": "d", **({"items": {"type": item}} if item else {})}
+    parameters = {"type": "dict", "properties": {"p": details}, "required": ["p"] if required else []}
+    function = {"name": "f", "description": "F.", "parameters": parameters}
+    return Problem(id, category, [{"role": "user", "content": "q"}], [function], [{"f": {"p": allowed}}])
+
+
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+
+
+def write_data(folder, version="v4", name="simple_python", count=2, suffix="json"):
+    """A data folder with `count` cases f(p=1)."""
+    case = problem("integer", [1])
+    ids = [f"{name}_{i}" for i in range(count)]
+    questions = [{"id": i, "question": [case.messages], "function": case.functions} for i in ids]
+    write_jsonl(folder / f"BFCL_{version}_{name}.{suffix}", questions)
+    answers = [{"id": i, "ground_truth": case.answer} for i in ids]
+    write_jsonl(folder / "possible_answer" / f"BFCL_{version}_{name}.{suffix}", answers)
+    return folder
+
+
+RIGHT = {"id": "simple_python_0", "output": reply(("f", {"p": 1}))}
+WRONG = {"id": "simple_python_1", "output": reply(("f", {"p": 2}))}
+
+
+def score(tmp_path, rows, data, *options):
+    """Runs `score` on rows; returns a reader for the files in its --out folder."""
+    write_jsonl(tmp_path / "p.jsonl.gz", rows)
+    arguments = ["--predictions", str(tmp_path / "p.jsonl.gz"), "--data", str(data), "--out", str(tmp_path / "o")]
+    assert main(["score", *arguments, *options]) == 0
+    return lambda name: [json.loads(line) for line in (tmp_path / "o" / name).read_text().splitlines()]

@@ -1,0 +1,182 @@
+"""API-Bank's checker: each comparison rule, reason and mode as one line, and outputs that must not raise."""
+
+import pytest
+
+from apibank_check import MODES, check
+from apibank_data import GoldCall
+from prompts import ToolCall, render_calls
+
+KINDS = {"count": "int", "on": "bool", "degrees": "float", "attendees": "list(str)", "health_data": "list"}
+
+
+def make_case(name: str, gold: dict, optional: tuple = (), accepts: bool = True) -> GoldCall:
+    inputs = {key: {"type": KINDS.get(key, "str"), "description": f"the {key}"} for key in (*gold, *optional)}
+    required = [key for key in inputs if key not in optional]
+    api = {"name": name, "description": "an API", "input_parameters": inputs, "required": required}
+    written, why = {k: str(v) for k, v in gold.items()}, "" if accepts else "a reason"
+    return GoldCall("case", 1, ToolCall(name, gold), written, {name: api}, [], [], why)
+
+
+def reply(name: str, arguments: dict) -> str:
+    return f"<think>so</think>{render_calls([ToolCall(name, arguments)])}"
+
+
+# --------------------------------------------------------------------------------------------------------- the rules
+
+
+@pytest.mark.parametrize(
+    ("parameter", "gold", "predicted", "correct"),
+    [
+        ("AddAgenda.content", "Meeting with John today", "Meeting with John", True),  # 3 of 4 words
+        ("AddAgenda.content", "Meeting John", "Meeting Mary John Ann", False),  # exactly half is too little
+        ("AddAgenda.content", "Meeting with John", "meeting with john", False),
+        ("AddReminder.content", "Call mom", "CALL MOM", True),
+        ("ModifyAgenda.content", "Meeting with John today", "Meeting with John", False),  # Add only
+        ("AddMeeting.meeting_topic", "project updates", "updates project", True),
+        ("DeleteAgenda.location", "office", "anywhere", True),
+        ("DeleteReminder.content", "Call mom", "anything", True),
+        ("DeleteReminder.content", "Call mom", "  ", False),
+        ("AppointmentRegistration.date", "2023-03-05", "2023-3-5", True),
+        ("AppointmentRegistration.date", "2023-03-05", "2023/03/05", False),
+        ("AppointmentRegistration.date", "2023-03-05", "2023-03-05 00:00:00", False),
+        ("AppointmentRegistration.doctor_name", "Dr. Lee", " Dr. Lee ", True),
+        ("AppointmentRegistration.doctor_name", "Dr. Lee", "dr. lee", False),
+        ("BookHotel.check_in_time", "2023-03-05", "2023-3-5", False),  # no rule: equal text
+        ("RecordHealthData.time", "2023-03-05 09:00:00", "2023-3-5 9:00:00", True),
+        ("RecordHealthData.time", "2023-03-05 09:00:00", "2023-03-05T09:00:00", False),
+        ("RecordHealthData.time", "2023-03-05 00:00:00", "2023-03-05", False),
+        ("RecordHealthData.health_data", [{"name": "a", "value": "1"}], [{"name": "b", "value": "2"}], True),
+        ("RecordHealthData.health_data", [{"name": "a", "value": "1"}], [{"name": "b", "value": "2"}] * 2, False),
+        ("RecordHealthData.health_data", [{"name": "a", "value": "1"}], [{"name": "b"}], False),
+        ("RecordHealthData.health_data", [{"name": "a", "value": "1"}], [], False),
+        ("QueryHealthData.user_id", "j46801", " J46801", True),
+        ("QueryHistoryToday.date", "10-06", "2023-10-6", True),
+        ("QueryHistoryToday.date", "02-29", "02-29", True),
+        ("QueryHistoryToday.date", "10-06", "10-07", False),
+        ("Calculator.formula", "(1+2)*3", "(1 + 2) * 3", True),
+        ("Dictionary.keyword", "deep learning", "Deep_Learning ", True),
+        ("Translate.tgt_lang", "fr", "FR", True),
+        ("SendEmail.receiver", "a@b.c", " A@B.C", True),
+        ("SendEmail.subject", "Hello", "hello", False),
+        ("AddMeeting.attendees", ["Ann", "Bob"], ["Bob", "Ann"], False),
+        ("QueryStock.stock_code", "SQ", 5, False),
+        ("BookHotel.count", 2, "2", True),  # numbers may be written as digits
+        ("BookHotel.count", 2, 2.0, True),
+        ("BookHotel.count", 2, "two", False),
+        ("BookHotel.count", 2, " 2", False),
+        ("BookHotel.count", 2, None, False),
+        ("Weather.degrees", "10", 10, True),
+        ("Weather.degrees", 10.5, "10.5", True),
+        ("Weather.degrees", -3, "-3", False),
+        ("Lamp.on", True, "True", True),
+        ("Lamp.on", True, False, False),
+    ],
+)
+def test_comparison(parameter, gold, predicted, correct):
+    name, key = parameter.split(".")
+    assert check(make_case(name, {key: gold}), reply(name, {key: predicted}))[0] is correct
+
+
+CALL = '{"name": "Get", "arguments": {"x": "1"}}'
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        (f"<tool_call>[{CALL}]</tool_call>", "correct"),
+        (f"text <tool_call>\n {CALL}\n</tool_call> text", "correct"),  # one object counts as a list of one
+        (f"<think><tool_call>{CALL}</tool_call></think>", "correct"),  # thoughts are not scored
+        (f"<tool_call>{CALL}</tool_call><tool_call>[]</tool_call>", "correct"),  # the first section decides
+        (f"<tool_call>[]</tool_call><tool_call>{CALL}</tool_call>", "not_one_call"),
+        (f"<tool_call>[{CALL}, {CALL}]</tool_call>", "not_one_call"),
+        ("<tool_call>7</tool_call>", "bad_call"),
+        ("<tool_call></tool_call>", "bad_json"),
+        (f"<tool_call>{CALL}", "no_tool_call"),
+        (CALL, "no_tool_call"),
+        ("<tool_call>[7]</tool_call>", "bad_call"),
+        ('<tool_call>[{"name": "Get", "parameters": {"x": "1"}}]</tool_call>', "bad_call"),
+        ('<tool_call>[{"name": ["Get"], "arguments": {}}]</tool_call>', "bad_call"),
+        ('<tool_call>[{"name": "get", "arguments": {"x": "1"}}]</tool_call>', "wrong_name"),
+        ('<tool_call>[{"name": "Get", "arguments": {}}]</tool_call>', "missing_argument"),
+        ('<tool_call>[{"name": "Get", "arguments": {"x": "1", "y": ""}}]</tool_call>', "unknown_argument"),
+        ('<tool_call>[{"name": "Get", "arguments": {"x": 1}}]</tool_call>', "wrong_value:x"),
+    ],
+)
+def test_reason(output, reason):
+    assert check(make_case("Get", {"x": "1"}), output) == (reason == "correct", reason)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "correct"),
+    [({"x": "1"}, True), ({"x": "1", "y": None}, True), ({"x": "1", "y": ""}, True), ({"x": "1", "y": "2"}, False)],
+)
+def test_blank_optional_argument_counts_as_absent(arguments, correct):
+    assert check(make_case("Get", {"x": "1"}, optional=("y",)), reply("Get", arguments))[0] is correct
+
+
+def test_blank_required_argument_is_compared():
+    assert check(make_case("Get", {"x": ""}), reply("Get", {"x": None})) == (False, "wrong_value:x")
+
+
+def test_switch_takes_either_name_of_the_device_but_not_both():
+    """The gold says device_id, the schema that the model sees says name; officially nothing passes."""
+    case = make_case("TimedSwitch", {"name": "10"}, accepts=False)
+    answers = [{"name": "10"}, {"device_id": "10"}, {"name": "10", "device_id": "10"}]
+    assert [check(case, reply("TimedSwitch", a), "corrected")[0] for a in answers] == [True, True, False]
+    assert [check(case, reply("TimedSwitch", a))[0] for a in answers] == [False, False, False]
+
+
+def test_gate_is_for_the_official_mode_only():
+    case = make_case("Get", {"x": "1"}, accepts=False)
+    assert check(case, reply("Get", {"x": "1"})) == (False, "official_rejects_gold")
+    assert check(case, reply("Get", {"x": "2"})) == (False, "wrong_value:x")
+    assert check(case, reply("Get", {"x": "1"}), "corrected") == (True, "correct")
+
+
+def test_exact_mode_has_no_comparison_rules():
+    case, right, near = make_case("Calculator", {"formula": "1+2"}), "1+2", "1 + 2"
+    assert [check(case, reply("Calculator", {"formula": f}), "exact")[0] for f in (right, near)] == [True, False]
+    undated = make_case("QueryStock", {"date": "soon"})  # which the official tool refuses, the gold's or not
+    assert [check(undated, reply("QueryStock", {"date": "soon"}), mode)[0] for mode in MODES[:3]] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("block", "correct"),
+    [
+        ('[{"name": "Other", "arguments": {}}, {"name": "Book", "arguments": {"count": "2"}}]', True),  # any call
+        ('{"name": "Other", "parameters": {}}\n{"name": "Book", "parameters": {"count": "2"}}', True),  # one per line
+        ('{"parameters": {"count": "2"}}', True),  # the missing name is filled in
+        ('{"name": "Book", "arguments": {"count": 2}}', False),  # golds are strings, so numbers fail
+        ('{"name": "Book", "arguments": {"count": "3"}}', False),
+        ("[", False),
+    ],
+)
+def test_loose_mode(block, correct):
+    assert check(make_case("Book", {"count": 2}), f"<tool_call>{block}</tool_call>", "loose")[0] is correct
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        "<tool_call>" + "[" * 100_000 + "]" * 100_000 + "</tool_call>",
+        "<tool_call>" * 200_000,  # quadratic for a regular expression
+        "<tool_call>" + "9" * 10_000 + "</tool_call>",
+        *(
+            f'<tool_call>[{{"name": "Book", "arguments": {{"count": {value}}}}}]</tool_call>'
+            for value in (
+                "Infinity", "NaN", "1e999", '"' + "9" * 10_000 + '"', '"\u00b2"', "[]", "{}", '"\\ud800"', "9" * 4_000,
+                "[" * 900 + "]" * 900,
+            )
+        ),
+        None,
+        7,
+        b"<tool_call>",
+    ],
+    ids=lambda output: repr(output)[-70:-25],
+)  # fmt: skip
+@pytest.mark.parametrize("key", ["count", "degrees", "on", "health_data", "plain"])
+def test_no_output_raises(output, key):
+    name = "RecordHealthData" if key == "health_data" else "Book"
+    text = output.replace("Book", name).replace("count", key) if isinstance(output, str) else output
+    for mode in MODES:
+        assert check(make_case(name, {key: "gold"}), text, mode)[0] is False

@@ -1,0 +1,327 @@
+"""bfcl_check.py against 17,280 official verdicts, and each rule of the official checker as one line."""
+
+import gzip
+import json
+import time
+
+import pytest
+from bfcl_cases import DATA, GOLDEN, needs_shared, problem, reply
+
+from bfcl_check import Problem, check, decode, find_fault, reply_kind
+from bfcl_data import load_problems
+
+# ----------------------------------------------------------------------------------------- official verdicts
+
+
+@needs_shared
+def test_every_golden_verdict_and_error_type():
+    problems, different = load_problems(DATA), []
+    with gzip.open(GOLDEN, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    for row in rows:
+        if (found := check(problems[row["id"]], row["output"])) != (row["valid"], row["error_type"]):
+            different.append((row["id"], row["kind"], row["error_type"], found))
+    assert len(rows) == 17280
+    assert not different, different[:5]
+
+
+# ----------------------------------------------------------------- rules: type (with item), allowed, value, error
+
+SIMPLE, NESTED, OTHERS, STRING = "type_error:simple", "type_error:nested", "value_error:others", "value_error:string"
+LIST, KEY, VALUE = "value_error:list/tuple", "value_error:dict_key", "value_error:dict_value"
+COUNT = "value_error:list_dict_count"
+
+PYTHON_RULES = [
+    ("integer", [5], 5.0, SIMPLE),
+    ("integer", [5.0], 5.0, None),  # the type of the first allowed value counts as well
+    ("integer", [1], True, SIMPLE),
+    ("boolean", [True], 1, SIMPLE),
+    ("float", [1.0], 1, None),  # an integer becomes a float at the top level ...
+    ("array float", [[1.0, 2.0]], [1, 2], NESTED),  # ... but not inside a list
+    ("array float", [[1, 2.0]], [1, 2], None),
+    ("tuple float", [[1.0, 2.0]], [1, 2], NESTED),
+    ("float", [1.0], 10**400, SIMPLE),  # the official checker crashes
+    ("float", [1.0], float("nan"), OTHERS),
+    ("string", ["New York, NY"], "new-york ny.", None),
+    ("string", ["1.5"], "15", None),
+    ("string", ["abcdefgh"], "a b,c.d/e-f_g*h^", None),
+    ("string", ["10:30"], "1030", STRING),
+    ("string", ["a b"], "a\tb", STRING),
+    ("string", ['say "x"'], "say 'x'", None),
+    ("string", ["a", ""], "", None),
+    ("string", ["a", ""], "-", None),
+    ("integer", [1, ""], "", SIMPLE),
+    ("integer", [""], 3, OTHERS),
+    ("array string", [["a"], ""], [], None),
+    ("array dict", [[{"a": [1]}], ""], [], None),
+    ("string", ["", None], None, None),
+    ("string", ["a", None], None, SIMPLE),
+    ("string", [None, "a"], "A", OTHERS),
+    ("any", [5], 5, None),
+    ("any", [5], "5", OTHERS),
+    ("any", ["5"], 5, SIMPLE),
+    ("string", [2], 2, None),
+    ("string", [2], "2", OTHERS),
+    ("integer", ["dontcare"], "dontcare", None),
+    ("integer", ["dontcare"], "DontCare", OTHERS),  # a variable's name is compared as it is
+    ("dict", [{"a": [1]}], {"a": True}, None),
+    ("dict", [{"a": [1]}], {"a": 1.0}, None),
+    ("dict", [{"a": ["X y"]}], {"a": "x-Y"}, None),
+    ("dict", [{"a": [["X"]]}], {"a": ["x"]}, VALUE),  # strings in lists inside a dict are compared as they are
+    ("dict", [{"a": [1]}], {"A": 1}, KEY),
+    ("dict", [{"a": [1], "b": [2, ""]}], {"a": 1}, None),
+    ("dict", [{"a": [1], "b": [2]}], {"a": 1}, KEY),
+    ("dict", [{"a": [1], "b": [2]}], {"a": 9}, KEY),  # a missing key hides a wrong value
+    ("dict", [{"a": [{"b": 1}]}], {"a": {"b": 1}}, None),
+    ("dict", [{"a": [{"b": "x"}]}], {"a": {"b": "X"}}, VALUE),
+    ("array string", [["A b", "c"]], ["a-B", "C"], None),
+    ("array string", [["a", "b"]], ["b", "a"], LIST),
+    ("array array", [[["A"]]], [["a"]], LIST),
+    ("array dict", [[{"a": [1]}, {"a": [2]}]], [{"a": 2}, {"a": 1}], VALUE),
+    ("array dict", [[{"a": [1]}, {"a": [2]}]], [{"a": 1}], COUNT),
+    ("array string", [], ["a"], SIMPLE),  # some answers allow nothing
+    ("string", [], "a", STRING),
+    ("array string", [["a"], "var"], [1], LIST),  # "var" vouches for the elements' types, not for their values
+]
+
+
+@pytest.mark.parametrize(("declared", "allowed", "value", "error"), PYTHON_RULES)
+def test_python_rule(declared, allowed, value, error):
+    assert check(problem(*declared_first(declared, allowed)), reply(("f", {"p": value}))) == (error is None, error)
+
+
+def declared_first(declared, allowed):
+    """ "array float" -> the arguments (type, allowed, item) of problem()."""
+    name, _, item = declared.partition(" ")
+    return name, allowed, item or None
+
+
+JAVA_RULES = [
+    ("integer", [1], 1, "type_error:java"),
+    ("integer", [1], "1", None),
+    ("integer", [1], "1\n", None),
+    ("integer", [1], "9" * 5000, SIMPLE),  # more digits than Python converts
+    ("long", [1], "1", SIMPLE),
+    ("long", [1], "1L", None),
+    ("double", [1.0], "1", None),
+    ("boolean", [True], "true", None),
+    ("boolean", [True], "True", SIMPLE),
+    ("String", ["a"], '"a"', STRING),
+    ("Array String", [["-v"]], 'new String[]{"-v"}', LIST),
+    ("Array String", [["-v"]], "new String[]{-v}", None),
+    ("Array String", [["-v"]], "{-v}", SIMPLE),
+    ("Array integer", [[1, 2]], "new int[]{1, 2}", None),
+    ("Array integer", [[1, 2]], "new int[]{1, 2,}", None),
+    ("ArrayList String", [["a", "b"]], 'new ArrayList<>(Arrays.asList("a", "b"))', None),
+    ("ArrayList String", [["a"]], 'new ArrayList<String>() {{ add("a"); }}', None),
+    ("ArrayList String", [["a"]], 'Arrays.asList("a")', SIMPLE),
+    ("ArrayList long", [[1, 2]], "new ArrayList<>(Arrays.asList(1L, 2L))", None),
+    ("HashMap", [{"a": [1], "b": ["x"]}], 'new HashMap<>() {{ put("a", 1); put("b", "x"); }}', None),
+    ("HashMap", [{}], "new HashMap<String, Object>()", None),
+    ("HashMap", ["options"], "options", None),
+    ("HashMap", ["options"], "Options", OTHERS),
+    ("HashMap", [{"format": "epoch"}], 'new HashMap<>() {{ put("format", "epoch"); }}', VALUE),
+    ("HashMap", [{"format": "epoch"}], 'new HashMap<>() {{ put("format", "e"); }}', None),
+]
+JAVASCRIPT_RULES = [
+    ("integer", [1], 1, "type_error:js"),
+    ("integer", [1], "1", None),
+    ("String", ["a"], '"a"', None),
+    ("String", ["a"], "'a'", None),
+    ("float", [5.0], "5", None),
+    ("integer", [5], "5.0", SIMPLE),
+    ("Boolean", [False], "false", None),
+    ("array String", [["a", "b"]], "['a', \"b\"]", None),
+    ("array String", [["a", "b"]], '["a",\n"b"]', SIMPLE),
+    ("array float", [[[1.0], [2.0]]], "[[1.0],\n[2.0]]", None),  # lists, as in the answer
+    ("array integer", [[1, 2]], "new Array(1, 2)", None),
+    ("dict", [{"a": [1]}], "{a: 1} garbage", None),
+    ("dict", [{"a": [1]}], "{a: '1'}", None),
+    ("dict", [{"a": ["x, y"], "b": [[1, 2]]}], '{"a": "x, y", b: [1, 2]}', None),
+    ("dict", [{"a": [{"b": 1}]}], "{a: {b: 1}}", VALUE),
+    ("any", ["1"], "1", None),
+]
+
+
+@pytest.mark.parametrize(
+    ("category", "declared", "allowed", "value", "error"),
+    [("simple_java", *rule) for rule in JAVA_RULES] + [("simple_javascript", *rule) for rule in JAVASCRIPT_RULES],
+)
+def test_java_and_javascript_rule(category, declared, allowed, value, error):
+    case = problem(*declared_first(declared, allowed), category=category)
+    assert check(case, reply(("f", {"p": value}))) == (error is None, error)
+
+
+CALL_RULES = [  # (category, calls, error without its prefix); p is required and 1, answers 1 or 2 for parallel
+    ("simple_python", [("f", {"p": 1})], None),
+    ("simple_python", [], "simple_function_checker:wrong_count"),
+    ("simple_python", [("f", {"p": 1})] * 2, "simple_function_checker:wrong_count"),
+    ("simple_python", [("F", {"p": 1})], "simple_function_checker:wrong_func_name"),
+    ("simple_python", [("f", {})], "simple_function_checker:missing_required"),
+    ("simple_python", [("f", {"q": 1})], "simple_function_checker:missing_required"),
+    ("simple_python", [("f", {"q": 1, "p": 2})], "simple_function_checker:unexpected_param"),
+    ("simple_python", [("f", {"p": 2, "q": 1})], OTHERS),  # in the model's order: p comes first
+    ("multiple", [], "multiple_function_checker:wrong_count"),
+    ("live_multiple", [("f", {"p": 1})], None),
+    ("parallel", [("f", {"p": 1})] * 2, "parallel_function_checker_no_order:wrong_count"),
+    ("parallel_multiple", [("f", {"p": 2})], "parallel_function_checker_no_order:cannot_find_match"),
+]
+
+
+@pytest.mark.parametrize(("category", "calls", "error"), CALL_RULES)
+def test_call_rule(category, calls, error):
+    assert check(problem("integer", [1], category=category), reply(*calls)) == (error is None, error)
+
+
+def test_names_with_dots_must_match_exactly():
+    case = problem("integer", [1])
+    case.functions[0]["name"] = "a.b"
+    assert check(case, reply(("a.b", {"p": 1})))[0]
+    assert check(case, reply(("a_b", {"p": 1}))) == (False, "simple_function_checker:wrong_func_name")
+
+
+def test_a_required_parameter_may_not_be_omitted_and_an_optional_one_only_with_an_empty_string():
+    assert check(problem("integer", [1, ""]), reply(("f", {})))[1] == "simple_function_checker:missing_required"
+    assert check(problem("integer", [1, ""], required=False), reply(("f", {}))) == (True, None)
+    optional = problem("integer", [1], required=False)
+    assert check(optional, reply(("f", {}))) == (False, "simple_function_checker:missing_optional")
+
+
+def test_a_wrong_value_is_told_before_an_omitted_parameter():
+    case = problem("integer", [1])
+    case.functions[0]["parameters"]["properties"]["q"] = {"type": "integer"}
+    case.answer[0]["f"]["q"] = [1]
+    assert check(case, reply(("f", {"p": 2}))) == (False, OTHERS)
+    assert check(case, reply(("f", {"p": 1}))) == (False, "simple_function_checker:missing_optional")
+
+
+def test_simple_goes_by_the_first_function_and_multiple_by_the_answers_name():
+    """A simple case has one function, whose name counts even where the answer spells it otherwise."""
+    case = problem("integer", [1])
+    case.answer[0] = {"F": {"p": [1]}}
+    assert check(case, reply(("f", {"p": 1}))) == (True, None)
+    case = problem("integer", [1], category="multiple")
+    case.functions.insert(0, {**case.functions[0], "name": "other"})
+    assert check(case, reply(("f", {"p": 1}))) == (True, None)
+    assert check(case, reply(("other", {"p": 1}))) == (False, "simple_function_checker:wrong_func_name")
+
+
+def test_a_parameter_must_be_in_the_documentation_and_in_the_answer():
+    case = problem("integer", [1])
+    case.functions[0]["parameters"]["properties"]["q"] = {"type": "integer"}
+    assert check(case, reply(("f", {"p": 1, "q": 1}))) == (False, "simple_function_checker:unexpected_param")
+
+
+def test_parallel_calls_are_matched_greedily():
+    case = problem("integer", [1, 2], category="parallel")
+    case.answer.append({"f": {"p": [1]}})
+    first, second = ("f", {"p": 1}), ("f", {"p": 2})
+    assert check(case, reply(first, second)) == (False, "parallel_function_checker_no_order:cannot_find_match")
+    assert check(case, reply(second, first)) == (True, None)
+    case.answer[0]["f"]["p"] = [2]
+    assert check(case, reply(first, second)) == (True, None)  # in another order than the answers
+
+
+DECODE = "ast_decoder:decoder_failed"
+FORMAT = "ast_decoder:decoder_wrong_output_format"
+GOOD = '[{"name": "f", "arguments": {"p": 1}}]'
+OUTPUTS = [  # output, error
+    (f"<tool_call>{GOOD}</tool_call>", None),
+    (f"<think><tool_call>\n{GOOD}\n</tool_call> and so on", None),
+    (f"<tool_call>[]</tool_call><tool_call>{GOOD}</tool_call>", "simple_function_checker:wrong_count"),
+    (f"<tool_call>{GOOD}", DECODE),
+    (GOOD, DECODE),
+    ("", DECODE),
+    ("<tool_call></tool_call>", DECODE),
+    ("<tool_call>null</tool_call>", DECODE),
+    ("<tool_call>1</tool_call>", DECODE),
+    ('<tool_call>{"name": "f", "arguments": {"p": 1}}</tool_call>', DECODE),
+    ('<tool_call>""</tool_call>', "simple_function_checker:wrong_count"),  # iterates to no calls
+    ("<tool_call>{}</tool_call>", "simple_function_checker:wrong_count"),
+    ('<tool_call>[{"name": "f"}]</tool_call>', DECODE),
+    ('<tool_call>[{"name": [], "arguments": {}}]</tool_call>', DECODE),
+    ('<tool_call>[{"name": null, "arguments": {}}]</tool_call>', "simple_function_checker:wrong_func_name"),
+    ('<tool_call>[{"name": "f", "arguments": "p"}]</tool_call>', FORMAT),
+    ('<tool_call>[{"name": "f", "arguments": {"p": 2}, "arguments": {"p": 1}, "id": 3}]</tool_call>', None),
+    ('<tool_call>[{"name": "f", "arguments": {"p": NaN}}]</tool_call>', SIMPLE),
+    (f"<tool_call>{'[' * 100000}</tool_call>", DECODE),
+    (f"<tool_call>[{'9' * 5000}]</tool_call>", DECODE),
+]
+
+
+@pytest.mark.parametrize(("output", "error"), OUTPUTS, ids=range(len(OUTPUTS)))
+def test_decoding(output, error):
+    assert check(problem("integer", [1]), output) == (error is None, error)
+
+
+@pytest.mark.parametrize(
+    ("output", "called"),
+    [(reply(("nonsense", {})), True), (reply(), False), ("no call", False), (reply(("f", "text")), False)],
+)
+def test_relevance_counts_well_formed_calls_only(output, called):
+    for category in ("irrelevance", "live_irrelevance"):
+        error = "irrelevance_error:decoder_success" if called else None
+        assert check(Problem("i", category, [], [], []), output) == (not called, error)
+    error = None if called else "relevance_error:decoder_failed"
+    assert check(Problem("i", "live_relevance", [], [], []), output) == (called, error)
+
+
+REPLY_KINDS = [
+    (reply(("f", {})), "called"),
+    (reply(), "empty_list"),
+    ("<tool_call> [ ] </tool_call>", "empty_list"),
+    ("No function fits.", "no_block"),
+    (f"<tool_call>{GOOD}", "no_block"),
+    ("<tool_call></tool_call>", "unparsable"),
+    ("<tool_call>{}</tool_call>", "unparsable"),  # officially no call as well, but not what was asked for
+    ("<tool_call>[]]</tool_call>", "unparsable"),
+    ('<tool_call>[{"name": "f", "arguments": "p"}]</tool_call>', "unparsable"),
+]
+
+
+@pytest.mark.parametrize(("output", "kind"), REPLY_KINDS)
+def test_no_call_has_three_kinds(output, kind):
+    """All three count as a correct refusal, so a broken format would pass for restraint."""
+    assert reply_kind(output, decode(output)) == kind
+    assert check(Problem("i", "irrelevance", [], [], []), output)[0] == (kind != "called")
+
+
+FAULTS = [  # category, calls, the error in words
+    ("simple_python", [("g", {"p": 1})], "'g' is called, not 'f'"),
+    ("simple_python", [("f", {})], "the required parameter 'p' is missing"),
+    ("simple_python", [("f", {"p": 1, "q": 2})], "the parameter 'q' is not in the function's documentation"),
+    ("simple_python", [("f", {"p": "1"})], "p is '1', but integer is expected; the allowed values are [1]"),
+    ("simple_java", [("f", {"p": 1})], "p is 1, but integer is expected as text; the allowed values are [1]"),
+    ("simple_python", [("f", {"p": 2})], "p is 2, but the allowed values are [1]"),
+    ("simple_python", [], "the number of calls is 0, not 1"),
+    ("parallel", [("f", {"p": 2})], "no call that is left fits the expected {'f': {'p': [1]}}: p is 2, but the"),
+    ("irrelevance", [("f", {})], "a call is made, though no function fits"),
+]
+
+
+@pytest.mark.parametrize(("category", "calls", "words"), FAULTS)
+def test_faults_are_told_in_words(category, calls, words):
+    assert find_fault(problem("integer", [1], category=category), decode(reply(*calls)))[1].startswith(words)
+
+
+def test_a_value_nested_as_deeply_as_json_can_be_read_is_no_crash():
+    """Reading JSON and printing it again have the same limit on depth, but at different depths of the stack."""
+    for depth in range(900, 1000):
+        output = f'<tool_call>[{{"name": "f", "arguments": {{"p": {"[" * depth}{"]" * depth}}}}}]</tool_call>'
+        assert check(problem("integer", [1]), output) in ((False, SIMPLE), (False, DECODE))
+    value = []
+    for _ in range(100_000):
+        value = [value]
+    assert find_fault(problem("integer", [1]), [{"f": {"p": value}}])[1].startswith("p is a deeply nested value, but")
+
+
+def test_hostile_literals_take_no_time():
+    """Brackets that never close once made a pattern backtrack for 15 seconds."""
+    start = time.process_time()
+    for declared, category, text in [
+        ("HashMap", "simple_java", "new HashMap<>(){" * 800),
+        ("array", "simple_javascript", "[[" + "1],[" * 800),
+    ]:
+        case = problem(declared, [{"a": [1]}], item="float" if declared == "array" else None, category=category)
+        assert check(case, reply(("f", {"p": text})))[1].startswith(("type_error", "value_error"))
+    assert time.process_time() - start < 2
