@@ -63,6 +63,9 @@ class Config:
     # looking and saving
     eval_every: int = _key(10, "greedy evaluation on the held-out cases every N steps; 0: only first and last")
     eval_cases: int = _key(200, "held-out cases used by it")
+    bfcl: str = _key("", "folder with BFCL's data: evaluated along with the held-out cases, on a fixed subset")
+    apibank: str = _key("", "the same for API-Bank")
+    benchmark_cases: int = _key(10, "cases of each category of these benchmarks")
     save_every: int = _key(10, "checkpoint every N steps; 0: only at the end")
     keep_checkpoints: int = _key(2, "older ones are deleted")
     log_samples: int = _key(64, "completions per step written to samples.jsonl; 0: none")
@@ -153,7 +156,7 @@ def _convert(key: str, value: Any, kind: type) -> Any:
 def _check(c: Config) -> None:
     """Refuses settings that cannot work together, before anything is loaded."""
     positive = "prompts_per_step group_size minibatch_prompts max_prompt_tokens max_response_tokens rollout_batch_size"
-    for key in f"{positive} max_tokens_per_micro_batch sft_batch temperature keep_checkpoints".split():
+    for key in f"{positive} max_tokens_per_micro_batch sft_batch temperature keep_checkpoints benchmark_cases".split():
         if getattr(c, key) <= 0:
             raise ConfigError(f"{key} must be greater than 0, not {getattr(c, key)}")
     for f in dataclasses.fields(c):

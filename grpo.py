@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from benchmarks import JudgedPrompt, evaluate_benchmark, load_benchmarks
 from config import Config, ConfigError, load_config
 from data import DataError, Tokenized, load_splits, tokenize_splits
 from engines import ENGINES, Prompt
@@ -234,6 +235,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     train: Sequence[Tokenized]
     held_out: dict[str, Sequence[Tokenized]]
+    benchmarks: dict[str, Sequence[JudgedPrompt]]
     state: dict  # step, seconds, flops: saved with every checkpoint
     began: float  # time.perf_counter() at the start, moved back by the seconds of the parts before a resume
 
@@ -332,10 +334,12 @@ def finish_step(run: Run, metrics: dict[str, float], rows: list[dict], last: boo
 
 
 def evaluate_all(run: Run) -> dict[str, float]:
-    """Collective. Greedy accuracy on every held-out split."""
+    """Collective. Greedy accuracy on every held-out split and benchmark subset."""
     results: dict[str, float] = {}
     for name, examples in run.held_out.items():
         results |= evaluate(run.policy, run.tokenizer, examples, run.config, run.ranks, name)
+    for name, cases in run.benchmarks.items():
+        results |= evaluate_benchmark(run.policy, run.tokenizer, cases, run.config, run.ranks, name)
     return results
 
 
@@ -363,6 +367,7 @@ def set_up(config: Config, ranks: Ranks) -> Run:
     tokenizer = load_tokenizer(start)
     check_tokenizer(tokenizer, template)
     tokenized = tokenize_splits(splits, tokenizer, template, config, quiet=not ranks.main)
+    benchmarks = load_benchmarks(config, tokenizer, template, quiet=not ranks.main)
     policy = load_model(str(checkpoint[0]) if checkpoint else start, ranks.device, config.gradient_checkpointing)
     tokens, positions = config.max_prompt_tokens + config.max_response_tokens, policy.config.max_position_embeddings
     if tokens > positions:
@@ -382,7 +387,7 @@ def set_up(config: Config, ranks: Ranks) -> Run:
             cut_log(folder / name, state["step"] if checkpoint else -1)
     run = Run(
         config, ranks, folder, stop, tokenizer, reward, policy, reference, optimizer, tokenized.train, tokenized.held_out,
-        state, began - state["seconds"],
+        benchmarks, state, began - state["seconds"],
     )  # fmt: skip
     if not checkpoint:
         before = evaluate_all(run)

@@ -1,0 +1,97 @@
+"""BFCL and API-Bank during training: a fixed subset, answered greedily, judged as the evaluation scripts judge it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from torch import nn
+
+import apibank_check
+import bfcl_check
+from apibank_data import load_cases
+from bfcl_data import LIVE_AST, NON_LIVE_AST, choose_problems
+from bfcl_data import prompt_cases as bfcl_cases
+from config import Config, ConfigError
+from engines import Prompt
+from eval_apibank import choose_cases
+from eval_apibank import prompt_cases as apibank_cases
+from eval_report import ReportError
+from prompts import encode_prompt
+from rollout import Case, sample_groups
+from runtime import Ranks
+
+# One figure per category would be noise on a subset: these parts are logged.
+PARTS = dict.fromkeys(NON_LIVE_AST, "non_live") | dict.fromkeys(LIVE_AST, "live")
+PARTS |= {"irrelevance": "irrelevance", "live_irrelevance": "irrelevance", "live_relevance": "relevance"}
+
+
+@dataclass(frozen=True)
+class JudgedPrompt:
+    """One benchmark case, ready to be asked: `part` is what it counts for, `judge` the verdict on a reply's text."""
+
+    prompt: Prompt
+    part: str
+    judge: Callable[[str], bool]
+
+
+def load_benchmarks(config: Config, tokenizer, template: str, quiet: bool = False) -> dict[str, list[JudgedPrompt]]:
+    """The first `benchmark_cases` cases of every category of the benchmarks whose folders the config names.
+
+    Raises ConfigError when a folder is none, or when no prompt is short enough; longer ones are counted and left out.
+    """
+    judged: dict[str, list[tuple[Case, str, Callable[[str], bool]]]] = {}
+    try:
+        if config.bfcl:
+            problems = choose_problems(config.bfcl, ["single_turn"], config.benchmark_cases)
+            judged["bfcl"] = [
+                (case, PARTS[problem.category], partial(_right, bfcl_check.check, problem))
+                for case, problem in zip(bfcl_cases(problems), problems)
+            ]
+        if config.apibank:
+            golds = list(load_cases(config.apibank).values())
+            golds = choose_cases([gold for gold in golds if gold.history], "", config.benchmark_cases)
+            judged["apibank"] = [
+                (case, f"level{gold.level}", partial(_right, apibank_check.check, gold))
+                for case, gold in zip(apibank_cases(golds), golds)
+            ]
+    except ReportError as error:
+        raise ConfigError(f"bfcl or apibank: {error}") from None
+    benchmarks = {}
+    for name, cases in judged.items():
+        asked = [
+            JudgedPrompt(Prompt(case.id, encode_prompt(tokenizer, case.messages, case.tools, template)), part, judge)
+            for case, part, judge in cases
+        ]
+        fits = [one for one in asked if len(one.prompt.ids) <= config.max_prompt_tokens]
+        if not fits:
+            raise ConfigError(f"{name}: every prompt is longer than max_prompt_tokens ({config.max_prompt_tokens})")
+        if not quiet:
+            longer = len(asked) - len(fits)
+            print(f"{name}: {len(fits)} cases" + (f", {longer} more are longer than max_prompt_tokens" if longer else ""))
+        benchmarks[name] = fits
+    return benchmarks
+
+
+def _right(check: Callable, case: object, output: str) -> bool:
+    return bool(check(case, output)[0])
+
+
+def evaluate_benchmark(
+    model: nn.Module, tokenizer, cases: Sequence[JudgedPrompt], config: Config, ranks: Ranks, name: str
+) -> dict[str, float]:
+    """Collective. Greedy accuracy as log entries: `{name}/accuracy`, `{name}/n`, and both for every part."""
+    own = cases[ranks.rank :: ranks.world]
+    groups = sample_groups(
+        model, tokenizer, [case.prompt for case in own], group_size=1, temperature=0,
+        max_new_tokens=config.max_response_tokens, batch_size=config.rollout_batch_size,
+    )  # fmt: skip
+    totals = Counter(case.part for case in cases)
+    hits = Counter(case.part for case, group in zip(own, groups) if case.judge(group.texts[0]))
+    right = dict(zip(totals, ranks.sum([float(hits[part]) for part in totals])))
+    entries = {f"{name}/accuracy": sum(right.values()) / len(cases), f"{name}/n": len(cases)}
+    for part, n in totals.items():
+        entries |= {f"{name}/accuracy_{part}": right[part] / n, f"{name}/n_{part}": n}
+    return entries
