@@ -26,7 +26,7 @@ class Config:
 
     # what is trained, on what, where to
     model: str = _key("Qwen/Qwen2.5-7B-Instruct", 'Hugging Face folder or hub id; "tiny" builds the demo model')
-    data: str = _key("", 'training file(s), comma-separated (xLAM, ToolACE or our JSONL), or "synthetic"')
+    data: str = _key("", 'training files or hub ids, comma-separated (xLAM, ToolACE, ours, TRL, verl), or "synthetic"')
     test_data: str = _key("", "held-out file; empty: test_share of data")
     test_share: float = _key(0.1, "share of the data held out for evaluation (paper: 90/10)")
     prompt_template: str = _key("", "file with a system prompt that has a {tools} slot; empty: the project's own")

@@ -3,263 +3,209 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import random
 import sys
-import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from prompts import ToolCall, build_messages, encode_prompt, render_calls, strict_json
-from toolace import parse_toolace_calls
-
-ROLES = {"human": "user", "gpt": "assistant", "function_call": "assistant", "observation": "tool"}
-ROLES |= {role: role for role in ("system", "user", "assistant", "tool")}
-
-
-class DataError(ValueError):
-    """A file that cannot be used; the message names the file, the line where there is one, and what to do."""
+from prompts import PromptError, encode_prompt
+from records import LAYOUTS, STRICT, Dropped, Example, Rules, Unusable, example_row, hashes_of, to_json
+from sources import DataError, find_file, read_records
 
 
 @dataclass(frozen=True)
-class Example:
-    """One step to learn: the conversation so far, the tools, and the calls that are right now."""
+class Read:
+    """What became of one record. hashes: of each example's prompt (messages and tools) and answer."""
 
-    id: str
-    source: str  # "xlam", "toolace", "synthetic", ...
-    messages: list[dict]  # role (user, assistant, tool, system), content, and `calls` (list[ToolCall]) for past calls
-    tools: list[dict]  # {"name", "description", "parameters"} as the record gives them
-    answer: list[ToolCall]  # ground truth; [] = no call is right
-    demonstrations: tuple[str, ...] = ()  # replies to imitate (sft.py), may be empty
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A record or step left out. `line`: the line of a JSONL file, in a JSON array the record's position from 1."""
-
-    source: str
-    id: str
+    layout: str
     line: int
-    reason: str
-    detail: str
+    record: Any
+    examples: list[Example]
+    hashes: list[tuple[bytes, bytes]]
+    dropped: list[Dropped]
 
 
-class _Unusable(Exception):
-    """(reason, detail): the record or step at hand cannot become an example. Never leaves this file."""
+# --------------------------------------------------------------------------------------------- files -> examples
 
 
-# ------------------------------------------------------------------------------------------ records -> examples
-
-
-def _require(record: dict, **types: Any) -> None:
-    if bad := [field for field, wanted in types.items() if not isinstance(record.get(field), wanted)]:
-        raise _Unusable("missing_field", f"missing or of the wrong type: {', '.join(bad)}; found: {', '.join(record)}")
-
-
-def _decode(value: Any, field: str) -> Any:
-    """The JSON in a string field. Lists that were never encoded go the same way, so NaN is refused in them too."""
-    try:
-        return strict_json(value if isinstance(value, str) else json.dumps(value))
-    except (ValueError, RecursionError) as error:
-        raise _Unusable("broken_json", f"{field} is not JSON: {error}") from None
-
-
-def _check_text(record: dict) -> None:
-    try:
-        json.dumps(record, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise _Unusable("bad_text", f"half a surrogate pair, which no tokenizer takes: {error.reason}") from None
-
-
-def _named(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(v, dict) and isinstance(v.get("name"), str) for v in value)
-
-
-def _check_tools(tools: Any) -> list[dict]:
-    if not tools or not _named(tools):
-        raise _Unusable("no_tools", f"not a list of tools with names: {str(tools)[:80]}")
-    return tools
-
-
-def _check_calls(calls: Any, tools: list[dict]) -> list[ToolCall]:
-    """JSON [{"name", "arguments"}, ...] -> calls, all of them of listed tools."""
-    if not _named(calls) or not all(isinstance(call.get("arguments"), dict) for call in calls):
-        raise _Unusable("bad_answer", f"not a list of name and arguments: {str(calls)[:80]}")
-    if unknown := {call["name"] for call in calls} - {tool["name"] for tool in tools}:
-        raise _Unusable("unknown_tool", f"not among the tools: {', '.join(sorted(unknown))}")
-    return [ToolCall(call["name"], call["arguments"]) for call in calls]
-
-
-def _from_xlam(record: dict, rid: str, line: int) -> Iterator[Example | Dropped]:
-    _require(record, id=(int, str), query=str, tools=(str, list), answers=(str, list))
-    tools = _check_tools(_decode(record["tools"], "tools"))
-    answer = _check_calls(_decode(record["answers"], "answers"), tools)
-    yield Example(rid, "xlam", [{"role": "user", "content": record["query"]}], tools, answer)
-
-
-def _find_tools(text: str) -> list[dict]:
-    """The first JSON list of tools inside `text`. Other brackets, such as "[func1(...)]", are passed over."""
-    at = text.find("[")
-    while at >= 0:
-        try:
-            value, end = json.JSONDecoder().raw_decode(text, at)
-        except (ValueError, RecursionError):
-            value, end = None, at + 1
-        # "parameters" tells tools from a list of named things inside a tool list that is itself broken.
-        if value and _named(value) and all("parameters" in tool for tool in value):
-            return value
-        at = text.find("[", end)
-    raise _Unusable("no_tools", "no JSON list of tools in `tools` or `system`")
-
-
-def _calls_of_turn(text: str, tools: list[dict]) -> list[ToolCall]:
-    """The calls of a call turn, in ToolACE's notation or, as re-packed files have it, in JSON."""
-    # With any_name, because a call of an unknown tool deserves its own reason.
-    calls = parse_toolace_calls(text, [tool["name"] for tool in tools], any_name=True)
-    try:
-        value = strict_json(text) if calls is None else [asdict(call) for call in calls]
-        if value:  # an empty list is a failed conversion in the known files, not a refusal
-            return _check_calls(value if isinstance(value, list) else [value], tools)
-    except (ValueError, RecursionError):
-        pass
-    except _Unusable as error:
-        if error.args[0] == "unknown_tool":
-            raise
-    raise _Unusable("unparsable_calls", f"cannot read the calls: {text[:80]!r}")
-
-
-def _from_toolace(record: dict, rid: str, line: int) -> Iterator[Example | Dropped]:
-    """One example per call turn: all before it is context. The system text is left out, because it asks for ToolACE's
-    own notation, and our prompt lists the tools already."""
-    _require(record, conversations=list)
-    messages, stepless = [], True
-    sources = [record.get(field, "") for field in ("tools", "system")]
-    tools = _find_tools("\n".join(source if isinstance(source, str) else json.dumps(source) for source in sources))
-    for index, turn in enumerate(record["conversations"]):
-        if not isinstance(turn, dict) or turn.get("from") not in ROLES or not isinstance(turn.get("value"), str):
-            raise _Unusable("bad_turn", f"turn {index} has an unknown role or no text: {str(turn)[:80]}")
-        message = {"role": ROLES[turn["from"]], "content": turn["value"]}
-        if turn["from"] == "function_call" or (message["role"] == "assistant" and turn["value"].lstrip()[:1] == "["):
-            stepless = False
-            try:
-                calls = _calls_of_turn(turn["value"], tools)
-                yield Example(f"{rid}#{index}", "toolace", list(messages), tools, calls)
-                message = {"role": "assistant", "content": "", "calls": calls}
-            except _Unusable as error:  # only this step: later ones keep the turn as plain text
-                yield Dropped("toolace", f"{rid}#{index}", line, *error.args)
-        messages.append(message)
-    if stepless:
-        raise _Unusable("no_calls", "no turn of the conversation is a call")
-
-
-def _from_ours(record: dict, rid: str, line: int) -> Iterator[Example | Dropped]:
-    _require(record, id=str, source=str, messages=list, tools=list, answer=list)
-    tools = record["tools"] and _check_tools(record["tools"])
-    messages = []
-    for message in record["messages"]:
-        if not isinstance(message, dict) or message.get("role") not in ROLES.values():
-            raise _Unusable("bad_turn", f"unknown role: {str(message)[:80]}")
-        if not isinstance(message.get("content", ""), str):
-            raise _Unusable("bad_turn", f"content is not a text: {str(message)[:80]}")
-        # Past calls may name tools that are no longer listed; only the answer must not.
-        past = message.get("calls") and {"calls": _check_calls(message["calls"], message["calls"])}
-        messages.append(message | (past or {}))
-    demonstrations = record.get("demonstrations") or []
-    if not isinstance(demonstrations, list) or not all(isinstance(text, str) for text in demonstrations):
-        raise _Unusable("missing_field", "demonstrations must be a list of texts")
-    yield Example(rid, record["source"], messages, tools, _check_calls(record["answer"], tools), tuple(demonstrations))
-
-
-LAYOUTS = {  # keys that tell a layout, and its reader
-    "xlam": ({"query", "tools", "answers"}, _from_xlam),
-    "toolace": ({"conversations"}, _from_toolace),
-    "examples": ({"messages", "answer"}, _from_ours),
-}
-
-
-# ---------------------------------------------------------------------------------------------- files -> records
-
-
-def _read_records(path: Path) -> list[tuple[int, Any]]:
-    """A JSON array or JSONL, perhaps gzipped -> numbered records; in place of a broken line stands its error."""
-    if not path.exists():
-        raise DataError(f"{path} does not exist; check the path")
-    try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}; give a UTF-8 text file or its .gz") from None
-    if not text.strip():
-        raise DataError(f"{path} is empty; give a file with at least one record")
-    if text.lstrip().startswith("["):
-        try:
-            return list(enumerate(json.loads(text), 1))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}: not a JSON array: {error}; repair the file or fetch it again") from None
-    records = []
-    for line, item in enumerate(text.split("\n"), 1):  # not splitlines(): U+2028 may stand inside a JSON string
-        if item.strip():
-            try:
-                records.append((line, json.loads(item)))
-            except (ValueError, RecursionError) as error:
-                records.append((line, error))
-    return records
-
-
-def _load(path: str | Path, layout: str | None) -> tuple[list[Example], list[Dropped]]:
-    records, examples, dropped = _read_records(Path(path)), [], []
-    first = next(((line, record) for line, record in records if isinstance(record, dict)), None)
-    if first is None:
-        line, error = records[0] if records else (1, "no records")
-        raise DataError(f"{path}:{line}: {str(error)[:80]}; expected a JSON array or one JSON object per line")
-    layout = layout or next((name for name, (keys, _) in LAYOUTS.items() if keys <= set(first[1])), None)
-    if layout is None:
+def _start(source: str | Path, layout: str | None) -> tuple[str, Iterator[tuple[int, Any]]]:
+    """The layout and the records of a file. Raises DataError where there is no record, or none of a known layout."""
+    records, head = read_records(find_file(source)), []
+    for numbered in records:
+        head.append(numbered)
+        if isinstance(numbered[1], dict):
+            break
+    else:
+        line, error = head[0] if head else (1, "no records")
+        raise DataError(f"{source}:{line}: {str(error)[:80]}; expected a JSON array or one JSON object per line")
+    line, first = head[-1]
+    told = next((name for name, (keys, _) in LAYOUTS.items() if keys <= set(first)), None)
+    if told is None and layout is None:
         known = "; ".join(f"{name}: {', '.join(sorted(keys))}" for name, (keys, _) in LAYOUTS.items())
-        raise DataError(f"{path}:{first[0]}: unknown layout: found keys {', '.join(first[1])}; known are {known}")
+        raise DataError(f"{source}:{line}: unknown layout: found keys {', '.join(first)}; known are {known}")
+    if None not in (told, layout) and told != layout:
+        raise DataError(f"{source}:{line}: the layout is that of {told}, not of {layout}; give another file or option")
+    return layout or told, chain(head, records)
+
+
+def read_examples(
+    source: str | Path, layout: str | None = None, rules: Rules = STRICT, prefix: str = ""
+) -> Iterator[Read]:
+    """What becomes of each record of a file, one after the other.
+
+    source: as for sources.find_file. layout: a key of LAYOUTS; None: as the first record says. prefix: set before every
+    id. An id that an earlier record has gets "@line" behind it. Raises DataError.
+    """
+    layout, records = _start(source, layout)
+    known: set[str] = set()
     for line, record in records:
+        rid = prefix + _own_id(record, line)
+        rid = f"{rid}@{line}" if rid in known else rid
+        known.add(rid)
+        yield _read(line, record, rid, layout, rules)
+
+
+def _own_id(record: Any, line: int) -> str:
+    """The id that a record gives, verl's rows inside `extra_info`; else its position from 0."""
+    for holder in (record, record.get("extra_info") if isinstance(record, dict) else None):
+        if isinstance(holder, dict) and holder.get("id") is not None:
+            return str(holder["id"])
+    return str(line - 1)
+
+
+def _read(line: int, record: Any, rid: str, layout: str, rules: Rules) -> Read:
+    examples, hashes, dropped = [], [], []
+
+    def drop(name: str, error: Unusable) -> None:
+        name, detail = (text.encode("utf-8", "replace").decode() for text in (name, error.args[1]))  # can be printed
+        dropped.append(Dropped(layout, name, line, error.args[0], detail))
+
+    try:
         if not isinstance(record, dict):
-            dropped.append(Dropped(layout, "", line, "broken_json", f"not a JSON object: {str(record)[:80]}"))
-            continue
-        rid = str(line - 1 if record.get("id") is None else record["id"])
-        try:
-            _check_text(record)
-            for made in LAYOUTS[layout][1](record, rid, line):
-                (examples if isinstance(made, Example) else dropped).append(made)
-        except _Unusable as error:
-            dropped.append(Dropped(layout, rid, line, *error.args))
+            raise Unusable("broken_json", f"not a JSON object: {str(record)[:80]}")
+        for made in LAYOUTS[layout][1](record, rid, line, rules):
+            if isinstance(made, Dropped):
+                drop(made.id, Unusable(made.reason, made.detail))
+                continue
+            try:
+                hashes.append(hashes_of(made))
+                examples.append(made)
+            except Unusable as error:
+                drop(made.id, error)
+    except Unusable as error:
+        drop(rid, error)
+    return Read(layout, line, record, examples, hashes, dropped)
+
+
+def without_repeats(reads: Iterable[Read], seen: dict[bytes, str], rules: Rules, where: str = "") -> Iterator[Read]:
+    """The same without examples that came before: `duplicate`, or `contradiction` where the answer is another one.
+
+    seen: hash -> where and id of the first example that has it; goes on from file to file, and is added to. Of a
+    contradiction the first example stays, so no prompt is lost, and a verifier pays no prompt for two different answers.
+    """
+    for read in reads:
+        examples, hashes, dropped = [], [], list(read.dropped)
+        for example, (prompt, answer) in zip(read.examples, read.hashes):
+            if first := seen.get(prompt + answer):
+                detail = f"the same messages, tools and answer as {first}"
+                dropped.append(Dropped(example.source, example.id, read.line, "duplicate", detail))
+                continue
+            if "contradiction" not in rules.keep and (first := seen.get(prompt)):
+                detail = f"the same messages and tools as {first}, but another answer"
+                dropped.append(Dropped(example.source, example.id, read.line, "contradiction", detail))
+                continue
+            seen[prompt + answer] = name = where + example.id
+            seen.setdefault(prompt, name)
+            examples.append(example)
+            hashes.append((prompt, answer))
+        yield Read(read.layout, read.line, read.record, examples, hashes, dropped)
+
+
+def _gather(reads: Iterable[Read]) -> tuple[list[Example], list[Dropped]]:
+    examples, dropped = [], []
+    for read in reads:
+        examples += read.examples
+        dropped += read.dropped
     return examples, dropped
 
 
 def load_xlam(path: str | Path) -> tuple[list[Example], list[Dropped]]:
     """xLAM-function-calling-60k: {"id", "query", "tools", "answers"}, the last two JSON strings or lists. DataError for
-    a file that is no JSON; drops broken_json, missing_field, no_tools, bad_answer, unknown_tool, bad_text."""
-    return _load(path, "xlam")
+    a file that is no JSON; drops broken_json, missing_field, no_tools, bad_answer, unknown_tool, missing_argument,
+    wrong_type, bad_text."""
+    return _gather(read_examples(path, "xlam"))
 
 
 def load_toolace(path: str | Path) -> tuple[list[Example], list[Dropped]]:
     """ToolACE: {"system", "conversations": [{"from", "value"}]} -> an example per call turn, id "record#turn". DataError
     for a file that is no JSON; drops broken_json, missing_field, no_tools, no_calls, bad_turn, unparsable_calls,
-    unknown_tool, bad_text."""
-    return _load(path, "toolace")
+    unknown_tool, missing_argument, wrong_type, bad_text."""
+    return _gather(read_examples(path, "toolace"))
 
 
 def load_examples(path: str | Path) -> tuple[list[Example], list[Dropped]]:
-    """Any known layout, told by the keys of the first record: xLAM, ToolACE, or what write_examples wrote. DataError for
-    a missing, empty or unreadable file and for an unknown layout."""
-    return _load(path, None)
+    """Any known layout, told by the keys of the first record: xLAM, ToolACE, what write_examples wrote, TRL's or verl's
+    as prepare.py writes them. `path` may be a hub id. DataError for a missing, empty or unreadable file and for an
+    unknown layout. Repeated examples stay: `without_repeats` drops them."""
+    return _gather(read_examples(path))
 
 
-def write_examples(path: str | Path, examples: Sequence[Example]) -> None:
-    """One JSON line per example, calls as {"name", "arguments"}; load_examples reads it back. Raises OSError."""
-    lines = [json.dumps(asdict(example)) + "\n" for example in examples]
-    data = "".join(lines).encode()
-    Path(path).write_bytes(gzip.compress(data) if Path(path).suffix == ".gz" else data)
+def load_unique(path: str | Path, seen: dict[bytes, str]) -> tuple[list[Example], list[Dropped]]:
+    """load_examples without repeated examples, also those of earlier files with the same `seen`."""
+    quiet = None if int(os.environ.get("RANK", 0)) == 0 else True
+    reads = tqdm(read_examples(path), f"read {path}", unit=" records", leave=False, disable=quiet)
+    return _gather(without_repeats(reads, seen, STRICT, f"{path}: "))
+
+
+def write_examples(path: str | Path, examples: Iterable[Example]) -> None:
+    """One JSON line per example; load_examples reads it back. Raises OSError."""
+    write_rows(path, (example_row(example) for example in examples))
+
+
+def write_rows(path: str | Path, rows: Iterable[dict]) -> None:
+    """One JSON line per row, gzipped for .gz; for .parquet, rows of records.verl_row. The file appears when it is complete.
+
+    Raises OSError, and ImportError for .parquet without pyarrow.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        if path.suffix == ".parquet":
+            _write_parquet(partial, iter(rows))
+        else:
+            with partial.open("wb") as raw:
+                # Without time and name in its header, the same rows give the same bytes.
+                with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if path.suffix == ".gz" else nullcontext(raw) as file:
+                    file.writelines(f"{to_json(row)}\n".encode() for row in rows)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_parquet(path: Path, rows: Iterator[dict]) -> None:
+    import pyarrow  # here, because nothing else needs it
+    from pyarrow import parquet
+
+    text = pyarrow.string()
+    strings = [(field, text) for field in ("id", "source", "messages_json", "tools_json", "demonstrations_json")]
+    columns = {
+        "data_source": text,
+        "prompt": pyarrow.list_(pyarrow.struct([("role", text), ("content", text)])),
+        "ability": text,
+        "reward_model": pyarrow.struct([("style", text), ("ground_truth", text)]),
+        "extra_info": pyarrow.struct([("split", text), ("index", pyarrow.int64()), *strings]),
+    }
+    with parquet.ParquetWriter(path, schema := pyarrow.schema(columns)) as writer:
+        while batch := list(islice(rows, 2000)):
+            writer.write_table(pyarrow.Table.from_pylist(batch, schema=schema))
 
 
 KINDS = ("single", "choice", "parallel", "none")
@@ -323,20 +269,14 @@ def load_splits(config) -> Splits:
 
 def load_files(paths: str) -> list[Example]:
     """The examples of comma-separated files, with a printed line about each file and what it dropped."""
-    examples, seen = [], set()
+    examples, seen = [], {}
     for path in filter(None, (part.strip() for part in paths.split(","))):
-        kept, dropped = load_examples(path)
-        reasons = Counter(one.reason for one in dropped)
-        for example in kept:
-            fingerprint = json.dumps(asdict(replace(example, id="", demonstrations=())), sort_keys=True)
-            reasons["duplicate"] += fingerprint in seen
-            if fingerprint not in seen:
-                examples.append(example)
-            seen.add(fingerprint)
+        kept, dropped = load_unique(path, seen)
+        examples += kept
         if int(os.environ.get("RANK", 0)) == 0:
-            lost = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common() if count)
-            used = len(kept) - reasons["duplicate"]
-            print(f"data: {path}: {used} examples" + (f", dropped: {lost}" if lost else ""))
+            reasons = Counter(one.reason for one in dropped)
+            lost = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+            print(f"data: {path}: {len(kept)} examples" + (f", dropped: {lost}" if lost else ""))
             for one in dropped[:3]:
                 print(f"data: {path}:{one.line} id={one.id or '?'}: {one.reason}: {one.detail}")
             if len(dropped) > 3:
@@ -370,31 +310,30 @@ def tokenize_splits(splits: Splits, tokenizer, template: str, config, quiet: boo
     return Splits(train, held_out)
 
 
-def inspect(path: str, count: int = 3) -> None:
-    """Prints how many examples a file gives, of which kinds, what was dropped and why, and a few prompts and targets."""
-    examples, dropped = load_examples(path)
-    kinds = Counter(example_kind(example) for example in examples)
-    print(f"{path}: {len(examples)} examples ({', '.join(f'{kinds[k]} {k}' for k in KINDS if kinds[k])})")
-    for one in dropped[:20]:
-        print(f"  dropped: line {one.line}, id {one.id or '?'}: {one.reason}: {one.detail}")
-    if len(dropped) > 20:
-        print(f"  … and {len(dropped) - 20} more; by reason: {dict(Counter(one.reason for one in dropped))}")
-    for example in examples[:count]:
-        print(f"\n{'=' * 20} {example.source} {example.id}")
-        for message in build_messages(example.messages, example.tools):
-            print(f"--- {message['role']}\n{message['content']}")
-        print(f"--- target\n{render_calls(example.answer)}")
-
-
 def main(arguments: list[str]) -> None:
-    """`inspect PATH [COUNT]`."""
-    if len(arguments) not in (2, 3) or arguments[0] != "inspect" or not "".join(arguments[2:] or ["0"]).isdigit():
-        raise DataError("usage: python data.py inspect PATH [COUNT]")
-    inspect(arguments[1], int(arguments[2]) if arguments[2:] else 3)
+    """`inspect PATH [COUNT]`, `stats FILE …`, `prepare …` or `overlap …`, each in a file that only its command imports."""
+    command = arguments[0] if arguments else ""
+    if command in ("inspect", "stats"):
+        import describe
+
+        describe.main(arguments)
+    elif command == "prepare":
+        import prepare
+
+        prepare.main(arguments[1:])
+    elif command == "overlap":
+        import overlap
+
+        overlap.main(arguments[1:])
+    else:
+        raise DataError("usage: python data.py inspect, stats, prepare or overlap, each with its arguments or --help")
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except DataError as error:
+    except (DataError, PromptError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)

@@ -1,39 +1,36 @@
-"""Loaders: every record becomes an example or is listed with a reason, and a file that is no data says so.
-
-Then what training makes of them: splits, token ids, and the look at a file from the command line.
-"""
+"""ToolACE's notation; what training makes of examples: repetitions, splits, token ids; and the command line."""
 
 import gzip
 import json
+import os
 import subprocess
 import sys
 import time
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from data import (
+    STRICT,
     DataError,
     Example,
+    Rules,
     Splits,
     load_examples,
     load_splits,
-    load_toolace,
-    load_xlam,
-    parse_toolace_calls,
+    load_unique,
+    read_examples,
     tokenize_splits,
-    write_examples,
+    without_repeats,
 )
 from model import build_tiny_tokenizer
 from prompts import ToolCall, encode_prompt
 from runtime import Config
+from toolace import parse_toolace_calls
 
 SHARED = Path(__file__).parents[2] / "shared"
 ADD = {"name": "add", "description": "Adds.", "parameters": {"a": {"type": "int"}}}
-FEED = {"name": "Feed (Video) V2", "description": "", "parameters": {"type": "dict", "properties": {}}}
-SYSTEM = f"Use [these], e.g. [func1(x=1)]:\n{json.dumps([ADD, FEED])}. \nPut it in the format of [func1(params)]"
 
 
 def shared(name: str) -> Path:
@@ -46,10 +43,6 @@ def shared(name: str) -> Path:
 def xlam(**changes) -> dict:
     answers = json.dumps([{"name": "add", "arguments": {"a": 1}}])
     return {"id": 7, "query": "Add 1.", "tools": json.dumps([ADD]), "answers": answers} | changes
-
-
-def toolace(*turns: tuple[str, str], **changes) -> dict:
-    return {"system": SYSTEM, "conversations": [{"from": who, "value": text} for who, text in turns]} | changes
 
 
 def save(path: Path, *records: dict) -> Path:
@@ -135,135 +128,44 @@ def test_the_time_is_linear_whatever_the_text():
     assert time.perf_counter() - start < 20  # about 3 s; a quadratic reader needs hours
 
 
-# ----------------------------------------------------------------------------------------------------- records
+# -------------------------------------------------------------------------------------------------- repetitions
 
 
-def test_xlam_record_becomes_one_example(tmp_path):
-    examples, dropped = load_xlam(save(tmp_path / "x.json", xlam(), xlam(id="b", tools=[ADD], answers=[])))
-    call = ToolCall("add", {"a": 1})
-    assert examples[0] == Example("7", "xlam", [{"role": "user", "content": "Add 1."}], [ADD], [call])
-    assert examples[1].answer == [] and dropped == []
-
-
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"answers": "[{"}, "broken_json"),
-        ({"answers": '[{"name": "add", "arguments": {"a": NaN}}]'}, "broken_json"),
-        ({"tools": "{]"}, "broken_json"),
-        ({"query": None}, "missing_field"),
-        ({"tools": "[]"}, "no_tools"),
-        ({"tools": '[{"description": "nameless"}]'}, "no_tools"),
-        ({"answers": '[{"name": "sub", "arguments": {}}]'}, "unknown_tool"),
-        ({"answers": '[{"name": "add"}]'}, "bad_answer"),
-        ({"answers": "{}"}, "bad_answer"),
-        ({"answers": '[{"name": "add", "arguments": "{}"}]'}, "bad_answer"),
-    ],
-)
-def test_unusable_xlam_record_is_listed_with_its_reason(tmp_path, changes, reason):
-    examples, [dropped] = load_xlam(save(tmp_path / "x.json", xlam(), xlam(id=8, **changes)))
-    assert len(examples) == 1
-    assert (dropped.source, dropped.id, dropped.line, dropped.reason) == ("xlam", "8", 2, reason) and dropped.detail
-
-
-@pytest.mark.parametrize("roles", [("user", "assistant", "tool"), ("human", "gpt", "observation")])
-def test_trajectory_is_cut_at_every_call_turn(tmp_path, roles):
-    user, assistant, tool = roles
-    record = toolace(
-        (user, "go"), (assistant, "[add(a=1)]"), (tool, "2"), (assistant, "It is 2."),
-        (user, "feed"), (assistant, '[Feed (Video) V2(q="(x)"), add(a=2)]'),
-    )  # fmt: skip
-    [first, second], dropped = load_toolace(save(tmp_path / "t.json", record))
-    assert dropped == [] and (first.id, second.id) == ("0#1", "0#5") and first.tools == [ADD, FEED]
-    assert first.messages == [{"role": "user", "content": "go"}] and first.answer == [ToolCall("add", {"a": 1})]
-    assert [message["role"] for message in second.messages] == ["user", "assistant", "tool", "assistant", "user"]
-    assert second.messages[1] == {"role": "assistant", "content": "", "calls": first.answer}
-    assert second.answer == [ToolCall("Feed (Video) V2", {"q": "(x)"}), ToolCall("add", {"a": 2})]
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [("[add(a=oops)]", "unparsable_calls"), ("[sub(a=1)]", "unknown_tool"), ("[]", "unparsable_calls")],
-)
-def test_bad_call_turn_drops_its_step_and_stays_as_text(tmp_path, text, reason):
-    record = toolace(("user", "go"), ("assistant", text), ("tool", "2"), ("assistant", "[add(a=1)]"))
-    [example], [dropped] = load_toolace(save(tmp_path / "t.json", record))
-    assert (dropped.id, dropped.line, dropped.reason) == ("0#1", 1, reason)
-    assert example.messages[1] == {"role": "assistant", "content": text}
-
-
-def test_function_call_turns_may_be_json_and_tools_a_field(tmp_path):
-    call = '{"name": "add", "arguments": {"a": 1}}'
-    record = toolace(("human", "go"), ("function_call", call), system="", tools=json.dumps([ADD]))
-    [example], _ = load_toolace(save(tmp_path / "t.json", record))
-    assert example.answer == [ToolCall("add", {"a": 1})]
-
-
-def test_toolace_records_without_tools_or_calls_are_listed(tmp_path):
-    plain = ("user", "hi"), ("assistant", "Which one?")
-    cut_short = '[{"name": "add", "parameters": {"examples": [{"name": "not a tool"}]'
-    records = [toolace(*plain, system=system) for system in ("No [tools].", cut_short, SYSTEM)]
-    _, dropped = load_toolace(save(tmp_path / "t.json", *records))
-    assert [drop.reason for drop in dropped] == ["no_tools", "no_tools", "no_calls"]
-
-
-@pytest.mark.parametrize(
-    ("name", "kept", "reasons"),
-    [
-        ("xlam_rawformat_repacked", 213, {}),
-        ("toolace_first100_rawformat_reconstructed", 160, {"unknown_tool": 20, "unparsable_calls": 1, "no_calls": 1}),
-        ("toolace_first100_sharegpt_converted", 33, {"unknown_tool": 147, "unparsable_calls": 1, "no_calls": 1}),
-    ],
-)
-def test_genuine_files(name, kept, reasons):
-    examples, dropped = load_examples(shared(f"data/train/{name}.json"))
-    assert len(examples) == kept and Counter(drop.reason for drop in dropped) == reasons
-    assert len({example.id for example in examples}) == kept
-
-
-# ------------------------------------------------------------------------------------------------------- files
-
-
-@pytest.mark.parametrize("name", ["e.jsonl", "e.jsonl.gz"])
-def test_written_examples_come_back_equal(tmp_path, name):
-    past = {"role": "assistant", "content": "", "calls": [ToolCall("add", {"a": 0})]}
-    messages = [{"role": "user", "content": "a\u2028b é"}, past]
-    examples = [
-        Example("1", "synthetic", messages, [ADD], [ToolCall("add", {"a": [1, 1.0, None]})], ("<think>…",)),
-        Example("2", "synthetic", messages[:1], [ADD], []),
+def test_repeated_examples_name_the_first_one(tmp_path):
+    calls = [{"name": "add", "arguments": {"a": value}} for value in (1, 2)]
+    a = save(tmp_path / "a.json", xlam(id="first", answers=calls), xlam(id="turned", answers=calls[::-1]))
+    b = save(tmp_path / "b.json", xlam(id="again", answers=calls), xlam(id="other", answers=calls[:1]))
+    seen: dict[bytes, str] = {}
+    loaded = [load_unique(path, seen) for path in (a, b)]
+    assert ids_of(loaded[0][0]) == ["first"] and loaded[1][0] == []
+    assert [(drop.id, drop.reason) for _, dropped in loaded for drop in dropped] == [
+        ("turned", "duplicate"),  # a verifier compares multisets
+        ("again", "duplicate"),
+        ("other", "contradiction"),
     ]
-    write_examples(tmp_path / name, examples)
-    assert load_examples(tmp_path / name) == (examples, [])
+    assert all(drop.detail.count(f"{a}: first") == 1 for _, dropped in loaded for drop in dropped)
 
 
-def test_broken_lines_are_dropped_with_their_numbers(tmp_path):
-    path = tmp_path / "x.jsonl"
-    query = "line\u2028separator"  # str.splitlines() would cut this record in two
-    lines = ["\ufeff" + json.dumps(xlam()), "5", '{"id": 1, "que', json.dumps(xlam(query=query), ensure_ascii=False)]
-    path.write_text("\n".join(lines), encoding="utf-8")
-    examples, dropped = load_examples(path)
-    assert [(drop.line, drop.reason) for drop in dropped] == [(2, "broken_json"), (3, "broken_json")]
-    assert [example.messages[0]["content"] for example in examples] == ["Add 1.", query]
+def test_contradictions_can_be_kept_but_their_repetitions_go(tmp_path):
+    answers = [[{"name": "add", "arguments": {"a": value}}] for value in (1, 2, 2, 1)]
+    path = save(tmp_path / "x.json", *(xlam(id=i, answers=answer) for i, answer in enumerate(answers)))
+    rules = Rules(keep=("contradiction",))
+    reads = list(without_repeats(read_examples(path, rules=rules), {}, rules))
+    assert [e.id for read in reads for e in read.examples] == ["0", "1"]
+    assert [d.detail[-1] for read in reads for d in read.dropped] == ["1", "0"]
 
 
-@pytest.mark.parametrize(
-    ("content", "complaint"),
-    [
-        (None, "does not exist"),
-        (b" \n", "is empty"),
-        (b"[]", "no records"),
-        (b"id,query\n1,hello\n", "x.json:1: .*JSON object per line"),
-        (b'[{"id": 1},\n oops]', "not a JSON array: .* line 2"),
-        (b'{"prompt": 1, "chosen": 2}', "x.json:1: .*prompt, chosen.*conversations"),
-        (b"\xff\xfe\x00", "cannot be read.*UTF-8"),
-    ],
-)
-def test_a_file_that_is_no_data_says_what_is_wrong(tmp_path, content, complaint):
-    path = tmp_path / "x.json"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(DataError, match=complaint):
-        load_examples(path)
+@pytest.mark.parametrize("other", [{"a": 1.0}, {"a": True}, {"a": "1"}])
+def test_values_of_another_type_are_no_duplicates(tmp_path, other):
+    answers = [[{"name": "add", "arguments": arguments}] for arguments in ({"a": 1}, other)]
+    path = save(tmp_path / "x.json", *(xlam(id=i, answers=answer) for i, answer in enumerate(answers)))
+    reads = without_repeats(read_examples(path, rules=Rules(keep=("wrong_type",))), {}, STRICT)
+    assert [drop.reason for read in reads for drop in read.dropped] == ["contradiction"]
+
+
+def test_an_id_that_repeats_gets_its_line(tmp_path):
+    path = save(tmp_path / "x.json", *(xlam(query=f"Add {i}.") for i in range(3)))
+    assert ids_of(load_examples(path)[0]) == ["7", "7@2", "7@3"]
 
 
 # ------------------------------------------------------------------------------------------------------ splits
@@ -330,9 +232,9 @@ def test_prompts_become_the_ids_of_encode_prompt_and_long_ones_are_counted(capsy
 # ------------------------------------------------------------------------------------------------- command line
 
 
-def data_py(*arguments: object) -> subprocess.CompletedProcess:
-    script = Path(__file__).parents[1] / "data.py"
-    return subprocess.run([sys.executable, str(script), *map(str, arguments)], capture_output=True, encoding="utf-8")
+def data_py(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(Path(__file__).parents[1] / "data.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, encoding="utf-8", env=os.environ | environment)
 
 
 def test_inspect_shows_counts_reasons_prompts_and_targets(tmp_path):
@@ -351,8 +253,21 @@ def test_inspect_shows_counts_reasons_prompts_and_targets(tmp_path):
     [
         (["inspect", "missing.json"], "error: missing.json does not exist; check the path\n"),
         (["inspect"], "error: usage: python data.py inspect PATH [COUNT]\n"),
+        (["look"], "error: usage: python data.py inspect, stats, prepare or overlap, each with its arguments or --help\n"),
+        (["stats"], "error: stats: the following arguments are required: file; see python data.py stats --help\n"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_sentence(arguments, sentence):
     run = data_py(*arguments)
     assert (run.returncode, run.stdout, run.stderr) == (1, "", sentence)
+
+
+def test_the_hub_itself_is_out_of_reach_offline(tmp_path):
+    for source in ("Salesforce/xlam-function-calling-60k", "somebody/something"):
+        run = data_py("inspect", source, HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
+        assert (run.returncode, run.stdout) == (1, "")
+        assert run.stderr == (
+            f"error: {source} is no file here, and the Hugging Face hub is out of reach (no network, or HF_HUB_OFFLINE is "
+            f"set); where there is a network, download the file at https://huggingface.co/datasets/{source} and give its "
+            "path\n"
+        )

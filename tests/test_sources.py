@@ -1,0 +1,208 @@
+"""Files and hub ids: what is no data says so in one sentence, and whatever the chunks, no record is lost."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from data import DataError, Example, load_examples, load_splits, write_examples
+from prompts import ToolCall
+from runtime import Config
+from sources import read_records
+
+ADD = {"name": "add", "description": "Adds.", "parameters": {"a": {"type": "int"}}}
+
+
+def xlam(**changes) -> dict:
+    answers = json.dumps([{"name": "add", "arguments": {"a": 1}}])
+    return {"id": 7, "query": "Add 1.", "tools": json.dumps([ADD]), "answers": answers} | changes
+
+
+def save(path: Path, *records: dict) -> Path:
+    path.write_text(json.dumps(records))
+    return path
+
+
+def ids_of(examples) -> list[str]:
+    return [example.id for example in examples]
+
+
+# ------------------------------------------------------------------------------------------------------- files
+
+
+@pytest.mark.parametrize("name", ["e.jsonl", "e.jsonl.gz"])
+def test_written_examples_come_back_equal(tmp_path, name):
+    past = {"role": "assistant", "content": "", "calls": [ToolCall("add", {"a": 0})]}
+    messages = [{"role": "user", "content": "a\u2028b é"}, past]
+    examples = [
+        Example("1", "synthetic", messages, [ADD], [ToolCall("add", {"a": [1, 1.0, None]})], ("<think>…",)),
+        Example("2", "synthetic", messages[:1], [ADD], []),
+    ]
+    write_examples(tmp_path / name, examples)
+    assert load_examples(tmp_path / name) == (examples, [])
+
+
+def test_the_same_examples_are_written_as_the_same_bytes(tmp_path, monkeypatch):
+    """gzip would put the time and the file's name into its header."""
+    for name, now in (("a.gz", 1.0), ("b.gz", 1e9)):
+        monkeypatch.setattr("gzip.time.time", lambda now=now: now)
+        write_examples(tmp_path / name, [Example("1", "own", [], [], [])])
+    assert (tmp_path / "a.gz").read_bytes() == (tmp_path / "b.gz").read_bytes()
+
+
+def test_a_file_is_replaced_only_by_a_complete_one(tmp_path):
+    path, one = tmp_path / "e.jsonl", Example("1", "own", [], [], [])
+    write_examples(path, [one])
+    with pytest.raises(ZeroDivisionError):
+        write_examples(path, (one if i else 1 / 0 for i in (1, 1, 0)))
+    assert path.read_text().count("\n") == 1 and [file.name for file in tmp_path.iterdir()] == ["e.jsonl"]
+
+
+def test_broken_lines_are_dropped_with_their_numbers(tmp_path):
+    path = tmp_path / "x.jsonl"
+    query = "line\u2028separator"  # str.splitlines() would cut this record in two
+    good = json.dumps(xlam()).replace(", ", ",\r", 1), json.dumps(xlam(query=query), ensure_ascii=False)
+    lines = ["\ufeff" + good[0], "5", '{"id": 1, "que', good[1]]
+    path.write_bytes("\n".join(lines).encode())
+    examples, dropped = load_examples(path)
+    assert [(drop.line, drop.reason) for drop in dropped] == [(2, "broken_json"), (3, "broken_json")]
+    assert [example.messages[0]["content"] for example in examples] == ["Add 1.", query]
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (None, "does not exist"),
+        (b" \n", "is empty"),
+        (b"[]", "no records"),
+        (b"id,query\n1,hello\n", "x.json:1: .*JSON object per line"),
+        (b'[{"query": "", "tools": "", "answers": ""},\n oops]', "not a JSON array: Expecting value in line 2"),
+        (b'[{"query": "", "tools": "", "answers": ""}', "not a JSON array: .* line 1"),
+        (b'[{"query": "", "tools": "", "answers": ""}] x', "not a JSON array: text after its end"),
+        (b'{"prompt": 1, "chosen": 2}', "x.json:1: .*prompt, chosen.*conversations"),
+        (b"\xff\xfe\x00", "cannot be read.*UTF-8"),
+    ],
+)
+def test_a_file_that_is_no_data_says_what_is_wrong(tmp_path, content, complaint):
+    path = tmp_path / "x.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=complaint):
+        load_examples(path)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 64, 1 << 20])
+@pytest.mark.parametrize("items", [[], [1, -2.5, "a]", None], [{"a": [{"b": "],"}, []]}, [], {}], [12345678] * 3])
+def test_an_array_is_read_alike_whatever_the_chunks(tmp_path, monkeypatch, chunk, items):
+    """A number at the end of a chunk is whole by itself: 123|45."""
+    monkeypatch.setattr("sources.CHUNK", chunk)
+    path = tmp_path / "x.json"
+    for text in (json.dumps(items), "\n " + json.dumps(items, indent=2) + "\n\n"):
+        path.write_text(text)
+        assert list(read_records(path)) == list(enumerate(items, 1))
+
+
+@pytest.mark.parametrize("chunk", [3, 1 << 20])
+def test_a_broken_array_names_the_line(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr("sources.CHUNK", chunk)
+    path = tmp_path / "x.json"
+    path.write_text('\n[{"a": 1},\n\n {"b": }]')
+    with pytest.raises(DataError, match="Expecting value in line 4; repair"):
+        list(read_records(path))
+
+
+def test_a_file_that_is_cut_off_gives_nothing_away(tmp_path):
+    """What was read before the end of a broken download must not pass for all there is."""
+    whole = gzip.compress(json.dumps([xlam(id=i, query=str(i)) for i in range(500)]).encode())
+    for name, data in (("x.json.gz", whole[:-400]), ("x.json", gzip.decompress(whole)[:-5])):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(DataError, match="cannot be read|not a JSON array"):
+            load_examples(tmp_path / name)
+
+
+# --------------------------------------------------------------------------------------------------------- hub
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub of two files, without a network. Returns the names that were asked for."""
+    asked = []
+
+    def download(repository: str, name: str, repo_type: str) -> str:
+        asked.append((repository, name, repo_type))
+        return str(save(tmp_path / "downloaded.json", xlam()))
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    files = {"me/one": ["README.md", "data/train.json", "dataset_infos.json"], "me/two": ["a.jsonl", "b.parquet"]}
+    files["me/none"] = ["README.md"]
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda self, name, repo_type: files[name])
+    monkeypatch.chdir(tmp_path)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("source", "repository", "name"),
+    [
+        ("Salesforce/xlam-function-calling-60k", "Salesforce/xlam-function-calling-60k", "xlam_function_calling_60k.json"),
+        ("Team-ACE/ToolACE", "Team-ACE/ToolACE", "data.json"),
+        ("me/one", "me/one", "data/train.json"),
+        ("me/two/sub/b.json", "me/two", "sub/b.json"),
+    ],
+)
+def test_hub_ids_are_fetched_also_by_a_training_run(hub, source, repository, name):
+    assert ids_of(load_splits(Config(data=source, test_share=0.0)).train) == ["7"]
+    assert hub == [(repository, name, "dataset")]
+
+
+def test_a_path_that_exists_wins_and_a_mistyped_one_is_no_hub_id(hub, tmp_path):
+    (tmp_path / "me/one").mkdir(parents=True)
+    save(tmp_path / "me/one/data.json", xlam(id="local"))
+    (tmp_path / "Team-ACE").mkdir()
+    save(tmp_path / "Team-ACE/ToolACE", xlam(id="local"))
+    for path in ("me/one", "me/one/data.json", "Team-ACE/ToolACE"):
+        assert ids_of(load_examples(path)[0]) == ["local"]
+    for path in ("you/data.json", "me/one/other.json", "./x/y", "../x/y", "/x/y"):
+        with pytest.raises(DataError, match=f"{path.lstrip('./')} does not exist; check the path"):
+            load_examples(path)
+    assert hub == []
+
+
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ("me/two", "me/two holds several data files: a.jsonl, b.parquet; name one, as me/two/FILE"),
+        ("me/none", "me/none holds no .json, .jsonl, .json.gz, .jsonl.gz, .parquet file"),
+    ],
+)
+def test_a_data_set_must_have_one_file(hub, source, complaint):
+    with pytest.raises(DataError, match=complaint):
+        load_examples(source)
+
+
+@pytest.mark.parametrize(
+    ("error", "complaint"),
+    [
+        ("GatedRepoError", "me/x is a gated data set: accept its licence at https://.*/datasets/me/x and set HF_TOKEN"),
+        ("RepositoryNotFoundError", "me/x is neither a file here nor a data set .*; check the path or the id"),
+        ("LocalEntryNotFoundError", "me/x is no file here, and the .* hub is out of reach .*; .* give its path"),
+        ("EntryNotFoundError", "me/x on the Hugging Face hub has no file y.json"),
+        ("HfHubHTTPError", "me/x could not be fetched from the Hugging Face hub: 503; download .* give its path"),
+    ],
+)
+def test_a_hub_that_refuses_is_one_sentence(monkeypatch, error, complaint):
+    from huggingface_hub import errors
+
+    class Refusal(getattr(errors, error)):  # the genuine ones want an HTTP response
+        def __init__(self) -> None:
+            Exception.__init__(self, "503")
+
+        __str__ = Exception.__str__
+
+    def refuse(*_, **__):
+        raise Refusal
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
+    with pytest.raises(DataError, match=complaint) as caught:
+        load_examples("me/x/y.json")
+    assert "\n" not in str(caught.value)
