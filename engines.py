@@ -386,7 +386,8 @@ def continuous_batching(
     use_attention(model, "generate")
     settings = ContinuousBatchingConfig(return_logprobs=True, seed=prompts[0].seed % 2**31)
     if next(model.parameters()).device.type == "cpu":  # where it would take nearly all of the machine's memory
-        settings.num_blocks = sum(copies * -(-(len(p.ids) + max_new_tokens) // settings.page_size) for p in prompts) + 8
+        page = getattr(settings, "page_size", 0) or settings.block_size  # its name in transformers 5.17
+        settings.num_blocks = sum(copies * -(-(len(p.ids) + max_new_tokens) // page) for p in prompts) + 8
         settings.max_batch_tokens = 2048
     with _own_generation_config(model, **_settings(copies, temperature, max_new_tokens, stops)) as config:
         results = model.generate_batch(

@@ -28,16 +28,14 @@ from data import DataError, Tokenized, load_splits, tokenize_splits
 from engines import ENGINES, Prompt
 from model import (
     ModelError,
-    Packed,
-    attention_backend,
     count_parameters,
     export,
     load_model,
     load_tokenizer,
-    pack,
-    split_by_tokens,
     token_logprobs,
+    uses_shared_prefix,
 )  # fmt: skip
+from packing import Packed, attention_backend, micro_batches, pack
 from plot import summarize
 from prompts import PromptError, check_tokenizer, load_template
 from reward import Reward, RewardError, RewardFunction, reward_function
@@ -125,11 +123,12 @@ def shuffled(rewards: Tensor, config: Config, step: int, ranks: Ranks) -> Tensor
 
 
 def make_minibatches(
-    groups: Sequence[Group], advantages: Tensor, config: Config, ranks: Ranks
+    groups: Sequence[Group], advantages: Tensor, config: Config, ranks: Ranks, shared: bool = True
 ) -> list[list[MicroBatch]]:
     """This rank's groups as minibatches (one optimizer update each) of micro-batches (one forward/backward each).
 
     With skip_zero_variance, groups whose advantages are all 0 are left out: neither loss, KL nor token count sees them.
+    shared: whether the model takes packed groups (model.uses_shared_prefix).
     """
     per_update = config.minibatch_prompts // ranks.world
     teaches = (advantages != 0).any(1).tolist()
@@ -137,13 +136,14 @@ def make_minibatches(
     for start in range(0, len(groups), per_update):
         own = range(start, min(start + per_update, len(groups)))
         own = [i for i in own if teaches[i] or not config.skip_zero_variance]
-        sizes = [len(groups[i].prompt.ids) + sum(map(len, groups[i].responses)) for i in own]
+        sizes = [(len(groups[i].prompt.ids), [len(ids) for ids in groups[i].responses]) for i in own]
         micro = []
-        for part in split_by_tokens(sizes, config.max_tokens_per_micro_batch):
-            chosen = [own[k] for k in part]
-            packed = pack([(groups[i].prompt.ids, groups[i].responses) for i in chosen], ranks.device)
-            per_response = advantages[chosen].flatten().to(ranks.device)
-            sampled = torch.tensor([x for i in chosen for row in groups[i].logprobs for x in row], device=ranks.device)
+        for parts in micro_batches(sizes, config.max_tokens_per_micro_batch, shared):
+            chosen = [(groups[own[k]], advantages[own[k], part], part) for k, part in parts]
+            packed = pack([(group.prompt.ids, group.responses[part]) for group, _, part in chosen], ranks.device, shared)
+            per_response = torch.cat([values for _, values, _ in chosen]).to(ranks.device)
+            sampled = [x for group, _, part in chosen for row in group.logprobs[part] for x in row]
+            sampled = torch.tensor(sampled, device=ranks.device)
             micro.append(MicroBatch(packed, per_response.repeat_interleave(packed.counts), sampled))
         minibatches.append(micro)
     return minibatches
@@ -255,7 +255,7 @@ def train(run: Run) -> None:
         if config.shuffle_rewards:
             rewards = shuffled(rewards, config, step, ranks)
         advantages = group_advantages(rewards)
-        minibatches = make_minibatches(groups, advantages, config, ranks)
+        minibatches = make_minibatches(groups, advantages, config, ranks, uses_shared_prefix(run.policy))
         with clock("reference"):
             fixed_logprobs(None, run.reference, minibatches, config)
         with clock("old_logprobs"):

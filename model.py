@@ -1,15 +1,16 @@
-"""Models: load or build one, choose its attention kernels, pack groups, and compute token log-probs.
+"""Models: load or build one, find out how it can be run, compute token log-probs, export.
 
-Training computes every prompt once. A group is packed as [prompt, response 1 … response G]: positions of each response
-restart after the prompt, and a response attends to the prompt and to itself (shared-prefix attention). It is an
-ordinary entry of transformers' attention interface, so Qwen2, Qwen3 and Llama models work unchanged.
+Training computes every prompt once (packing.py) and holds no full logits (head.py); Qwen2, Qwen3 and Llama models work
+unchanged. What a model can do is tried out when it is loaded; one that can not be packed is trained on plain rows.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Sequence
+import os
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,6 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
@@ -30,28 +30,33 @@ from transformers import (
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging as transformers_logging
 
+from head import head_logprobs
+from packing import Packed, UnsupportedAttention, attention_backend, pack, shared_prefix_attention
 from prompts import END_TOKENS, TAGS, stop_ids
 
 SHARED_PREFIX = "shared_prefix"
-KEPT_LOGITS = 2**23  # logits of one micro-batch that are not worth recomputing: 32 MiB
+PROBE = [([1, 2, 3], [[4, 5, 6], [7, 8]]), ([2, 1], [[3, 9, 5, 4], [6]])]  # groups that a new model is tried out on
+PROBE_ERROR = 1e-3  # relative; fp32 rounding stays far below, a wrong mask or position far above
 
 
 class ModelError(ValueError):
     """A model or tokenizer that cannot be used; the message says which and what to do."""
 
 
-# ---------------------------------------------------------------------------------------------- attention kernels
+# ------------------------------------------------------------------------------------------ attention and log-probs
 
 
-def attention_backend(device: torch.device) -> str:
-    """Which kernels run: "flash_attn" (the package) or "torch_varlen" on CUDA, "sdpa" on CPU."""
-    if device.type != "cuda":
-        return "sdpa"
-    try:
-        from flash_attn import flash_attn_varlen_func  # noqa: F401
-    except ImportError:
-        return "torch_varlen"
-    return "flash_attn"
+@dataclass(frozen=True)
+class Abilities:
+    """How a model is run, found out once by `prepare_model`.
+
+    attention: transformers' name of the model's own attention. shared_prefix: whether packed groups give its numbers.
+    head_only: whether its logits are its LM head's output and nothing more (Gemma 2 caps them).
+    """
+
+    attention: str
+    shared_prefix: bool
+    head_only: bool
 
 
 def autocast(device: torch.device):
@@ -59,189 +64,51 @@ def autocast(device: torch.device):
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def uses_shared_prefix(model: nn.Module) -> bool:
+    """Whether a prepared model runs on packed groups; else it needs `pack(..., shared=False)`."""
+    return model.abilities.shared_prefix
+
+
 def use_attention(model: nn.Module, phase: str) -> None:
     """Switches a model between "train" (packed groups) and "generate" (transformers' own attention with a cache)."""
-    flash = attention_backend(next(model.parameters()).device) == "flash_attn"
-    model.set_attn_implementation(SHARED_PREFIX if phase == "train" else "flash_attention_2" if flash else "sdpa")
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Where the groups of one packed row lie. Index tensors are on the model's device.
-
-    groups: per group (start, prompt length P, index [G, R] of its padded responses, bool mask [R, P + R], the rows of
-    the flattened [G·R] that are real): what SDPA needs. kv_index [total_k], cu_q, cu_k [segments + 1] and the longest
-    segments: what variable-length kernels need; segments are each prompt, then each of its responses.
-    """
-
-    groups: list[tuple[int, int, Tensor, Tensor, Tensor]]
-    kv_index: Tensor
-    cu_q: Tensor
-    cu_k: Tensor
-    max_q: int
-    max_k: int
-
-
-def shared_prefix_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, scaling: float, shared: Layout, **_
-) -> tuple[Tensor, None]:
-    """Attention over packed groups. query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D].
-
-    Equal to one causal pass per prompt + response (tests/test_model.py), with the prompt's part computed once.
-    """
-    if query.is_cuda:
-        rows = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
-        return _varlen_attention(*rows, scaling, shared)[None], None
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    parts = []
-    for start, length, index, mask, real in shared.groups:
-        prompt = slice(start, start + length)
-        prompt_k, prompt_v = key[:, :, prompt], value[:, :, prompt]
-        out = F.scaled_dot_product_attention(query[:, :, prompt], prompt_k, prompt_v, is_causal=True, scale=scaling)
-        parts.append(out[0].transpose(0, 1))  # [P, H, D]
-        q, k, v = (x[0][:, index].transpose(0, 1) for x in (query, key, value))  # [G, H, R, D]
-        k = torch.cat([prompt_k.expand(len(index), -1, -1, -1), k], 2)
-        v = torch.cat([prompt_v.expand(len(index), -1, -1, -1), v], 2)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)  # [G, H, R, D]
-        parts.append(out.transpose(1, 2).flatten(0, 1)[real])
-    return torch.cat(parts)[None], None
-
-
-def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, shared: Layout) -> Tensor:
-    """[T, H, D], [T, Hkv, D] twice -> [T, H, D]: every segment is causal, aligned to the bottom right of its K/V."""
-    # Rotary embeddings leave fp32 behind under autocast, and flash kernels take 16 bits only.
-    dtype = torch.get_autocast_dtype("cuda") if query.dtype == torch.float32 and query.is_cuda else query.dtype
-    # A prompt's K/V serve G + 1 segments: the gather runs in fp32 so that its backward adds the gradients in fp32.
-    key, value = (x.float()[shared.kv_index].to(dtype) for x in (key, value))
-    query = query.to(dtype)
-    lengths = (shared.cu_q, shared.cu_k, shared.max_q, shared.max_k)
-    if attention_backend(query.device) == "flash_attn":
-        from flash_attn import flash_attn_varlen_func
-
-        return flash_attn_varlen_func(query, key, value, *lengths, softmax_scale=scaling, causal=True)
-    from torch.nn.attention.varlen import varlen_attn
-
-    repeats = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    return varlen_attn(query, key, value, *lengths, scale=scaling, window_size=(-1, 0))
-
-
-# ------------------------------------------------------------------------------------------------------- packing
-
-
-@dataclass(frozen=True)
-class Packed:
-    """One micro-batch: groups packed into a single row of T tokens with N response tokens.
-
-    ids, positions [1, T]; predict [N]: the position whose output predicts each response token; target [N]: that token;
-    counts: response tokens per response, in order, so that per-response values expand with repeat_interleave.
-    """
-
-    ids: Tensor
-    positions: Tensor
-    layout: Layout
-    predict: Tensor
-    target: Tensor
-    counts: Tensor
-
-
-def pack(groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], device: torch.device) -> Packed:
-    """Packs (prompt ids, list of response ids) groups into one row. Responses keep their end token: it is learned too."""
-    ids: list[int] = []
-    positions: list[int] = []
-    predict: list[int] = []
-    target: list[int] = []
-    counts: list[int] = []
-    layouts, kv_index, query_lengths, key_lengths = [], [], [], []
-    for prompt, responses in groups:
-        start, length = len(ids), len(prompt)
-        if not length or not responses or not all(responses):
-            raise ValueError("a group needs a prompt and responses of at least one token each")
-        ids += prompt
-        positions += range(length)
-        kv_index.append(torch.arange(start, start + length))
-        query_lengths.append(length)
-        key_lengths.append(length)
-        longest = max(map(len, responses))
-        index, real = torch.zeros(len(responses), longest, dtype=torch.long), []
-        for row, response in enumerate(responses):
-            first, size = len(ids), len(response)
-            ids += response
-            positions += range(length, length + size)
-            # The prompt's last token predicts the first response token of every response of the group.
-            predict += [start + length - 1, *range(first, first + size - 1)]
-            target += response
-            counts.append(size)
-            index[row, :size] = torch.arange(first, first + size)
-            real.append(torch.arange(size) + row * longest)
-            kv_index.append(torch.cat([torch.arange(start, start + length), torch.arange(first, first + size)]))
-            query_lengths.append(size)
-            key_lengths.append(length + size)
-        mask = torch.ones(longest, length + longest, dtype=torch.bool).tril(length)
-        layouts.append((start, length, index.to(device), mask.to(device), torch.cat(real).to(device)))
-    flat = torch.tensor(ids)
-    cu = [F.pad(torch.tensor(sizes).cumsum(0), (1, 0)).to(device, torch.int32) for sizes in (query_lengths, key_lengths)]
-    layout = Layout(layouts, torch.cat(kv_index).to(device), *cu, max(query_lengths), max(key_lengths))
-    return Packed(
-        flat[None].to(device), torch.tensor(positions)[None].to(device), layout, torch.tensor(predict).to(device),
-        torch.tensor(target).to(device), torch.tensor(counts).to(device),
-    )  # fmt: skip
-
-
-def split_by_tokens(sizes: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices into `sizes`, in order, cut into micro-batches of at most `budget` tokens (a larger one stands alone)."""
-    batches: list[list[int]] = []
-    filled = budget + 1
-    for i, size in enumerate(sizes):
-        if filled + size > budget:
-            batches.append([])
-            filled = 0
-        batches[-1].append(i)
-        filled += size
-    return batches
-
-
-# ----------------------------------------------------------------------------------------------------- log-probs
+    packed = phase == "train" and uses_shared_prefix(model)
+    model.set_attn_implementation(SHARED_PREFIX if packed else model.abilities.attention)
 
 
 def token_logprobs(
-    model: nn.Module, packed: Packed, temperature: float, chunk: int = 1024, entropy: bool = True
+    model: nn.Module, packed: Packed, temperature: float, entropy: bool = True, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Log-probs of the response tokens, and the entropy at each (no gradient; 0 if not asked for): [N], [N] float32.
 
-    The policy, old and reference models all go through here, with the temperature that the sampler used. The LM head
-    runs in chunks that are recomputed in the backward, so no [T, V] tensor outlives its chunk; small ones are kept.
+    The policy, old and reference models all go through here, with the temperature that the sampler used. chunk: tokens
+    that the LM head does at a time (head.py).
     """
+    if packed.layout is not None and not uses_shared_prefix(model):
+        raise ValueError("this model does not run on packed groups: use pack(..., shared=uses_shared_prefix(model))")
     with autocast(packed.ids.device):
-        hidden = model.get_decoder()(
-            input_ids=packed.ids,
-            position_ids=packed.positions,
-            # A ready 4-d mask makes transformers build none of its own: the layout says who attends to whom.
-            attention_mask=torch.zeros(1, 1, 1, 1, device=packed.ids.device),
-            use_cache=False,
-            shared=packed.layout,
-        ).last_hidden_state[0][packed.predict]
-        head = model.get_output_embeddings()
-        parts = []
-        for h, t in zip(hidden.split(chunk), packed.target.split(chunk)):
-            if len(packed.target) * head.out_features <= KEPT_LOGITS:
-                parts.append(_head_chunk(head, h, t, temperature, entropy))
-            else:
-                parts.append(checkpoint(_head_chunk, head, h, t, temperature, entropy, use_reentrant=False))
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
-
-
-def _head_chunk(
-    head: nn.Module, hidden: Tensor, target: Tensor, temperature: float, entropy: bool
-) -> tuple[Tensor, Tensor]:
-    logits = head(hidden).float() / temperature
+        if model.abilities.head_only:
+            hidden, head = _hidden(model, packed), model.get_output_embeddings()
+            return head_logprobs(hidden, head.weight, head.bias, packed.target, temperature, entropy=entropy, chunk=chunk)
+        logits = model(**_inputs(packed)).logits.flatten(0, 1)[packed.predict].float() / temperature
     lse = logits.logsumexp(-1)
-    logprobs = logits.gather(-1, target[:, None])[:, 0] - lse
-    if not entropy:
-        return logprobs, torch.zeros_like(logprobs)
+    logprobs = logits.gather(-1, packed.target[:, None])[:, 0] - lse
     with torch.no_grad():
-        return logprobs, lse - (logits * (logits - lse[:, None]).exp()).sum(-1)
+        return logprobs, lse - (logits.softmax(-1) * logits).sum(-1) if entropy else torch.zeros_like(lse)
+
+
+def _inputs(packed: Packed) -> dict:
+    inputs = {"input_ids": packed.ids, "position_ids": packed.positions, "use_cache": False}
+    if packed.layout is None:
+        return inputs
+    # A ready 4-d mask makes transformers build none of its own: the layout says who attends to whom.
+    return inputs | {"attention_mask": torch.zeros(1, 1, 1, 1, device=packed.ids.device), "shared": packed.layout}
+
+
+def _hidden(model: nn.Module, packed: Packed) -> Tensor:
+    """[N, H]: the last hidden states that predict the response tokens."""
+    hidden = model.get_decoder()(**_inputs(packed)).last_hidden_state
+    # The same as indexing, but the rows used several times get their gradient in a fixed order on CPU threads too.
+    return F.embedding(packed.predict, hidden.flatten(0, 1))
 
 
 # -------------------------------------------------------------------------------------------- load, build, export
@@ -273,17 +140,73 @@ def load_model(path: str, device: torch.device, gradient_checkpointing: bool = F
 
 
 def prepare_model(model: nn.Module, device: torch.device, gradient_checkpointing: bool = False) -> nn.Module:
-    """Moves a model to its device, gives it shared-prefix attention and clean generation defaults."""
-    if getattr(model.config, "use_sliding_window", False):
-        raise ModelError("model: sliding-window attention is not supported by the packed training step")
+    """Moves a model to its device and finds out how it can be trained; warns once where that is not the fast way."""
     transformers_logging.disable_progress_bar()  # ours are enough
     AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
     AttentionMaskInterface.register(SHARED_PREFIX, lambda *args, **kwargs: None)
     model.to(device)
+    model.abilities, limits = probe(model)
+    if limits and os.environ.get("RANK", "0") == "0":
+        warnings.warn(f"model: {'; '.join(limits)}", stacklevel=2)
     if gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        options = {"use_reentrant": False}
+        if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.2x on
+            model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        else:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     use_attention(model, "train")
     return model
+
+
+@torch.no_grad()
+def probe(model: nn.Module) -> tuple[Abilities, list[str]]:
+    """What a model can do, and a sentence for everything that it can not, tried out on PROBE in the model's own dtype.
+
+    The model's own forward pass is the measure: of its LM head alone, and of packed groups.
+    """
+    own, training = model.config._attn_implementation, model.training
+    model.eval()
+    rows, limits = pack(PROBE, next(model.parameters()).device, shared=False), []
+    hidden, logits = _hidden(model, rows), model(**_inputs(rows)).logits.flatten(0, 1)[rows.predict]
+    head = model.get_output_embeddings()
+    head_only = isinstance(head, nn.Linear) and _near(F.linear(hidden, head.weight, head.bias), logits)
+    if not head_only:
+        limits.append("its logits are not its LM head's output alone, so log-probs need the memory of full logits")
+    reason = _why_not_packed(model, hidden)
+    if reason:
+        limits.append(f"{reason}, so prompts are computed once per response and not once per group")
+    if attention_backend(hidden.device) == "flash_attn":
+        with contextlib.suppress(ImportError, ValueError):  # a model without it keeps its own
+            model.set_attn_implementation("flash_attention_2")
+            own = "flash_attention_2"
+    model.train(training)
+    return Abilities(own, not reason, head_only), limits
+
+
+def _why_not_packed(model: nn.Module, hidden: Tensor) -> str:
+    """What stands against packed groups; nothing where they give `hidden`, the output on the plain rows of PROBE."""
+    kinds = set(getattr(model.config, "layer_types", None) or []) - {"full_attention"}
+    if kinds:
+        return f"it has layers of {', '.join(sorted(kinds))}"
+    tries = [(contextlib.nullcontext(), PROBE_ERROR)]
+    if hidden.is_cuda:
+        tries.append((autocast(hidden.device), 0.1))  # the kernels of training: may be missing on an older GPU
+    for context, error in tries:
+        try:
+            model.set_attn_implementation(SHARED_PREFIX)
+            with context:
+                packed = _hidden(model, pack(PROBE, hidden.device))
+        except UnsupportedAttention as reason:
+            return str(reason)
+        except Exception as reason:  # what goes wrong here would go wrong in training, and the reason is printed
+            return f"it does not run on packed groups ({_first_line(reason)})"
+        if not _near(packed, hidden, error):
+            return "packed groups change its output"
+    return ""
+
+
+def _near(a: Tensor, b: Tensor, error: float = PROBE_ERROR) -> bool:
+    return bool((a - b).float().norm() <= error * b.float().norm())
 
 
 def _check_path(path: str) -> None:
@@ -293,7 +216,7 @@ def _check_path(path: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 CHATML = (

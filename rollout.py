@@ -21,7 +21,7 @@ from tqdm import tqdm
 from config import Config
 from data import KINDS, Tokenized, example_kind
 from engines import ENGINES, Prompt, rows_that_fit
-from model import ModelError, autocast, load_model, load_tokenizer, use_attention
+from model import ModelError, autocast, load_model, load_tokenizer, use_attention, uses_shared_prefix
 from prompts import check_tokenizer, decode_reply, encode_prompt, stop_ids
 from reward import Reward, score
 from runtime import Ranks
@@ -69,6 +69,8 @@ def sample_groups(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     copies = group_size if temperature > 0 else 1  # greedy copies would be equal
     device = next(model.parameters()).device
+    if engine == "shared_prefix" and not uses_shared_prefix(model):  # prepare_model has said why
+        engine = "generate"
     groups: dict[int, Group] = {}
     model.eval()
     try:

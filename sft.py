@@ -28,10 +28,10 @@ from model import (
     export,
     load_model,
     load_tokenizer,
-    pack,
-    split_by_tokens,
     token_logprobs,
+    uses_shared_prefix,
 )  # fmt: skip
+from packing import micro_batches, pack
 from prompts import PromptError, check_tokenizer, encode_reply, load_template, render_completion, render_prompt
 from rollout import evaluate
 from runtime import (
@@ -59,11 +59,11 @@ def replies_to_imitate(example: Example) -> tuple[str, ...]:
 
 def sft_update(policy: nn.Module, optimizer, groups: list, config: Config, ranks: Ranks) -> dict[str, float]:
     """Collective. One optimizer step on (prompt ids, replies) groups; the loss is the mean over all reply tokens."""
-    sizes = [len(prompt) + sum(map(len, replies)) for prompt, replies in groups]
+    sizes, shared = [(len(prompt), list(map(len, replies))) for prompt, replies in groups], uses_shared_prefix(policy)
     total = ranks.sum([float(sum(len(r) for _, replies in groups for r in replies))])[0]
     loss = 0.0
-    for batch in split_by_tokens(sizes, config.max_tokens_per_micro_batch):
-        packed = pack([groups[i] for i in batch], ranks.device)
+    for batch in micro_batches(sizes, config.max_tokens_per_micro_batch, shared):
+        packed = pack([(groups[i][0], groups[i][1][part]) for i, part in batch], ranks.device, shared)
         logprobs, _ = token_logprobs(policy, packed, temperature=1.0, entropy=False)
         part = -logprobs.sum() / total
         part.backward()

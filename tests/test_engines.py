@@ -1,5 +1,7 @@
 """engines.py: every engine gives the same greedy tokens and samples from the same distribution, after an update too."""
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,14 +48,14 @@ def model():
     return build("qwen2")
 
 
-def one_by_one(model, prompt: list[int], max_new_tokens: int) -> list[int]:
+def one_by_one(model, prompt: list[int], max_new_tokens: int, stops: Sequence[int] = tuple(STOPS)) -> list[int]:
     """Greedy decoding that computes everything anew for each token: nothing can be stale or out of place."""
     use_attention(model, "generate")
     ids = list(prompt)
     while len(ids) < len(prompt) + max_new_tokens:
         with torch.no_grad():
             ids.append(model(torch.tensor([ids])).logits[0, -1].argmax().item())
-        if ids[-1] in STOPS:
+        if ids[-1] in stops:
             break
     return ids[len(prompt) :]
 
@@ -199,3 +201,24 @@ def test_a_partial_result_of_continuous_batching_is_an_error(model, monkeypatch)
     monkeypatch.setattr(model, "generate_batch", lambda *a, **k: dict(list(real(*a, **k).items())[1:]))
     with pytest.raises(ModelError, match="returned 11 of 12 completions"):
         ENGINES["continuous_batching"](model, PROMPTS, 2, 1.0, 4, STOPS)
+
+
+# ----------------------------------------------------------------------------------------------------- fallback
+
+
+def test_a_model_with_sliding_windows_is_sampled_by_generate():
+    """The default engine knows only full attention; a window of 8 tokens would be silently ignored."""
+    from test_rollout import build_tiny_tokenizer
+
+    from rollout import sample_groups
+
+    torch.manual_seed(0)
+    window = dict(use_sliding_window=True, sliding_window=8, max_window_layers=0)
+    model = Qwen2ForCausalLM(Qwen2Config(**SHAPE | {"vocab_size": 300}, **window))
+    with pytest.warns(UserWarning, match="sliding"):
+        model = prepare_model(model, torch.device("cpu")).eval()
+    prompt = Prompt("long", torch.randint(250, (30,), generator=torch.Generator().manual_seed(1)).tolist())
+    (group,) = sample_groups(
+        model, build_tiny_tokenizer(["a"], 300), [prompt], group_size=1, temperature=0, max_new_tokens=10, batch_size=4
+    )  # fmt: skip
+    assert group.responses[0][:10] == one_by_one(model, prompt.ids, 10, stops=())

@@ -23,7 +23,8 @@ from torch.testing import assert_close
 import grpo
 from config import Config, ConfigError
 from grpo import group_advantages, kl_k3, make_minibatches, policy_loss, update_policy
-from model import build_tiny_model, build_tiny_tokenizer, load_model, pack, token_logprobs
+from model import build_tiny_model, build_tiny_tokenizer, load_model, token_logprobs
+from packing import pack
 from reward import Reward
 from rollout import Group, Prompt
 from runtime import Ranks, read_jsonl, start_ranks
@@ -230,7 +231,7 @@ def test_the_kl_term_pulls_towards_the_reference(policy, ranks):
     assert metrics["kl"] == 0, "the reference's log-probs go through the same code at the same temperature"
 
 
-@pytest.mark.parametrize(("tokens", "parts"), [(10**6, 1), (70, 2), (1, 4)])
+@pytest.mark.parametrize(("tokens", "parts"), [(10**6, 1), (70, 2), (1, 12)])
 def test_micro_batches_change_no_gradient(policy, ranks, tokens, parts):
     """Gradient accumulation that averages per micro-batch gives short completions in small batches too much weight."""
     config = settings_of(kl_coef=0.3, max_tokens_per_micro_batch=tokens)
@@ -243,11 +244,16 @@ def test_micro_batches_change_no_gradient(policy, ranks, tokens, parts):
 
 
 def test_each_token_of_a_completion_has_its_advantage(ranks):
-    (minibatch,) = make_minibatches(random_groups(), ADVANTAGES, settings_of(max_tokens_per_micro_batch=1), ranks)
-    for micro, group, row in zip(minibatch, random_groups(), ADVANTAGES.tolist()):
-        expected = [a for response, a in zip(group.responses, row) for _ in response]
-        assert micro.advantages.tolist() == pytest.approx(expected)
-        assert micro.packed.target.tolist() == [token for response in group.responses for token in response]
+    groups = random_groups()
+    responses = [response for group in groups for response in group.responses]
+    values = [a for row in ADVANTAGES.tolist() for a in row]
+    for budget in (1, 10**6):  # a response alone, and all of them in one row
+        (minibatch,) = make_minibatches(groups, ADVANTAGES, settings_of(max_tokens_per_micro_batch=budget), ranks)
+        assert len(minibatch) == (12 if budget == 1 else 1)
+        advantages = [a for micro in minibatch for a in micro.advantages.tolist()]
+        assert advantages == pytest.approx([a for response, a in zip(responses, values) for _ in response])
+        targets = [token for micro in minibatch for token in micro.packed.target.tolist()]
+        assert targets == [token for response in responses for token in response]
 
 
 # ------------------------------------------------------------------------------------- groups that teach nothing

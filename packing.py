@@ -1,0 +1,290 @@
+"""Groups as one row of tokens, and the attention over such a row.
+
+A group is packed as [prompt, response 1 … response G]: the positions of each response restart after the prompt, and a
+response attends to the prompt and to itself, so a prompt is computed once however many responses it has. The attention
+is an ordinary entry of transformers' attention interface. Models that need more of their attention than it offers get
+every prompt + response as a row of its own instead.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Keywords that models hand to every attention function and that change nothing here: the layout says who attends to
+# whom, and dropout would make the ratio of two passes noise.
+HARMLESS = {"dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states"}
+
+
+class UnsupportedAttention(ValueError):
+    """A model asks its attention for something that shared_prefix_attention does not do."""
+
+
+# ------------------------------------------------------------------------------------------------------- packing
+
+
+@dataclass(frozen=True)
+class Span:
+    """One group in a packed row: a prompt of P tokens, then its G responses, of R tokens at most, N in all.
+
+    real [N]: where the responses' tokens are in their padded [G, R] form, flattened.
+    """
+
+    prompt: int
+    responses: int
+    longest: int
+    real: Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the groups of one packed row lie. Tensors are on the model's device.
+
+    spans: the groups in order: what SDPA needs. kv_index [total_k], cu_q, cu_k [segments + 1] and the
+    longest segments: what variable-length kernels need; segments are each prompt, then each of its responses. by_source
+    [total_k] sorts kv_index, and uses [T] counts how often each token stands in it: to add up gradients.
+    """
+
+    spans: list[Span]
+    kv_index: Tensor
+    by_source: Tensor
+    uses: Tensor
+    cu_q: Tensor
+    cu_k: Tensor
+    max_q: int
+    max_k: int
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One micro-batch with N response tokens: a single row of T packed tokens, or (layout None) B right-padded rows.
+
+    ids, positions [1, T] or [B, T]; predict [N]: the place in the flattened rows whose output predicts each response
+    token; target [N]: that token; counts: response tokens per response, in order, so that per-response values expand
+    with repeat_interleave.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    layout: Layout | None
+    predict: Tensor
+    target: Tensor
+    counts: Tensor
+
+
+def pack(
+    groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], device: torch.device, shared: bool = True
+) -> Packed:
+    """Packs (prompt ids, list of response ids) groups into one row, or into a row per response where not `shared`.
+
+    Responses keep their end token: it is learned too.
+    """
+    for prompt, responses in groups:
+        if not prompt or not responses or not all(responses):
+            raise ValueError("a group needs a prompt and responses of at least one token each")
+    return _pack_shared(groups, device) if shared else _pack_rows(groups, device)
+
+
+def _pack_shared(groups: Sequence[tuple], device: torch.device) -> Packed:
+    ids: list[int] = []
+    positions: list[int] = []
+    predict: list[int] = []
+    target: list[int] = []
+    counts: list[int] = []
+    spans, kv_index, query_lengths, key_lengths = [], [], [], []
+    for prompt, responses in groups:
+        start, length, longest = len(ids), len(prompt), max(map(len, responses))
+        ids += prompt
+        positions += range(length)
+        prompt_rows, real = torch.arange(start, start + length), []
+        kv_index.append(prompt_rows)
+        query_lengths.append(length)
+        key_lengths.append(length)
+        for i, response in enumerate(responses):
+            first, size = len(ids), len(response)
+            ids += response
+            positions += range(length, length + size)
+            # The prompt's last token predicts the first response token of every response of the group.
+            predict += [start + length - 1, *range(first, first + size - 1)]
+            target += response
+            counts.append(size)
+            real += range(i * longest, i * longest + size)
+            kv_index += [prompt_rows, torch.arange(first, first + size)]
+            query_lengths.append(size)
+            key_lengths.append(length + size)
+        spans.append(Span(length, len(responses), longest, torch.tensor(real, device=device)))
+    rows = torch.cat(kv_index)
+    cu = [F.pad(torch.tensor(sizes).cumsum(0), (1, 0)).to(device, torch.int32) for sizes in (query_lengths, key_lengths)]
+    by_source, uses = rows.argsort(stable=True), rows.bincount(minlength=len(ids))
+    indices = (x.to(device) for x in (rows, by_source, uses))
+    layout = Layout(spans, *indices, *cu, max(query_lengths), max(key_lengths))
+    ids, positions, predict, target, counts = (
+        torch.tensor(x, device=device) for x in (ids, positions, predict, target, counts)
+    )
+    return Packed(ids[None], positions[None], layout, predict, target, counts)
+
+
+def _pack_rows(groups: Sequence[tuple], device: torch.device) -> Packed:
+    rows = [(len(prompt), [*prompt, *response]) for prompt, responses in groups for response in responses]
+    width = max(len(row) for _, row in rows)
+    # On the right nothing needs a mask: causal attention never looks there, and no output there is used.
+    ids = torch.tensor([row + [0] * (width - len(row)) for _, row in rows], device=device)
+    predict = [i * width + k - 1 for i, (start, row) in enumerate(rows) for k in range(start, len(row))]
+    target = [token for start, row in rows for token in row[start:]]
+    counts = [len(row) - start for start, row in rows]
+    predict, target, counts = (torch.tensor(x, device=device) for x in (predict, target, counts))
+    return Packed(ids, torch.arange(width, device=device).expand_as(ids), None, predict, target, counts)
+
+
+def micro_batches(
+    sizes: Sequence[tuple[int, Sequence[int]]], budget: int, shared: bool = True
+) -> list[list[tuple[int, slice]]]:
+    """Cuts groups into micro-batches of at most `budget` tokens, in order: for each, its (group index, responses).
+
+    sizes: (prompt length, response lengths) per group. Groups stay whole, except one that is larger than the budget:
+    its parts repeat the prompt and hold some of its responses. A response is never cut: a prompt + response above the
+    budget stands alone. shared: as in `pack`; without it, tokens are those of the padded rows.
+    """
+
+    def tokens(parts: list[tuple[int, slice]]) -> int:
+        lengths = [(sizes[i][0], sizes[i][1][responses]) for i, responses in parts]
+        if shared:
+            return sum(prompt + sum(replies) for prompt, replies in lengths)
+        return sum(len(replies) for _, replies in lengths) * max(prompt + max(replies) for prompt, replies in lengths)
+
+    batches: list[list[tuple[int, slice]]] = []
+    for i, (_, replies) in enumerate(sizes):
+        whole = (i, slice(0, len(replies)))
+        if batches and tokens([*batches[-1], whole]) <= budget:
+            batches[-1].append(whole)
+            continue
+        start = 0
+        for end in range(2, len(replies) + 1):
+            if tokens([(i, slice(start, end))]) > budget:
+                batches.append([(i, slice(start, end - 1))])
+                start = end - 1
+        batches.append([(i, slice(start, len(replies)))])
+    return batches
+
+
+# ----------------------------------------------------------------------------------------------------- attention
+
+
+def attention_backend(device: torch.device) -> str:
+    """Which kernels run: "flash_attn" (the package) or "torch_varlen" on CUDA, "sdpa" on CPU."""
+    if device.type != "cuda":
+        return "sdpa"
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    except ImportError:
+        return "torch_varlen"
+    return "flash_attn"
+
+
+def shared_prefix_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, scaling: float, shared: Layout,
+    **others,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention over packed groups. query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D].
+
+    Equal to one causal pass per prompt + response (tests/test_packing.py), with the prompt's part computed once.
+    Raises UnsupportedAttention where the model asks for more: a window, soft-capped scores, sinks, a bias.
+    """
+    unknown = [name for name, x in others.items() if x is not None and name not in HARMLESS]
+    if unknown:
+        raise UnsupportedAttention(f"its attention uses {', '.join(unknown)}")
+    half = torch.is_autocast_enabled("cuda") or query.dtype in (torch.float16, torch.bfloat16)
+    if query.is_cuda and half:  # the variable-length kernels know nothing else
+        rows = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
+        return _varlen_attention(*rows, scaling, shared)[None], None
+    sizes = [size for span in shared.spans for size in (span.prompt, len(span.real))]
+    query, key, value = (x[0].split(sizes, 1) for x in (query, key, value))
+    parts = []
+    for i, span in enumerate(shared.spans):
+        q, k, v = (x[2 * i][None] for x in (query, key, value))
+        prompt = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+        rows = (x[2 * i + 1] for x in (query, key, value))
+        parts += [prompt[0], _response_attention(*rows, k[0], v[0], scaling, span)]
+    return torch.cat(parts, 1).transpose(0, 1)[None], None
+
+
+def _response_attention(
+    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, scaling: float, span: Span
+) -> Tensor:
+    """A group's responses, q [H, N, D], k, v [Hkv, N, D], over the prompt's K/V [Hkv, P, D] and their own -> [H, N, D]."""
+    q, k, v = (_padded(x, span) for x in (q, k, v))  # [H or Hkv, G, R, D]
+    k, v = (torch.cat([p[:, None].expand(-1, len(x[0]), -1, -1), x], 2) for p, x in ((prompt_k, k), (prompt_v, v)))
+    # Heads that share keys become more queries: no copies of the keys, and larger blocks for the kernel.
+    repeats = len(q) // len(k)
+    q = q.unflatten(0, (-1, repeats)).transpose(1, 2).flatten(2, 3)  # [Hkv, G, heads per key · R, D]
+    mask = _mask(span, q.device).repeat(repeats, 1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+    return _real(out.unflatten(2, (repeats, -1)).transpose(1, 2).flatten(0, 1), span)
+
+
+def _mask(span: Span, device: torch.device) -> Tensor:
+    """[R, P + R]: a response token sees the whole prompt, and its own response up to itself."""
+    return torch.ones(span.longest, span.prompt + span.longest, dtype=torch.bool, device=device).tril(span.prompt)
+
+
+def _padded(x: Tensor, span: Span) -> Tensor:
+    """[H, N, X] -> [H, G, R, X], with zeros behind the shorter responses."""
+    if len(span.real) < span.responses * span.longest:
+        full = x.new_zeros(len(x), span.responses * span.longest, x.shape[-1])
+        full[:, span.real] = x
+        x = full
+    return x.reshape(len(x), span.responses, span.longest, -1)
+
+
+def _real(x: Tensor, span: Span) -> Tensor:
+    """[H, G, R, X] -> [H, N, X]: undoes _padded."""
+    x = x.flatten(1, 2)
+    return x[:, span.real] if len(span.real) < x.shape[1] else x
+
+
+def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, shared: Layout) -> Tensor:
+    """[T, H, D], [T, Hkv, D] twice -> [T, H, D]: every segment is causal, aligned to the bottom right of its K/V."""
+    # Rotary embeddings leave fp32 behind under autocast, and flash kernels take 16 bits only.
+    dtype = torch.get_autocast_dtype("cuda") if query.dtype == torch.float32 and query.is_cuda else query.dtype
+    query = query.to(dtype)
+    key, value = (_GatherSegments.apply(x, dtype, shared.kv_index, shared.by_source, shared.uses) for x in (key, value))
+    lengths = (shared.cu_q, shared.cu_k, shared.max_q, shared.max_k)
+    if attention_backend(query.device) == "flash_attn":
+        from flash_attn import flash_attn_varlen_func
+
+        exact = torch.are_deterministic_algorithms_enabled()
+        return flash_attn_varlen_func(
+            query, key, value, *lengths, softmax_scale=scaling, causal=True, deterministic=exact
+        )
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = {"enable_gqa": True}
+    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11 and 2.12
+        repeats, options = query.shape[1] // key.shape[1], {}
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    return varlen_attn(query, key, value, *lengths, scale=scaling, window_size=(-1, 0), **options)
+
+
+class _GatherSegments(torch.autograd.Function):
+    """x [T, Hkv, D] -> its rows in `dtype`, by segment. A prompt's rows serve G + 1 segments.
+
+    The backward adds their gradients in fp32 and always in the same order: no atomics, no rounding in between.
+    """
+
+    @staticmethod
+    def forward(ctx, x, dtype, rows, by_source, uses):
+        ctx.save_for_backward(by_source, uses)
+        ctx.dtype = x.dtype
+        return x.to(dtype).index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        by_source, uses = ctx.saved_tensors
+        grad = grad.index_select(0, by_source).to(torch.promote_types(grad.dtype, torch.float32))
+        grad = torch.segment_reduce(grad, "sum", lengths=uses, axis=0, unsafe=True)
+        return grad.to(ctx.dtype), None, None, None, None

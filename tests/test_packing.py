@@ -1,0 +1,382 @@
+"""packing.py: packed groups give the numbers and gradients of plain one-by-one forward passes, however they are cut.
+
+The slow, obvious version is `one_by_one`: transformers' own causal attention over a single prompt + response.
+"""
+
+import inspect
+import sys
+import types
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from torch.testing import assert_close
+
+import packing
+from model import prepare_model, token_logprobs, use_attention, uses_shared_prefix
+from packing import micro_batches, pack, shared_prefix_attention
+
+torch.set_num_threads(1)
+
+CPU = torch.device("cpu")
+VOCAB, TEMPERATURE = 60, 0.7
+
+# Families that run on packed groups, and those that cannot, with the reason that must be given.
+SHARED = {"Qwen2": {}, "Qwen3": {"head_dim": 8}, "Llama": {}}
+PLAIN = {
+    "Qwen2": ({"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}, "layers of sliding_attention"),
+    "Mistral": ({"sliding_window": 16}, "attention uses sliding_window"),  # a window that the trial does not fill
+    "Gemma2": ({"head_dim": 8, "layer_types": ["full_attention"] * 2}, "attention uses softcap"),
+    "Falcon": ({}, "change its output"),  # has an attention of its own, which the interface does not reach
+}
+
+# (prompt length, response lengths): uneven everywhere, and every shortest case: a prompt of one token, a response of
+# one token, a group of one response.
+SHAPES = [(7, [3, 1, 5]), (1, [4, 4]), (12, [2]), (4, [1, 9, 2, 6])]
+
+
+def random_model(family: str, gradient_checkpointing: bool = False, **settings):
+    """A random model with 4 heads that share 2 key/value heads, and sharp attention, so that a wrong key is noticed."""
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.3, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+        **{"tie_word_embeddings": False} | SHARED.get(family, {}) | settings,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    return prepare_model(getattr(transformers, f"{family}ForCausalLM")(config), CPU, gradient_checkpointing).train()
+
+
+def random_groups(shapes=SHAPES) -> list[tuple[list[int], list[list[int]]]]:
+    generator = torch.Generator().manual_seed(2)
+    draw = lambda size: torch.randint(VOCAB, (size,), generator=generator).tolist()  # noqa: E731
+    return [(draw(length), [draw(size) for size in sizes]) for length, sizes in shapes]
+
+
+def one_by_one(model, groups, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probs and entropies of all response tokens, with one plain forward pass per prompt + response."""
+    use_attention(model, "generate")
+    logprobs, entropies = [], []
+    for prompt, responses in groups:
+        for response in responses:
+            logits = model(torch.tensor([prompt + response]), use_cache=False).logits[0].float()
+            for i, token in enumerate(response):
+                distribution = F.log_softmax(logits[len(prompt) + i - 1] / temperature, -1)
+                logprobs.append(distribution[token])
+                entropies.append(-(distribution.exp() * distribution).sum())
+    use_attention(model, "train")
+    return torch.stack(logprobs), torch.stack(entropies)
+
+
+def gradients(model, loss) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def advantages(groups) -> torch.Tensor:
+    """A different weight per response token."""
+    return torch.linspace(-1, 2, sum(len(r) for _, responses in groups for r in responses))
+
+
+def assert_same_gradients(fast: dict[str, torch.Tensor], slow: dict[str, torch.Tensor]) -> None:
+    for name in slow:
+        assert (fast[name] - slow[name]).norm() <= 1e-5 * slow[name].norm(), name
+
+
+# ------------------------------------------------------------------------------------------------ packed log-probs
+
+
+@pytest.mark.parametrize("family", SHARED)
+def test_packed_logprobs_and_entropy_equal_one_by_one(family):
+    model, groups = random_model(family), random_groups()
+    assert uses_shared_prefix(model)
+    logprobs, entropy = token_logprobs(model, pack(groups, CPU), TEMPERATURE)
+    slow_logprobs, slow_entropy = one_by_one(model, groups, TEMPERATURE)
+    assert logprobs.dtype == torch.float32 and logprobs.requires_grad and not entropy.requires_grad
+    assert_close(logprobs, slow_logprobs, atol=1e-5, rtol=1e-5)
+    assert_close(entropy, slow_entropy.detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", SHARED)
+def test_gradients_equal_one_by_one(family, tied, gradient_checkpointing):
+    """The prompt is computed once but belongs to G sequences: its gradient must be the sum over all of them."""
+    model = random_model(family, gradient_checkpointing, tie_word_embeddings=tied)
+    plain, groups = random_model(family, tie_word_embeddings=tied), random_groups()
+    fast = gradients(model, (token_logprobs(model, pack(groups, CPU), TEMPERATURE)[0] * advantages(groups)).sum())
+    slow = gradients(plain, (one_by_one(plain, groups, TEMPERATURE)[0] * advantages(groups)).sum())
+    assert_same_gradients(fast, slow)
+
+
+def causal(by: int = 0):
+    """A mask in which every response token sees `by` tokens more of its own response, or fewer."""
+    return lambda span, device: torch.ones(span.longest, span.prompt + span.longest).tril(span.prompt + by).bool()
+
+
+MASKS = {
+    "the future is seen": causal(1),
+    "a token does not see itself": causal(-1),
+    "the prompt's first token is not seen": lambda *span: causal()(*span).index_fill(1, torch.tensor([0]), False),
+}
+FIELDS = {
+    "positions run on": lambda p: replace(p, positions=torch.arange(p.ids.shape[1])[None]),
+    "positions of long responses are one too far": lambda p: replace(p, positions=p.positions + (p.positions >= 7)),
+    "the predictor is the token itself": lambda p: replace(p, predict=p.predict + 1),
+    "the predictor is one too early": lambda p: replace(p, predict=(p.predict - 1).clamp(min=0)),
+    "a response is predicted by the end of the one before": lambda p: replace(
+        p, predict=torch.where(p.predict.diff(prepend=p.predict[:1]) == 1, p.predict, p.predict.roll(1) + 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("broken", [*MASKS, *FIELDS])
+@pytest.mark.parametrize("family", SHARED)
+def test_the_comparison_notices_whatever_is_broken(family, broken, monkeypatch):
+    model, groups = random_model(family), random_groups()
+    slow, _ = one_by_one(model, groups, TEMPERATURE)
+    right = pack(groups, CPU)
+    monkeypatch.setattr(packing, "_mask", causal())
+    assert (token_logprobs(model, right, TEMPERATURE)[0] - slow).abs().max() < 1e-5
+    monkeypatch.setattr(packing, "_mask", MASKS.get(broken, causal()))
+    wrong = FIELDS.get(broken, lambda packed: packed)(right)
+    assert (token_logprobs(model, wrong, TEMPERATURE)[0] - slow).abs().max() > 1e-2
+
+
+def test_temperature_divides_the_logits():
+    """Log-probs at another temperature than the sampler's are those of another policy."""
+    model, groups = random_model("Qwen2"), random_groups()
+    at = {t: token_logprobs(model, pack(groups, CPU), t)[0] for t in (0.7, 1.0)}
+    assert_close(at[1.0], one_by_one(model, groups, 1.0)[0], atol=1e-5, rtol=1e-5)
+    assert (at[0.7] - at[1.0]).abs().max() > 0.1
+
+
+def test_a_group_depends_on_no_other_group_and_a_response_on_no_other_response():
+    model, groups = random_model("Qwen2"), random_groups()
+    together = token_logprobs(model, pack(groups, CPU), TEMPERATURE)[0]
+    alone = [
+        token_logprobs(model, pack([(prompt, [response])], CPU), TEMPERATURE)[0]
+        for prompt, responses in groups
+        for response in responses
+    ]
+    assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+
+def test_the_first_response_token_is_predicted_by_the_prompts_last_position():
+    model, prompt = random_model("Qwen2"), [5, 6, 7]
+    use_attention(model, "generate")
+    after_prompt = F.log_softmax(model(torch.tensor([prompt])).logits[0, -1] / TEMPERATURE, -1)
+    use_attention(model, "train")
+    logprobs, _ = token_logprobs(model, pack([(prompt, [[8, 1], [9], [3, 3, 3]])], CPU), TEMPERATURE)
+    assert_close(logprobs[[0, 2, 3]], after_prompt[[8, 9, 3]], atol=1e-5, rtol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------------- packing
+
+
+def test_a_packed_group_in_full():
+    """prompt [10 11 12], responses [20 21] and [30]: positions restart, and the prompt's last token predicts 20 and 30."""
+    packed = pack([([10, 11, 12], [[20, 21], [30]])], CPU)
+    assert packed.ids.tolist() == [[10, 11, 12, 20, 21, 30]]
+    assert packed.positions.tolist() == [[0, 1, 2, 3, 4, 3]]
+    assert packed.target.tolist() == [20, 21, 30]
+    assert packed.predict.tolist() == [2, 3, 2]
+    assert packed.counts.tolist() == [2, 1]
+    # segments: the prompt, then each response, whose keys are the prompt's and its own
+    assert packed.layout.cu_q.tolist() == [0, 3, 5, 6]
+    assert packed.layout.cu_k.tolist() == [0, 3, 8, 12]
+    assert packed.layout.kv_index.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 0, 1, 2, 5]
+    assert (packed.layout.max_q, packed.layout.max_k) == (3, 5)
+
+
+def test_the_same_group_as_plain_rows():
+    """Right-padded with 0, a token that nothing predicts and that no real token can see."""
+    packed = pack([([10, 11, 12], [[20, 21], [30]])], CPU, shared=False)
+    assert packed.ids.tolist() == [[10, 11, 12, 20, 21], [10, 11, 12, 30, 0]]
+    assert packed.positions.tolist() == [[0, 1, 2, 3, 4]] * 2
+    assert packed.target.tolist() == [20, 21, 30]
+    assert packed.predict.tolist() == [2, 3, 5 + 2]
+    assert packed.counts.tolist() == [2, 1] and packed.layout is None
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("group", [([], [[1]]), ([1], []), ([1], [[2], []])])
+def test_empty_prompts_and_responses_are_refused(group, shared):
+    with pytest.raises(ValueError, match="at least one token"):
+        pack([([1, 2], [[3]]), group], CPU, shared)
+
+
+# --------------------------------------------------------------------------------------------------- micro-batches
+
+
+def responses_of(sizes, batches):
+    """The (group, response) pairs in the order of the micro-batches."""
+    return [(i, k) for batch in batches for i, part in batch for k in range(len(sizes[i][1]))[part]]
+
+
+def test_groups_fill_micro_batches_in_order():
+    sizes = [(2, [1]), (2, [1]), (1, [1, 1]), (4, [2])]  # 3, 3, 3 and 6 tokens
+    whole = [(0, slice(0, 1)), (1, slice(0, 1)), (2, slice(0, 2)), (3, slice(0, 1))]
+    assert micro_batches(sizes, 6) == [whole[:2], whole[2:3], whole[3:]]
+    assert micro_batches(sizes, 15) == [whole]
+    assert micro_batches([], 6) == []
+
+
+def test_a_group_above_the_budget_is_cut_and_repeats_its_prompt():
+    # 4 + 2 + 2 fit into 8, another 2 do not; the group behind it fits beside the last part
+    assert micro_batches([(4, [2, 2, 2]), (1, [1])], 8) == [[(0, slice(0, 2))], [(0, slice(2, 3)), (1, slice(0, 1))]]
+
+
+def test_a_response_above_the_budget_stands_alone():
+    assert micro_batches([(4, [1, 9, 1])], 8) == [[(0, slice(0, 1))], [(0, slice(1, 2))], [(0, slice(2, 3))]]
+
+
+def test_plain_rows_are_counted_with_their_padding():
+    # rows of 5 and 3 tokens: 10 with padding, though only 8 tokens
+    assert len(micro_batches([(2, [3, 1])], 8)) == 1
+    assert len(micro_batches([(2, [3, 1])], 8, shared=False)) == 2
+    assert len(micro_batches([(2, [3]), (2, [1])], 9, shared=False)) == 2
+    assert len(micro_batches([(2, [3]), (2, [1])], 10, shared=False)) == 1
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("budget", [1, 8, 16, 17, 40, 1000])
+def test_micro_batches_change_neither_loss_nor_gradients(budget, shared):
+    """Every response once, in order, within the budget where that can be; their sums are those of one large batch."""
+    groups, model = random_groups(), random_model("Llama")
+    sizes = [(len(prompt), [len(r) for r in responses]) for prompt, responses in groups]
+    batches = micro_batches(sizes, budget, shared)
+    assert responses_of(sizes, batches) == [(i, k) for i, (_, r) in enumerate(sizes) for k in range(len(r))]
+    packed = [pack([(groups[i][0], groups[i][1][part]) for i, part in batch], CPU, shared) for batch in batches]
+    for batch, micro in zip(batches, packed):
+        assert micro.ids.numel() <= budget or len(responses_of(sizes, [batch])) == 1
+    use_attention(model, "train" if shared else "generate")
+    parts = [token_logprobs(model, micro, TEMPERATURE)[0] for micro in packed]
+    fast = gradients(model, (torch.cat(parts) * advantages(groups)).sum())
+    use_attention(model, "train")
+    whole = token_logprobs(model, pack(groups, CPU), TEMPERATURE)[0]
+    assert_close(torch.cat(parts), whole, atol=1e-5, rtol=1e-5)
+    assert_same_gradients(fast, gradients(model, (whole * advantages(groups)).sum()))
+
+
+# ------------------------------------------------------------------------------------- models that are not packed
+
+
+@pytest.mark.parametrize("family", PLAIN)
+def test_other_models_are_trained_on_plain_rows_and_say_so_once(family):
+    settings, reason = PLAIN[family]
+    with pytest.warns(UserWarning, match=reason) as caught:
+        model = random_model(family, **settings)
+    assert len(caught) == 1 and not uses_shared_prefix(model)
+    groups = random_groups([*SHAPES, (9, [14, 3])])  # longer than any window
+    logprobs, entropy = token_logprobs(model, pack(groups, CPU, shared=False), TEMPERATURE)
+    slow_logprobs, slow_entropy = one_by_one(model, groups, TEMPERATURE)
+    assert_close(logprobs, slow_logprobs, atol=1e-5, rtol=1e-5)
+    assert_close(entropy, slow_entropy.detach(), atol=1e-5, rtol=1e-5)
+    fast = gradients(model, (logprobs * advantages(groups)).sum())
+    assert_same_gradients(fast, gradients(model, (slow_logprobs * advantages(groups)).sum()))
+    with pytest.raises(ValueError, match="shared=uses_shared_prefix"):
+        token_logprobs(model, pack(groups, CPU), TEMPERATURE)
+
+
+def test_a_window_that_no_layer_uses_is_no_reason():
+    """Qwen2's config has a window from layer max_window_layers on, and most checkpoints have fewer layers."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = random_model("Qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=2)
+    assert uses_shared_prefix(model)
+
+
+def test_capped_logits_are_capped_in_the_log_probs_too():
+    """Gemma 2 puts a tanh behind its LM head: log-probs of the head alone would be wrong, and nothing would say so."""
+    with pytest.warns(UserWarning, match="logits are not its LM head's output alone"):
+        model = random_model("Gemma2", head_dim=8, final_logit_softcapping=3.0)
+    groups = random_groups()
+    logprobs = token_logprobs(model, pack(groups, CPU, shared=False), TEMPERATURE)[0]
+    assert_close(logprobs, one_by_one(model, groups, TEMPERATURE)[0], atol=1e-5, rtol=1e-5)
+    assert logprobs.min() >= -2 * 3.0 / TEMPERATURE - torch.tensor(VOCAB).log()
+
+
+# --------------------------------------------------------------------------------- the form that runs on CUDA
+
+
+def slow_varlen_attn(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+    """What torch.nn.attention.varlen.varlen_attn promises, one segment and one query at a time. [total, H, D] each."""
+    assert window_size == (-1, 0), "causal: any number of keys to the left, none to the right"
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+    assert max_q == cu_q.diff().max() and max_k == cu_k.diff().max()
+    assert len(key) == len(value) == cu_k[-1] and len(query) == cu_q[-1]
+    if enable_gqa:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    output = []
+    for (q0, q1), (k0, k1) in zip(zip(cu_q[:-1], cu_q[1:]), zip(cu_k[:-1], cu_k[1:])):
+        for i in range(q0, q1):
+            seen = slice(k0, k1 - (q1 - 1 - i))  # aligned to the bottom right: the last query sees every key
+            scores = torch.einsum("hd,khd->hk", query[i], key[seen]) * scale
+            output.append(torch.einsum("hk,khd->hd", scores.softmax(-1), value[seen]))
+    return torch.stack(output)
+
+
+def older_varlen_attn(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size):
+    """torch 2.11's: as many key heads as query heads."""
+    assert query.shape[1:] == key.shape[1:]
+    return slow_varlen_attn(query, key, value, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size)
+
+
+def flash_attn_varlen_func(query, key, value, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, deterministic):
+    """The flash-attn package's, which takes fewer key heads as they come."""
+    assert causal
+    return slow_varlen_attn(
+        query, key, value, cu_q, cu_k, max_q, max_k, scale=softmax_scale, window_size=(-1, 0), enable_gqa=True
+    )
+
+
+@pytest.mark.parametrize("kernel", [slow_varlen_attn, older_varlen_attn, flash_attn_varlen_func])
+def test_the_variable_length_form_equals_the_cpu_form(kernel, monkeypatch):
+    """CUDA kernels cannot run here; what is handed to them (indices, lengths, heads) and comes back can be checked."""
+    if kernel is flash_attn_varlen_func:
+        monkeypatch.setattr(packing, "attention_backend", lambda device: "flash_attn")
+        monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=kernel))
+    else:
+        varlen = pytest.importorskip("torch.nn.attention.varlen")
+        monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    layout, generator = pack(random_groups(), CPU).layout, torch.Generator().manual_seed(3)
+    total, draw = int(layout.cu_q[-1]), lambda *shape: torch.randn(*shape, generator=generator)
+    query, key, value = (draw(total, heads, 8).requires_grad_() for heads in (4, 2, 2))
+    varlen_form = packing._varlen_attention(query, key, value, 0.5, layout)
+    transposed = (x.transpose(0, 1)[None] for x in (query, key, value))
+    cpu_form = shared_prefix_attention(None, *transposed, None, scaling=0.5, shared=layout)[0][0]
+    assert_close(varlen_form, cpu_form, atol=1e-5, rtol=1e-5)
+    weights = draw(total, 4, 8)
+    ours, theirs = (torch.autograd.grad((x * weights).sum(), (query, key, value)) for x in (varlen_form, cpu_form))
+    for one, other in zip(ours, theirs):
+        assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_torchs_own_kernel_has_the_arguments_that_are_used():
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    assert {"scale", "window_size"} <= set(inspect.signature(varlen.varlen_attn).parameters)
+
+
+def test_a_prompts_gradient_is_added_in_fp32():
+    """In bf16, the sum of 601 equal parts would stop growing at 256 of them: a prompt and its 600 responses."""
+    layout = pack([([1, 2], [[3]] * 600)], CPU).layout
+    x = torch.zeros(602, 1, 1, requires_grad=True)
+    rows = packing._GatherSegments.apply(x, torch.bfloat16, layout.kv_index, layout.by_source, layout.uses)
+    assert rows.dtype == torch.bfloat16
+    rows.backward(torch.ones_like(rows))
+    assert x.grad.flatten().tolist() == [601.0, 601.0] + [1.0] * 600
+
+
+@pytest.mark.parametrize("name", ["sliding_window", "softcap", "s_aux", "anything_new"])
+def test_what_the_attention_does_not_do_is_refused(name):
+    query = torch.zeros(1, 1, 2, 4)
+    layout = pack([([1], [[2]])], CPU).layout
+    call = lambda **others: shared_prefix_attention(None, query, query, query, None, scaling=1.0, shared=layout, **others)  # noqa: E731
+    call(dropout=0.0, position_ids=query, **{name: None})
+    with pytest.raises(packing.UnsupportedAttention, match=name):
+        call(**{name: 4.0})
