@@ -345,7 +345,13 @@ def main(arguments: list[str]) -> None:
     if args.out and args.out.exists() and args.out.samefile(args.file):
         raise RewardError(f"--out {args.out} is the file that is read; choose another name")
     reasons, total = Counter(), 0.0
-    with args.out.open("w", encoding="utf-8") if args.out else nullcontext(sys.stdout) as out:
+    try:
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+        target = args.out.open("w", encoding="utf-8") if args.out else nullcontext(sys.stdout)
+    except OSError as error:
+        raise RewardError(f"--out {args.out} cannot be written: {error.strerror}") from None
+    with target as out:
         for line, row in tqdm(_read_rows(args.file), desc="score", unit=" rows", disable=None):
             try:
                 reward = _rescore(row, args.variant, args.lenient)
