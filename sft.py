@@ -73,7 +73,7 @@ def sft_update(policy: nn.Module, optimizer, groups: list, config: Config, ranks
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    loss, tokens = ranks.sum([loss, float(sum(sizes))])
+    loss, tokens = ranks.sum([loss, float(sum(prompt + sum(replies) for prompt, replies in sizes))])
     return {"loss": loss, "grad_norm": norm, "num_tokens": tokens}
 
 
