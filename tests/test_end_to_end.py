@@ -124,8 +124,8 @@ def test_the_reward_rises(healthy, settings):
 def shifted(pack):
     """Every token is trained at the position that already shows it, instead of the one before."""
 
-    def broken(groups, device):
-        packed = pack(groups, device)
+    def broken(*args):
+        packed = pack(*args)
         return dataclasses.replace(packed, predict=(packed.predict + 1).clamp(max=packed.ids.shape[1] - 1))
 
     return broken
