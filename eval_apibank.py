@@ -20,10 +20,12 @@ from apibank_check import MODES, WHY, judge, read_call
 from apibank_data import JSON_TYPES, LEVELS, SEARCHER, EvalError, GoldCall, found_tools, load_cases
 from eval_report import (
     make_folder,
+    positive,
     print_diff,
     read_predictions,
     shorten,
     tally,
+    temperature,
     text_table,
     write_cases,
     write_rows,
@@ -227,22 +229,6 @@ def score(args: argparse.Namespace) -> None:
         print(f"{skipped} of {len(rows)} rows are empty and so count as wrong: their prompts were too long.")
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"needs a whole number above 0, not {text!r}")
-    return int(text)
-
-
-def _temperature(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"needs a number of 0 (greedy) or more, not {text!r}")
-    return value
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="API-Bank calls: ask a model, judge its answers, compare two models.")
     parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="compare the --out folders of two `score` runs")
@@ -251,13 +237,13 @@ def _parser() -> argparse.ArgumentParser:
     ask = commands.add_parser("generate", help="model -> OUT/predictions.jsonl; resumes")
     ask.add_argument("--model", required=True, help="folder or name of a model")
     ask.add_argument("--levels", default="", help="such as 1,2; default: all that the data holds")
-    ask.add_argument("--limit", type=_positive, help="first N cases of each level")
-    ask.add_argument("--temperature", type=_temperature, default=0.0, help="0, the default, is greedy")
-    ask.add_argument("--samples", type=_positive, default=1, help="replies per case; needs a temperature above 0")
+    ask.add_argument("--limit", type=positive, help="first N cases of each level")
+    ask.add_argument("--temperature", type=temperature, default=0.0, help="0, the default, is greedy")
+    ask.add_argument("--samples", type=positive, default=1, help="replies per case; needs a temperature above 0")
     ask.add_argument("--seed", type=int, default=0, help="of the samples")
-    ask.add_argument("--max_prompt_tokens", type=_positive, default=8192, help="longer prompts get an empty reply")
-    ask.add_argument("--max_new_tokens", type=_positive, default=1024)
-    ask.add_argument("--batch_size", type=_positive, default=32)
+    ask.add_argument("--max_prompt_tokens", type=positive, default=8192, help="longer prompts get an empty reply")
+    ask.add_argument("--max_new_tokens", type=positive, default=1024)
+    ask.add_argument("--batch_size", type=positive, default=32)
     ask.add_argument("--prompt_template", default="", help="file with a {tools} slot instead of the project's prompt")
     scoring = commands.add_parser("score", help="predictions -> OUT/verdicts.jsonl, cases, tables")
     scoring.add_argument("--predictions", required=True, type=Path, help=".jsonl or .jsonl.gz")

@@ -5,6 +5,7 @@ Pure functions for eval_bfcl.py and eval_apibank.py; no torch. All accuracies an
 
 from __future__ import annotations
 
+import argparse
 import csv
 import gzip
 import json
@@ -26,6 +27,24 @@ class ReportError(ValueError):
 
 
 # ------------------------------------------------------------------------------------------------------- files
+
+
+def positive(text: str) -> int:
+    """A whole number above 0, for argparse. Raises argparse.ArgumentTypeError."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"needs a whole number above 0, not {text!r}")
+    return int(text)
+
+
+def temperature(text: str) -> float:
+    """A sampling temperature, 0 or more, for argparse. Raises argparse.ArgumentTypeError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"needs a number of 0 (greedy) or more, not {text!r}")
+    return value
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
