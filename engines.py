@@ -163,6 +163,10 @@ def _forward(model: nn.Module, ids: Tensor, positions: Tensor, shared: Prefill |
     ).last_hidden_state
 
 
+def _head_size(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def _attend_by(model: nn.Module, name: str, function: Callable) -> None:
     AttentionInterface.register(name, function)
     AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
@@ -174,7 +178,7 @@ def _prefill(model: nn.Module, prompts: Sequence[Prompt], copies: int) -> tuple[
     _attend_by(model, PREFILL, prefill_attention)
     config, weight = model.config, model.get_output_embeddings().weight
     kv_heads = config.num_key_value_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = _head_size(config)
     dtype, groups, longest = _kernel_dtype(weight), len(prompts), max(len(p.ids) for p in prompts)
 
     def room(rows: int, length: int) -> list[Tensor]:
@@ -281,7 +285,7 @@ def rows_that_fit(model: nn.Module, prompt_tokens: int, copies: int, max_new_tok
     if weight.device.type != "cuda":
         return sys.maxsize
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = _head_size(config)
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * size * 2  # keys and values in 16 bits
     per_row = per_token * (prompt_tokens / copies + min(max_new_tokens, PLANNED_TOKENS))
     return max(1, int(0.8 * free / (per_row + 12 * config.vocab_size)))  # logits, their exponentials and sums

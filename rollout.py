@@ -69,7 +69,8 @@ def sample_groups(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     copies = group_size if temperature > 0 else 1  # greedy copies would be equal
     device = next(model.parameters()).device
-    if engine == "shared_prefix" and not uses_shared_prefix(model):  # prepare_model has said why
+    # That engine does attention and head itself, and may not leave out what a family does there (windows, caps, scales).
+    if engine == "shared_prefix" and not (uses_shared_prefix(model) and model.abilities.head_only):
         engine = "generate"
     groups: dict[int, Group] = {}
     model.eval()
@@ -77,8 +78,8 @@ def sample_groups(
         with tqdm(total=len(prompts), desc="rollout", leave=False, delay=10, disable=not progress) as bar:
             while len(groups) < len(prompts):
                 ahead = order[len(groups) :]
-                rows = min(batch_size, rows_that_fit(model, len(prompts[ahead[-1]].ids), copies, max_new_tokens))
-                ahead = ahead[: max(1, rows // copies)]
+                fitting = rows_that_fit(model, len(prompts[ahead[-1]].ids), copies, max_new_tokens)
+                ahead = ahead[: max(1, min(batch_size, fitting) // copies)]
                 batch = [prompts[i] for i in ahead]
                 try:
                     with autocast(device):  # around the whole batch: weights are cast once, not per token

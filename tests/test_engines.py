@@ -6,7 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 import engines
 from engines import ENGINES, Prompt, shared_prefix
@@ -222,3 +231,21 @@ def test_a_model_with_sliding_windows_is_sampled_by_generate():
         model, build_tiny_tokenizer(["a"], 300), [prompt], group_size=1, temperature=0, max_new_tokens=10, batch_size=4
     )  # fmt: skip
     assert group.responses[0][:10] == one_by_one(model, prompt.ids, 10, stops=())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_scales_its_logits_is_sampled_by_generate(monkeypatch):
+    """The default engine applies the head alone: without the scale, samples would follow another distribution."""
+    from test_rollout import build_tiny_tokenizer
+
+    from rollout import sample_groups
+
+    torch.manual_seed(0)
+    model = GraniteForCausalLM(GraniteConfig(**SHAPE | {"vocab_size": 300}, logits_scaling=4.0))
+    model = prepare_model(model, torch.device("cpu")).eval()
+    called = []
+    for name, engine in list(ENGINES.items()):
+        monkeypatch.setitem(ENGINES, name, lambda *args, name=name, engine=engine: called.append(name) or engine(*args))
+    tokenizer = build_tiny_tokenizer(["a"], 300)
+    sample_groups(model, tokenizer, PROMPTS, group_size=2, temperature=1.0, max_new_tokens=3, batch_size=64)
+    assert called == ["generate"]
