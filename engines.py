@@ -20,6 +20,7 @@ from transformers import AttentionInterface, ContinuousBatchingConfig, Generatio
 from transformers.masking_utils import AttentionMaskInterface
 
 from model import ModelError, use_attention
+from packing import causal_attention
 
 KEEP_SHARE = 0.75  # finished rows are dropped when fewer than this share of the rows is still alive
 BLOCK = 64  # response K/V grow by at least so many tokens, random numbers are drawn for so many
@@ -89,14 +90,14 @@ def prefill_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, scaling: float, shared: Prefill, **_
 ) -> tuple[Tensor, None]:
     """Causal attention over prompts that lie in one row, each on its own; keeps their K/V. [1, H, T, D] -> [1, T, H, D]."""
-    dtype, grouped = _kernel_dtype(query), query.shape[1] != key.shape[1]
+    dtype = _kernel_dtype(query)
     query, key, value = (x.to(dtype) for x in (query, key, value))
     parts = []
     for i, (start, length) in enumerate(shared.places, shared.first):
         q, k, v = (x[:, :, start : start + length] for x in (query, key, value))
         shared.prompt_k[module.layer_idx][i, :, :length] = k[0]
         shared.prompt_v[module.layer_idx][i, :, :length] = v[0]
-        parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped))
+        parts.append(causal_attention(q, k, v, scaling))
     return torch.cat(parts, 2).transpose(1, 2), None
 
 

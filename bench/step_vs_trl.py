@@ -1,14 +1,16 @@
 """One whole GRPO step against TRL's GRPOTrainer with its transformers rollout; the two take turns.
 
     pip install -r bench/requirements.txt
-    python bench/step_vs_trl.py [--case 512/64/8] [--prompts 8] [--rounds 5] [--continuous_batching]
+    python bench/step_vs_trl.py [--case 512/64/8] [--prompts 8] [--rounds 5] [--trl_batch N] [--continuous_batching]
 
 --case P/R/G: P prompt tokens, exactly R new tokens, G completions per prompt. Both sides: the same Qwen2 of about 4 million
 random parameters, fp32, one thread, no gradient checkpointing, AdamW, KL to a frozen reference, one update per batch,
 entropy measured, the same cheap reward. Process time, so that other work on the machine counts less; a step is a rollout,
 rewards, reference log-probs, and the update, with each side's own logging. What differs: TRL shuffles its prompts; it
-masks the end token so that no completion ends early, where ours has no end token to meet. Floor: this machine's
-matrix rate over the FLOPs that a step needs with every prompt computed once. Ends with one line of JSON.
+masks the end token so that no completion ends early, where ours has no end token to meet. Each side may work on smaller
+batches inside a step, which a CPU's caches like: ours takes --micro_batch tokens, TRL --trl_batch completions (0: all at
+once) with as much gradient accumulation as makes it the same update. Floor: the FLOPs that a step needs with every prompt
+computed once, attention included, at this machine's rate for a large matrix product. Ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback  # noqa:
 from transformers.utils import logging  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from train_step import matrix_rate  # noqa: E402
 
 import grpo  # noqa: E402
 from config import Config  # noqa: E402
@@ -63,17 +67,20 @@ def reward(ids: list[int]) -> float:
 class Peer:
     """TRL's trainer, made once; each call of `steps` times that many of its steps."""
 
-    def __init__(self, folder: Path, texts: list[str], new_tokens: int, copies: int, continuous: bool) -> None:
+    def __init__(self, folder: Path, texts: list[str], new_tokens: int, copies: int, batch: int, continuous: bool) -> None:
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
 
         self.seconds: list[float] = []
+        rows = len(texts) * copies
+        batch = batch or rows
         self.trainer = GRPOTrainer(
             model=str(folder),
             reward_funcs=lambda completion_ids, **_: [reward(ids) for ids in completion_ids],
             train_dataset=Dataset.from_dict({"prompt": texts}),
             args=GRPOConfig(
-                output_dir=str(folder / "trl"), max_steps=2, per_device_train_batch_size=len(texts) * copies,
+                output_dir=str(folder / "trl"), max_steps=2, per_device_train_batch_size=batch,
+                gradient_accumulation_steps=rows // batch, steps_per_generation=rows // batch,
                 num_generations=copies, max_completion_length=new_tokens, temperature=TEMPERATURE, top_k=0, top_p=1.0,
                 generation_kwargs={"min_new_tokens": new_tokens}, beta=KL, learning_rate=LEARNING_RATE, loss_type="grpo",
                 lr_scheduler_type="constant", bf16=False, gradient_checkpointing=False, use_cpu=True, report_to=[],
@@ -120,14 +127,17 @@ def our_step(policy, reference, optimizer, tokenizer, prompts: list[Prompt], con
     return time.process_time() - start
 
 
-def matrix_rate(rows: int = 2048, size: int = 1024) -> float:
-    """This machine's FLOP/s for a large matrix product on one thread."""
-    a, b, best = torch.randn(rows, size), torch.randn(size, size), float("inf")
-    for _ in range(5):
-        start = time.process_time()
-        a @ b
-        best = min(best, time.process_time() - start)
-    return 2 * rows * size * size / best
+def step_flops(model, prompt: int, new: int, copies: int, prompts: int) -> float:
+    """FLOPs of a step's matrix products: rollout and reference forward only, the update 3 times that; 2 per multiply-add.
+
+    The LM head is counted for response tokens, attention for the pairs that are not masked; its backward has 5 products
+    where the forward has 2, because the scores are computed again.
+    """
+    config, layers = model.config, sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
+    pairs = prompt * (prompt + 1) / 2 + copies * (new * prompt + new * (new + 1) / 2)
+    linear = 2 * ((prompt + copies * new) * layers + copies * new * config.hidden_size * config.vocab_size)
+    attention = 2 * 2 * pairs * config.hidden_size * config.num_hidden_layers
+    return prompts * (linear * (1 + 1 + 3) + attention * (1 + 1 + 3.5))
 
 
 def main() -> None:
@@ -135,6 +145,8 @@ def main() -> None:
     parser.add_argument("--case", default="512/64/8", help="prompt tokens / new tokens / completions per prompt")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--micro_batch", type=int, default=2048, help="tokens of our micro-batches")
+    parser.add_argument("--trl_batch", type=int, default=0, help="completions of TRL's micro-batches; 0: all of a step")
     parser.add_argument("--continuous_batching", action="store_true", help="TRL's other transformers rollout")
     args = parser.parse_args()
     prompt_tokens, new_tokens, copies = map(int, args.case.split("/"))
@@ -145,11 +157,12 @@ def main() -> None:
     config = Config(
         prompts_per_step=args.prompts, minibatch_prompts=args.prompts, group_size=copies, temperature=TEMPERATURE,
         kl_coef=KL, max_response_tokens=new_tokens, gradient_checkpointing=False,
+        max_tokens_per_micro_batch=args.micro_batch,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         build(folder)
-        peer = Peer(folder, texts, new_tokens, copies, args.continuous_batching)
+        peer = Peer(folder, texts, new_tokens, copies, args.trl_batch, args.continuous_batching)
         ranks, device = start_ranks(60.0, 1), torch.device("cpu")
         policy, reference = load_model(str(folder), device).train(), load_model(str(folder), device).eval()
         tokenizer = peer.trainer.processing_class
@@ -157,13 +170,13 @@ def main() -> None:
         assert all(len(p.ids) == prompt_tokens for p in prompts)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
         our_step(policy, reference, optimizer, tokenizer, prompts, config, ranks)
-        ours, theirs = [], []
+        ours, theirs, rates = [], [], []
         for _ in range(args.rounds):
             theirs.append(peer.steps())
             ours.append(our_step(policy, reference, optimizer, tokenizer, prompts, config, ranks))
+            rates.append(matrix_rate(2048, 1024, 1024))
     parameters = sum(p.numel() for p in policy.parameters())
-    tokens = args.prompts * (prompt_tokens + copies * new_tokens)
-    floor = parameters * tokens * (2 + 2 + 6) / matrix_rate()  # rollout, reference, update; attention left out
+    floor = step_flops(policy, prompt_tokens, new_tokens, copies, args.prompts) / max(rates)
     ratios = sorted(b / a for a, b in zip(ours, theirs))
     import trl
 
@@ -171,10 +184,12 @@ def main() -> None:
     print(f"{parameters / 1e6:.1f}M parameters, {args.prompts} prompts, case {args.case}, fp32")
     print(f"  ours  {min(ours):7.2f} s best {statistics.median(ours):7.2f} s median")
     print(f"  TRL   {min(theirs):7.2f} s best {statistics.median(theirs):7.2f} s median")
-    print(f"  floor {floor:7.2f} s: FLOPs of a step, every prompt once, no attention, at the rate of a large matrix product")
+    print(f"  floor {floor:7.2f} s: FLOPs of a step, every prompt once, at {max(rates) / 1e9:.0f} GFLOP/s")
     print(json.dumps({
         "bench": "step_vs_trl", "case": args.case, "prompts": args.prompts, "rounds": args.rounds,
-        "continuous_batching": args.continuous_batching, "ratio_min": round(ratios[0], 2),
+        "micro_batch": args.micro_batch, "trl_batch": args.trl_batch, "continuous_batching": args.continuous_batching,
+        "ours_s": round(statistics.median(ours), 2), "trl_s": round(statistics.median(theirs), 2),
+        "ratio_min": round(ratios[0], 2),
         "ratio_median": round(statistics.median(ratios), 2), "ratio_max": round(ratios[-1], 2), "floor_s": round(floor, 2),
     }))  # fmt: skip
     torch.distributed.destroy_process_group()

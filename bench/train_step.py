@@ -64,14 +64,14 @@ def step_flops(prompt: int, response: int, copies: int, groups: int) -> float:
     return groups * (6 * tokens * layer * LAYERS + attention + 6 * copies * response * HIDDEN * VOCAB)
 
 
-def matmul_rate(tokens: int) -> float:
-    """FLOP/s of [tokens, HIDDEN] @ [HIDDEN, INNER], best of 20."""
-    a, b, best = torch.randn(tokens, HIDDEN), torch.randn(HIDDEN, INNER), float("inf")
+def matrix_rate(rows: int, inner: int, columns: int) -> float:
+    """FLOP/s of [rows, inner] @ [inner, columns] on one thread, best of 20."""
+    a, b, best = torch.randn(rows, inner), torch.randn(inner, columns), float("inf")
     for _ in range(20):
         start = time.process_time()
         a @ b
         best = min(best, time.process_time() - start)
-    return 2 * tokens * HIDDEN * INNER / best
+    return 2 * rows * inner * columns / best
 
 
 def main() -> None:
@@ -93,7 +93,7 @@ def main() -> None:
         sides = (True, False) if i % 2 else (False, True)
         one = {shared: step(model, groups, shared) for shared in sides}
         assert abs(one[True][2] - one[False][2]) < 1e-4, "both sides must have the same loss"
-        rates.append(matmul_rate(prompt + copies * response))
+        rates.append(matrix_rate(prompt + copies * response, HIDDEN, INNER))
         rows.append((one[True], one[False]))
     floor = step_flops(prompt, response, copies, args.groups) / max(rates)
     median = statistics.median
