@@ -32,6 +32,7 @@ class Config:
     prompt_template: str = _key("", "file with a system prompt that has a {tools} slot; empty: the project's own")
     run_dir: str = _key("runs/grpo", "where config, logs, samples, checkpoints and the final model go")
     resume: bool = _key(False, "go on from the latest checkpoint in run_dir")
+    resume_step: int = _key(0, "go on from this step's checkpoint instead; 0: the latest")
     overwrite: bool = _key(False, "delete an existing run_dir first")
     seed: int = _key(0, "decides the data order and, with step and prompt, every sample")
     # the method
@@ -53,11 +54,16 @@ class Config:
     resample_rounds: int = _key(0, "dynamic sampling: so often such groups are replaced by other prompts")
     max_prompt_tokens: int = _key(4096, "longer prompts are counted and skipped")
     max_response_tokens: int = _key(8192, "longer completions are cut off and count as truncated")
-    # speed and memory
+    # speed, memory, many processes
     rollout_engine: str = _key("shared_prefix", "row of engines.ENGINES: shared_prefix, generate, continuous_batching")
     rollout_batch_size: int = _key(256, "sequences decoded at once per rank; fewer where their K/V would not fit")
     max_tokens_per_micro_batch: int = _key(16384, "tokens per forward/backward per rank; changes no result")
     gradient_checkpointing: bool = _key(True, "recompute activations in the backward: less memory, more time")
+    sharding: str = _key("full", "full: one shard per process; hsdp: shards inside a node, copies across nodes")
+    offload_optimizer: bool = _key(False, "fp32 weights, gradients and AdamW's state in CPU memory; AdamW runs there")
+    offload_reference: bool = _key(False, "the reference's weights in CPU memory")
+    low_memory: bool = _key(False, "both of these: 7B on one 80 GB GPU")
+    trust_remote_code: bool = _key(False, "run code that comes with the model; only for models whose code you have read")
     timeout_minutes: float = _key(60.0, "a rank that waits longer for the others stops the run")
     threads: int = _key(0, "CPU threads per process; 0: torch's default")
     # looking and saving
@@ -67,7 +73,10 @@ class Config:
     apibank: str = _key("", "the same for API-Bank")
     benchmark_cases: int = _key(10, "cases of each category of these benchmarks")
     save_every: int = _key(10, "checkpoint every N steps; 0: only at the end")
-    keep_checkpoints: int = _key(2, "older ones are deleted")
+    keep_checkpoints: int = _key(2, "older ones are deleted, except the one with the best held-out accuracy")
+    background_save: bool = _key(False, "write checkpoints while training goes on; takes CPU memory for a copy")
+    save_errors: str = _key("stop", "when a checkpoint cannot be written: stop, or go_on with a warning")
+    max_failed_steps: int = _key(5, "so many steps in a row without a finite gradient end the run")
     log_samples: int = _key(64, "completions per step written to samples.jsonl; 0: none")
     # supervised fine-tuning (sft.py)
     sft_batch: int = _key(32, "examples per optimizer step")
@@ -156,13 +165,17 @@ def _convert(key: str, value: Any, kind: type) -> Any:
 def _check(c: Config) -> None:
     """Refuses settings that cannot work together, before anything is loaded."""
     positive = "prompts_per_step group_size minibatch_prompts max_prompt_tokens max_response_tokens rollout_batch_size"
-    for key in f"{positive} max_tokens_per_micro_batch sft_batch temperature keep_checkpoints benchmark_cases".split():
+    positive += " max_tokens_per_micro_batch sft_batch temperature keep_checkpoints benchmark_cases max_failed_steps"
+    for key in positive.split():
         if getattr(c, key) <= 0:
             raise ConfigError(f"{key} must be greater than 0, not {getattr(c, key)}")
     for f in dataclasses.fields(c):
         value = getattr(c, f.name)
         if isinstance(value, (int, float)) and value < 0:
             raise ConfigError(f"{f.name} must not be negative, not {value}")
+    for key, values in (("save_errors", ("stop", "go_on")), ("sharding", ("full", "hsdp"))):
+        if getattr(c, key) not in values:
+            raise ConfigError(f"{key} must be {' or '.join(values)}, not {getattr(c, key)!r}")
     if c.tiny_hidden % 8:
         raise ConfigError(f"tiny_hidden must be a multiple of 8 (4 heads of even size), not {c.tiny_hidden}")
     if c.group_size < 2:

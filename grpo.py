@@ -4,6 +4,7 @@
     python grpo.py --config configs/tiny.yaml                      the demo: a model from nothing, on a laptop's CPU
     python grpo.py --config runs/demo/config.yaml --resume true    go on after an interruption
     python grpo.py --export runs/demo/step_140 OUT                 a checkpoint as a bf16 Hugging Face folder
+    python grpo.py --config configs/qwen2.5-7b.yaml --plan         does it fit, and how long will a step take
 
 Source: Tool-N1 (arXiv 2505.00024); GRPO from DeepSeekMath (arXiv 2402.03300). Letters: P prompts, G completions per
 prompt, N response tokens of a micro-batch.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,20 +24,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import plan
 from benchmarks import JudgedPrompt, evaluate_benchmark, load_benchmarks
+from checkpoint import CheckpointError, Saver, export_checkpoint, latest_checkpoint, load_checkpoint
 from config import Config, ConfigError, load_config
 from data import DataError, Tokenized, load_splits, tokenize_splits
 from engines import ENGINES, Prompt
-from model import (
-    ModelError,
-    count_parameters,
-    export,
-    load_model,
-    load_tokenizer,
-    token_logprobs,
-    uses_shared_prefix,
-)  # fmt: skip
-from packing import Packed, attention_backend, micro_batches, pack
+from export import write_model
+from minibatches import Minibatch, gather_groups, make_minibatches, own_places, shuffled
+from model import ModelError, count_parameters, load_tokenizer, token_logprobs, uses_shared_prefix
+from packing import attention_backend
 from plot import summarize
 from prompts import PromptError, check_tokenizer, load_template
 from reward import Reward, RewardError, RewardFunction, reward_function
@@ -48,17 +46,15 @@ from runtime import (
     append_jsonl,
     batch_for_step,
     cut_log,
-    latest_checkpoint,
+    fit_memory,
     open_run,
     read_jsonl,
     run_script,
-    save_checkpoint,
     start_ranks,
-    whole_folder,
 )  # fmt: skip
-from sft import warm_up
-
-MAX_FAILED_STEPS = 5  # so many steps in a row without a finite gradient end the run
+from sft import load_policy, warm_up
+from sharding import full_tensor, whole
+from watch import note_out_of_memory
 
 # ------------------------------------------------------------------------------------------------------ the maths
 
@@ -92,17 +88,6 @@ def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip
 # ------------------------------------------------------------------------------------------------ phases of a step
 
 
-@dataclass
-class MicroBatch:
-    """Packed groups with what the loss needs per response token: all [N]."""
-
-    packed: Packed
-    advantages: Tensor
-    sampler_logprobs: Tensor
-    old_logprobs: Tensor | None = None  # None: one update per rollout batch, so the policy has not changed yet
-    ref_logprobs: Tensor | None = None  # None: kl_coef is 0
-
-
 def score_groups(groups: Sequence[Group], examples: Sequence[Tokenized], reward: RewardFunction) -> list[list[Reward]]:
     """The reward of every completion, [P][G]."""
     return [
@@ -111,53 +96,14 @@ def score_groups(groups: Sequence[Group], examples: Sequence[Tokenized], reward:
     ]
 
 
-def shuffled(rewards: Tensor, config: Config, step: int, ranks: Ranks) -> Tensor:
-    """Collective. [P, G] -> [P, G]: this rank's rewards after a permutation over all completions of the batch.
-
-    The negative control: the same rewards, but telling nothing about the completion that they stand beside.
-    """
-    everything = torch.stack(ranks.gather(rewards), 1).flatten(0, 1)  # in the order of the batch: ranks take turns
-    generator = torch.Generator().manual_seed(prompt_seed(config.seed, step, -1))
-    mixed = everything.flatten()[torch.randperm(everything.numel(), generator=generator)].view_as(everything)
-    return mixed[ranks.rank :: ranks.world]
-
-
-def make_minibatches(
-    groups: Sequence[Group], advantages: Tensor, config: Config, ranks: Ranks, shared: bool = True
-) -> list[list[MicroBatch]]:
-    """This rank's groups as minibatches (one optimizer update each) of micro-batches (one forward/backward each).
-
-    With skip_zero_variance, groups whose advantages are all 0 are left out: neither loss, KL nor token count sees them.
-    shared: whether the model takes packed groups (model.uses_shared_prefix).
-    """
-    per_update = config.minibatch_prompts // ranks.world
-    teaches = (advantages != 0).any(1).tolist()
-    minibatches = []
-    for start in range(0, len(groups), per_update):
-        own = range(start, min(start + per_update, len(groups)))
-        own = [i for i in own if teaches[i] or not config.skip_zero_variance]
-        sizes = [(len(groups[i].prompt.ids), [len(ids) for ids in groups[i].responses]) for i in own]
-        micro = []
-        for parts in micro_batches(sizes, config.max_tokens_per_micro_batch, shared):
-            chosen = [(groups[own[k]], advantages[own[k], part], part) for k, part in parts]
-            packed = pack([(group.prompt.ids, group.responses[part]) for group, _, part in chosen], ranks.device, shared)
-            per_response = torch.cat([values for _, values, _ in chosen]).to(ranks.device)
-            sampled = [x for group, _, part in chosen for row in group.logprobs[part] for x in row]
-            sampled = torch.tensor(sampled, device=ranks.device)
-            micro.append(MicroBatch(packed, per_response.repeat_interleave(packed.counts), sampled))
-        minibatches.append(micro)
-    return minibatches
-
-
 @torch.no_grad()
 def fixed_logprobs(
-    policy: nn.Module | None, reference: nn.Module | None, minibatches: list[list[MicroBatch]], config: Config
+    policy: nn.Module | None, reference: nn.Module | None, minibatches: list[Minibatch], config: Config
 ) -> None:
-    """Fills in the log-probs that stay fixed during the updates: the reference's, and the policy's own before them.
-
-    The latter only where there is more than one update: before the first one they are what the update computes itself.
+    """Collective. Fills in the log-probs that stay fixed during the updates: the reference's, and the policy's own before
+    them. The latter only where there is more than one update: before the first one they are what the update computes.
     """
-    for micro in (m for minibatch in minibatches for m in minibatch):
+    for micro in (micro for minibatch in minibatches for micro in minibatch.micros):
         if reference is not None:
             micro.ref_logprobs = token_logprobs(reference, micro.packed, config.temperature, entropy=False)[0]
         if policy is not None and len(minibatches) > 1:
@@ -165,7 +111,7 @@ def fixed_logprobs(
 
 
 def update_policy(
-    policy: nn.Module, optimizer, minibatches: list[list[MicroBatch]], config: Config, ranks: Ranks
+    policy: nn.Module, optimizer, minibatches: list[Minibatch], config: Config, ranks: Ranks
 ) -> dict[str, float]:
     """Collective. One optimizer update per minibatch; returns metrics over all tokens of all updates.
 
@@ -173,33 +119,31 @@ def update_policy(
     micro-batches nor the number of ranks changes it.
     """
     sums = torch.zeros(5, dtype=torch.float64)
-    tokens, norms, skipped = 0.0, [], 0
+    tokens, norms, skipped = 0, [], 0
     for minibatch in minibatches:
-        total = ranks.sum([float(sum(len(m.advantages) for m in minibatch))])[0]
-        if total == 0:  # on all ranks: every group of this update was left out
+        if minibatch.tokens == 0:  # on all ranks: every group of this update was left out
             continue
-        for micro in minibatch:
+        for micro in minibatch.micros:
             logprobs, entropy = token_logprobs(policy, micro.packed, config.temperature)
             old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
             loss = policy_loss(logprobs, old, micro.advantages, config.clip_eps)
             kl = torch.zeros_like(loss) if micro.ref_logprobs is None else kl_k3(logprobs, micro.ref_logprobs)
             loss = loss + config.kl_coef * kl
-            (loss.sum() / total).backward()
+            (loss.sum() * micro.weight / minibatch.tokens).backward()  # adds to the sum over micro-batches and ranks
             with torch.no_grad():
                 ratio = (logprobs - old).exp()
                 low = (ratio < 1 - config.clip_eps) & (micro.advantages < 0)
                 high = (ratio > 1 + config.clip_eps) & (micro.advantages > 0)
-                part = torch.stack([x.double().sum() for x in (loss, kl, entropy, low, high)])
+                part = torch.stack([x.double().sum() for x in (loss, kl, entropy, low, high)]) * micro.weight
                 sums += part.nan_to_num(0.0, 0.0, 0.0).cpu()  # a bad part is counted below and must not blot the log
-        ranks.sum_gradients(policy)
-        norm = float(nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
+        norm = float(full_tensor(nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)))
         if math.isfinite(norm):  # the norm is the same on all ranks, so all skip together
             optimizer.step()
             norms.append(norm)
         else:
             skipped += 1
         optimizer.zero_grad(set_to_none=True)
-        tokens += total
+        tokens += minibatch.tokens
     loss, kl, entropy, low, high = (x / max(tokens, 1) for x in ranks.sum(sums.tolist()))
     metrics = {"loss": loss, "kl": kl, "entropy": entropy, "clip_ratio/low_mean": low, "clip_ratio/high_mean": high}
     metrics |= {"clip_ratio/region_mean": low + high, "grad_norm": sum(norms) / max(1, len(norms))}
@@ -209,9 +153,9 @@ def update_policy(
 # ----------------------------------------------------------------------------------------------------------- logging
 
 
-def sampler_difference(minibatches: list[list[MicroBatch]], ranks: Ranks) -> dict[str, float]:
+def sampler_difference(minibatches: list[Minibatch], ranks: Ranks) -> dict[str, float]:
     """Collective. Mean |sampler - trainer| log-prob where the old log-probs were computed: a bug detector, not a loss."""
-    micros = [m for minibatch in minibatches for m in minibatch if m.old_logprobs is not None]
+    micros = [m for batch in minibatches for m in batch.micros if m.old_logprobs is not None and m.weight]
     differences = [(m.old_logprobs - m.sampler_logprobs).abs().double().sum().item() for m in micros]
     total, count = ranks.sum([sum(differences), float(sum(len(m.advantages) for m in micros))])
     return {"sampling/sampling_logp_difference/mean": total / count} if count else {}
@@ -233,6 +177,7 @@ class Run:
     policy: nn.Module
     reference: nn.Module | None
     optimizer: torch.optim.Optimizer
+    saver: Saver
     train: Sequence[Tokenized]
     held_out: dict[str, Sequence[Tokenized]]
     benchmarks: dict[str, Sequence[JudgedPrompt]]
@@ -245,36 +190,61 @@ def train(run: Run) -> None:
     config, ranks, state = run.config, run.ranks, run.state
     bar = tqdm(total=total_steps(config, len(run.train)), initial=state["step"], desc="GRPO", disable=not ranks.main)
     for step in range(state["step"] + 1, bar.total + 1):
-        clock = Clock()
+        clock = Clock(ranks.watchdog, step)
         batch = batch_for_step(len(run.train), step - 1, config.prompts_per_step, config.seed)
-        places = range(ranks.rank, len(batch), ranks.world)  # this rank's places in the batch
+        places = own_places(len(batch), ranks)
         groups, scores = sample_and_score(run, [run.train[batch[place]] for place in places], step, places, clock)
         metrics = rollout_metrics(groups, scores, ranks)  # of the policy as it is: before anything is sampled again
         groups, scores, again = resample_flat(run, groups, scores, step, places, clock)
-        rewards = torch.tensor([[r.total for r in row] for row in scores])
+        everyone, rewards = gather_groups(groups, reward_table(scores, config), ranks)
         if config.shuffle_rewards:
-            rewards = shuffled(rewards, config, step, ranks)
+            rewards = shuffled(rewards, config.seed, step)
         advantages = group_advantages(rewards)
-        minibatches = make_minibatches(groups, advantages, config, ranks, uses_shared_prefix(run.policy))
-        with clock("reference"):
-            fixed_logprobs(None, run.reference, minibatches, config)
-        with clock("old_logprobs"):
-            fixed_logprobs(run.policy, None, minibatches, config)
-        with clock("update"):
-            metrics |= update_policy(run.policy, run.optimizer, minibatches, config, ranks)
-        failed = not metrics["updates"] and metrics["updates_skipped_nonfinite"]
-        state["failed"] = state.get("failed", 0) + 1 if failed else 0
-        if state["failed"] == MAX_FAILED_STEPS:
-            raise ConfigError(f"steps {step - MAX_FAILED_STEPS + 1} to {step} had NaN or infinite gradients only; lower lr")
-        metrics |= sampler_difference(minibatches, ranks)
-        trained = sum(m.packed.ids.numel() for minibatch in minibatches for m in minibatch)
+        try:
+            learnt, trained = learn(run, everyone, advantages, clock)
+        except torch.OutOfMemoryError:  # the next start, by torchrun or by hand, takes smaller micro-batches
+            note_out_of_memory(run.folder, "update", step)
+            raise
+        metrics |= learnt
+        rows = sample_rows(step, groups, scores, advantages[ranks.rank :: ranks.world], config.log_samples, ranks)
+        stop_on_failures(run, step, learnt, rows)
         metrics |= speed_metrics(groups, again, trained, count_parameters(run.policy), config, clock.seconds, ranks)
         state |= {"step": step, "flops": state["flops"] + metrics.pop("step_flops")}
-        rows = sample_rows(step, groups, scores, advantages, config.log_samples, ranks)
         finish_step(run, metrics, rows, step == bar.total)
         bar.update()
         bar.set_postfix(reward=f"{metrics['reward']:.2f}", kl=f"{metrics['kl']:.3f}", refresh=False)
     bar.close()
+
+
+def reward_table(scores: list[list[Reward]], config: Config) -> Tensor:
+    """[P, G]; P may be 0 where there are more processes than prompts."""
+    return torch.tensor([[one.total for one in row] for row in scores]).view(len(scores), config.group_size)
+
+
+def learn(run: Run, groups: list[Group], advantages: Tensor, clock: Clock) -> tuple[dict[str, float], int]:
+    """Collective. The updates of one step, on the whole batch's groups -> metrics, tokens that this rank computed."""
+    config, ranks = run.config, run.ranks
+    minibatches = make_minibatches(groups, advantages, config, ranks, uses_shared_prefix(run.policy))
+    with clock("reference"):
+        fixed_logprobs(None, run.reference, minibatches, config)
+    with clock("old_logprobs"):
+        fixed_logprobs(run.policy, None, minibatches, config)
+    with clock("update"):
+        metrics = update_policy(run.policy, run.optimizer, minibatches, config, ranks)
+    metrics |= sampler_difference(minibatches, ranks)
+    return metrics, sum(micro.packed.ids.numel() for minibatch in minibatches for micro in minibatch.micros)
+
+
+def stop_on_failures(run: Run, step: int, metrics: dict[str, float], rows: list[dict]) -> None:
+    """Ends the run, with the batch saved, when too many steps in a row had no finite gradient."""
+    failed = not metrics["updates"] and metrics["updates_skipped_nonfinite"]
+    run.state["failed"] = run.state.get("failed", 0) + 1 if failed else 0
+    if run.state["failed"] < run.config.max_failed_steps:
+        return
+    path, first = run.folder / f"nonfinite_step_{step}.jsonl", step - run.config.max_failed_steps + 1
+    if run.ranks.main:
+        append_jsonl(path, rows)
+    raise ConfigError(f"steps {first} to {step} had NaN or infinite gradients only; lower lr; the last batch is in {path}")
 
 
 def sample_and_score(
@@ -283,11 +253,11 @@ def sample_and_score(
     """Completions of the prompts at these places of the step's batch, and their rewards."""
     config = run.config
     prompts = [Prompt(t.example.id, t.ids, prompt_seed(config.seed, step, p)) for t, p in zip(items, places)]
-    with clock("rollout"):
+    with clock("rollout"), whole(run.policy) as policy:
         groups = sample_groups(
-            run.policy, run.tokenizer, prompts, group_size=config.group_size, temperature=config.temperature,
+            policy, run.tokenizer, prompts, group_size=config.group_size, temperature=config.temperature,
             max_new_tokens=config.max_response_tokens, batch_size=config.rollout_batch_size,
-            engine=config.rollout_engine, progress=run.ranks.main,
+            engine=config.rollout_engine, progress=run.ranks.main, beat=run.ranks.beat,
         )  # fmt: skip
     with clock("reward"):
         return groups, score_groups(groups, items, run.reward)
@@ -318,6 +288,9 @@ def finish_step(run: Run, metrics: dict[str, float], rows: list[dict], last: boo
     config, step = run.config, run.state["step"]
     if last or (config.eval_every and step % config.eval_every == 0):
         metrics = metrics | evaluate_all(run)
+        score = metrics.get(f"{next(iter(run.held_out), '')}/accuracy", 0.0)
+        if score > run.state.get("best", {}).get("score", -1.0):
+            run.state["best"] = {"step": step, "score": score}
     run.state["seconds"] = time.perf_counter() - run.began
     if run.ranks.main:
         epoch = step * config.prompts_per_step / len(run.train)
@@ -326,9 +299,13 @@ def finish_step(run: Run, metrics: dict[str, float], rows: list[dict], last: boo
         append_jsonl(run.folder / "samples.jsonl", rows)
     stopping = run.stop.agreed(run.ranks)
     if last or stopping or (config.save_every and step % config.save_every == 0):
-        save_checkpoint(
-            run.folder, run.state, run.policy, run.tokenizer, run.optimizer, run.ranks, config.keep_checkpoints
-        )
+        problem = run.saver.save(run.state, run.policy, run.tokenizer, run.optimizer)
+        if last or stopping:
+            problem = problem or run.saver.finish()
+        if problem and (stopping or config.save_errors == "stop"):
+            raise CheckpointError(problem)
+        if problem and run.ranks.main:
+            print(f"warning: {problem}", file=sys.stderr)
     if stopping and not last:
         raise Interrupted(config.run_dir, step)
 
@@ -336,10 +313,11 @@ def finish_step(run: Run, metrics: dict[str, float], rows: list[dict], last: boo
 def evaluate_all(run: Run) -> dict[str, float]:
     """Collective. Greedy accuracy on every held-out split and benchmark subset."""
     results: dict[str, float] = {}
-    for name, examples in run.held_out.items():
-        results |= evaluate(run.policy, run.tokenizer, examples, run.config, run.ranks, name)
-    for name, cases in run.benchmarks.items():
-        results |= evaluate_benchmark(run.policy, run.tokenizer, cases, run.config, run.ranks, name)
+    with whole(run.policy) as policy:
+        for name, examples in run.held_out.items():
+            results |= evaluate(policy, run.tokenizer, examples, run.config, run.ranks, name)
+        for name, cases in run.benchmarks.items():
+            results |= evaluate_benchmark(policy, run.tokenizer, cases, run.config, run.ranks, name)
     return results
 
 
@@ -357,36 +335,35 @@ def set_up(config: Config, ranks: Ranks) -> Run:
     template, splits = load_template(config.prompt_template), load_splits(config)
     reward("", splits.train[0].answer, splits.train[0].tools)  # a broken function of the user's own stops here
     if config.model != "tiny":  # before an old run is replaced
-        check_tokenizer(load_tokenizer(config.model), template)
+        check_tokenizer(load_tokenizer(config.model, config.trust_remote_code), template)
     folder, stop = open_run(config, ranks), StopFlag()
     if ranks.main:
         print(f"run: {folder} · {ranks.world} process(es) on {ranks.device} · attention: {attention_backend(ranks.device)}")
+    config = fit_memory(config, folder, ranks)
     earlier = latest_checkpoint(folder / "warmup")  # of a warm-up before a resume
     start = warm_up(config, splits, template, ranks, stop)
-    checkpoint = latest_checkpoint(folder)
-    tokenizer = load_tokenizer(start)
+    checkpoint = latest_checkpoint(folder, config.resume_step)
+    tokenizer = load_tokenizer(start, config.trust_remote_code)
     check_tokenizer(tokenizer, template)
     tokenized = tokenize_splits(splits, tokenizer, template, config, quiet=not ranks.main)
     benchmarks = load_benchmarks(config, tokenizer, template, quiet=not ranks.main)
-    policy = load_model(str(checkpoint[0]) if checkpoint else start, ranks.device, config.gradient_checkpointing)
+    policy = load_policy(start, config, ranks).train()
+    # The reference is always the model that training started from, also after a resume.
+    reference = load_policy(start, config, ranks, frozen=True).eval() if config.kl_coef else None
     tokens, positions = config.max_prompt_tokens + config.max_response_tokens, policy.config.max_position_embeddings
     if tokens > positions:
         raise ConfigError(f"max_prompt_tokens + max_response_tokens ({tokens}) exceed the model's {positions} positions")
-    # The reference is always the model that training started from, also after a resume.
-    reference = load_model(start, ranks.device).requires_grad_(False).eval() if config.kl_coef else None
-    policy.train()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     state = {"step": 0, "seconds": earlier[1]["seconds"] if earlier else 0.0, "flops": 0.0}
     if checkpoint:
         state = checkpoint[1]
-        optimizer.load_state_dict(torch.load(checkpoint[0] / "optimizer.pt", weights_only=True, map_location="cpu"))
-        for group in optimizer.param_groups:  # the checkpoint's rates came along, but the config of now counts
-            group["lr"], group["weight_decay"] = config.lr, config.weight_decay
+        load_checkpoint(checkpoint[0], policy, optimizer, ranks)
     if ranks.main:  # steps after the checkpoint are done again; without one, all of them
         for name in ("log.jsonl", "samples.jsonl"):
             cut_log(folder / name, state["step"] if checkpoint else -1)
     run = Run(
-        config, ranks, folder, stop, tokenizer, reward, policy, reference, optimizer, tokenized.train, tokenized.held_out,
+        config, ranks, folder, stop, tokenizer, reward, policy, reference, optimizer,
+        Saver(folder, ranks, config.keep_checkpoints, config.background_save), tokenized.train, tokenized.held_out,
         benchmarks, state, began - state["seconds"],
     )  # fmt: skip
     if not checkpoint:
@@ -400,18 +377,16 @@ def main(arguments: list[str]) -> None:
     """Collective. Trains as the settings say, or exports a checkpoint (`--export CHECKPOINT OUT`)."""
     if arguments[:1] == ["--export"]:
         return export_checkpoint(arguments[1:])
+    if "--plan" in arguments:
+        return plan.main([word for word in arguments if word != "--plan"])
     config = load_config(arguments)
     ranks = start_ranks(config.timeout_minutes, config.threads)
-    if config.minibatch_prompts % ranks.world:
-        raise ConfigError(
-            f"minibatch_prompts ({config.minibatch_prompts}) must be a multiple of the number of processes ({ranks.world})"
-        )
     run = set_up(config, ranks)
     train(run)
+    log = read_jsonl(run.folder / "log.jsonl")
+    summary = summarize(log, list(run.held_out))
+    write_model(run.policy, run.tokenizer, run.folder / "model", config, run.state, summary, ranks)
     if ranks.main:
-        with whole_folder(run.folder / "model") as folder:
-            export(run.policy, run.tokenizer, folder)
-        summary = summarize(read_jsonl(run.folder / "log.jsonl"), list(run.held_out))
         (run.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         print(f"reward: first 5 steps {summary['reward_first5']:.3f}, last 10 steps {summary['reward_last10']:.3f}")
         for key in [key for key in summary if key.endswith("accuracy_before")]:
@@ -421,18 +396,5 @@ def main(arguments: list[str]) -> None:
         print(f"model: {run.folder / 'model'} · curves and samples: python plot.py {run.folder}")
 
 
-def export_checkpoint(arguments: list[str]) -> None:
-    """A checkpoint (or any model folder) as a bf16 Hugging Face folder. Raises ConfigError for wrong arguments."""
-    if len(arguments) != 2:
-        raise ConfigError("usage: python grpo.py --export RUN/step_N OUT")
-    source, target = arguments[0], Path(arguments[1])
-    if target.exists():
-        raise ConfigError(f"export: {target} exists already")
-    model, tokenizer = load_model(source, torch.device("cpu")), load_tokenizer(source)
-    with whole_folder(target) as folder:
-        export(model, tokenizer, folder, torch.bfloat16)
-    print(f"model: {target}")
-
-
 if __name__ == "__main__":
-    run_script(main, (ConfigError, DataError, ModelError, PromptError, RewardError))
+    run_script(main, (CheckpointError, ConfigError, DataError, ModelError, PromptError, RewardError))

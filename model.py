@@ -7,6 +7,8 @@ unchanged. What a model can do is tried out when it is loaded; one that can not 
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import json
 import os
 import warnings
@@ -23,6 +25,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -85,11 +88,20 @@ def token_logprobs(
     """
     if packed.layout is not None and not uses_shared_prefix(model):
         raise ValueError("this model does not run on packed groups: use pack(..., shared=uses_shared_prefix(model))")
+    # A sharded model gathers its weights around its own method (sharding.py).
+    forward = getattr(model, "response_logprobs", None) or functools.partial(response_logprobs, model)
     with autocast(packed.ids.device):
-        if model.abilities.head_only:
-            hidden, head = _hidden(model, packed), model.get_output_embeddings()
-            return head_logprobs(hidden, head.weight, head.bias, packed.target, temperature, entropy=entropy, chunk=chunk)
-        logits = model(**_inputs(packed)).logits.flatten(0, 1)[packed.predict].float() / temperature
+        return forward(packed, temperature, entropy, chunk)
+
+
+def response_logprobs(
+    model: nn.Module, packed: Packed, temperature: float, entropy: bool, chunk: int | None
+) -> tuple[Tensor, Tensor]:
+    """The forward pass of token_logprobs, where the model's weights are at hand."""
+    if model.abilities.head_only:
+        hidden, head = _hidden(model, packed), model.get_output_embeddings()
+        return head_logprobs(hidden, head.weight, head.bias, packed.target, temperature, entropy=entropy, chunk=chunk)
+    logits = model(**_inputs(packed)).logits.flatten(0, 1)[packed.predict].float() / temperature
     lse = logits.logsumexp(-1)
     logprobs = logits.gather(-1, packed.target[:, None])[:, 0] - lse
     with torch.no_grad():
@@ -114,16 +126,18 @@ def _hidden(model: nn.Module, packed: Packed) -> Tensor:
 # -------------------------------------------------------------------------------------------- load, build, export
 
 
-def load_tokenizer(path: str):
+def load_tokenizer(path: str, trust_remote_code: bool = False):
     """The tokenizer of a folder or hub id. Raises ModelError with one sentence when it cannot be read."""
-    _check_path(path)
+    check_path(path)
     saved = Path(path) / "tokenizer_config.json"
     # AutoTokenizer goes by the model type and would give our byte-level BPE the word splitting of Qwen2.
     try:
         own = saved.is_file() and json.loads(saved.read_text("utf-8")).get("tokenizer_class") == "TokenizersBackend"
-        return (PreTrainedTokenizerFast if own else AutoTokenizer).from_pretrained(path)
+        if own:
+            return PreTrainedTokenizerFast.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model: no tokenizer could be loaded from {path!r}: {_first_line(error)}") from None
+        raise ModelError(f"model: no tokenizer could be loaded from {path!r}: {first_line(error)}") from None
 
 
 def load_model(path: str, device: torch.device, gradient_checkpointing: bool = False) -> nn.Module:
@@ -131,23 +145,28 @@ def load_model(path: str, device: torch.device, gradient_checkpointing: bool = F
 
     path: a folder or hub id. Code from the hub is never run. Raises ModelError when it cannot be loaded.
     """
-    _check_path(path)
+    check_path(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"model: {path!r} could not be loaded: {_first_line(error)}") from None
+        raise ModelError(f"model: {path!r} could not be loaded: {first_line(error)}") from None
     return prepare_model(model, device, gradient_checkpointing)
 
 
 def prepare_model(model: nn.Module, device: torch.device, gradient_checkpointing: bool = False) -> nn.Module:
     """Moves a model to its device and finds out how it can be trained; warns once where that is not the fast way."""
+    model.to(device)
+    return equip(model, model, gradient_checkpointing)
+
+
+def equip(model: nn.Module, trial: nn.Module, gradient_checkpointing: bool) -> nn.Module:
+    """Makes a model ready for token_logprobs, by what `trial`, itself or a `stand_in`, is found to be able to do."""
     transformers_logging.disable_progress_bar()  # ours are enough
     AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
     AttentionMaskInterface.register(SHARED_PREFIX, lambda *args, **kwargs: None)
-    model.to(device)
-    model.abilities, limits = probe(model)
+    model.abilities, limits = probe(trial)
     if limits and os.environ.get("RANK", "0") == "0":
-        warnings.warn(f"model: {'; '.join(limits)}", stacklevel=2)
+        warnings.warn(f"model: {'; '.join(limits)}", stacklevel=3)
     if gradient_checkpointing:
         options = {"use_reentrant": False}
         if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.2x on
@@ -156,6 +175,19 @@ def prepare_model(model: nn.Module, device: torch.device, gradient_checkpointing
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
     use_attention(model, "train")
     return model
+
+
+def stand_in(config: PreTrainedConfig, device: torch.device, trust_remote_code: bool = False) -> nn.Module:
+    """Two layers of a model with a few random weights: what is tried out where the model itself is in pieces."""
+    small = copy.deepcopy(config)
+    small.num_hidden_layers, small.vocab_size = min(2, config.num_hidden_layers), 64
+    small.pad_token_id = small.bos_token_id = small.eos_token_id = None
+    if kinds := getattr(config, "layer_types", None):  # unlike the others first: it is what stands against packing
+        small.layer_types = sorted(kinds, key=lambda kind: kind == "full_attention")[: small.num_hidden_layers]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        return model.to(device)
 
 
 @torch.no_grad()
@@ -199,7 +231,7 @@ def _why_not_packed(model: nn.Module, hidden: Tensor) -> str:
         except UnsupportedAttention as reason:
             return str(reason)
         except Exception as reason:  # what goes wrong here would go wrong in training, and the reason is printed
-            return f"it does not run on packed groups ({_first_line(reason)})"
+            return f"it does not run on packed groups ({first_line(reason)})"
         if not _near(packed, hidden, error):
             return "packed groups change its output"
     return ""
@@ -209,13 +241,15 @@ def _near(a: Tensor, b: Tensor, error: float = PROBE_ERROR) -> bool:
     return bool((a - b).float().norm() <= error * b.float().norm())
 
 
-def _check_path(path: str) -> None:
+def check_path(path: str) -> None:
+    """Raises ModelError for what looks like a folder and is none."""
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if looks_local and not Path(path).is_dir():
         raise ModelError(f"model: the folder {path!r} does not exist; give a Hugging Face folder, a hub id or tiny")
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an exception's message, or its name."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -10,7 +10,7 @@ import json
 import resource
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,12 +58,13 @@ def prompt_seed(seed: int, step: int, index: int) -> int:
 def sample_groups(
     model: nn.Module, tokenizer, prompts: Sequence[Prompt], *, group_size: int, temperature: float,
     max_new_tokens: int, batch_size: int, engine: str = "shared_prefix", progress: bool = False,
+    beat: Callable[[], None] = lambda: None,
 ) -> list[Group]:  # fmt: skip
     """`group_size` completions of every prompt, in the order of `prompts`.
 
     temperature: 0 is greedy. batch_size: sequences decoded at once; whole groups stay together, and prompts of similar
     length share a batch, so little is padded; on CUDA fewer at once where their K/V would not fit. engine: a key of
-    engines.ENGINES. The model is left as it came (train or eval mode, attention).
+    engines.ENGINES. beat: called after every batch. The model is left as it came (train or eval mode, attention).
     """
     stops, was_training = stop_ids(tokenizer), model.training
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
@@ -96,6 +97,7 @@ def sample_groups(
                     truncated = [ids[-1] not in stops for ids, _ in own]
                     groups[i] = Group(prompt, [ids for ids, _ in own], [lp for _, lp in own], texts, truncated)
                 bar.update(len(batch))
+                beat()
     finally:
         use_attention(model, "train")
         model.train(was_training)

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,7 +24,8 @@ import torch.distributed as dist
 import yaml
 
 from config import Config, ConfigError
-from model import export
+from watch import Clock as Clock
+from watch import Watchdog, lost_processes, phase_of, take_lock, take_out_of_memory, torchrun_job
 
 
 class Interrupted(Exception):
@@ -45,6 +47,7 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
+    watchdog: Watchdog | None = None
 
     @property
     def main(self) -> bool:
@@ -55,32 +58,20 @@ class Ranks:
         """Collective. Element-wise sums over all ranks, in float64."""
         tensor = torch.tensor(list(values), dtype=torch.float64)
         dist.all_reduce(tensor)
+        self.beat()
         return tensor.tolist()
 
     def gather(self, item: Any) -> list[Any]:
         """Collective. The items of all ranks, in rank order, on every rank."""
         items: list[Any] = [None] * self.world
         dist.all_gather_object(items, item)
+        self.beat()
         return items
 
-    def sum_gradients(self, model: torch.nn.Module) -> None:
-        """Collective. Adds up the gradients of all ranks in place; each rank holds its share of one global sum."""
-        if self.world == 1:
-            return
-        bucket, filled = [], 0
-        parameters = list(model.parameters())
-        for i, parameter in enumerate(parameters):
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            bucket.append(parameter.grad)
-            filled += parameter.numel()
-            # One call per bucket: few enough for speed, small enough that the copy costs little memory.
-            if filled > 2**25 or i + 1 == len(parameters):
-                flat = torch.cat([g.flatten() for g in bucket])
-                dist.all_reduce(flat)
-                for gradient, part in zip(bucket, flat.split([g.numel() for g in bucket])):
-                    gradient.copy_(part.view_as(gradient))
-                bucket, filled = [], 0
+    def beat(self) -> None:
+        """Tells the watchdog that something got done: for phases that may take longer than timeout_minutes."""
+        if self.watchdog:
+            self.watchdog.beat()
 
 
 def start_ranks(timeout_minutes: float = 60.0, threads: int = 0) -> Ranks:
@@ -96,8 +87,11 @@ def start_ranks(timeout_minutes: float = 60.0, threads: int = 0) -> Ranks:
         torch.cuda.set_device(device)
     # Gradients travel by NCCL, small counts and objects by gloo.
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    # A little longer than the watchdog's patience: that one names the phase, while NCCL just kills the process.
+    dist.init_process_group(backend, timeout=timedelta(minutes=1.05 * timeout_minutes))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    # Nobody waits for a single process, and its steps may be slow.
+    return Ranks(rank, world, device, Watchdog(timeout_minutes, rank) if world > 1 else None)
 
 
 def _prints() -> bool:
@@ -129,9 +123,10 @@ class StopFlag:
 
 
 def open_run(config: Config, ranks: Ranks) -> Path:
-    """Collective. Makes run_dir with config.yaml and git.txt, or checks that it may be resumed.
+    """Collective. Makes run_dir with config.yaml and git.txt, or checks that it may be resumed, and locks it.
 
-    Raises ConfigError when the directory is in use and neither resume nor overwrite is set.
+    Processes that torchrun started again (--max-restarts) go on with their run. Raises ConfigError when another process
+    has the directory, or when it holds a run and neither resume nor overwrite is set.
     """
     path, problem = Path(config.run_dir), ""
     if ranks.main:
@@ -151,36 +146,80 @@ FIXED_KEYS = (
     "reward lenient shuffle_rewards skip_zero_variance resample_rounds max_prompt_tokens max_response_tokens warmup_steps "
     "sft_batch synthetic_train"
 ).split()
+# What failed at start leaves these behind, and may be started again under the same name.
+START_FILES = ("config.yaml", "config.yaml.tmp", "git.txt", "lock")
 
 
 def _claim(path: Path, config: Config) -> str:
-    """Makes the run directory for this run; returns why it cannot, or "". """
-    # What failed at start leaves its config behind, and may be started again under the same name.
-    used = path.exists() and any(entry.name not in ("config.yaml", "git.txt") for entry in path.iterdir())
-    saved = dataclasses.asdict(config)
-    if config.resume:
-        if not any((path / name).exists() for name in ("latest", "warmup/latest", "warmup/model")):
+    """Makes the run directory for this run, and locks it; returns why it cannot, or ""."""
+    lock, used = path / "lock", path.exists() and any(entry.name not in START_FILES for entry in path.iterdir())
+    free, owner = take_lock(lock) if lock.exists() else (True, "")
+    if not free:
+        return _in_use(path, owner)
+    started = any((path / name).exists() for name in ("latest", "warmup/latest", "warmup/model"))
+    # A start that was refused left no lock of its own: starting it again must not make it go on with another's run.
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and owner.endswith(f"\n{torchrun_job()}\n")
+    if again:
+        print("restarted: " + ("going on from the last checkpoint" if started else "no checkpoint yet, from the beginning"))
+    if config.resume or (again and started):
+        if not started:
             return f"run_dir: {path} has no checkpoint to resume; start without resume, or with --overwrite true"
-        before = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        before = dataclasses.asdict(Config()) | before  # a setting that is newer than the run had its default then
-        changed = [f"{key} ({before[key]!r} -> {saved[key]!r})" for key in FIXED_KEYS if before[key] != saved[key]]
-        if changed:
-            return f"resume: these settings must stay as they were: {', '.join(changed)}"
-    elif used and not config.overwrite:
+        if problem := _differences(path, config):
+            return problem
+    elif used and not again:
+        if problem := _overwriting(path, config):
+            return problem
+    path.mkdir(parents=True, exist_ok=True)
+    free, owner = take_lock(lock)
+    if not free:  # another run started here at the same moment
+        return _in_use(path, owner)
+    if used and not config.resume and not again:
+        (path / "latest").unlink(missing_ok=True)  # first: it must never name a checkpoint that is gone
+        for entry in path.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.name not in START_FILES:
+                entry.unlink()
+    take_lock(lock, sign=True)  # only now: a start that dies before, torchrun does over
+    # Without the two switches: whoever starts from this file must not delete or continue a run by accident.
+    saved = dataclasses.asdict(config) | {"resume": False, "overwrite": False}
+    text = yaml.safe_dump(saved, sort_keys=False, allow_unicode=True)
+    (path / "config.yaml.tmp").write_text(text, encoding="utf-8")
+    (path / "config.yaml.tmp").replace(path / "config.yaml")
+    (path / "git.txt").write_text(git_state(), encoding="utf-8")
+    return ""
+
+
+def _in_use(path: Path, owner: str) -> str:
+    who = owner.partition("\n")[0] or "another process"
+    return f"run_dir: {path} is in use by {who}; stop that run first, or choose another --run_dir"
+
+
+def _differences(path: Path, config: Config) -> str:
+    """Why a run that began with run_dir/config.yaml cannot go on with this config, or ""; prints what else changed."""
+    before, now = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")), dataclasses.asdict(config)
+    before = dataclasses.asdict(Config()) | before  # a setting that is newer than the run had its default then
+    changed = {key: f"{key} {before[key]!r} -> {now[key]!r}" for key in now if before[key] != now[key]}
+    if fixed := [changed[key] for key in FIXED_KEYS if key in changed]:
+        return f"resume: these settings must stay as they were: {', '.join(fixed)}"
+    if free := [text for key, text in changed.items() if key not in ("resume", "overwrite", "run_dir")]:
+        print(f"resume: {', '.join(free)}")
+    return ""
+
+
+def _overwriting(path: Path, config: Config) -> str:
+    """Why what is in the run directory may not be replaced, or ""."""
+    if not config.overwrite:
         hint = "--resume true to go on, " if (path / "latest").exists() else ""
         return f"run_dir: {path} exists; add {hint}--overwrite true to replace it, or another --run_dir"
-    elif used and not ((path / "config.yaml").exists() and (path / "git.txt").exists()):
+    if not ((path / "config.yaml").exists() and (path / "git.txt").exists()):
         return f"run_dir: {path} is not a run directory, so it is not overwritten; delete it yourself"
-    elif used and path.resolve() in Path(config.model).resolve().parents:
+    if path.resolve() in Path(config.model).resolve().parents:
         return f"model: {config.model} lies in {path}, which would be overwritten; choose another run_dir"
-    if used and not config.resume:
-        shutil.rmtree(path)
-    path.mkdir(parents=True, exist_ok=True)
-    # Without the two switches: whoever starts from this file must not delete or continue a run by accident.
-    saved |= {"resume": False, "overwrite": False}
-    text = yaml.safe_dump(saved, sort_keys=False, allow_unicode=True)
-    (path / "config.yaml").write_text(text, encoding="utf-8")
-    (path / "git.txt").write_text(git_state(), encoding="utf-8")
+    for lock in path.rglob("*/lock"):  # runs inside, like the demo's sft/
+        free, owner = take_lock(lock)
+        if not free:
+            return _in_use(lock.parent, owner)
     return ""
 
 
@@ -216,30 +255,6 @@ def cut_log(path: Path, step: int) -> None:
         shorter.replace(path)
 
 
-class Clock:
-    """Seconds by phase: `with clock("rollout"): …` adds to clock.seconds["rollout"]."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._stack: list[tuple[str, float]] = []
-
-    def __call__(self, phase: str) -> Clock:
-        self._stack.append((phase, time.perf_counter()))
-        return self
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        phase, start = self._stack.pop()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
-
-
-# --------------------------------------------------------------------------------------------------- checkpoints
-
-
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Gives a folder beside `path` to write into and renames it at the end: a folder named `path` is always complete."""
@@ -251,33 +266,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
     temporary.rename(path)
 
 
-def save_checkpoint(run_dir: Path, state: dict, policy, tokenizer, optimizer, ranks: Ranks, keep: int) -> None:
-    """Collective. Writes run_dir/step_N, a Hugging Face folder with optimizer.pt and state.json beside the weights.
-
-    state: at least `step`. `latest` names the newest complete checkpoint and changes last; then old ones are deleted.
-    """
+def fit_memory(config: Config, run_dir: Path, ranks: Ranks) -> Config:
+    """Collective. After a start that ran out of memory in an update: the settings with half the micro-batch."""
+    note = ranks.gather(take_out_of_memory(run_dir) if ranks.main else None)[0]
+    if not note:
+        return config
+    half = max(1, config.max_tokens_per_micro_batch // 2)
     if ranks.main:
-        name = f"step_{state['step']}"
-        with whole_folder(run_dir / name) as folder:
-            export(policy, tokenizer, folder)
-            torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-            (folder / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        pointer = run_dir / "latest.tmp"
-        pointer.write_text(name, encoding="utf-8")
-        pointer.replace(run_dir / "latest")
-        steps = sorted(run_dir.glob("step_*[0-9]"), key=lambda p: int(p.name[5:]))
-        for old in steps[:-keep]:
-            shutil.rmtree(old)
-    ranks.gather(None)
-
-
-def latest_checkpoint(run_dir: Path) -> tuple[Path, dict] | None:
-    """(folder, state) of the newest complete checkpoint, or None."""
-    pointer = run_dir / "latest"
-    if not pointer.exists():
-        return None
-    folder = run_dir / pointer.read_text(encoding="utf-8").strip()
-    return folder, json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        print(f"out of memory in {note['phase']} of step {note['step']}: going on with max_tokens_per_micro_batch {half}")
+    return dataclasses.replace(config, max_tokens_per_micro_batch=half)
 
 
 # --------------------------------------------------------------------------------------------------- data by step
@@ -298,22 +295,44 @@ def batch_for_step(count: int, step: int, size: int, seed: int) -> list[int]:
 
 
 def run_script(main: Callable[[list[str]], None], errors: tuple[type[Exception], ...]) -> None:
-    """Runs a script's main; the named errors end it with their one sentence instead of a traceback."""
-    message, code = "", 1
+    """Runs a script's main; the named errors, lost processes and full memory end it with one sentence, not a traceback."""
+    message, lost, code = "", "", 1
+    many = int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
         main(sys.argv[1:])
+        code = 0
     except errors as error:
         message = f"error: {error}"
+        if many and not _prints():  # the machine's first process may say the same
+            _let_torchrun_end_us(5)
     except Interrupted as stopped:
-        message, code = str(stopped), 130
+        message, code = str(stopped) if _prints() else "", 130
     except KeyboardInterrupt:
-        message, code = "interrupted", 130
-    except torch.OutOfMemoryError:
-        message = "error: out of GPU memory; lower rollout_batch_size (rollout) or max_tokens_per_micro_batch (update)"
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        message, code = "interrupted" if _prints() else "", 130
+    except torch.OutOfMemoryError as error:
+        message = f"error: out of GPU memory on rank {os.environ.get('RANK', 0)}{phase_of(error)}; "
+        message += "lower rollout_batch_size (rollout) or max_tokens_per_micro_batch (update)"
+    except SystemExit as stopped:  # --help, or a second signal
+        code = stopped.code or 0
+    except BaseException as error:
+        if not many:
+            raise
+        message, lost = traceback.format_exc().rstrip(), lost_processes(error)
     if message:
-        if _prints():
-            print(message, file=sys.stderr)
+        print(lost or message, file=sys.stderr, flush=True)
+    if lost:  # so that torchrun's table shows the process that died, and not this one
+        _let_torchrun_end_us(1)
+    if many and code not in (0, 130):
+        # The others may sit in a collective that an orderly end would wait for; torchrun ends them once this one is gone.
+        sys.stdout.flush()
+        os._exit(code)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if code:
         sys.exit(code)
+
+
+def _let_torchrun_end_us(seconds: float) -> None:
+    """Waits in case torchrun is about to end this process, because of another one that spoke or died before it."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(seconds)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,15 +19,17 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from checkpoint import CheckpointError, Saver, latest_checkpoint, load_checkpoint
 from config import Config, ConfigError, load_config
 from data import DataError, Example, Splits, Tokenized, load_splits, tokenize_splits
+from export import write_model
+from minibatches import share_out
 from model import (
     ModelError,
     build_tiny_model,
     build_tiny_tokenizer,
     count_parameters,
     export,
-    load_model,
     load_tokenizer,
     token_logprobs,
     uses_shared_prefix,
@@ -41,13 +44,12 @@ from runtime import (
     append_jsonl,
     batch_for_step,
     cut_log,
-    latest_checkpoint,
     open_run,
     run_script,
-    save_checkpoint,
     start_ranks,
     whole_folder,
 )  # fmt: skip
+from sharding import full_tensor, load_sharded, make_mesh, whole
 
 RAMP_STEPS = 20  # the learning rate rises linearly over these steps
 
@@ -58,23 +60,27 @@ def replies_to_imitate(example: Example) -> tuple[str, ...]:
 
 
 def sft_update(policy: nn.Module, optimizer, groups: list, config: Config, ranks: Ranks) -> dict[str, float]:
-    """Collective. One optimizer step on (prompt ids, replies) groups; the loss is the mean over all reply tokens."""
+    """Collective. One optimizer step on the whole batch's (prompt ids, replies) groups, of which every rank takes a share.
+
+    The loss is the mean over all reply tokens.
+    """
     sizes, shared = [(len(prompt), list(map(len, replies))) for prompt, replies in groups], uses_shared_prefix(policy)
-    total = ranks.sum([float(sum(len(r) for _, replies in groups for r in replies))])[0]
-    loss = 0.0
-    for batch in micro_batches(sizes, config.max_tokens_per_micro_batch, shared):
-        packed = pack([(groups[i][0], groups[i][1][part]) for i, part in batch], ranks.device, shared)
+    tokens, total = [prompt + sum(replies) for prompt, replies in sizes], sum(sum(replies) for _, replies in sizes)
+    shares = share_out(tokens, ranks.world)
+    plans = [micro_batches([sizes[i] for i in share], config.max_tokens_per_micro_batch, shared) for share in shares]
+    own, most, loss = shares[ranks.rank], max(map(len, plans)), 0.0
+    micros = [[(groups[own[k]][0], groups[own[k]][1][part]) for k, part in batch] for batch in plans[ranks.rank]]
+    for micro in micros + [None] * (most - len(micros)):  # None: only keeps in step with ranks that have more
+        packed = pack(micro or [([0], [[0]])], ranks.device, shared)
         logprobs, _ = token_logprobs(policy, packed, temperature=1.0, entropy=False)
-        part = -logprobs.sum() / total
+        part = -logprobs.sum() / total * (micro is not None)
         part.backward()
         loss += part.item()
-    ranks.sum_gradients(policy)
-    norm = float(nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
+    norm = float(full_tensor(nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)))
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    loss, tokens = ranks.sum([loss, float(sum(prompt + sum(replies) for prompt, replies in sizes))])
-    return {"loss": loss, "grad_norm": norm, "num_tokens": tokens}
+    return {"loss": ranks.sum([loss])[0], "grad_norm": norm, "num_tokens": sum(tokens)}
 
 
 def sft_steps(config: Config, examples: int) -> int:
@@ -90,16 +96,15 @@ def train_sft(
 ) -> None:  # fmt: skip
     """Collective. `steps` optimizer steps (fewer if sft_flops runs out), logged and checkpointed in `run_dir`.
 
-    Goes on from the latest checkpoint there; `policy` must then hold its weights. Raises Interrupted after a signal,
-    with a checkpoint written.
+    Goes on from the latest checkpoint there. Raises Interrupted after a signal, with a checkpoint written.
     """
     optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=config.sft_lr, weight_decay=config.weight_decay, betas=(0.9, 0.95)
+        policy.parameters(), lr=config.sft_lr, weight_decay=config.weight_decay, betas=(0.9, 0.95), fused=True
     )
-    state = {"step": 0, "flops": 0.0, "seconds": 0.0}
+    state, saver = {"step": 0, "flops": 0.0, "seconds": 0.0}, Saver(run_dir, ranks, config.keep_checkpoints)
     if checkpoint := latest_checkpoint(run_dir):
         state = checkpoint[1]
-        optimizer.load_state_dict(torch.load(checkpoint[0] / "optimizer.pt", weights_only=True, map_location="cpu"))
+        load_checkpoint(checkpoint[0], policy, optimizer, ranks)
         if ranks.main:
             cut_log(run_dir / "log.jsonl", state["step"])
     began, parameters = time.perf_counter() - state["seconds"], count_parameters(policy)
@@ -108,10 +113,9 @@ def train_sft(
     for step in range(state["step"] + 1, steps + 1):
         if 0 < config.sft_flops <= state["flops"]:  # a finished run that was asked to go on
             break
-        own = batch_for_step(len(train), step - 1, config.sft_batch, config.seed)[ranks.rank :: ranks.world]
         groups = [
             (train[i].ids, [encode_reply(tokenizer, text) for text in replies_to_imitate(train[i].example)])
-            for i in own
+            for i in batch_for_step(len(train), step - 1, config.sft_batch, config.seed)
         ]
         progress = state["flops"] / config.sft_flops if config.sft_flops else (step - 1) / steps
         lr = config.sft_lr * min(1.0, step / RAMP_STEPS) * (1 - progress if config.sft_decay else 1)
@@ -128,7 +132,11 @@ def train_sft(
         finished = step == steps or 0 < config.sft_flops <= state["flops"]
         stopping = stop.agreed(ranks)
         if stopping or finished or (config.save_every and step % config.save_every == 0):
-            save_checkpoint(run_dir, state, policy, tokenizer, optimizer, ranks, config.keep_checkpoints)
+            problem = saver.save(state, policy, tokenizer, optimizer)
+            if problem and (stopping or config.save_errors == "stop"):
+                raise CheckpointError(problem)
+            if problem and ranks.main:
+                print(f"warning: {problem}", file=sys.stderr)
         if stopping and not finished:
             raise Interrupted(config.run_dir, step)
         if finished:
@@ -144,11 +152,9 @@ def start_model(config: Config, splits: Splits, template: str, ranks: Ranks) -> 
     warm = Path(config.run_dir) / "warmup"
     if (warm / "model").exists():
         return str(warm / "model"), False
-    if checkpoint := latest_checkpoint(warm):
-        return str(checkpoint[0]), True
     if config.model != "tiny":
         return config.model, config.warmup_steps > 0
-    if ranks.main:
+    if ranks.main and not (warm / "start").exists():
         with whole_folder(warm / "start") as folder:
             bare = build_tiny_tokenizer([], 0)  # knows bytes only, but has the chat template
             texts = [render_prompt(bare, e.messages, e.tools, template) for e in splits.train]
@@ -168,15 +174,21 @@ def warm_up(config: Config, splits: Splits, template: str, ranks: Ranks, stop: S
     if not needed:
         return path
     warm = Path(config.run_dir) / "warmup"
-    tokenizer, policy = load_tokenizer(path), load_model(path, ranks.device, config.gradient_checkpointing)
+    tokenizer, policy = load_tokenizer(path, config.trust_remote_code), load_policy(path, config, ranks)
     train = tokenize_splits(splits, tokenizer, template, config, quiet=True).train
     by_steps = replace(config, sft_flops=0.0)
     train_sft(policy, tokenizer, train, by_steps, config.warmup_steps, warm, ranks, stop, "warm-up (SFT)")
-    if ranks.main:
-        with whole_folder(warm / "model") as folder:
-            export(policy, tokenizer, folder)
-    ranks.gather(None)
+    write_model(policy, tokenizer, warm / "model", config, {"step": config.warmup_steps}, {}, ranks)
     return str(warm / "model")
+
+
+def load_policy(path: str, config: Config, ranks: Ranks, frozen: bool = False) -> nn.Module:
+    """Collective. The model to train, or the frozen reference, sharded as the settings say."""
+    offload = config.low_memory or (config.offload_reference if frozen else config.offload_optimizer)
+    return load_sharded(
+        path, make_mesh(ranks, config.sharding), ranks.device, frozen=frozen, offload=offload,
+        gradient_checkpointing=config.gradient_checkpointing and not frozen, trust_remote_code=config.trust_remote_code,
+    )  # fmt: skip
 
 
 def main(arguments: list[str]) -> None:
@@ -185,19 +197,18 @@ def main(arguments: list[str]) -> None:
     template, splits = load_template(config.prompt_template), load_splits(config)
     ranks = start_ranks(config.timeout_minutes, config.threads)
     run_dir, stop = open_run(config, ranks), StopFlag()
-    checkpoint = latest_checkpoint(run_dir)
-    path = str(checkpoint[0]) if checkpoint else start_model(config, splits, template, ranks)[0]
-    tokenizer, policy = load_tokenizer(path), load_model(path, ranks.device, config.gradient_checkpointing)
+    path = start_model(config, splits, template, ranks)[0]
+    tokenizer, policy = load_tokenizer(path, config.trust_remote_code), load_policy(path, config, ranks)
     check_tokenizer(tokenizer, template)
     tokenized = tokenize_splits(splits, tokenizer, template, config, quiet=not ranks.main)
     steps = sft_steps(config, len(tokenized.train))
     train_sft(policy, tokenizer, tokenized.train, config, steps, run_dir, ranks, stop, "SFT")
     results = {}
-    for name, examples in tokenized.held_out.items():
-        results |= evaluate(policy, tokenizer, examples, config, ranks, name)
+    with whole(policy) as gathered:
+        for name, examples in tokenized.held_out.items():
+            results |= evaluate(gathered, tokenizer, examples, config, ranks, name)
+    write_model(policy, tokenizer, run_dir / "model", config, latest_checkpoint(run_dir)[1], results, ranks)
     if ranks.main:
-        with whole_folder(run_dir / "model") as folder:
-            export(policy, tokenizer, folder)
         (run_dir / "summary.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         for name in tokenized.held_out:
             print(f"{name}: greedy accuracy {results[f'{name}/accuracy']:.3f} (n = {results[f'{name}/n']})")
@@ -205,4 +216,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, (ConfigError, DataError, ModelError, PromptError))
+    run_script(main, (CheckpointError, ConfigError, DataError, ModelError, PromptError))

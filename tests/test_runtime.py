@@ -1,17 +1,38 @@
-"""runtime.py: one config with clear precedence, run directories that cannot be lost by accident, data order by step."""
+"""runtime.py and watch.py: one config with clear precedence, run directories that cannot be lost by accident, data order
+by step, and what happens when one of several processes dies or hangs."""
 
 import dataclasses
 import json
 import os
+import signal
+import socket
+import subprocess
+import sys
+import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 
+import runtime
+import watch
 from config import Config, ConfigError, load_config
-from runtime import Ranks, append_jsonl, batch_for_step, cut_log, latest_checkpoint, open_run, read_jsonl, whole_folder
+from runtime import (
+    Ranks,
+    append_jsonl,
+    batch_for_step,
+    cut_log,
+    latest_checkpoint,
+    open_run,
+    read_jsonl,
+    run_script,
+    whole_folder,
+)  # fmt: skip
+from watch import Clock, Watchdog, lost_processes, note_out_of_memory, phase_of, take_out_of_memory
 
 ROOT = Path(__file__).parents[1]
 
@@ -249,7 +270,7 @@ def test_resume_keeps_everything(run):
 
 def test_overwrite_deletes_the_old_run(run):
     opened(run, overwrite=True)
-    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "git.txt"]
+    assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "git.txt", "lock"]
 
 
 def test_resume_wins_over_overwrite(run):
@@ -268,6 +289,115 @@ def test_a_file_in_the_place_of_the_run_directory(tmp_path):
     for settings in ({}, {"overwrite": True}, {"resume": True}):
         assert str(tmp_path / "run") in refused(tmp_path / "run", **settings)
     assert (tmp_path / "run").read_text() == "a file"
+
+
+def test_a_resume_with_another_config_shows_what_changed(run, capsys):
+    """A run that is half one method and half another is neither; what only steers may change, and is said."""
+    message = refused(run, resume=True, group_size=6, temperature=1.0, lr=2e-6)
+    assert message.endswith("must stay as they were: group_size 5 -> 6, temperature 0.7 -> 1.0")
+    assert capsys.readouterr().out == ""
+    opened(run, resume=True, lr=2e-6, steps=7)
+    assert capsys.readouterr().out == "resume: steps 0 -> 7, lr 1e-06 -> 2e-06\n"
+    opened(run, resume=True, lr=2e-6, steps=7)
+    assert capsys.readouterr().out == ""
+
+
+HOLDER = """
+import sys, time, torch
+from config import Config
+from runtime import Ranks, open_run
+
+class OneRank(Ranks):
+    def gather(self, item):
+        return [item]
+
+open_run(Config(run_dir=sys.argv[1], overwrite=True), OneRank(0, 1, torch.device("cpu")))
+print("open", flush=True)
+time.sleep(100)
+"""
+
+
+def start(*command: object, **environment: object) -> subprocess.Popen:
+    """Another process of this project, its stdout and stderr in one pipe."""
+    variables = {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1, "PYTHONUNBUFFERED": 1} | environment
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env={k: v for k, v in os.environ.items() if k != "RANK"} | {k: str(v) for k, v in variables.items()},
+    )  # fmt: skip
+
+
+def test_two_runs_in_one_directory(run):
+    """Two runs that write the same log and delete each other's checkpoints leave nothing of use."""
+    inner = opened(run / "sft")
+    write(inner / "latest", "step_1")
+    (inner / "lock").read_text()  # closing the file drops this process's own lock
+    other = start("-c", HOLDER, inner)
+    try:
+        assert other.stdout.readline() == "open\n"
+        owner = f"in use by process {other.pid} on {socket.gethostname()} since 2"
+        for settings in ({}, {"resume": True}, {"overwrite": True}):
+            assert owner in refused(inner, **settings), "the other overwrote the folder, and has it still"
+        assert owner in refused(run, overwrite=True), "it would delete the run inside"
+    finally:
+        other.kill()
+        other.communicate()
+    opened(inner, overwrite=True)
+    opened(inner)
+
+
+def test_the_same_moment_is_not_early_enough(tmp_path, monkeypatch):
+    """The second of two that both found an empty folder must not delete what the first has begun."""
+    monkeypatch.setattr(runtime, "take_lock", lambda path, sign=False: (False, "process 7 on h since then\njob none\n"))
+    assert "in use by process 7 on h since then;" in refused(tmp_path / "run")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def torchrun_starts(monkeypatch, job: str, restarts: int) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+
+
+def test_processes_that_torchrun_starts_again_go_on(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "run"
+    torchrun_starts(monkeypatch, "a1", 0)
+    opened(path, overwrite=True)
+    write(path / "log.jsonl", '{"step": 0}\n')
+    torchrun_starts(monkeypatch, "a1", 1)
+    opened(path, overwrite=True)
+    assert "from the beginning" in capsys.readouterr().out
+    write(path / "latest", "step_2")
+    opened(path, overwrite=True)
+    assert "from the last checkpoint" in capsys.readouterr().out
+    assert (path / "log.jsonl").exists() and (path / "latest").exists(), "--overwrite was meant for the first start"
+    assert "group_size 5 -> 6" in refused(path, group_size=6)
+
+
+def test_a_refused_start_does_not_pass_as_a_restart(run, monkeypatch):
+    """--max-restarts starts a refused run again: that must not make it go on with the run that was there before."""
+    for restarts in (0, 1):
+        torchrun_starts(monkeypatch, "b2", restarts)
+        assert "--resume true" in refused(run)
+
+
+def test_a_start_that_died_while_it_overwrote_is_done_over(run, monkeypatch):
+    """Else the rest of the old run would pass for the new one's."""
+    torchrun_starts(monkeypatch, "c3", 0)
+    monkeypatch.setattr(runtime.shutil, "rmtree", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        opened(run, overwrite=True)
+    monkeypatch.undo()
+    torchrun_starts(monkeypatch, "c3", 1)
+    opened(run, overwrite=True)
+    assert not (run / "step_2").exists()
+
+
+def test_the_note_of_a_run_that_was_out_of_memory(tmp_path):
+    assert take_out_of_memory(tmp_path) is None
+    note_out_of_memory(tmp_path, "update", 12)
+    note_out_of_memory(tmp_path, "update", 13)
+    assert take_out_of_memory(tmp_path) == {"phase": "update", "step": 13, "rank": 0}
+    assert not any(tmp_path.iterdir()), "it is taken once"
+    note_out_of_memory(tmp_path / "missing", "update", 12)  # must not hide the error that is being reported
 
 
 # --------------------------------------------------------------------------------------------------- data by step
@@ -388,3 +518,194 @@ def test_checkpoints_beyond_the_newest_are_deleted(tmp_path):
     names = {path.name for path in (tmp_path / "step_11").iterdir()}
     assert {"model.safetensors", "tokenizer.json", "optimizer.pt", "state.json"} <= names
     assert json.loads((tmp_path / "step_11" / "state.json").read_text())["step"] == 11
+
+
+# ------------------------------------------------------------------------------------- processes that die or hang
+
+
+def watched(monkeypatch, seconds: int, **events) -> tuple[float, str, int]:
+    """Runs a watchdog of one minute on a false time, with calls at given seconds -> (when it bit, its words, exit code)."""
+    now, said = [0.0], []
+
+    def sleep(duration: float) -> None:
+        now[0] += duration
+        if now[0] > seconds:
+            raise TimeoutError
+        for name, *arguments in events.get(f"at_{now[0]:.0f}", ()):
+            getattr(dog, name)(*arguments)
+
+    def leave(code: int) -> None:
+        said.append(code)
+        raise InterruptedError
+
+    monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    monkeypatch.setattr(watch, "os", SimpleNamespace(write=lambda _, text: said.append(text.decode()), _exit=leave))
+    monkeypatch.setattr(watch.threading.Thread, "start", lambda self: None)
+    dog = Watchdog(1.0, 3)
+    try:
+        dog.run()
+    except TimeoutError:
+        return 0.0, "", 0
+    except InterruptedError:
+        return now[0], *said
+
+
+def test_the_watchdog_bites_when_a_phase_stands_still(monkeypatch, capfd):
+    when, said, code = watched(monkeypatch, 200, at_10=[("enter", "rollout", 12), ("leave",), ("enter", "update", 12)])
+    assert (when, code) == (71, 1)
+    assert said.startswith("rank 3: no progress for 1 minutes in phase update of step 12; ") and "--resume true" in said
+    assert "most recent call first" in capfd.readouterr().err, "the stack says where"
+
+
+def test_the_watchdog_leaves_in_peace_what_moves_or_is_not_watched(monkeypatch):
+    slow = [("enter", "rollout", 1)]
+    assert watched(monkeypatch, 160, at_10=slow, at_60=[("beat",)], at_110=[("beat",)]) == (0.0, "", 0)
+    assert watched(monkeypatch, 200, at_10=slow, at_60=[("leave",)]) == (0.0, "", 0)
+    assert watched(monkeypatch, 100, at_50=slow) == (0.0, "", 0), "the minutes count from the start of the phase"
+    nested = [("enter", "evaluate", 1), ("leave",)]
+    assert "phase rollout of step 1;" in watched(monkeypatch, 200, at_10=slow, at_20=nested)[1], "the outer one goes on"
+
+
+def test_an_error_knows_its_phase():
+    clock = Clock(step=12)
+    with pytest.raises(ValueError) as caught, clock("evaluate"), clock("rollout"):
+        raise ValueError("bug")
+    assert phase_of(caught.value) == " in phase rollout of step 12"
+    assert phase_of(ValueError()) == "" and set(clock.seconds) == {"evaluate", "rollout"}
+
+
+PAIR = "[/build/third_party/gloo/gloo/transport/tcp/pair.cc:537]"
+BUFFER = "[/build/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78]"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(f"{PAIR} Read error [127.0.0.1]:59049: Connection reset by peer. This is typically caused by …"),
+        RuntimeError(f"{PAIR} Connection closed by peer [127.0.0.1]:64644. This is typically caused by …"),
+        RuntimeError(f"{BUFFER} Timed out waiting 4000ms for recv operation to complete"),
+        dist.DistBackendError("NCCL error in: x.cpp:1, remote process exited\nncclRemoteError: A call failed possibly …"),
+        dist.DistBackendError("NCCL communicator was aborted on rank 1."),
+        dist.DistNetworkError("The client socket has timed out after 60000ms while trying to connect to (a, 29500)."),
+        dist.DistStoreError("wait timeout after 60000ms, keys: /x"),
+    ],
+)
+def test_lost_processes_are_named(error):
+    error.add_note("in phase update of step 12")
+    said = lost_processes(error)
+    assert said.startswith("rank 0 lost the other processes in phase update of step 12: ") and "--resume true" in said
+    assert "/build" not in said and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Connection closed by peer"),  # of the user's own reward function, for example
+        TimeoutError("timed out"),
+        RuntimeError(f"[enforce fail at {PAIR[1:-1]}] op.preamble.length <= op.nbytes. 100 vs 4. Received data size …"),
+        dist.DistBackendError("NCCL error in: x.cpp:1\nncclInvalidUsage: This usually reflects invalid usage of NCCL"),
+        dist.DistNetworkError("The server socket has failed to listen: EADDRINUSE"),
+    ],
+)
+def test_an_ordinary_error_is_not_taken_for_a_lost_process(error):
+    assert lost_processes(error) == ""
+
+
+def ending(monkeypatch, capsys, error: BaseException, rank: int, world: int) -> tuple[int, str, list[float]]:
+    """How a script of this rank ends after this error: (exit code, stderr, the pauses before it)."""
+    pauses: list[float] = []
+    for name, value in dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(runtime.os, "_exit", sys.exit)
+    monkeypatch.setattr(runtime.time, "sleep", pauses.append)
+    monkeypatch.setattr(runtime.signal, "signal", lambda *_: None)
+
+    def main(arguments: list[str]) -> None:
+        with Clock(step=4)("update"):
+            raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_script(main, (ConfigError,))
+    return caught.value.code, capsys.readouterr().err, pauses
+
+
+def test_how_a_script_ends(monkeypatch, capsys):
+    lost = RuntimeError(f"{PAIR} Connection closed by peer [127.0.0.1]:1")
+    code, said, pauses = ending(monkeypatch, capsys, lost, 1, 2)
+    assert code == 1 and said.startswith("rank 1 lost the other processes in phase update of step 4: ")
+    assert said.count("\n") == 1
+    assert pauses == [1], "torchrun's table then shows the process that died"
+    code, said, _ = ending(monkeypatch, capsys, RuntimeError("a bug"), 1, 2)
+    assert code == 1 and said.startswith("Traceback") and "a bug\nin phase update of step 4" in said
+    code, said, _ = ending(monkeypatch, capsys, torch.OutOfMemoryError("1 GiB"), 1, 2)
+    assert code == 1 and said.startswith("error: out of GPU memory on rank 1 in phase update of step 4; lower ")
+    assert ending(monkeypatch, capsys, ConfigError("x"), 0, 2) == (1, "error: x\n", [])
+    assert ending(monkeypatch, capsys, ConfigError("x"), 1, 2) == (1, "error: x\n", [5]), "rank 0 said it, or did not fail"
+
+
+def test_a_bug_in_a_single_process_is_raised(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_script(lambda _: (_ for _ in ()).throw(RuntimeError("a bug")), (ConfigError,))
+
+
+WORKER = """
+import dataclasses, os, signal, sys
+from pathlib import Path
+from config import Config, ConfigError
+from runtime import StopFlag, open_run, run_script, start_ranks
+from watch import Clock, Watchdog
+
+def main(arguments):
+    fault, run_dir = arguments
+    ranks = start_ranks(2.0, 1)
+    open_run(Config(run_dir=run_dir), ranks), StopFlag()
+    ranks = dataclasses.replace(ranks, watchdog=Watchdog(0.05, ranks.rank))
+    for step in (1, 2):
+        with Clock(ranks.watchdog, step)("update"):
+            ranks.sum([1.0])
+            if step == 2 and ranks.rank == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+                os.kill(os.getpid(), signal.Signals[fault])
+            ranks.sum([1.0])
+        if ranks.main:
+            (Path(run_dir) / "latest").write_text(f"step_{step}")
+    if ranks.main:
+        print("done")
+
+run_script(main, (ConfigError,))
+"""
+
+
+def test_a_rank_that_hangs_ends_the_others(tmp_path):
+    """SIGSTOP stands for any hang: no error, no closed connection. The watchdog of the rank that waits must bite."""
+    script = write(tmp_path / "worker.py", WORKER)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    ranks = [start(script, "SIGSTOP", tmp_path / "run", RANK=r, LOCAL_RANK=r, **shared) for r in (0, 1)]
+    try:
+        said, _ = ranks[0].communicate(timeout=50)
+        assert "rank 0: no progress for 0.05 minutes in phase update of step 2;" in said and "in all_reduce" in said
+        assert ranks[0].returncode == 1 and ranks[1].poll() is None
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+
+
+def test_a_rank_that_is_killed_ends_the_others_and_torchrun_goes_on(tmp_path):
+    """With the long grace of run.sh, which must not delay the end. The second start has the lock, and the checkpoint."""
+    script = write(tmp_path / "worker.py", WORKER)
+    began = time.monotonic()
+    agent = start(
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1", script, "SIGKILL",
+        tmp_path / "run", TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600,
+    )  # fmt: skip
+    try:
+        said, _ = agent.communicate(timeout=100)
+    finally:
+        agent.send_signal(signal.SIGTERM)  # it ends its workers, which kill() would leave behind
+    assert "rank 0 lost the other processes in phase update of step 2" in said
+    assert "going on from the last checkpoint" in said and said.rstrip().endswith("done") and agent.returncode == 0
+    assert time.monotonic() - began < 100

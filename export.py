@@ -1,0 +1,149 @@
+"""A sharded model as a Hugging Face folder that anything can load, with its model card."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from config import Config
+from prompts import stop_ids
+from runtime import Ranks, git_state, whole_folder
+from sources import read_records
+
+# What a reader of the model card looks for, whether or not it differs from the defaults.
+RECIPE = (
+    "model seed prompts_per_step group_size minibatch_prompts epochs steps lr kl_coef clip_eps temperature reward "
+    "max_response_tokens"
+).split()
+LOCAL = "run_dir resume overwrite data test_data".split()  # say nothing about the model, or stand elsewhere in the card
+
+
+def class_name(model: nn.Module) -> str:
+    """The model's class as transformers knows it: fully_shard puts FSDP before it."""
+    return type(model).__name__.removeprefix("FSDP")
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers by name, tied ones once: views of the live, sharded storage."""
+    tensors = model.state_dict()  # first: it reshards what a rollout or a forward pass has left unsharded
+    own = dict(model.named_parameters())
+    tied = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in own]
+    return {name: tensor.detach() for name, tensor in tensors.items() if name not in tied}
+
+
+@torch.no_grad()
+def gather_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Collective. The full weights as dtype on the CPU of rank 0; {} on the others. One tensor at a time is gathered."""
+    state = {}
+    for name, tensor in weights(model).items():
+        tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if dist.get_rank() == 0:
+            state[name] = full.to("cpu", copy=True)  # with one rank it would be the live weight itself
+    return state
+
+
+def export_model(config, state: dict[str, Tensor], tokenizer, path: Path, dtype: torch.dtype, card: str = "") -> None:
+    """Writes full weights as a Hugging Face folder in files of at most 5 GB, with tokenizer and chat template.
+
+    config: the model's transformers config. card: README.md. The model's own sampling defaults (Qwen2.5-Instruct brings
+    top_k 20, top_p 0.8, repetition penalty 1.05) are left out: they would colour every later evaluation. Raises
+    ValueError when the weights are not those of such a model.
+    """
+    config = copy.deepcopy(config)
+    config.dtype = dtype
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    # assign: the empty shell takes over these tensors, so nothing is copied
+    unexpected = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
+    model.tie_weights()
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if unexpected or missing:
+        raise ValueError(f"export: not the weights of a {class_name(model)}: {', '.join([*unexpected, *missing][:5])}")
+    model.generation_config = GenerationConfig(eos_token_id=stop_ids(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    path.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(path, max_shard_size="5GB")
+    tokenizer.save_pretrained(path)
+    saved = json.loads((path / "config.json").read_text("utf-8"))
+    saved["dtype"] = str(dtype).removeprefix("torch.")
+    (path / "config.json").write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
+    if card:
+        (path / "README.md").write_text(card, encoding="utf-8")
+
+
+def write_model(
+    policy: nn.Module, tokenizer, path: Path, config: Config, state: dict, evaluation: dict, ranks: Ranks,
+    dtype: torch.dtype = torch.float32,
+) -> None:  # fmt: skip
+    """Collective. The model in training as a Hugging Face folder at `path`, complete or not there at all."""
+    weights = gather_weights(policy, dtype)
+    if ranks.main:
+        card = model_card(config, state, evaluation, git_state(), data_manifest(config))
+        with whole_folder(path) as folder:
+            export_model(policy.config, weights, tokenizer, folder, dtype, card)
+    ranks.gather(None)
+
+
+def data_manifest(config: Config) -> list[dict]:
+    """file, and where it is a local one its number of records and sha256, for all data of a run."""
+    rows = []
+    for name in filter(None, f"{config.data},{config.test_data}".split(",")):
+        row, path = {"file": name, "records": "unknown"}, Path(name)
+        if path.is_file():
+            with path.open("rb") as file:
+                row["sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+            row["records"] = sum(1 for _ in read_records(path))
+        rows.append(row)
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------------- model card
+
+
+def _table(columns: list[str], rows: list[list]) -> list[str]:
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *cells]]
+
+
+def _number(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def model_card(config: Config, state: dict, evaluation: dict, git: str, data: list[dict]) -> str:
+    """README.md of an exported model: how to load it, recipe, data manifest, evaluation, commit.
+
+    state: of the checkpoint (step, seconds, flops). evaluation: figure by name. git: runtime.git_state(). data: a dict
+    with `file`, `records` and, where it is a local file, `sha256` for each.
+    """
+    values = {key: value for key, value in dataclasses.asdict(config).items() if key not in LOCAL}
+    defaults = dataclasses.asdict(Config())
+    recipe = [[key, values[key]] for key in values if key in RECIPE or values[key] != defaults[key]]
+    commit, *changes = git.strip().splitlines() or ["unknown"]
+    changed = " with uncommitted changes (see git.txt of the run)" if changes else ""
+    on_hub = config.model != "tiny" and not Path(config.model).exists()
+    lines = ["---", "library_name: transformers", "tags: [tool-calling, grpo]"]
+    lines += [f"base_model: {config.model}"] if on_hub else []
+    lines += ["---", "", f"# {Path(config.model).name}, trained to call tools", ""]
+    lines += ["Trained with rewards that rules compute, after Nemotron-Research-Tool-N1 (arXiv 2505.00024).", ""]
+    lines += ["## Loading", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    lines += ['folder = "."  # where this file lies', 'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")']
+    lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)", "```", ""]
+    lines += ["## Recipe", "", "Settings that differ from the defaults, and the central ones.", ""]
+    lines += [*_table(["setting", "value"], recipe), ""]
+    progress = [state.get("step", "unknown"), state.get("seconds", 0.0) / 3600, state.get("flops", 0.0)]
+    lines += ["## Training", "", *_table(["step", "hours", "FLOPs"], [[_number(value) for value in progress]]), ""]
+    files = [[row["file"], row["records"], row.get("sha256", "")] for row in data]
+    lines += ["## Data", "", *(_table(["file", "records", "sha256"], files) if files else ["Not recorded."]), ""]
+    figures = [[key, _number(value)] for key, value in evaluation.items()]
+    lines += ["## Evaluation", "", *(_table(["figure", "value"], figures) if figures else ["None was run."]), ""]
+    return "\n".join([*lines, "## Code", "", commit + changed, ""])

@@ -1,0 +1,465 @@
+"""checkpoint.py: what is saved comes back bit for bit, and nothing that goes wrong costs an older checkpoint.
+
+Ranks are processes of a fork server that has imported torch once; they talk over gloo on the CPU.
+"""
+
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import time
+import uuid
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+import checkpoint
+from checkpoint import (
+    CheckpointError,
+    Saver,
+    check_files,
+    checkpoint_tensors,
+    full_state,
+    latest_checkpoint,
+    load_checkpoint,
+)  # fmt: skip
+from config import Config
+from export import export_model, gather_weights, model_card
+from model import build_tiny_tokenizer
+from runtime import Ranks
+
+torch.set_num_threads(1)
+PRELOAD = "torch.distributed.checkpoint torch.distributed.fsdp transformers.models.qwen2.modeling_qwen2"
+multiprocessing.set_forkserver_preload(PRELOAD.split())
+CPU = torch.device("cpu")
+
+
+class OneRank(Ranks):
+    """A single process without a process group: what is gathered is the item itself."""
+
+    def gather(self, item):
+        return [item]
+
+
+ONE = OneRank(0, 1, CPU)
+
+
+def in_ranks(world: int, scenario, folder: Path, *arguments, join: bool = True):
+    """Runs scenario(ranks, folder, *arguments) in `world` processes; what fails in one fails the test."""
+    arguments = (world, scenario, f"file://{folder}/{uuid.uuid4().hex}.store", folder, *arguments)
+    return mp.start_processes(rank_main, arguments, world, join, start_method="forkserver")
+
+
+def rank_main(rank: int, world: int, scenario, store: str, *arguments) -> None:
+    torch.set_num_threads(1)
+    # A rank that waits for one that went another way fails after this time instead of hanging.
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=20))
+    scenario(Ranks(rank, world, CPU), *arguments)
+    dist.destroy_process_group()
+
+
+TOKENIZER = build_tiny_tokenizer([], 300)
+
+
+def build_policy(seed: int = 0, tied: bool = True, hidden: int = 16):
+    """A sharded Qwen2 and its AdamW. 301 rows divide evenly by no world; `odd` has one row, so other ranks hold none."""
+    config = Qwen2Config(
+        vocab_size=301, hidden_size=hidden, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=1, tie_word_embeddings=tied, eos_token_id=TOKENIZER.eos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    policy = Qwen2ForCausalLM(config)
+    policy.register_parameter("odd", nn.Parameter(torch.ones(1)))
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in policy.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(policy, mesh=mesh)
+    return policy, torch.optim.AdamW(policy.parameters(), lr=1e-2)
+
+
+def train(policy, optimizer, steps: range, ranks: Ranks) -> None:
+    """Optimizer steps on batches that are a function of the step alone."""
+    for step in steps:
+        ids = torch.randint(0, 300, (6, 8), generator=torch.Generator().manual_seed(step))
+        own = ids.chunk(ranks.world)[ranks.rank]
+        (policy(input_ids=own, labels=own).loss + policy.odd.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def everything(policy, optimizer) -> dict[str, torch.Tensor]:
+    """Collective. Weights and optimizer state, unsharded."""
+    tensors = checkpoint_tensors(policy, optimizer)
+    return {name: (t.full_tensor() if isinstance(t, DTensor) else t).clone() for name, t in tensors.items()}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.suffix not in (".store", ".pt"))
+
+
+# ------------------------------------------------------------------------------------------------------------ resume
+
+
+def train_save_train(ranks: Ranks, folder: Path, background: bool) -> None:
+    """Four steps, with a checkpoint after the second; writes what is then in memory."""
+    run = folder / "run"
+    policy, optimizer = build_policy()
+    saver = Saver(run, ranks, 2, background)
+    train(policy, optimizer, range(0, 2), ranks)
+    at_save = everything(policy, optimizer)
+    assert saver.save({"step": 2, "seconds": 1.5}, policy, TOKENIZER, optimizer) == ""
+    if background:
+        assert not (run / "latest").exists(), "only what finish() has committed is a checkpoint"
+    train(policy, optimizer, range(2, 4), ranks)  # while a background save writes
+    assert saver.finish() == "" and saver.finish() == ""
+    assert (run / "latest").read_text() == "step_2"
+    at_end = everything(policy, optimizer)
+    if ranks.main:
+        save_file(at_save, folder / "save.pt")
+        save_file(at_end, folder / "end.pt")
+
+
+def resume_and_train(ranks: Ranks, folder: Path, exact: bool) -> None:
+    policy, optimizer = build_policy(seed=1)
+    train(policy, optimizer, range(7, 8), ranks)  # weights and optimizer hold something else before
+    path, state = latest_checkpoint(folder / "run")
+    assert state == {"step": 2, "seconds": 1.5}
+    load_checkpoint(path, policy, optimizer, ranks)
+    saved = load_file(folder / "save.pt")
+    for name, tensor in everything(policy, optimizer).items():
+        assert torch.equal(tensor, saved[name]), f"{name} did not come back as saved"
+    assert policy.lm_head.weight is policy.model.embed_tokens.weight, "still tied"
+    fresh, fresh_optimizer = build_policy(seed=2)  # AdamW without any state, as after a start
+    load_checkpoint(path, fresh, fresh_optimizer, ranks)
+    train(fresh, fresh_optimizer, range(2, 4), ranks)
+    end, expected = everything(fresh, fresh_optimizer), load_file(folder / "end.pt")
+    assert end.keys() == expected.keys()
+    for name in end:
+        error = (end[name] - expected[name]).abs().max().item()
+        assert error == 0 if exact else error < 1e-5, f"{name}: {error}"
+
+
+@pytest.mark.parametrize(("saved", "background", "resumed"), [(1, False, [1, 2]), (2, False, [2, 1, 3]), (2, True, [2])])
+def test_resume_is_bit_identical(saved, background, resumed, tmp_path):
+    """4 steps against 2 + save + load + 2. On another number of ranks sums differ in the last bits, so to 1e-5 there."""
+    in_ranks(saved, train_save_train, tmp_path, background)
+    assert names(tmp_path / "run") == ["latest", "step_2"]
+    assert latest_checkpoint(tmp_path / "run")[1] == {"step": 2, "seconds": 1.5}
+    expected = load_file(tmp_path / "save.pt")
+    for name, tensor in full_state(tmp_path / "run" / "step_2", torch.float32).items():
+        assert torch.equal(tensor, expected[name]), "without a process group"
+    for world in resumed:
+        in_ranks(world, resume_and_train, tmp_path, world == saved)
+
+
+def write_checkpoints(ranks: Ranks, folder: Path) -> None:
+    """run/step_2 and run/step_4, and rank 0's gathered weights beside."""
+    policy, optimizer = build_policy()
+    train(policy, optimizer, range(0, 1), ranks)
+    saver = Saver(folder / "run", ranks, 5)
+    for step in (2, 4):
+        assert saver.save({"step": step}, policy, TOKENIZER, optimizer) == ""
+    state = gather_weights(policy, torch.float32)
+    assert bool(state) == ranks.main, "only one rank holds all weights"
+    if ranks.main:
+        save_file(state, folder / "weights.pt")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("written")
+    in_ranks(2, write_checkpoints, folder)
+    return folder
+
+
+@pytest.fixture
+def run(written, tmp_path) -> Path:
+    """A run directory with checkpoints of steps 2 and 4, to be damaged."""
+    shutil.copytree(written / "run", tmp_path / "run")
+    return tmp_path / "run"
+
+
+# ------------------------------------------------------------------------------------------------------------ faults
+
+
+def refusal(call, *arguments) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        call(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+FILES = (
+    "shard-00001-model-00001-of-00001.safetensors shard-00002-model-00001-of-00001.safetensors state.json manifest.json "
+    "config.json tokenizer.json tokenizer_config.json chat_template.jinja"
+).split()
+
+
+@pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
+def test_a_damaged_file_is_named_and_so_is_the_checkpoint_before(damage, run):
+    assert names(run / "step_4") == sorted(FILES)
+    check_files(run / "step_4", ONE)
+    for file in FILES:
+        shutil.copytree(run / "step_2", run / "step_6")
+        damage(run / "step_6" / file)
+        message = refusal(check_files, run / "step_6", ONE)
+        assert str(run / "step_6" / file) in message and "--resume_step 4" in message
+        assert file in refusal(full_state, run / "step_6", torch.float32)
+        shutil.rmtree(run / "step_6")
+    damage(run / "step_2" / "config.json")
+    assert "no earlier checkpoint" in refusal(check_files, run / "step_2", ONE)
+
+
+def load_damaged(ranks: Ranks, folder: Path) -> None:
+    policy, optimizer = build_policy(seed=3)
+    before = everything(policy, optimizer)
+    message = refusal(load_checkpoint, folder / "run" / "step_4", policy, optimizer, ranks)
+    assert "shard-00002" in message and len(set(ranks.gather(message))) == 1
+    assert all(torch.equal(tensor, before[name]) for name, tensor in everything(policy, optimizer).items())
+    load_checkpoint(folder / "run" / "step_2", policy, optimizer, ranks)
+    untied, its_optimizer = build_policy(tied=False)
+    message = refusal(load_checkpoint, folder / "run" / "step_2", untied, its_optimizer, ranks)
+    assert "another model" in message and "lm_head.weight" in message
+    wider, its_optimizer = build_policy(hidden=32)
+    assert "another model" in refusal(load_checkpoint, folder / "run" / "step_2", wider, its_optimizer, ranks)
+
+
+def test_all_ranks_refuse_what_one_of_them_finds_damaged(run):
+    flip(run / "step_4" / "shard-00002-model-00001-of-00001.safetensors")
+    in_ranks(2, load_damaged, run.parent)
+
+
+class Bomb:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+def test_a_pickle_is_never_opened(run, tmp_path):
+    """An untrusted checkpoint: even one whose manifest was made anew to fit."""
+    bomb = pickle.dumps(Bomb(tmp_path / "exploded"))
+    for name in ("optimizer.pt", "pytorch_model.bin", ".metadata", "model.pkl"):
+        (run / "step_4" / name).write_bytes(bomb)
+    full_state(run / "step_4", torch.float32)
+    AutoTokenizer.from_pretrained(run / "step_4")
+    (run / "step_4" / "model.safetensors").write_bytes(bomb)
+    assert "model.safetensors is not in the manifest" in refusal(full_state, run / "step_4", torch.float32)
+    (run / "step_4" / "model.safetensors").unlink()
+    shard = run / "step_4" / FILES[0]
+    shard.write_bytes(bomb)
+    content = json.loads((run / "step_4" / "manifest.json").read_text())
+    content["files"][shard.name] = checkpoint._describe(shard)
+    del content["sha256"]
+    (run / "step_4" / "manifest.json").write_text(json.dumps({"sha256": checkpoint._digest(content), **content}))
+    assert "cannot be read" in refusal(full_state, run / "step_4", torch.float32)
+    assert not (tmp_path / "exploded").exists()
+    pickle.loads(bomb)
+    assert (tmp_path / "exploded").exists(), "the bomb would have worked"
+
+
+def save_under_faults(ranks: Ranks, folder: Path, background: bool) -> None:
+    run = folder / f"run{background}"
+    policy, optimizer = build_policy()
+    saver = Saver(run, ranks, 2, background)
+
+    def save(step: int) -> str:
+        """Saves and waits; all ranks must come to the same sentence, and leave nothing half written."""
+        sentence = saver.save({"step": step}, policy, TOKENIZER, optimizer) or saver.finish()
+        assert len(set(ranks.gather(sentence))) == 1 and "\n" not in sentence
+        assert not list(run.glob("*.tmp"))
+        return sentence
+
+    assert save(1) == ""
+    for full in range(ranks.world):  # the disk is full for one rank alone; 20 kB are written before
+        if ranks.rank == full:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+        sentence = save(2)
+        assert "step_2 was not saved" in sentence and "File too large" in sentence and "complete ones: step_1" in sentence
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        assert latest_checkpoint(run) == (run / "step_1", {"step": 1})
+        check_files(run / "step_1", ranks)
+    true_usage = checkpoint.shutil.disk_usage
+    checkpoint.shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
+    assert "1e-06 GB free" in save(2)
+    checkpoint.shutil.disk_usage = true_usage
+    ranks.gather(None)
+    if ranks.main:  # a disk that has become read-only; permissions would not stop a test that runs as root
+        run.rename(folder / "kept")
+        run.write_text("")
+    ranks.gather(None)
+    sentence = saver.save({"step": 2}, policy, TOKENIZER, optimizer) or saver.finish()
+    assert "step_2 was not saved" in sentence, sentence
+    ranks.gather(None)
+    if ranks.main:
+        run.unlink()
+        (folder / "kept").rename(run)
+    ranks.gather(None)
+    assert save(2) == "", "the run goes on saving once there is room"
+    assert latest_checkpoint(run)[0] == run / "step_2"
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_failed_save_leaves_the_checkpoint_before(background, tmp_path):
+    in_ranks(2, save_under_faults, tmp_path, background)
+
+
+def save_for_ever(ranks: Ranks, folder: Path, background: bool) -> None:
+    run = folder / "run"
+    policy, optimizer = build_policy()
+    state = {"step": 0}
+    if found := latest_checkpoint(run):
+        load_checkpoint(found[0], policy, optimizer, ranks)
+        state = found[1]
+        expected = torch.full_like(policy.odd.to_local(), state["step"])
+        assert torch.equal(policy.odd.to_local(), expected), "weights of another step than the state"
+    saver = Saver(run, ranks, 2, background)
+    (folder / f"ready{ranks.rank}").touch()
+    while True:
+        state["step"] += 1
+        with torch.no_grad():
+            policy.odd.fill_(state["step"])
+        assert saver.save(state, policy, TOKENIZER, optimizer) == ""
+
+
+def test_kill_at_any_moment_of_a_save(tmp_path):
+    """kill -9 of one or both ranks, ten times, while they do nothing but save: the newest checkpoint is always whole."""
+    reached, cut_off = [0], 0
+    for attempt in range(10):
+        for ready in tmp_path.glob("ready*"):
+            ready.unlink()
+        processes = in_ranks(2, save_for_ever, tmp_path, attempt % 2 == 1, join=False)
+        began = time.monotonic()
+        while len(list(tmp_path.glob("ready*"))) < 2 and time.monotonic() < began + 30:
+            time.sleep(0.01)
+        time.sleep(random.Random(attempt).uniform(0.05, 0.4))
+        assert all(process.is_alive() for process in processes.processes), "it must be the kill that ends them"
+        for process in processes.processes[: 1 if attempt % 3 == 0 else 2]:
+            os.kill(process.pid, signal.SIGKILL)
+        for process in processes.processes:  # the other rank ends by itself, because its partner is gone
+            process.join(25)
+            assert not process.is_alive()
+        cut_off += any((tmp_path / "run").glob("step_*.tmp"))
+        if found := latest_checkpoint(tmp_path / "run"):
+            check_files(found[0], ONE)
+            assert full_state(found[0], torch.float32)["odd"].item() == found[1]["step"]
+            reached.append(found[1]["step"])
+    assert reached == sorted(reached) and reached[-1] > 10, "newer ones each time, none lost"
+    assert cut_off >= 3, "the kills must fall into saves"
+
+
+# ---------------------------------------------------------------------------------------- which checkpoints there are
+
+
+def save_many(ranks: Ranks, folder: Path) -> None:
+    run = folder / "run"
+    policy, optimizer = build_policy()
+    (run / "step_7.tmp").mkdir(parents=True, exist_ok=True)  # of a run that was killed
+    saver, state = Saver(run, ranks, 2), {"best": {"step": 9, "score": 0.5}}
+    for step in (8, 9, 10, 11, 12):
+        state["step"] = step
+        assert saver.save(state, policy, TOKENIZER, optimizer) == ""
+        assert latest_checkpoint(run) == (run / f"step_{step}", state)
+    assert names(run) == ["latest", "step_11", "step_12", "step_9"], "two, and the best; 10 is after 9"
+    gather_weights(policy, torch.float32)["odd"].fill_(7)
+    assert policy.odd.item() == 1, "gathered weights are copies, with one rank too"
+    # Resumed from step 9: what was saved after it stays until it is replaced, and does not push out the new ones.
+    for step in (10, 11):
+        assert saver.save({"step": step, "resumed": True}, policy, TOKENIZER, optimizer) == ""
+    assert names(run) == ["latest", "step_10", "step_11", "step_12"]
+    assert latest_checkpoint(run) == (run / "step_11", {"step": 11, "resumed": True})
+
+
+def test_old_checkpoints_are_deleted_but_not_the_best(tmp_path):
+    in_ranks(1, save_many, tmp_path)
+
+
+def test_which_checkpoint_is_the_latest(run, tmp_path):
+    assert latest_checkpoint(tmp_path / "nowhere") is None
+    assert latest_checkpoint(run) == (run / "step_4", {"step": 4})
+    assert latest_checkpoint(run, 2) == (run / "step_2", {"step": 2})
+    assert "step_3; there are: step_2, step_4" in refusal(latest_checkpoint, run, 3)
+    shutil.copytree(run / "step_4", run / "step_9.tmp")  # cut off by a kill
+    assert latest_checkpoint(run)[0] == run / "step_4"
+    (run / "state").write_text("")
+    shutil.rmtree(run / "step_4")
+    assert latest_checkpoint(run)[0] == run / "step_2", "killed while step_4 was replaced by a newer one"
+    (run / "latest").write_text("../elsewhere")
+    assert latest_checkpoint(run)[0] == run / "step_2"
+    (run / "step_2" / "state.json").write_text("{")
+    assert "state.json is damaged" in refusal(latest_checkpoint, run)
+    (run / "step_2" / "manifest.json").unlink()
+    (run / "latest").write_text("step_2")
+    assert "older version" in refusal(latest_checkpoint, run)
+
+
+# ------------------------------------------------------------------------------------------------------------ export
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_export_gives_equal_logits(dtype, written, tmp_path):
+    """The sharded policy's weights, gathered and by way of a checkpoint, load as a plain model that computes the same."""
+    state = full_state(written / "run" / "step_4", dtype)
+    gathered = load_file(written / "weights.pt")
+    assert state.keys() == gathered.keys() and "lm_head.weight" not in state
+    assert all(torch.equal(state[name], gathered[name].to(dtype)) for name in state)
+    del state["odd"]
+    config = Qwen2Config.from_pretrained(written / "run" / "step_4")
+    assert config.architectures == ["Qwen2ForCausalLM"]
+    plain = Qwen2ForCausalLM(config).to(dtype).eval()
+    plain.load_state_dict(state, strict=False)
+    export_model(config, state, TOKENIZER, tmp_path / "out", dtype, "# card\n")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
+    assert type(loaded) is Qwen2ForCausalLM and loaded.dtype == dtype
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded(ids).logits, plain(ids).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == TOKENIZER.chat_template
+    saved = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (saved["architectures"], saved["dtype"]) == (["Qwen2ForCausalLM"], str(dtype)[6:])
+    assert (tmp_path / "out" / "README.md").read_text() == "# card\n"
+    assert loaded.generation_config.top_k in (None, 50) and not loaded.generation_config.do_sample
+    with pytest.raises(ValueError, match="model.norm.weight"):
+        export_model(config, {k: v for k, v in state.items() if k != "model.norm.weight"}, TOKENIZER, tmp_path / "x", dtype)
+
+
+def test_the_model_card_says_how_the_model_was_made():
+    data = [{"file": "train.json", "records": 900, "sha256": "ab" * 32}, {"file": "org/set", "records": 10}]
+    state = {"step": 140, "seconds": 7200.0, "flops": 1.5e18}
+    git = "commit 238d6d1\n M grpo.py\n"
+    config = Config(model="Qwen/Qwen2.5-7B-Instruct", lr=3e-6, weight_decay=0.1)
+    card = model_card(config, state, {"held_out": 0.5}, git, data)
+    for line in (
+        "base_model: Qwen/Qwen2.5-7B-Instruct", "# Qwen2.5-7B-Instruct, trained to call tools", "| lr | 3e-06 |",
+        "| weight_decay | 0.1 |", "| temperature | 0.7 |", f"| train.json | 900 | {'ab' * 32} |", "| org/set | 10 |  |",
+        "| held_out | 0.5 |", "| 140 | 2 | 1.5e+18 |", "commit 238d6d1 with uncommitted changes (see git.txt of the run)",
+    ):  # fmt: skip
+        assert line in card.splitlines(), line
+    assert "run_dir" not in card and "eval_every" not in card, "nothing that says nothing about the model"
+    assert "base_model" not in model_card(Config(model="tiny"), state, {}, git, [])
