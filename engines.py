@@ -71,12 +71,16 @@ class GroupCache:
 
 @dataclass
 class Prefill:
-    """What the prefill pass fills in: the cache's prompts, from `first` on, which lie in the row at (start, length)."""
+    """What the prefill pass fills in: the cache's prompts, from `first` on, which lie in the row at (start, length).
+
+    used: where each prompt's last token is (packing.trim_last_layer).
+    """
 
     prompt_k: list[Tensor]
     prompt_v: list[Tensor]
     first: int
     places: list[tuple[int, int]]
+    used: Tensor
 
 
 def _kernel_dtype(tensor: Tensor) -> torch.dtype:
@@ -195,8 +199,9 @@ def _prefill(model: nn.Module, prompts: Sequence[Prompt], copies: int) -> tuple[
             positions += range(len(prompts[at].ids))
             at += 1
         row = torch.tensor([ids, positions], device=weight.device)[:, None]
-        hidden = _forward(model, row[0], row[1], Prefill(prompt_k, prompt_v, first, places))[0]
-        logits.append(model.get_output_embeddings()(hidden[[start + length - 1 for start, length in places]]))
+        last = torch.tensor([start + length - 1 for start, length in places], device=weight.device)
+        hidden = _forward(model, row[0], row[1], Prefill(prompt_k, prompt_v, first, places, last))[0]
+        logits.append(model.get_output_embeddings()(hidden[last]))
     lengths = torch.tensor([len(p.ids) for p in prompts], device=weight.device)
     beyond = torch.arange(longest, device=weight.device) >= lengths[:, None]
     cache = GroupCache(

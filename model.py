@@ -34,7 +34,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging as transformers_logging
 
 from head import head_logprobs
-from packing import Packed, UnsupportedAttention, attention_backend, pack, shared_prefix_attention
+from packing import Packed, UnsupportedAttention, attention_backend, pack, shared_prefix_attention, trim_last_layer
 from prompts import END_TOKENS, TAGS, stop_ids
 
 SHARED_PREFIX = "shared_prefix"
@@ -164,6 +164,8 @@ def equip(model: nn.Module, trial: nn.Module, gradient_checkpointing: bool) -> n
     transformers_logging.disable_progress_bar()  # ours are enough
     AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
     AttentionMaskInterface.register(SHARED_PREFIX, lambda *args, **kwargs: None)
+    for one in {model, trial}:
+        trim_last_layer(one)
     model.abilities, limits = probe(trial)
     if limits and os.environ.get("RANK", "0") == "0":
         warnings.warn(f"model: {'; '.join(limits)}", stacklevel=3)

@@ -50,7 +50,8 @@ class Layout:
 
     spans: the groups in order: what SDPA needs. kv_index [total_k], cu_q, cu_k [segments + 1] and the
     longest segments: what variable-length kernels need; segments are each prompt, then each of its responses. by_source
-    [total_k] sorts kv_index, and uses [T] counts how often each token stands in it: to add up gradients.
+    [total_k] sorts kv_index, and uses [T] counts how often each token stands in it: to add up gradients. used: the
+    tokens that predict something, ascending.
     """
 
     spans: list[Span]
@@ -61,6 +62,7 @@ class Layout:
     cu_k: Tensor
     max_q: int
     max_k: int
+    used: Tensor
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,8 @@ def _pack_shared(groups: Sequence[tuple], device: torch.device) -> Packed:
     cu = [F.pad(torch.tensor(sizes).cumsum(0), (1, 0)).to(device, torch.int32) for sizes in (query_lengths, key_lengths)]
     by_source, uses = rows.argsort(stable=True), rows.bincount(minlength=len(ids))
     indices = (x.to(device) for x in (rows, by_source, uses))
-    layout = Layout(spans, *indices, *cu, max(query_lengths), max(key_lengths))
+    used = torch.tensor(sorted(set(predict)), device=device)
+    layout = Layout(spans, *indices, *cu, max(query_lengths), max(key_lengths), used)
     ids, positions, predict, target, counts = (
         torch.tensor(x, device=device) for x in (ids, positions, predict, target, counts)
     )
@@ -173,6 +176,38 @@ def micro_batches(
                 start = end - 1
         batches.append([(i, slice(start, len(replies)))])
     return batches
+
+
+# ------------------------------------------------------------------------------------------------------- last layer
+
+
+def trim_last_layer(model: nn.Module) -> None:
+    """Registers hooks that leave out what nobody reads: in the last layer a prompt's tokens serve as keys and values, and
+    all of them but one predict nothing, so the MLP is computed for the `used` tokens of a layout (or a prefill) only.
+
+    Exact, and 1/L of a prompt's work less with L layers. Other outputs of the decoder are without meaning then. A model
+    that is called without a layout is as it was; one without a dense gated MLP stays so altogether.
+    """
+    layer = next(reversed(getattr(model.get_decoder(), "layers", [None])), None)
+    mlp = getattr(layer, "mlp", None)
+    if not hasattr(mlp, "down_proj"):
+        return
+
+    def note(_, inputs, keywords):  # at every call of the layer, also when checkpointing calls it again
+        mlp.used = getattr(keywords.get("shared"), "used", None)
+
+    def take(_, inputs):
+        mlp.tokens = inputs[0].shape[1]
+        return inputs if mlp.used is None else (inputs[0].index_select(1, mlp.used),)
+
+    def put(_, inputs, output):
+        if mlp.used is None:
+            return output
+        return output.new_zeros(1, mlp.tokens, output.shape[-1]).index_copy(1, mlp.used, output)
+
+    layer.register_forward_pre_hook(note, with_kwargs=True)
+    mlp.register_forward_pre_hook(take)
+    mlp.register_forward_hook(put)
 
 
 # ----------------------------------------------------------------------------------------------------- attention

@@ -8,6 +8,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # After a signal torchrun kills its workers in 30 s, which may be less than the step and the checkpoint take.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # else processes that torchrun starts again look for the dead ones
 
 fail() { # what happened, what to try
   echo "run.sh: $1" >&2

@@ -81,6 +81,12 @@ def start_ranks(timeout_minutes: float = 60.0, threads: int = 0) -> Ranks:
         os.environ.update({key: str(value) for key, value in single.items()})
     if threads:
         torch.set_num_threads(threads)
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # github.com/pytorch/pytorch/issues/135712; seen in half of the restarts with torch 2.13
+        raise ConfigError(
+            "torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment, and --standalone or "
+            "--rdzv-backend=c10d; without them, restarted processes look for the dead ones"
+        )
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
@@ -157,8 +163,9 @@ def _claim(path: Path, config: Config) -> str:
     if not free:
         return _in_use(path, owner)
     started = any((path / name).exists() for name in ("latest", "warmup/latest", "warmup/model"))
-    # A start that was refused left no lock of its own: starting it again must not make it go on with another's run.
-    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and owner.endswith(f"\n{torchrun_job()}\n")
+    # A start that was refused left no lock of its own: starting it again must not make it go on with another's run. The
+    # count of restarts would not tell, and is not the same on all nodes.
+    again = "TORCHELASTIC_RUN_ID" in os.environ and owner.endswith(f"\n{torchrun_job()}\n")
     if again:
         print("restarted: " + ("going on from the last checkpoint" if started else "no checkpoint yet, from the beginning"))
     if config.resume or (again and started):

@@ -31,7 +31,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from config import ConfigError
 from model import ModelError, check_path, equip, first_line, response_logprobs, stand_in
+from packing import trim_last_layer
 from runtime import Ranks
+
+KEEP_BYTES = 2**30  # a smaller model's layers are not freed between forward and backward: gathering takes longer
 
 
 def make_mesh(ranks: Ranks, sharding: str) -> DeviceMesh:
@@ -65,9 +68,10 @@ def load_sharded(
     equip(model, stand_in(config, device, trust_remote_code), gradient_checkpointing)
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+    model.free_layers = sum(p.numel() * p.element_size() for p in model.parameters()) > KEEP_BYTES
     for layer in model.get_decoder().layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=place)
-    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=place)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=place, reshard_after_forward=model.free_layers)
+    fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=place, reshard_after_forward=False)
     for part in fsdp_modules(model):  # a gradient is the sum over ranks of what each adds to one global mean
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
@@ -179,7 +183,7 @@ def whole(model: nn.Module) -> Iterator[nn.Module]:
         yield _twin(model)
     finally:
         for part in parts:
-            part.set_reshard_after_forward(True, recurse=False)
+            part.set_reshard_after_forward(part is not model and model.free_layers, recurse=False)
             part.reshard()
 
 
@@ -188,6 +192,7 @@ def _twin(model: nn.Module) -> nn.Module:
     with torch.device("meta"):
         twin = own_class(copy.deepcopy(model.config))
     twin.abilities = model.abilities
+    trim_last_layer(twin)
     modules = dict(twin.named_modules())
     for name, module in model.named_modules():
         for key, tensor in module._parameters.items():  # ties stay ties: both names hold one tensor

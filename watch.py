@@ -144,8 +144,7 @@ def take_lock(path: Path, sign: bool = False) -> tuple[bool, str]:
 
 def torchrun_job() -> str:
     """What stays the same when torchrun starts its processes again, and differs in every other start."""
-    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")  # "none" where neither --standalone nor --rdzv_id was given
-    return f"job {job}" if job != "none" else f"job of process {os.getppid()} on {socket.gethostname()}"
+    return f"job {os.environ.get('TORCHELASTIC_RUN_ID', 'none')} of process {os.getppid()} on {socket.gethostname()}"
 
 
 def note_out_of_memory(run_dir: Path, phase: str, step: int) -> None:

@@ -282,6 +282,21 @@ def test_other_models_are_trained_on_plain_rows_and_say_so_once(family):
         token_logprobs(model, pack(groups, CPU), TEMPERATURE)
 
 
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("family", SHARED)
+def test_the_last_mlp_is_computed_for_tokens_that_predict_something_only(family, gradient_checkpointing):
+    """That nothing else changes is what every other test here says: their slow passes run through the same model."""
+    model, groups, rows = random_model(family, gradient_checkpointing), random_groups(), {}
+    for i, layer in enumerate(model.model.layers):
+        layer.mlp.down_proj.register_forward_hook(lambda m, args, out, i=i: rows.setdefault(i, set()).add(out.shape[1]))
+    packed = pack(groups, CPU)
+    token_logprobs(model, packed, TEMPERATURE)[0].sum().backward()
+    needed = sum(1 + sum(len(r) - 1 for r in responses) for _, responses in groups)  # a prompt's last predicts for all
+    assert rows == {0: {packed.ids.numel()}, 1: {needed}}, "also when checkpointing computes it again"
+    one_by_one(model, groups[:1], TEMPERATURE)
+    assert rows[1] == {needed, *(len(groups[0][0]) + len(r) for r in groups[0][1])}, "a plain pass is as it was"
+
+
 def test_a_window_that_no_layer_uses_is_no_reason():
     """Qwen2's config has a window from layer max_window_layers on, and most checkpoints have fewer layers."""
     with warnings.catch_warnings():
