@@ -25,7 +25,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
@@ -50,7 +49,7 @@ class CheckpointError(ValueError):
 def checkpoint_tensors(policy: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
     """Weights by parameter name and optimizer state as optimizer.KEY.NAME: views of the live, sharded storage.
 
-    Tied weights appear once. 0-dim `step` is given as [1]: safetensors slices need a dimension.
+    Tied weights appear once. 0-dim `step` is given as [1]: safetensors 0.4 makes slices of 0-dim tensors empty (issue 495).
     """
     tensors = weights(policy)
     for name, parameter in policy.named_parameters() if optimizer else ():
@@ -130,8 +129,8 @@ class Saver:
         """Removes what was written; the sentence for people."""
         if self.ranks.main:
             shutil.rmtree(self._folder(state), ignore_errors=True)
-        steps = ", ".join(f"step_{step}" for step in complete_steps(self.run_dir)) or "none yet"
-        return f"checkpoint step_{state['step']} was not saved in {self.run_dir}: {problem}; complete ones: {steps}"
+        there = ", ".join(f"step_{step}" for step in complete_steps(self.run_dir)) or "none yet"
+        return f"checkpoint step_{state['step']} was not saved in {self.run_dir}: {problem}; complete ones: {there}"
 
     def _folder(self, state: dict) -> Path:
         return self.run_dir / f"step_{state['step']}.tmp"
@@ -165,8 +164,7 @@ class Saver:
                 torch.cuda.set_device(self.ranks.device)  # a new thread starts on GPU 0
             writer = HuggingFaceStorageWriter(str(folder), places, save_distributed=True)
             dcp.save(tensors, storage_writer=writer, process_group=self.group)
-            own = sorted(folder.glob(f"shard-{self.ranks.rank + 1:05d}-*"))
-            return {path.name: _describe(path) for path in own}, ""
+            return {path.name: _describe(path) for path in folder.glob(f"shard-{self.ranks.rank + 1:05d}-*")}, ""
         except FAILURES as error:
             return {}, _why(error)
 
@@ -175,8 +173,7 @@ class Saver:
         folder, final = self._folder(state), self.run_dir / f"step_{state['step']}"
         shards = {path.name for path in folder.glob("*.safetensors")}
         if shards != set(files):
-            other = ", ".join(sorted(shards ^ set(files)))
-            raise OSError(f"{other} not seen by all ranks; run_dir must lie on a disk that all nodes share")
+            raise OSError(f"{min(shards ^ set(files))} is not seen by all ranks; run_dir must lie on a disk that all share")
         files |= {path.name: _describe(path) for path in folder.iterdir() if path.name not in shards}
         content = {"format": FORMAT, "files": files, "tensors": shapes}
         _write_synced(folder / "manifest.json", json.dumps({"sha256": _digest(content), **content}, indent=0))
@@ -299,8 +296,7 @@ def check_files(folder: Path, ranks: Ranks) -> None:
 
     Raises CheckpointError on every rank, naming a damaged or missing file and the earlier checkpoints.
     """
-    problem = _damage(folder, ranks.rank, ranks.world)
-    if problem := next(filter(None, ranks.gather(problem)), ""):
+    if problem := next(filter(None, ranks.gather(_damage(folder, ranks.rank, ranks.world))), ""):
         raise CheckpointError(problem)
 
 
@@ -317,13 +313,11 @@ def _damage(folder: Path, rank: int, world: int) -> str:
     own = sorted(files, key=lambda name: files[name]["bytes"], reverse=True)[rank::world]
     large = sum(files[name]["bytes"] for name in own) > 4 * FILE_BYTES
     for name in tqdm(own, desc=f"checking {folder.name}", disable=rank > 0 or not large):
-        path, entry = folder / name, files[name]
+        path = folder / name
         if not path.is_file():
             return f"{path} is missing{_earlier(folder)}"
-        if path.stat().st_size != entry["bytes"]:
-            return f"{path} has {path.stat().st_size} bytes instead of {entry['bytes']}{_earlier(folder)}"
-        if _describe(path) != entry:
-            return f"{path} is damaged: its sha256 is not the one in manifest.json{_earlier(folder)}"
+        if _describe(path) != files[name]:
+            return f"{path} is damaged: size or sha256 differ from manifest.json{_earlier(folder)}"
     return ""
 
 
@@ -343,8 +337,7 @@ def load_checkpoint(folder: Path, policy: nn.Module, optimizer: torch.optim.Opti
         if expected.get(name) != found.get(name):
             sides = f"{name} is {expected.get(name, 'absent')} there and {found.get(name, 'absent')} in the model"
             raise CheckpointError(f"{folder} is of another model: {sides}; choose the model that the run began with")
-    problem = _read(folder, tensors)
-    if problem := next(filter(None, ranks.gather(problem)), ""):
+    if problem := next(filter(None, ranks.gather(_read(folder, tensors))), ""):
         raise CheckpointError(problem)
 
 
@@ -354,7 +347,7 @@ def _make_room(policy: nn.Module, optimizer: torch.optim.Optimizer, shapes: dict
     for group in optimizer.param_groups:
         on_device |= {p: bool(group.get("fused") or group.get("capturable")) for p in group["params"]}
     names = dict(policy.named_parameters())
-    optimizer.state.clear()
+    optimizer.state.clear()  # parameters that had no gradient yet have no state there
     for full_name in (name for name in shapes if name.startswith(OPTIMIZER)):
         key, _, name = full_name.removeprefix(OPTIMIZER).partition(".")
         parameter = names.get(name)
@@ -369,7 +362,7 @@ def _read(folder: Path, tensors: dict[str, Tensor], alone: bool = False) -> str:
         with warnings.catch_warnings(action="ignore"):  # that no process group is used, where that is meant
             dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
         return ""
-    except (*FAILURES, SafetensorError) as error:
+    except FAILURES as error:
         return f"{folder} cannot be read: {_why(error)}{_earlier(folder)}"
 
 
@@ -401,6 +394,7 @@ def export_checkpoint(arguments: list[str]) -> None:
     logged = [row for row in read_jsonl(run / "log.jsonl") if row["step"] == state["step"]]
     evaluation = {key: value for row in logged[-1:] for key, value in row.items() if "/accuracy" in key or key == "reward"}
     card = model_card(config, state, evaluation, git, data_manifest(config))
+    model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     with whole_folder(target) as folder:
-        export_model(AutoConfig.from_pretrained(source), weights, load_tokenizer(str(source)), folder, torch.bfloat16, card)
+        export_model(model_config, weights, load_tokenizer(str(source)), folder, torch.bfloat16, card)
     print(f"model: {target}")

@@ -5,6 +5,7 @@ autograd keeps per token is counted from the operations of a decoder layer as Qw
 tests/test_plan.py compares it with measured bytes. GB are 10^9 bytes. Times are a roofline: each phase takes as long as the
 slowest of its arithmetic, memory traffic, network and host traffic, as if all GPUs had equal work and every response the
 mean length; the rest of a step (launching kernels, rewards, evaluations, checkpoints) is left out. Kernels are CUDA's.
+Counted in full: the last layer's MLP, of which trim_last_layer leaves out the prompts (about 1 % of a large model's work).
 
 An earlier table by hand had 33, 35 and 60 GB for the update of 7B, 8B and 14B models on 8 GPUs, where this has 37, 38 and
 61: it did not know the CUDA context, the reference's gathered root, the norms' fp32 copies and the backward's own memory.
@@ -20,7 +21,7 @@ import torch
 from config import Config, ConfigError
 from engines import BLOCK, PLANNED_TOKENS, PREFILL_TOKENS
 from head import CHUNK_LOGITS
-from sharding import skeleton
+from sharding import KEEP_BYTES, skeleton
 
 GB = 1e9
 BF16, FP32 = 2, 4
@@ -118,13 +119,13 @@ class Plan:
 # ------------------------------------------------------------------------------------------------------- the model
 
 
-def shape_of(model) -> Shape:
+def shape_of(model, trust_remote_code: bool = False) -> Shape:
     """The sizes that a model's config means; its parameters are counted on the meta device. Raises ConfigError."""
     kind = model.model_type
     if any(getattr(model, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts")):
         raise ConfigError(f"plan: {kind} is a mixture of experts, which the arithmetic does not know; plan a dense model")
     try:
-        empty = skeleton(model, torch.float32)
+        empty = skeleton(model, torch.float32, trust_remote_code)
         layers = empty.get_decoder().layers
         sizes = (model.num_hidden_layers, model.hidden_size, model.intermediate_size, model.num_attention_heads)
     except (ValueError, AttributeError, KeyError):
@@ -160,11 +161,17 @@ def layer_activations(shape: Shape, tokens: float, keys: float, compute: int = B
     return tokens * (norms + attention + mlp) + keys * 2 * compute * kv
 
 
-def kept_activations(shape: Shape, tokens: float, keys: float, checkpointing: bool, compute: int = BF16) -> float:
+def kept_activations(
+    shape: Shape, tokens: float, keys: float, replies: float, checkpointing: bool, compute: int = BF16
+) -> float:
     """Bytes kept between forward and backward: of every layer, its input alone (checkpointing) or everything; then the
-    last norm's input and normed output and the rotary tables."""
-    layer = tokens * compute * shape.hidden if checkpointing else layer_activations(shape, tokens, keys, compute)
-    return shape.layers * layer + tokens * ((4 + compute) * shape.hidden + 2 * compute * shape.head_size)
+    last norm's input and normed output and the rotary tables. replies: the tokens that predict something: the last layer's
+    MLP is computed for no others (packing.trim_last_layer)."""
+    ends = tokens * ((4 + compute) * shape.hidden + 2 * compute * shape.head_size)
+    if checkpointing:
+        return ends + shape.layers * tokens * compute * shape.hidden
+    trimmed = (tokens - replies) * compute * (4 * shape.intermediate + shape.hidden)
+    return ends + shape.layers * layer_activations(shape, tokens, keys, compute) - trimmed
 
 
 def backward_work(shape: Shape, tokens: float, compute: int = BF16) -> float:
@@ -209,25 +216,27 @@ def _update_moments(config: Config, shape: Shape, a: Assumptions, shards: int) -
 
     FSDP2 keeps the root group gathered from the forward to its own reduction, has one layer at work, the next one
     gathered and another arriving, and reduces a layer's gradients in fp32 while the next layer's are computed. AdamW is no
-    such moment: it takes sharded tensors one by one.
+    such moment: it takes sharded tensors one by one. Small models keep all layers gathered (sharding.KEEP_BYTES).
     """
     copies, group = config.group_size, a.prompt_tokens + config.group_size * a.response_tokens
     # A prompt + response above the budget stands alone, and long ones will come.
     tokens = max(config.max_tokens_per_micro_batch, config.max_prompt_tokens + config.max_response_tokens)
     keys = tokens * (a.prompt_tokens + copies * (a.prompt_tokens + a.response_tokens)) / group
-    kept = kept_activations(shape, tokens, keys, config.gradient_checkpointing)
+    replies = tokens * copies * a.response_tokens / group
+    kept = kept_activations(shape, tokens, keys, replies, config.gradient_checkpointing)
     whole = layer_activations(shape, tokens, keys) if config.gradient_checkpointing else 0.0
-    head = head_bytes(shape, tokens * copies * a.response_tokens / group)
+    head = head_bytes(shape, replies)
     root, layer = BF16 * shape.root, BF16 * shape.of_layer
+    several = (layer, 3 * layer) if FP32 * shape.parameters > KEEP_BYTES else (shape.layers * layer,) * 2
     head_gradient = BF16 * shape.vocab * shape.hidden
     gradients = head_gradient + layer + 2 * FP32 * shape.of_layer
     reduced = root + FP32 * shape.root * (1 + 1 / shards)
     stream = BF16 * tokens * shape.hidden
     loss = head["kept"] + max(head["forward"], head["backward"] + stream)
     return {
-        "head": {"gathered weights, bf16": root + layer, "activations": kept, "LM head": loss},
+        "head": {"gathered weights, bf16": root + several[0], "activations": kept, "LM head": loss},
         "layers": {
-            "gathered weights, bf16": root + 3 * layer, "unsharded gradients": gradients, "activations": kept + whole,
+            "gathered weights, bf16": root + several[1], "unsharded gradients": gradients, "activations": kept + whole,
             "backward's working memory": backward_work(shape, tokens),
         },
         "root": {"gathered weights, bf16": root, "unsharded gradients": reduced, "backward's working memory": stream},
@@ -324,15 +333,13 @@ def phases_of_step(config: Config, shape: Shape, a: Assumptions, rows: int) -> l
 
 def _sharding(config: Config, a: Assumptions) -> tuple[int, int]:
     """(GPUs that share one copy of the state, copies)."""
-    shards = min(a.gpus, a.gpus_per_node) if getattr(config, "sharding", "full") == "hsdp" else a.gpus
+    shards = min(a.gpus, a.gpus_per_node) if config.sharding == "hsdp" else a.gpus
     return shards, a.gpus // shards
 
 
 def _offloads(config: Config) -> tuple[bool, bool]:
     """Whether the optimizer (with weights and gradients) and the reference are on the CPU."""
-    low = getattr(config, "low_memory", False)
-    offload = low or getattr(config, "offload_optimizer", False)
-    return offload, low or getattr(config, "offload_reference", False)
+    return config.low_memory or config.offload_optimizer, config.low_memory or config.offload_reference
 
 
 def estimate(config: Config, shape: Shape, a: Assumptions) -> Plan:
@@ -345,8 +352,9 @@ def estimate(config: Config, shape: Shape, a: Assumptions) -> Plan:
     if reference and not offload_reference:
         always["reference, bf16"] = reference
     if reference:
-        # FSDP2 leaves the root group gathered after a forward pass without gradients, until the next one.
-        always["reference's root, bf16"] = BF16 * shape.root
+        # sharding.py leaves the root group gathered after a forward pass, until the next one; of a small model all of it.
+        small = BF16 * shape.parameters <= KEEP_BYTES
+        always["reference, gathered"] = BF16 * (shape.parameters if small else shape.root)
     always["CUDA and NCCL"] = CONTEXT
     between = {name: size for name, size in always.items() if not name.startswith("gradients")}  # set to None by then
     rollout, budget, admitted, at_means, rows = _rollout_moment(config, shape, a, sum(between.values()))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
-import json
 from pathlib import Path
 
 import torch
@@ -59,10 +58,8 @@ def export_model(config, state: dict[str, Tensor], tokenizer, path: Path, dtype:
     top_k 20, top_p 0.8, repetition penalty 1.05) are left out: they would colour every later evaluation. Raises
     ValueError when the weights are not those of such a model.
     """
-    config = copy.deepcopy(config)
-    config.dtype = dtype
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")
     state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     # assign: the empty shell takes over these tensors, so nothing is copied
     unexpected = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
@@ -72,11 +69,8 @@ def export_model(config, state: dict[str, Tensor], tokenizer, path: Path, dtype:
         raise ValueError(f"export: not the weights of a {class_name(model)}: {', '.join([*unexpected, *missing][:5])}")
     model.generation_config = GenerationConfig(eos_token_id=stop_ids(tokenizer), pad_token_id=tokenizer.pad_token_id)
     path.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(path, max_shard_size="5GB")
+    model.save_pretrained(path, max_shard_size="5GB")  # the config's dtype becomes that of the weights
     tokenizer.save_pretrained(path)
-    saved = json.loads((path / "config.json").read_text("utf-8"))
-    saved["dtype"] = str(dtype).removeprefix("torch.")
-    (path / "config.json").write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
     if card:
         (path / "README.md").write_text(card, encoding="utf-8")
 

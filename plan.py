@@ -12,7 +12,6 @@ import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from transformers import Qwen2Config
@@ -40,7 +39,7 @@ def main(arguments: list[str]) -> None:
     model = read_model_config(config)
     check(config, model, options)
     options = dataclasses.replace(options, examples=options.examples or count_examples(config))
-    print(report(config, shape_of(model), options))
+    print(report(config, shape_of(model, config.trust_remote_code), options))
 
 
 def split_options(arguments: list[str]) -> tuple[Assumptions, list[str]]:
@@ -76,9 +75,10 @@ def read_model_config(config: Config):
             max_position_embeddings=32768, tie_word_embeddings=True,
         )  # fmt: skip
     try:
-        return model_config(config.model)
+        return model_config(config.model, config.trust_remote_code)
     except ModelError as error:
-        raise ConfigError(f"{error}; give a folder with a config.json or the id of a model that can be reached") from None
+        reason = str(error).rstrip(".")
+        raise ConfigError(f"{reason}; give a folder with a config.json or the id of a model that can be reached") from None
 
 
 def check(config: Config, model, a: Assumptions) -> None:
@@ -115,11 +115,6 @@ def fits(plan: Plan, a: Assumptions) -> bool:
     return plan.peak[1] <= USABLE * a.gpu_memory * GB
 
 
-def changed(config: Config, **changes: Any) -> Any:
-    """The config with other values."""
-    return SimpleNamespace(**(vars(config) | changes))
-
-
 def _remedies(config: Config) -> dict[str, Any]:
     """Settings that save memory, with the most saving value of each, cheapest first; without those that are set."""
     longest = config.max_prompt_tokens + config.max_response_tokens
@@ -128,10 +123,10 @@ def _remedies(config: Config) -> dict[str, Any]:
         remedies["max_tokens_per_micro_batch"] = longest
     if not config.gradient_checkpointing:
         remedies["gradient_checkpointing"] = True
-    if getattr(config, "sharding", "full") == "hsdp":
+    if config.sharding == "hsdp":
         remedies["sharding"] = "full"
-    if not getattr(config, "low_memory", False):
-        remedies |= {"offload_reference": True} if config.kl_coef else {}
+    if not config.low_memory:
+        remedies |= {"offload_reference": True} if config.kl_coef and not config.offload_reference else {}
         remedies["low_memory"] = True
     return remedies
 
@@ -140,7 +135,7 @@ def _larger_micro_batch(config: Config, changes: dict[str, Any], shape: Shape, a
     """The largest multiple of STEP above changes' micro-batch that still fits; else changes' own."""
     smallest, largest = changes["max_tokens_per_micro_batch"] // STEP + 1, config.max_tokens_per_micro_batch // STEP
     for tokens in range(largest * STEP, (smallest - 1) * STEP, -STEP):
-        if fits(estimate(changed(config, **changes | {"max_tokens_per_micro_batch": tokens}), shape, a), a):
+        if fits(estimate(dataclasses.replace(config, **changes | {"max_tokens_per_micro_batch": tokens}), shape, a), a):
             return tokens
     return changes["max_tokens_per_micro_batch"]
 
@@ -152,7 +147,7 @@ def advise(config: Config, shape: Shape, a: Assumptions) -> tuple[dict[str, Any]
     found: dict[str, Any] = {}
     for keys in _subsets(list(remedies)):
         changes = {key: remedies[key] for key in keys}
-        if fits(estimate(changed(config, **changes), shape, a), a):
+        if fits(estimate(dataclasses.replace(config, **changes), shape, a), a):
             found = changes
             break
     if "max_tokens_per_micro_batch" in found:
@@ -192,7 +187,7 @@ def verdict(config: Config, shape: Shape, a: Assumptions) -> str:
     if gpus and (gpus <= 8 * a.gpus or not found):
         ways.append(f"take {gpus} GPUs")
     if not ways:
-        least = estimate(changed(config, **_remedies(config)), shape, a).peak[1] / USABLE / GB
+        least = estimate(dataclasses.replace(config, **_remedies(config)), shape, a).peak[1] / USABLE / GB
         ways.append(f"take GPUs of {math.ceil(least)} GB or a smaller model: with every saving it needs that much")
     return f"does not fit: {need}; {' or '.join(ways)}"
 

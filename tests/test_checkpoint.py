@@ -40,6 +40,7 @@ from checkpoint import (
 from config import Config
 from export import export_model, gather_weights, model_card
 from model import build_tiny_tokenizer
+from prompts import stop_ids
 from runtime import Ranks
 
 torch.set_num_threads(1)
@@ -88,7 +89,7 @@ def build_policy(seed: int = 0, tied: bool = True, hidden: int = 16):
     for layer in policy.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(policy, mesh=mesh)
-    return policy, torch.optim.AdamW(policy.parameters(), lr=1e-2)
+    return policy, torch.optim.AdamW(policy.parameters(), lr=1e-2, fused=True)
 
 
 def train(policy, optimizer, steps: range, ranks: Ranks) -> None:
@@ -380,6 +381,13 @@ def save_many(ranks: Ranks, folder: Path) -> None:
     run = folder / "run"
     policy, optimizer = build_policy()
     (run / "step_7.tmp").mkdir(parents=True, exist_ok=True)  # of a run that was killed
+    remove = shutil.rmtree
+
+    def watched_remove(path: Path, **options) -> None:
+        assert path.suffix == ".tmp", "a kill in the middle would leave half a checkpoint under a name that means complete"
+        remove(path, **options)
+
+    checkpoint.shutil.rmtree = watched_remove
     saver, state = Saver(run, ranks, 2), {"best": {"step": 9, "score": 0.5}}
     for step in (8, 9, 10, 11, 12):
         state["step"] = step
@@ -393,6 +401,9 @@ def save_many(ranks: Ranks, folder: Path) -> None:
         assert saver.save({"step": step, "resumed": True}, policy, TOKENIZER, optimizer) == ""
     assert names(run) == ["latest", "step_10", "step_11", "step_12"]
     assert latest_checkpoint(run) == (run / "step_11", {"step": 11, "resumed": True})
+    train(policy, optimizer, range(0, 1), ranks)
+    load_checkpoint(run / "step_11", policy, optimizer, ranks)
+    assert not optimizer.state, "saved before the first update, so nothing of later ones may stay"
 
 
 def test_old_checkpoints_are_deleted_but_not_the_best(tmp_path):
@@ -431,9 +442,11 @@ def test_an_export_gives_equal_logits(dtype, written, tmp_path):
     del state["odd"]
     config = Qwen2Config.from_pretrained(written / "run" / "step_4")
     assert config.architectures == ["Qwen2ForCausalLM"]
+    assert config.eos_token_id == TOKENIZER.eos_token_id, "one; the tokenizer knows more of them"
     plain = Qwen2ForCausalLM(config).to(dtype).eval()
     plain.load_state_dict(state, strict=False)
-    export_model(config, state, TOKENIZER, tmp_path / "out", dtype, "# card\n")
+    exported = {name: gathered[name] for name in state}  # fp32, cast on the way
+    export_model(config, exported, TOKENIZER, tmp_path / "out", dtype, "# card\n")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
     assert type(loaded) is Qwen2ForCausalLM and loaded.dtype == dtype
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
@@ -444,7 +457,9 @@ def test_an_export_gives_equal_logits(dtype, written, tmp_path):
     saved = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (saved["architectures"], saved["dtype"]) == (["Qwen2ForCausalLM"], str(dtype)[6:])
     assert (tmp_path / "out" / "README.md").read_text() == "# card\n"
-    assert loaded.generation_config.top_k in (None, 50) and not loaded.generation_config.do_sample
+    defaults = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert sorted(defaults.pop("eos_token_id")) == sorted(stop_ids(TOKENIZER)) and "pad_token_id" in defaults
+    assert not defaults.keys() & {"top_k", "top_p", "do_sample", "temperature", "repetition_penalty"}
     with pytest.raises(ValueError, match="model.norm.weight"):
         export_model(config, {k: v for k, v in state.items() if k != "model.norm.weight"}, TOKENIZER, tmp_path / "x", dtype)
 

@@ -19,8 +19,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import grpo
+import minibatches
 import reward
 import sft
+from checkpoint import full_state
 from data import Example, load_examples, write_examples
 from prompts import ToolCall, render_completion
 from reward import score
@@ -132,17 +134,17 @@ def shifted(pack):
 
 
 BROKEN = {
-    "the sign of the advantage": ("group_advantages", lambda real: lambda rewards: -real(rewards)),
-    "the position that predicts": ("pack", shifted),
-    "advantages of other completions": ("group_advantages", lambda real: lambda rewards: real(rewards).roll(1, 1)),
+    "the sign of the advantage": (grpo, "group_advantages", lambda real: lambda rewards: -real(rewards)),
+    "the position that predicts": (minibatches, "pack", shifted),
+    "advantages of other completions": (grpo, "group_advantages", lambda real: lambda rewards: real(rewards).roll(1, 1)),
 }
 
 
 @pytest.mark.parametrize("line", BROKEN)
 def test_nothing_is_learnt_with_one_line_broken(line, settings, tmp_path, monkeypatch):
     """If this fails, test_the_reward_rises says nothing: something else than the broken line raises the reward."""
-    name, break_it = BROKEN[line]
-    monkeypatch.setattr(grpo, name, break_it(getattr(grpo, name)))
+    module, name, break_it = BROKEN[line]
+    monkeypatch.setattr(module, name, break_it(getattr(module, name)))
     assert rise(run_here(grpo.main, settings | {"run_dir": tmp_path}), settings) < RISE / 2
 
 
@@ -228,5 +230,5 @@ def test_the_log_is_what_the_samples_say(healthy, settings):
 
 def test_the_final_model_is_the_last_checkpoint(healthy):
     assert (healthy / "latest").read_text() == "step_25"
-    final, checkpoint = (load_file(healthy / name / "model.safetensors") for name in ("model", "step_25"))
-    assert all(torch.equal(final[name], checkpoint[name]) for name in final)
+    final, checkpoint = load_file(healthy / "model" / "model.safetensors"), full_state(healthy / "step_25", torch.float32)
+    assert final.keys() == checkpoint.keys() and all(torch.equal(final[name], checkpoint[name]) for name in final)

@@ -18,15 +18,17 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from test_end_to_end import as_arguments, run_here, warmed_up_task, write_task
+from test_minibatches import ADVANTAGES, random_groups, settings_of
 from torch.testing import assert_close
 
 import grpo
-from config import Config, ConfigError
-from grpo import group_advantages, kl_k3, make_minibatches, policy_loss, update_policy
+from config import ConfigError
+from grpo import group_advantages, kl_k3, policy_loss, update_policy
+from minibatches import make_minibatches
 from model import build_tiny_model, build_tiny_tokenizer, load_model, token_logprobs
 from packing import pack
 from reward import Reward
-from rollout import Group, Prompt
+from rollout import Group
 from runtime import Ranks, read_jsonl, start_ranks
 
 torch.set_num_threads(1)
@@ -127,29 +129,9 @@ def ranks() -> Iterator[Ranks]:
     os.environ.update(environment)
 
 
-def settings_of(**changes) -> Config:
-    base = dict(prompts_per_step=4, minibatch_prompts=4, group_size=3, temperature=0.8, max_grad_norm=1e9, kl_coef=0.0)
-    return Config(**(base | changes))
-
-
 @pytest.fixture
 def policy():
     return build_tiny_model(build_tiny_tokenizer([], 300), hidden=16, layers=1, seed=0).train()
-
-
-def random_groups(seed: int = 0) -> list[Group]:
-    """4 prompts with 3 completions each, all of different lengths."""
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda size: torch.randint(250, (size,), generator=generator).tolist()  # noqa: E731
-    groups = []
-    for i in range(4):
-        responses = [draw(2 + (5 * i + 3 * k) % 7) for k in range(3)]
-        logprobs = [[0.0] * len(response) for response in responses]
-        groups.append(Group(Prompt(f"p{i}", draw(3 + 2 * i)), responses, logprobs, ["", "", ""], [False] * 3))
-    return groups
-
-
-ADVANTAGES = torch.tensor([[-1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [1.2, -0.6, -0.6], [0.5, 0.6, -1.1]])
 
 
 class Recorder:
@@ -169,7 +151,7 @@ def updated(policy, config, ranks, reference=None, change=None) -> tuple[list[di
     """(gradient of each update, metrics) for the random groups."""
     minibatches = make_minibatches(random_groups(), ADVANTAGES, config, ranks)
     grpo.fixed_logprobs(policy, reference, minibatches, config)
-    for micro in (m for minibatch in minibatches for m in minibatch):
+    for micro in (m for minibatch in minibatches for m in minibatch.micros):
         if change:
             change(micro)
     recorder = Recorder(policy)
@@ -235,25 +217,12 @@ def test_the_kl_term_pulls_towards_the_reference(policy, ranks):
 def test_micro_batches_change_no_gradient(policy, ranks, tokens, parts):
     """Gradient accumulation that averages per micro-batch gives short completions in small batches too much weight."""
     config = settings_of(kl_coef=0.3, max_tokens_per_micro_batch=tokens)
-    assert len(make_minibatches(random_groups(), ADVANTAGES, config, ranks)[0]) == parts
+    assert len(make_minibatches(random_groups(), ADVANTAGES, config, ranks)[0].micros) == parts
     reference = build_tiny_model(build_tiny_tokenizer([], 300), hidden=16, layers=1, seed=1)
     (gradient,), metrics = updated(policy, config, ranks, reference)
     assert_same_gradients(gradient, slow_gradient(policy, config, random_groups(), ADVANTAGES, 0.3, reference))
     whole = updated(policy, settings_of(kl_coef=0.3), ranks, reference)[1]
     assert metrics == pytest.approx(whole, rel=1e-4)
-
-
-def test_each_token_of_a_completion_has_its_advantage(ranks):
-    groups = random_groups()
-    responses = [response for group in groups for response in group.responses]
-    values = [a for row in ADVANTAGES.tolist() for a in row]
-    for budget in (1, 10**6):  # a response alone, and all of them in one row
-        (minibatch,) = make_minibatches(groups, ADVANTAGES, settings_of(max_tokens_per_micro_batch=budget), ranks)
-        assert len(minibatch) == (12 if budget == 1 else 1)
-        advantages = [a for micro in minibatch for a in micro.advantages.tolist()]
-        assert advantages == pytest.approx([a for response, a in zip(responses, values) for _ in response])
-        targets = [token for micro in minibatch for token in micro.packed.target.tolist()]
-        assert targets == [token for response in responses for token in response]
 
 
 # ------------------------------------------------------------------------------------- groups that teach nothing
@@ -273,7 +242,7 @@ def test_skipping_flat_groups_is_training_without_them(policy, ranks):
     expected = slow_gradient(policy, config, teaching, FLAT[[0, 2]], 0.3, reference)
     assert_same_gradients(recorder.seen[0], expected)
     kept = make_minibatches(random_groups(), FLAT, settings_of(minibatch_prompts=4), ranks)
-    sizes = [sum(m.packed.ids.numel() for part in batch for m in part) for batch in (minibatches, kept)]
+    sizes = [sum(m.packed.ids.numel() for part in batch for m in part.micros) for batch in (minibatches, kept)]
     assert sizes[0] == sum(len(g.prompt.ids) + sum(map(len, g.responses)) for g in teaching) < sizes[1]
 
 
@@ -352,7 +321,7 @@ def test_an_update_with_a_bad_gradient_is_skipped_and_counted(policy, ranks, poi
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)
     minibatches = make_minibatches(random_groups(), ADVANTAGES, config, ranks)
     grpo.fixed_logprobs(policy, None, minibatches, config)
-    spoil_the_first(minibatches[0][0])
+    spoil_the_first(minibatches[0].micros[0])
     metrics = update_policy(policy, optimizer, minibatches, config, ranks)
     assert (metrics["updates"], metrics["updates_skipped_nonfinite"]) == (1, 1)
     assert all(torch.equal(p, w) for p, w in zip(policy.parameters(), weights))

@@ -1,0 +1,145 @@
+"""Several nodes: two torchrun agents on this machine, over loopback, do what one process does.
+
+Each agent has one process, so with `hsdp` nothing is sharded and all is replicated, and with `full` the other way round.
+The model is as it was initialised and the reward counts digits: two runs that part by one sampled token never meet again.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_end_to_end import as_arguments, run_here, write_task
+
+import grpo
+from model import build_tiny_model, build_tiny_tokenizer, export
+from runtime import read_jsonl
+
+torch.set_num_threads(1)
+
+ROOT = Path(__file__).parents[1]
+STEPS = 3
+DIGITS = """
+def digits(completion, answer, tools):
+    return sum(letter.isdigit() for letter in completion) / 10
+"""
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory) -> dict[str, object]:
+    """A run of a few steps whose start model is made once."""
+    folder = tmp_path_factory.mktemp("task")
+    task = write_task(folder)
+    tokenizer = build_tiny_tokenizer([task["data"].read_text()], 400)
+    export(build_tiny_model(tokenizer, hidden=64, layers=2, seed=0), tokenizer, folder / "model")
+    (folder / "own.py").write_text(DIGITS)
+    own = dict(model=folder / "model", reward=f"{folder / 'own.py'}:digits", lr=1e-4, steps=STEPS, timeout_minutes=2)
+    return task | own
+
+
+@pytest.fixture(scope="module")
+def alone(settings, tmp_path_factory) -> Path:
+    return run_here(grpo.main, settings | {"run_dir": tmp_path_factory.mktemp("alone")})
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start_agent(rendezvous: list[str], settings: dict[str, object], log: Path) -> subprocess.Popen:
+    """torchrun as on one of two nodes, in a process group of its own; what it says goes to the file."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", *rendezvous]
+    environment = {k: v for k, v in os.environ.items() if k != "RANK"} | {"OMP_NUM_THREADS": "1"}
+    with log.open("w") as out:
+        return subprocess.Popen(
+            [*command, "grpo.py", *as_arguments(settings)], stdout=out, stderr=out, cwd=ROOT, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def end(agents: list[subprocess.Popen]) -> None:
+    """Leaves no process behind, whatever the test found."""
+    for agent in agents:
+        for _ in range(2):  # a second signal stops at once, without a checkpoint
+            if agent.poll() is None:
+                agent.send_signal(signal.SIGTERM)
+                time.sleep(0.5)
+        try:
+            agent.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            os.killpg(agent.pid, signal.SIGKILL)
+            agent.wait()
+
+
+def by_c10d() -> list[list[str]]:
+    """What each of two agents is told: the same, and ranks are given out when both are there."""
+    port = free_port()
+    return [["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", f"--rdzv_id=test{port}"]] * 2
+
+
+def by_node_rank() -> list[list[str]]:
+    """The older way: each agent is told which node it is on."""
+    port = free_port()
+    return [[f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}"] for node in (0, 1)]
+
+
+def samples(run_dir: Path) -> list[tuple]:
+    """Every completion that was logged, in an order that does not depend on who sampled it."""
+    rows = read_jsonl(run_dir / "samples.jsonl")
+    return sorted((row["step"], row["prompt_id"], row["completion"], row["advantage"]) for row in rows)
+
+
+def largest_difference(a: Path, b: Path) -> float:
+    one, two = (load_file(folder / "model.safetensors") for folder in (a, b))
+    assert one.keys() == two.keys()
+    return max((one[name] - two[name]).abs().max().item() for name in one)
+
+
+@pytest.mark.parametrize(("sharding", "meet"), [("full", by_c10d), ("hsdp", by_node_rank)])
+def test_two_nodes_match_one_process(sharding, meet, settings, alone, tmp_path):
+    own = settings | {"sharding": sharding, "run_dir": tmp_path / "run"}
+    logs = [tmp_path / f"agent{node}.txt" for node in (0, 1)]
+    agents = [start_agent(rendezvous, own, log) for rendezvous, log in zip(meet(), logs)]
+    try:
+        codes = [agent.wait(timeout=100) for agent in agents]
+    finally:
+        end(agents)
+    assert codes == [0, 0], logs[0].read_text() + logs[1].read_text()
+    assert any("2 process(es)" in log.read_text() for log in logs), "not two runs of one process each"
+    assert len(samples(alone)) == STEPS * 64 and samples(tmp_path / "run") == samples(alone)
+    assert largest_difference(alone / "model", tmp_path / "run" / "model") < 1e-5
+    assert largest_difference(alone / "model", settings["model"]) > 1e-4, "there was something to learn"
+
+
+def test_a_signal_to_one_agent_stops_both_and_one_process_goes_on(settings, tmp_path):
+    """Slurm ends a job node by node. Whoever hears of it first must not leave the other waiting for an hour."""
+    endless = settings | {"steps": 1000, "run_dir": tmp_path / "run"}
+    logs = [tmp_path / f"agent{node}.txt" for node in (0, 1)]
+    agents = [start_agent(rendezvous, endless, log) for rendezvous, log in zip(by_c10d(), logs)]
+    try:
+        deadline = time.monotonic() + 100
+        while not read_jsonl(tmp_path / "run" / "log.jsonl")[1:] and time.monotonic() < deadline:
+            time.sleep(0.2)
+        agents[1].send_signal(signal.SIGTERM)
+        codes = [agent.wait(timeout=60) for agent in agents]
+    finally:
+        end(agents)
+    said = logs[0].read_text() + logs[1].read_text()
+    steps = [row["step"] for row in read_jsonl(tmp_path / "run" / "log.jsonl")]
+    assert 0 not in codes and f"interrupted after step {steps[-1]}, all is saved" in said, said
+    assert (tmp_path / "run" / "latest").read_text() == f"step_{steps[-1]}"
+
+    short = settings | {"steps": steps[-1] + 1}  # on one process, and compared with a run that was never disturbed
+    gone_on = run_here(grpo.main, short | {"run_dir": tmp_path / "run", "resume": "true"})
+    undisturbed = run_here(grpo.main, short | {"run_dir": tmp_path / "undisturbed"})
+    assert [row["step"] for row in read_jsonl(gone_on / "log.jsonl")] == list(range(steps[-1] + 2))
+    assert samples(gone_on) == samples(undisturbed)
+    assert largest_difference(gone_on / "model", undisturbed / "model") < 1e-5
