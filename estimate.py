@@ -7,8 +7,8 @@ slowest of its arithmetic, memory traffic, network and host traffic, as if all G
 mean length; the rest of a step (launching kernels, rewards, evaluations, checkpoints) is left out. Kernels are CUDA's.
 Counted in full: the last layer's MLP, of which trim_last_layer leaves out the prompts (about 1 % of a large model's work).
 
-An earlier table by hand had 33, 35 and 60 GB for the update of 7B, 8B and 14B models on 8 GPUs, where this has 37, 38 and
-61: it did not know the CUDA context, the reference's gathered root, the norms' fp32 copies and the backward's own memory.
+An earlier table by hand had 33, 35 and 60 GB for the update of 7B, 8B and 14B models on 8 GPUs, where this has 35, 36 and
+58: it did not know the CUDA context, the norms' fp32 copies and the backward's own memory.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ def _rollout_moment(
     admitted = rows_that_fit(shape, free, prompt, copies, config.max_response_tokens)
     row = cache_bytes(shape, 1 / copies, copies, prompt, a.response_tokens)
     at_means = int(ENGINE_SHARE * free / (row + 12 * shape.vocab))
-    wanted = min(config.rollout_batch_size, config.prompts_per_step // a.gpus * copies)
+    wanted = min(config.rollout_batch_size, math.ceil(config.prompts_per_step / a.gpus) * copies)
     groups = max(1, min(wanted, admitted) // copies)
     # Batches that grow too long are tried again with half as many groups, and rows that have finished are dropped.
     longest = cache_bytes(shape, 1, 1, config.max_prompt_tokens, config.max_response_tokens)
@@ -272,7 +272,7 @@ def _rollout_moment(
 
 def count_micro_batches(config: Config, a: Assumptions) -> tuple[int, int]:
     """(micro-batches of an update on one GPU, how often each prompt is computed), groups having the mean lengths."""
-    groups, copies = config.minibatch_prompts // a.gpus, config.group_size
+    groups, copies = math.ceil(config.minibatch_prompts / a.gpus), config.group_size
     budget, group = config.max_tokens_per_micro_batch, a.prompt_tokens + copies * a.response_tokens
     if group <= budget:
         return math.ceil(groups / (budget // group)), 1
@@ -351,10 +351,8 @@ def estimate(config: Config, shape: Shape, a: Assumptions) -> Plan:
     always = {} if offload else dict(state)
     if reference and not offload_reference:
         always["reference, bf16"] = reference
-    if reference:
-        # sharding.py leaves the root group gathered after a forward pass, until the next one; of a small model all of it.
-        small = BF16 * shape.parameters <= KEEP_BYTES
-        always["reference, gathered"] = BF16 * (shape.parameters if small else shape.root)
+    if reference and BF16 * shape.parameters <= KEEP_BYTES:  # sharding.py leaves a small model gathered
+        always["reference, gathered"] = BF16 * shape.parameters
     always["CUDA and NCCL"] = CONTEXT
     between = {name: size for name, size in always.items() if not name.startswith("gradients")}  # set to None by then
     rollout, budget, admitted, at_means, rows = _rollout_moment(config, shape, a, sum(between.values()))

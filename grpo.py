@@ -53,7 +53,7 @@ from runtime import (
     start_ranks,
 )  # fmt: skip
 from sft import load_policy, warm_up
-from sharding import full_tensor, whole
+from sharding import full_tensor, release, whole
 from watch import note_out_of_memory
 
 # ------------------------------------------------------------------------------------------------------ the maths
@@ -108,6 +108,8 @@ def fixed_logprobs(
             micro.ref_logprobs = token_logprobs(reference, micro.packed, config.temperature, entropy=False)[0]
         if policy is not None and len(minibatches) > 1:
             micro.old_logprobs = token_logprobs(policy, micro.packed, config.temperature, entropy=False)[0]
+    if reference is not None:
+        release(reference)
 
 
 def update_policy(
@@ -188,32 +190,40 @@ class Run:
 def train(run: Run) -> None:
     """Collective. The training loop, from the step after run.state["step"] to the last."""
     config, ranks, state = run.config, run.ranks, run.state
-    bar = tqdm(total=total_steps(config, len(run.train)), initial=state["step"], desc="GRPO", disable=not ranks.main)
-    for step in range(state["step"] + 1, bar.total + 1):
-        clock = Clock(ranks.watchdog, step)
-        batch = batch_for_step(len(run.train), step - 1, config.prompts_per_step, config.seed)
-        places = own_places(len(batch), ranks)
-        groups, scores = sample_and_score(run, [run.train[batch[place]] for place in places], step, places, clock)
-        metrics = rollout_metrics(groups, scores, ranks)  # of the policy as it is: before anything is sampled again
-        groups, scores, again = resample_flat(run, groups, scores, step, places, clock)
-        everyone, rewards = gather_groups(groups, reward_table(scores, config), ranks)
-        if config.shuffle_rewards:
-            rewards = shuffled(rewards, config.seed, step)
-        advantages = group_advantages(rewards)
-        try:
-            learnt, trained = learn(run, everyone, advantages, clock)
-        except torch.OutOfMemoryError:  # the next start, by torchrun or by hand, takes smaller micro-batches
-            note_out_of_memory(run.folder, "update", step)
-            raise
-        metrics |= learnt
-        rows = sample_rows(step, groups, scores, advantages[ranks.rank :: ranks.world], config.log_samples, ranks)
-        stop_on_failures(run, step, learnt, rows)
-        metrics |= speed_metrics(groups, again, trained, count_parameters(run.policy), config, clock.seconds, ranks)
-        state |= {"step": step, "flops": state["flops"] + metrics.pop("step_flops")}
-        finish_step(run, metrics, rows, step == bar.total)
-        bar.update()
-        bar.set_postfix(reward=f"{metrics['reward']:.2f}", kl=f"{metrics['kl']:.3f}", refresh=False)
-    bar.close()
+    steps, before = total_steps(config, len(run.train)), state["step"]
+    with tqdm(total=steps, initial=before, desc="GRPO", disable=not ranks.main) as bar:
+        for step in range(before + 1, steps + 1):
+            clock = Clock(ranks.watchdog, step)
+            with clock("exchange"):  # what none of the phases inside it names: ranks telling each other numbers
+                metrics, rows = train_step(run, step, clock)
+            finish_step(run, metrics, rows, step == steps, clock)
+            bar.update()
+            bar.set_postfix(reward=f"{metrics['reward']:.2f}", kl=f"{metrics['kl']:.3f}", refresh=False)
+
+
+def train_step(run: Run, step: int, clock: Clock) -> tuple[dict[str, float], list[dict]]:
+    """Collective. Sample, reward, advantage, update -> the step's metrics, and its rows for samples.jsonl."""
+    config, ranks, state = run.config, run.ranks, run.state
+    batch = batch_for_step(len(run.train), step - 1, config.prompts_per_step, config.seed)
+    places = own_places(len(batch), ranks)
+    groups, scores = sample_and_score(run, [run.train[batch[place]] for place in places], step, places, clock)
+    metrics = rollout_metrics(groups, scores, ranks)  # of the policy as it is: before anything is sampled again
+    groups, scores, again = resample_flat(run, groups, scores, step, places, clock)
+    everyone, rewards = gather_groups(groups, reward_table(scores, config), ranks)
+    if config.shuffle_rewards:
+        rewards = shuffled(rewards, config.seed, step)
+    advantages = group_advantages(rewards)
+    try:
+        learnt, trained = learn(run, everyone, advantages, clock)
+    except torch.OutOfMemoryError:  # the next start, by torchrun or by hand, takes smaller micro-batches
+        note_out_of_memory(run.folder, "update", step)
+        raise
+    metrics |= learnt
+    rows = sample_rows(step, groups, scores, advantages[ranks.rank :: ranks.world], config.log_samples, ranks)
+    stop_on_failures(run, step, learnt, rows)
+    metrics |= speed_metrics(groups, again, trained, count_parameters(run.policy), config, clock.seconds, ranks)
+    state |= {"step": step, "flops": state["flops"] + metrics.pop("step_flops")}
+    return metrics, rows
 
 
 def reward_table(scores: list[list[Reward]], config: Config) -> Tensor:
@@ -283,7 +293,7 @@ def resample_flat(
     return groups, scores, given_up
 
 
-def finish_step(run: Run, metrics: dict[str, float], rows: list[dict], last: bool) -> None:
+def finish_step(run: Run, metrics: dict[str, float], rows: list[dict], last: bool, clock: Clock) -> None:
     """Collective. Evaluates, logs and saves where it is time. Raises Interrupted after a signal, with all saved."""
     config, step = run.config, run.state["step"]
     if last or (config.eval_every and step % config.eval_every == 0):
@@ -297,15 +307,17 @@ def finish_step(run: Run, metrics: dict[str, float], rows: list[dict], last: boo
         record = {"step": step, "epoch": round(epoch, 4), "learning_rate": config.lr, **metrics}
         append_jsonl(run.folder / "log.jsonl", [record | {k: run.state[k] for k in ("seconds", "flops")}])
         append_jsonl(run.folder / "samples.jsonl", rows)
-    stopping = run.stop.agreed(run.ranks)
-    if last or stopping or (config.save_every and step % config.save_every == 0):
-        problem = run.saver.save(run.state, run.policy, run.tokenizer, run.optimizer)
+    with clock("save"):
+        stopping = run.stop.agreed(run.ranks)
+        problem, due = "", config.save_every and step % config.save_every == 0
+        if last or stopping or due:
+            problem = run.saver.save(run.state, run.policy, run.tokenizer, run.optimizer)
         if last or stopping:
             problem = problem or run.saver.finish()
-        if problem and (stopping or config.save_errors == "stop"):
-            raise CheckpointError(problem)
-        if problem and run.ranks.main:
-            print(f"warning: {problem}", file=sys.stderr)
+    if problem and (stopping or config.save_errors == "stop"):
+        raise CheckpointError(problem)
+    if problem and run.ranks.main:
+        print(f"warning: {problem}", file=sys.stderr)
     if stopping and not last:
         raise Interrupted(config.run_dir, step)
 

@@ -83,10 +83,6 @@ def read_model_config(config: Config):
 
 def check(config: Config, model, a: Assumptions) -> None:
     """Raises ConfigError for numbers that do not go together, as the run itself would."""
-    if config.minibatch_prompts % a.gpus:
-        raise ConfigError(
-            f"minibatch_prompts ({config.minibatch_prompts}) must be a multiple of the number of GPUs ({a.gpus})"
-        )
     if a.gpus > a.gpus_per_node and a.gpus % a.gpus_per_node:
         raise ConfigError(f"gpus ({a.gpus}) must be a multiple of gpus_per_node ({a.gpus_per_node})")
     tokens, positions = config.max_prompt_tokens + config.max_response_tokens, model.max_position_embeddings
@@ -162,7 +158,7 @@ def _subsets(keys: list[str]) -> Iterator[tuple[str, ...]]:
 
 def _more_gpus(config: Config, a: Assumptions) -> Iterator[int]:
     gpus = a.gpus * 2
-    while gpus <= MOST_GPUS and config.minibatch_prompts % gpus == 0:
+    while gpus <= min(MOST_GPUS, config.minibatch_prompts):
         yield gpus
         gpus *= 2
 

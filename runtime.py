@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import random
@@ -322,9 +323,12 @@ def run_script(main: Callable[[list[str]], None], errors: tuple[type[Exception],
     except SystemExit as stopped:  # --help, or a second signal
         code = stopped.code or 0
     except BaseException as error:
-        if not many:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        if not many and not full:
             raise
         message, lost = traceback.format_exc().rstrip(), lost_processes(error)
+        if full:  # met by a log: checkpoints have their own sentence
+            message = f"error: {error.filename}: {error.strerror}; make room, and go on with --resume true"
     if message:
         print(lost or message, file=sys.stderr, flush=True)
     if lost:  # so that torchrun's table shows the process that died, and not this one

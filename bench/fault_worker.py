@@ -16,6 +16,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 BUDGET = 1024  # max_tokens_per_micro_batch of all runs
 
@@ -40,7 +41,7 @@ def break_product(fault: str, step: int, rank: int) -> None:
     import grpo
 
     now, sample, write, update, mkdir = [0], grpo.sample_and_score, checkpoint.Saver._write, grpo.update_policy, Path.mkdir
-    engine, append, loss = engines.ENGINES["shared_prefix"], grpo.append_jsonl, grpo.policy_loss
+    engine, append, loss, usage = engines.ENGINES["shared_prefix"], grpo.append_jsonl, grpo.policy_loss, shutil.disk_usage
 
     def sample_and_score(run, items, at, *rest):
         now[0] = at
@@ -70,6 +71,9 @@ def break_product(fault: str, step: int, rank: int) -> None:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
+    def disk_usage(path):
+        return SimpleNamespace(free=10) if due() else usage(path)
+
     def mkdir_read_only(path, *arguments, **options):
         if due() and path.name.startswith("step_"):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
@@ -86,7 +90,7 @@ def break_product(fault: str, step: int, rank: int) -> None:
         "nan": (grpo, "policy_loss", policy_loss),
         "memory_update": (grpo, "update_policy", update_policy),
         "memory_rollout": (engines.ENGINES, "shared_prefix", decode),
-        "no_space": (shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10, 10)),
+        "no_space": (shutil, "disk_usage", disk_usage),
         "no_space_late": (checkpoint.Saver, "_write", write_little),
         "read_only": (Path, "mkdir", mkdir_read_only),
         "log_full": (grpo, "append_jsonl", append_half),

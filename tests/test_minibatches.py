@@ -80,15 +80,15 @@ def test_equal_lengths_are_shared_out_the_same_way_everywhere():
 @pytest.mark.parametrize("world", [2, 3, 7])
 @pytest.mark.parametrize("tokens", [1, 40, 10**6])
 def test_the_ranks_share_the_batch_in_equally_many_micro_batches(world, tokens):
-    """Sharded weights are gathered by all ranks together: one that had fewer micro-batches would leave the others hanging."""
+    """Sharded weights are gathered by all ranks together: one with fewer micro-batches would leave the others hanging."""
     everything = sorted(token for group in random_groups() for response in group.responses for token in response)
     (alone,) = plans(1, settings_of(max_tokens_per_micro_batch=tokens))[0]
     ranks = [minibatch for (minibatch,) in plans(world, settings_of(max_tokens_per_micro_batch=tokens))]
     assert len({len(minibatch.micros) for minibatch in ranks}) == 1 and ranks[0].micros
     assert sorted(token for minibatch in ranks for token in targets(minibatch)) == sorted(targets(alone)) == everything
     assert {minibatch.tokens for minibatch in [*ranks, alone]} == {len(everything)}, "the mean is over all ranks' tokens"
-    weights = {micro.weight for minibatch in ranks for micro in minibatch.micros}
-    assert weights == ({1.0, 0.0} if world == 7 or tokens == 1 else weights) <= {1.0, 0.0}
+    idle = [all(micro.weight == 0 for micro in minibatch.micros) for minibatch in ranks]
+    assert sum(idle) == max(0, world - len(random_groups())), "there is work for as many ranks as groups"
 
 
 def test_each_token_of_a_completion_has_its_advantage():

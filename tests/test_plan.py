@@ -42,20 +42,15 @@ SIZES = dict(
     vocab_size=2048, hidden_size=256, intermediate_size=1376, num_hidden_layers=4, num_attention_heads=8,
     num_key_value_heads=2, head_dim=32, tie_word_embeddings=False,
 )  # fmt: skip
+KEYS_OF = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size".split()
 LARGE = {  # public facts of three models
-    "7B": Qwen2Config(
-        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-        num_key_value_heads=4, tie_word_embeddings=False,
-    ),
-    "8B": LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, tie_word_embeddings=False,
-    ),
-    "14B": Qwen2Config(
-        vocab_size=152064, hidden_size=5120, intermediate_size=13824, num_hidden_layers=48, num_attention_heads=40,
-        num_key_value_heads=8, tie_word_embeddings=False,
-    ),
-}  # fmt: skip
+    name: kind(**dict(zip(KEYS_OF, sizes)), tie_word_embeddings=False)
+    for name, kind, sizes in [
+        ("7B", Qwen2Config, (3584, 18944, 28, 28, 4, 152064)),
+        ("8B", LlamaConfig, (4096, 14336, 32, 32, 8, 128256)),
+        ("14B", Qwen2Config, (5120, 13824, 48, 40, 8, 152064)),
+    ]
+}
 SHAPES = {name: shape_of(config) for name, config in LARGE.items()}
 SMALL = shape_of(Qwen2Config(**SIZES))
 PROMPT, RESPONSE, COPIES, GROUPS = 200, 40, 4, 3
@@ -243,9 +238,9 @@ def test_a_tied_head_counts_once_and_is_still_multiplied():
 
 @pytest.mark.parametrize("name, train, rollout", [("7B", 33, 29), ("8B", 35, 30), ("14B", 60, 55)])
 def test_memory_on_8_gpus_is_near_the_table_by_hand(name, train, rollout):
-    """A rougher table had these GB: without the CUDA context, the reference's gathered root group, fp32 copies of norms."""
+    """A rougher table had these GB: without the CUDA context, fp32 copies of norms."""
     moments = estimate(settings(), SHAPES[name], lengths()).moments
-    left_out = ("CUDA and NCCL", "reference, gathered")
+    left_out = ("CUDA and NCCL",)
     update, others = moments["layers"], sum(moments["layers"][part] for part in left_out)
     assert sum(update.values()) - others == pytest.approx(train * GB, rel=0.12)
     left_out = (*left_out, "keys and values", "prefill or sampling")
@@ -262,7 +257,7 @@ def test_settings_move_the_parts_they_are_for():
     assert low.host_memory == 18 * shape.parameters and low.kv_budget > base.kv_budget
     without = estimate(settings(kl_coef=0.0), shape, lengths())
     gone = base.moments["rollout"].keys() - without.moments["rollout"].keys()
-    assert gone == {"reference, bf16", "reference, gathered"}
+    assert gone == {"reference, bf16"}
     assert "reference" not in [phase.name for phase in without.phases]
     nodes = lengths(16)
     inside = estimate(settings(sharding="hsdp"), shape, nodes).moments["layers"]["AdamW"]
@@ -293,9 +288,7 @@ def test_traffic_is_what_each_phase_must_move():
     used, kv = 2 * (shape.matrices * 28 + shape.vocab * shape.hidden), 56 * 1024
     read = sum(2 * (used + kv * (64 * 1000 + 320 * (token + 0.5))) for token in range(300))
     assert plain["decode"].memory == pytest.approx(read)
-    seconds = plain["decode"].seconds(lengths())
-    assert seconds["memory"] == pytest.approx(read / 3350e9)
-    assert seconds["compute"] == pytest.approx(plain["decode"].flops / (0.45 * 989e12))
+    assert plain["decode"].seconds(lengths())["memory"] == pytest.approx(read / 3350e9)
 
 
 def test_groups_larger_than_the_micro_batch_repeat_their_prompt():
@@ -340,12 +333,11 @@ def test_following_the_advice_makes_it_fit(name, changes, gpus, advised):
 
 def test_gpus_that_are_too_small_for_everything_are_said_to_be():
     """14B in bf16 is 29.5 GB on every GPU during the rollout, whatever the settings."""
-    line = plan.verdict(settings(), SHAPES["14B"], lengths(8, gpu_memory=24.0))
-    size = int(line.split("take GPUs of ")[1].split(" GB")[0])
+    size = int(plan.verdict(settings(), SHAPES["14B"], lengths(gpu_memory=24.0)).split("take GPUs of ")[1].split(" GB")[0])
     assert 31 < size < 50
     low = settings(low_memory=True, max_tokens_per_micro_batch=12288)
-    assert plan.verdict(low, SHAPES["14B"], lengths(8, gpu_memory=float(size))).startswith("fits")
-    assert not plan.verdict(low, SHAPES["14B"], lengths(8, gpu_memory=size - 2.0)).startswith("fits")
+    fitting = [plan.verdict(low, SHAPES["14B"], lengths(8, gpu_memory=gb)).startswith("fits") for gb in (size, size - 2.0)]
+    assert fitting == [True, False]
 
 
 def test_a_rollout_batch_that_is_too_large_is_named():
@@ -367,7 +359,7 @@ def test_peak_leaves_room_for_the_allocator():
 
 def test_main_needs_a_config_json_only(tmp_path, capsys):
     (tmp_path / "config.json").write_text(LARGE["7B"].to_json_string())
-    plan.main(["--model", str(tmp_path), "--gpus=8", "--gpu_memory", "80", "--examples", "64000"])
+    plan.main(["--model", str(tmp_path), "--gpus=8", "--examples", "64000"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith("7.62B parameters on 8 x 80 GB") and lines[-1].startswith("fits: ")
     assert any(line.startswith("epoch") and "62.5 steps" in line for line in lines)
@@ -375,7 +367,7 @@ def test_main_needs_a_config_json_only(tmp_path, capsys):
 
 
 def test_tiny_and_generated_data_are_planned_too(capsys):
-    plan.main("--model tiny --data synthetic --minibatch_prompts 8 --prompts_per_step 8 --gpus 1".split())
+    plan.main("--model tiny --data synthetic --gpus 3".split())
     assert "1,000 prompts" in capsys.readouterr().out
 
 
@@ -388,7 +380,7 @@ def test_tiny_and_generated_data_are_planned_too(capsys):
         (["--gpu_memory"], "gpu_memory"),
         (["--efficiency", "nan"], "efficiency"),
         (["--efficiency", "45"], "efficiency must be a share"),
-        (["--gpus", "7"], "minibatch_prompts (256) must be a multiple of the number of GPUs (7)"),
+        (["--gpus", "12"], "gpus (12) must be a multiple of gpus_per_node (8)"),
         (["--response_tokens", "9000"], "max_response_tokens"),
         (["--gpu", "4"], "unknown setting 'gpu'"),
     ],

@@ -345,8 +345,9 @@ def test_processes_that_torchrun_starts_again_go_on(tmp_path, monkeypatch, capsy
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a1")
     opened(path, overwrite=True)
     write(path / "log.jsonl", '{"step": 0}\n')
-    opened(path, overwrite=True)
-    assert "from the beginning" in capsys.readouterr().out
+    for overwrite in (False, True):
+        opened(path, overwrite=overwrite)
+        assert "from the beginning" in capsys.readouterr().out
     write(path / "latest", "step_2")
     opened(path, overwrite=True)
     assert "from the last checkpoint" in capsys.readouterr().out
@@ -371,6 +372,7 @@ def test_restarts_need_a_store_that_forgets(monkeypatch):
     """With torchrun's default, half of the restarts failed: the new processes looked for the addresses of the dead ones."""
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: 1 / 0)
     with pytest.raises(ConfigError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
         runtime.start_ranks()
 
@@ -534,8 +536,25 @@ def test_the_watchdog_leaves_in_peace_what_moves_or_is_not_watched(monkeypatch):
     assert watched(monkeypatch, 160, at_10=slow, at_60=[("beat",)], at_110=[("beat",)]) == (0.0, "", 0)
     assert watched(monkeypatch, 200, at_10=slow, at_60=[("leave",)]) == (0.0, "", 0)
     assert watched(monkeypatch, 100, at_50=slow) == (0.0, "", 0), "the minutes count from the start of the phase"
-    nested = [("enter", "evaluate", 1), ("leave",)]
-    assert "phase rollout of step 1;" in watched(monkeypatch, 200, at_10=slow, at_20=nested)[1], "the outer one goes on"
+
+
+def test_the_watchdog_knows_phases_inside_phases(monkeypatch):
+    outer, inner = ("enter", "evaluate", 1), ("enter", "rollout", 1)
+    assert "phase rollout of step 1;" in watched(monkeypatch, 200, at_10=[outer, inner])[1]
+    when, said, _ = watched(monkeypatch, 200, at_10=[outer, inner], at_60=[("leave",)])
+    assert when == 121 and "phase evaluate of step 1;" in said, "what ends inside is progress"
+
+
+def test_ranks_that_meet_make_progress(monkeypatch):
+    """An evaluation of many cases is one long phase: that all ranks took part in a sum shows that none hangs."""
+    beats: list[int] = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: None)
+    monkeypatch.setattr(dist, "all_gather_object", lambda items, item: None)
+    ranks = Ranks(0, 2, torch.device("cpu"), SimpleNamespace(beat=lambda: beats.append(1)))
+    ranks.sum([1.0])
+    assert len(beats) == 1
+    ranks.gather(None)
+    assert len(beats) == 2
 
 
 def test_an_error_knows_its_phase():
@@ -632,6 +651,7 @@ def main(arguments):
     fault, run_dir = arguments
     ranks = start_ranks(2.0, 1)
     open_run(Config(run_dir=run_dir), ranks), StopFlag()
+    assert ranks.watchdog.minutes == 2.0
     ranks = dataclasses.replace(ranks, watchdog=Watchdog(0.05, ranks.rank))
     for step in (1, 2):
         with Clock(ranks.watchdog, step)("update"):
