@@ -164,8 +164,10 @@ def _convert(key: str, value: Any, kind: type) -> Any:
 
 def _check(c: Config) -> None:
     """Refuses settings that cannot work together, before anything is loaded."""
-    positive = "prompts_per_step group_size minibatch_prompts max_prompt_tokens max_response_tokens rollout_batch_size"
-    positive += " max_tokens_per_micro_batch sft_batch temperature keep_checkpoints benchmark_cases max_failed_steps"
+    positive = (
+        "prompts_per_step group_size minibatch_prompts max_prompt_tokens max_response_tokens rollout_batch_size sft_batch "
+        "max_tokens_per_micro_batch temperature keep_checkpoints benchmark_cases max_failed_steps timeout_minutes"
+    )
     for key in positive.split():
         if getattr(c, key) <= 0:
             raise ConfigError(f"{key} must be greater than 0, not {getattr(c, key)}")

@@ -39,7 +39,6 @@ from prompts import PromptError, check_tokenizer, load_template
 from reward import Reward, RewardError, RewardFunction, reward_function
 from rollout import Group, evaluate, prompt_seed, rollout_metrics, sample_groups, sample_rows, speed_metrics
 from runtime import (
-    Clock,
     Interrupted,
     Ranks,
     StopFlag,
@@ -54,7 +53,7 @@ from runtime import (
 )  # fmt: skip
 from sft import load_policy, warm_up
 from sharding import full_tensor, release, whole
-from watch import note_out_of_memory
+from watch import Clock, note_out_of_memory
 
 # ------------------------------------------------------------------------------------------------------ the maths
 
@@ -297,7 +296,8 @@ def finish_step(run: Run, metrics: dict[str, float], rows: list[dict], last: boo
     """Collective. Evaluates, logs and saves where it is time. Raises Interrupted after a signal, with all saved."""
     config, step = run.config, run.state["step"]
     if last or (config.eval_every and step % config.eval_every == 0):
-        metrics = metrics | evaluate_all(run)
+        metrics = metrics | evaluate_all(run, clock)
+        metrics["time/evaluate_s"] = clock.seconds["evaluate"]
         score = metrics.get(f"{next(iter(run.held_out), '')}/accuracy", 0.0)
         if score > run.state.get("best", {}).get("score", -1.0):
             run.state["best"] = {"step": step, "score": score}
@@ -322,10 +322,10 @@ def finish_step(run: Run, metrics: dict[str, float], rows: list[dict], last: boo
         raise Interrupted(config.run_dir, step)
 
 
-def evaluate_all(run: Run) -> dict[str, float]:
+def evaluate_all(run: Run, clock: Clock) -> dict[str, float]:
     """Collective. Greedy accuracy on every held-out split and benchmark subset."""
     results: dict[str, float] = {}
-    with whole(run.policy) as policy:
+    with clock("evaluate"), whole(run.policy) as policy:
         for name, examples in run.held_out.items():
             results |= evaluate(policy, run.tokenizer, examples, run.config, run.ranks, name)
         for name, cases in run.benchmarks.items():
@@ -379,7 +379,7 @@ def set_up(config: Config, ranks: Ranks) -> Run:
         benchmarks, state, began - state["seconds"],
     )  # fmt: skip
     if not checkpoint:
-        before = evaluate_all(run)
+        before = evaluate_all(run, Clock(ranks.watchdog))
         if ranks.main:
             append_jsonl(folder / "log.jsonl", [{"step": 0, **before}])
     return run

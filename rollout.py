@@ -192,7 +192,7 @@ def evaluate(
     own = examples[ranks.rank :: ranks.world]
     groups = sample_groups(
         model, tokenizer, [Prompt(t.example.id, t.ids) for t in own], group_size=1, temperature=0,
-        max_new_tokens=config.max_response_tokens, batch_size=config.rollout_batch_size,
+        max_new_tokens=config.max_response_tokens, batch_size=config.rollout_batch_size, beat=ranks.beat,
     )  # fmt: skip
     hits = Counter({kind: 0.0 for kind in KINDS})
     for item, group in zip(own, groups):

@@ -25,7 +25,6 @@ import torch.distributed as dist
 import yaml
 
 from config import Config, ConfigError
-from watch import Clock as Clock
 from watch import Watchdog, lost_processes, phase_of, take_lock, take_out_of_memory, torchrun_job
 
 

@@ -50,6 +50,7 @@ from runtime import (
     whole_folder,
 )  # fmt: skip
 from sharding import full_tensor, load_sharded, make_mesh, whole
+from watch import Clock
 
 RAMP_STEPS = 20  # the learning rate rises linearly over these steps
 
@@ -121,7 +122,9 @@ def train_sft(
         lr = config.sft_lr * min(1.0, step / RAMP_STEPS) * (1 - progress if config.sft_decay else 1)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        metrics = sft_update(policy, optimizer, groups, config, ranks)
+        clock = Clock(ranks.watchdog, step)
+        with clock("update"):
+            metrics = sft_update(policy, optimizer, groups, config, ranks)
         # forward and backward: 6 FLOPs per parameter and token; attention is left out, here and in grpo.py
         state = {"step": step, "flops": state["flops"] + 6 * parameters * metrics["num_tokens"]}
         state["seconds"] = time.perf_counter() - began
@@ -132,7 +135,8 @@ def train_sft(
         finished = step == steps or 0 < config.sft_flops <= state["flops"]
         stopping = stop.agreed(ranks)
         if stopping or finished or (config.save_every and step % config.save_every == 0):
-            problem = saver.save(state, policy, tokenizer, optimizer)
+            with clock("save"):
+                problem = saver.save(state, policy, tokenizer, optimizer)
             if problem and (stopping or config.save_errors == "stop"):
                 raise CheckpointError(problem)
             if problem and ranks.main:
@@ -204,7 +208,7 @@ def main(arguments: list[str]) -> None:
     steps = sft_steps(config, len(tokenized.train))
     train_sft(policy, tokenizer, tokenized.train, config, steps, run_dir, ranks, stop, "SFT")
     results = {}
-    with whole(policy) as gathered:
+    with Clock(ranks.watchdog, steps)("evaluate"), whole(policy) as gathered:
         for name, examples in tokenized.held_out.items():
             results |= evaluate(gathered, tokenizer, examples, config, ranks, name)
     write_model(policy, tokenizer, run_dir / "model", config, latest_checkpoint(run_dir)[1], results, ranks)

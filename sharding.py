@@ -47,7 +47,8 @@ def make_mesh(ranks: Ranks, sharding: str) -> DeviceMesh:
     if sharding != "hsdp":
         raise ConfigError(f"sharding must be full or hsdp, not {sharding!r}")
     inside = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
-    if ranks.world % inside or len(set(ranks.gather(inside))) > 1:
+    sizes = ranks.gather(inside)  # by all, whatever each of them finds
+    if ranks.world % inside or len(set(sizes)) > 1:
         raise ConfigError("sharding: hsdp needs the same number of processes on every node; use sharding full")
     return init_device_mesh(ranks.device.type, (ranks.world // inside, inside), mesh_dim_names=("replicate", "shard"))
 

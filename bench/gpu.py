@@ -67,7 +67,8 @@ from model import build_tiny_tokenizer, count_parameters, token_logprobs, use_at
 from packing import attention_backend, micro_batches, pack  # noqa: E402
 from reward import score  # noqa: E402
 from rollout import PEAK_TFLOPS, sample_groups  # noqa: E402
-from runtime import Clock, start_ranks  # noqa: E402
+from runtime import start_ranks  # noqa: E402
+from watch import Clock  # noqa: E402
 
 
 def numerics(session: Session) -> None:

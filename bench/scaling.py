@@ -42,7 +42,8 @@ import grpo  # noqa: E402
 from config import load_config  # noqa: E402
 from minibatches import gather_groups, own_places  # noqa: E402
 from model import build_tiny_model, build_tiny_tokenizer, count_parameters, export  # noqa: E402
-from runtime import Clock, append_jsonl, batch_for_step, read_jsonl, start_ranks  # noqa: E402
+from runtime import append_jsonl, batch_for_step, read_jsonl, start_ranks  # noqa: E402
+from watch import Clock  # noqa: E402
 
 VOCAB = 2048
 PHASES = ("rollout", "reward", "gather", "reference", "update")  # one update per step: no old log-probs

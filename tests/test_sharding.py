@@ -140,9 +140,9 @@ def every_rank_reads_its_own_rows_alone(ranks: Ranks, folder: Path) -> None:
             model = load(ranks, folder / "llama3")
     finally:
         sharding.safe_open = real
-    assert max(read) == share and made.largest <= share, (max(read), made.largest, share)
-    local = sum(p.to_local().untyped_storage().nbytes() for p in model.parameters()) / 4
-    assert local == sum(read), "fp32, each of the rank's numbers once"
+    assert 0.9 * share < max(read) <= share and made.largest <= share, (max(read), made.largest, share)
+    local = sum(p.to_local().numel() for p in model.parameters())
+    assert local == sum(read), "each of the rank's numbers once"
     assert sum(ranks.sum([local])) == sum(p.numel() for p in model.parameters()), "and together the model"
 
 
