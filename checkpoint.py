@@ -73,6 +73,8 @@ class Saver:
         # Planning talks over a group of its own: the default one may be busy with training at that time.
         self.group = dist.new_group(backend="gloo")
         self.pending: tuple[dict, dict, threading.Thread, list] | None = None
+        if ranks.main:  # what a kill left, also where nothing more will be saved
+            self._clear()
 
     def save(self, state: dict, policy: nn.Module, tokenizer, optimizer: torch.optim.Optimizer) -> str:
         """Collective. Writes run_dir/step_N, N = state["step"]; returns "" or why it failed, the same on every rank.
@@ -135,12 +137,15 @@ class Saver:
     def _folder(self, state: dict) -> Path:
         return self.run_dir / f"step_{state['step']}.tmp"
 
+    def _clear(self) -> None:
+        for leftover in self.run_dir.glob("step_*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
     def _prepare(self, state: dict, policy: nn.Module, tokenizer, needed: int) -> str:
         """On rank 0: room for the files, and those that are not tensors. Returns what is in the way, or ""."""
         folder = self._folder(state)
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        for leftover in self.run_dir.glob("step_*.tmp"):  # of a run that was killed
-            shutil.rmtree(leftover)
+        self._clear()
         free = shutil.disk_usage(self.run_dir).free
         if free < needed:
             return f"{needed / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB free; make room or lower keep_checkpoints"

@@ -106,17 +106,22 @@ def _prints() -> bool:
 
 
 class StopFlag:
-    """Set by SIGINT or SIGTERM; a second one ends the process at once. `agreed` makes all ranks stop at one step."""
+    """Set by SIGINT or SIGTERM; a second one ends the process at once. `agreed` makes all ranks stop at one step.
+
+    A terminal or a scheduler may signal processes that torchrun signals too: what comes within a second is the same.
+    """
 
     def __init__(self) -> None:
-        self.signal = 0
+        self.signal, self.since = 0, 0.0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: Any) -> None:
+        if self.signal and time.monotonic() - self.since < 1:
+            return
         if self.signal:
             raise SystemExit(128 + number)
-        self.signal = number
+        self.signal, self.since = number, time.monotonic()
         if _prints():
             os.write(2, b"\nstopping after this step; a second signal stops at once\n")  # print() may not be re-entered
 

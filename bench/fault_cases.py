@@ -10,7 +10,6 @@ import struct
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from fault_runs import (
@@ -89,8 +88,8 @@ def restart(site: Site, name: str, *, kills: int, seed: int) -> tuple[int, int]:
     draw, run, lost, done = random.Random(f"{seed}/{name}"), site.folder / name, 0, 0
     with launch(site, name, restarts=kills) as job:
         for _ in range(kills):
-            old = rank_pids(job)
             if not await_moment(job, draw.choice(["save", "step"]), draw) or latest(run) == STEPS:
+                finish(job)
                 break
             old = rank_pids(job)
             kill(job, draw.sample(old, 1))
@@ -109,15 +108,19 @@ def stop_chain(site: Site, name: str, *, number: int, kills: int, seed: int) -> 
     for turn in range(kills):
         with launch(site, name, **again(run)) as job:
             if not await_moment(job, draw.choice(["save", "step"]), draw) or latest(run) == STEPS:
+                finish(job)
                 break
-            target = job.pid if turn % 2 == 0 else draw.choice(rank_pids(job))
+            # Not to rank 0: the one that speaks must hear of it from another.
+            target = job.pid if turn % 2 == 0 else rank_pids(job)[-1]
             kill(job, [target], number)
             finish(job, 90)
             if (run / "summary.json").exists():  # the signal came with the last step
                 break
             who = "the agent" if target == job.pid else "one rank"
             sentences = said(job).count("all is saved; to go on: bash run.sh train")
-            expect(sentences == 1, f"{signal.Signals(number).name} to {who}: {sentences} lines say how to resume", job)
+            what = f"{signal.Signals(number).name} to {who}"
+            expect("lost the other processes" not in said(job), f"{what} stopped it alone", job)
+            expect(sentences == 1, f"{what}: {sentences} lines say how to resume", job)
             expect(f"interrupted after step {latest(run)}," in said(job), "the sentence names another step", job)
             lost += logged(run) - latest(run)
             expect(logged(run) == latest(run), f"step {logged(run)} was done, and step {latest(run)} saved")
@@ -126,12 +129,6 @@ def stop_chain(site: Site, name: str, *, number: int, kills: int, seed: int) -> 
         ends_well(job)
     same_as_undisturbed(site, run)
     return tried, lost
-
-
-def in_chains(case: Callable, rounds: int, longest: int, **options: object) -> dict[str, Case]:
-    """`rounds` kills or signals, as runs that go through up to `longest` of them each."""
-    sizes = [min(longest, rounds - start) for start in range(0, rounds, longest)]
-    return {f"{i}": partial(case, kills=size, seed=i, **options) for i, size in enumerate(sizes)}
 
 
 # --------------------------------------------------------------------------------------------------------- numerics, disk
@@ -372,54 +369,3 @@ def changed_config(site: Site, name: str) -> tuple[int, int]:
         ends_well(job)
     expect("resume: lr 0.0005 -> 0.001" in said(job), "the difference is not shown", job)
     return 1, 0
-
-
-# ------------------------------------------------------------------------------------------------------------- all of them
-
-
-def all_cases(rounds: int, quick: bool) -> dict[str, dict[str, Case]]:
-    """Every fault of the drill with its cases. quick: without those that need torchrun itself."""
-    saving = {
-        "stop": partial(save_fails, fault="no_space_late", rank=1, why="File too large", go_on=False),
-        "go_on": partial(save_fails, fault="no_space_late", rank=1, why="File too large", go_on=True),
-        "before": partial(save_fails, fault="no_space", rank=0, why="GB free; make room", go_on=False),
-        "log": log_full,
-    }
-    shard = "*.safetensors"
-    faults = {
-        "kill_one": in_chains(kill_chain, rounds, 6, everyone=False),
-        "kill_all": in_chains(kill_chain, rounds, 6, everyone=True),
-        "restart": in_chains(restart, rounds, 3),
-        "sigterm": in_chains(stop_chain, rounds, 4, number=signal.SIGTERM),
-        "sigint": in_chains(stop_chain, rounds, 4, number=signal.SIGINT),
-        "nonfinite": {"once": nan_once, "in_a_row": nan_in_a_row},
-        "disk_full": saving,
-        "read_only": {
-            way: partial(save_fails, fault="read_only", rank=0, why="Read-only file system", go_on=way == "go_on")
-            for way in ("stop", "go_on")
-        },
-        "damaged": {
-            "shard_cut": partial(damaged, pattern=shard, damage=cut),
-            "shard_flipped": partial(damaged, pattern=shard, damage=flip),
-            "shard_gone": partial(damaged, pattern=shard, damage=Path.unlink),
-            "state": partial(damaged, pattern="state.json", damage=flip),
-            "state_cut": partial(damaged, pattern="state.json", damage=cut),
-            "manifest": partial(damaged, pattern="manifest.json", damage=cut),
-            "manifest_flipped": partial(damaged, pattern="manifest.json", damage=flip),
-        },
-        "hang": {moment: partial(hang, moment=moment, seed=0) for moment in ("step", "save")},
-        "out_of_memory": {
-            "update": partial(memory_update, restarts=0),
-            "update_restarts": partial(memory_update, restarts=1),
-            "rollout": memory_rollout,
-        },
-        "two_runs": {"second_run": second_run, "changed_config": changed_config},
-        "untrusted": {
-            "checkpoint": pickle_in_checkpoint,
-            "pickled_model": partial(foreign_model, remote_code=False),
-            "remote_code": partial(foreign_model, remote_code=True),
-        },
-    }
-    if quick:
-        del faults["restart"], faults["out_of_memory"]["update_restarts"]
-    return faults

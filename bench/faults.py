@@ -14,13 +14,89 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import signal
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from fault_cases import Case, all_cases
+from fault_cases import (
+    Case,
+    changed_config,
+    cut,
+    damaged,
+    flip,
+    foreign_model,
+    hang,
+    kill_chain,
+    log_full,
+    memory_rollout,
+    memory_update,
+    nan_in_a_row,
+    nan_once,
+    pickle_in_checkpoint,
+    restart,
+    save_fails,
+    second_run,
+    stop_chain,
+)
 from fault_runs import Failed, Site, open_site
+
+
+def in_chains(case: Callable, rounds: int, longest: int, **options: object) -> dict[str, Case]:
+    """`rounds` kills or signals, as runs that go through up to `longest` of them each."""
+    sizes = [min(longest, rounds - start) for start in range(0, rounds, longest)]
+    return {f"{i}": partial(case, kills=size, seed=i, **options) for i, size in enumerate(sizes)}
+
+
+def all_cases(rounds: int, quick: bool) -> dict[str, dict[str, Case]]:
+    """Every fault of the drill with its cases. quick: without those that need torchrun itself."""
+    saving = {
+        "stop": partial(save_fails, fault="no_space_late", rank=1, why="File too large", go_on=False),
+        "go_on": partial(save_fails, fault="no_space_late", rank=1, why="File too large", go_on=True),
+        "before": partial(save_fails, fault="no_space", rank=0, why="GB free; make room", go_on=False),
+        "log": log_full,
+    }
+    shard = "*.safetensors"
+    faults = {
+        "kill_one": in_chains(kill_chain, rounds, 6, everyone=False),
+        "kill_all": in_chains(kill_chain, rounds, 6, everyone=True),
+        "restart": in_chains(restart, rounds, 3),
+        "sigterm": in_chains(stop_chain, rounds, 2, number=signal.SIGTERM),
+        "sigint": in_chains(stop_chain, rounds, 2, number=signal.SIGINT),
+        "nonfinite": {"once": nan_once, "in_a_row": nan_in_a_row},
+        "disk_full": saving,
+        "read_only": {
+            way: partial(save_fails, fault="read_only", rank=0, why="Read-only file system", go_on=way == "go_on")
+            for way in ("stop", "go_on")
+        },
+        "damaged": {
+            "shard_cut": partial(damaged, pattern=shard, damage=cut),
+            "shard_flipped": partial(damaged, pattern=shard, damage=flip),
+            "shard_gone": partial(damaged, pattern=shard, damage=Path.unlink),
+            "state": partial(damaged, pattern="state.json", damage=flip),
+            "state_cut": partial(damaged, pattern="state.json", damage=cut),
+            "manifest": partial(damaged, pattern="manifest.json", damage=cut),
+            "manifest_flipped": partial(damaged, pattern="manifest.json", damage=flip),
+        },
+        "hang": {moment: partial(hang, moment=moment, seed=0) for moment in ("step", "save")},
+        "out_of_memory": {
+            "update": partial(memory_update, restarts=0),
+            "update_restarts": partial(memory_update, restarts=1),
+            "rollout": memory_rollout,
+        },
+        "two_runs": {"second_run": second_run, "changed_config": changed_config},
+        "untrusted": {
+            "checkpoint": pickle_in_checkpoint,
+            "pickled_model": partial(foreign_model, remote_code=False),
+            "remote_code": partial(foreign_model, remote_code=True),
+        },
+    }
+    if quick:
+        del faults["restart"], faults["out_of_memory"]["update_restarts"]
+    return faults
 
 
 def try_case(site: Site, name: str, case: Case) -> tuple[int, int, int, str]:

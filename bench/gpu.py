@@ -46,10 +46,10 @@ from gpu_measure import (  # noqa: E402
     emit,
     forward_flops,
     left,
-    matrices,
     measure,
     measure_rates,
     models,
+    prefill_flops,
     random_groups,
     respond,
     seconds,
@@ -119,7 +119,7 @@ def engine_speed(session: Session, model: nn.Module, name: str, engine: str, row
     total, gib = measure(session.device, run, new)
     step = (total - prefill) / (new - 1)
     by_bytes, by_flops = decode_floor(session, shape, rows, new)
-    prefill_floor = 2 * len(prompts) * load.prompt * matrices(shape) / session.matrix_rate
+    prefill_floor = prefill_flops(shape, len(prompts) * load.prompt) / session.matrix_rate
     return {
         "prefill_tokens_per_s": len(prompts) * load.prompt / prefill, "decode_tokens_per_s": rows / step,
         "step_ms": 1e3 * step, "bandwidth_floor_ms": 1e3 * by_bytes, "flops_floor_ms": 1e3 * by_flops,
@@ -227,7 +227,7 @@ def step_speed(session: Session) -> dict:
     finally:
         torch.distributed.destroy_process_group()
     rows, forward = load.step_prompts * load.copies, forward_flops(shape, load, load.step_prompts)
-    prefill = 2 * load.step_prompts * load.prompt * matrices(shape) / session.matrix_rate
+    prefill = prefill_flops(shape, load.step_prompts * load.prompt) / session.matrix_rate
     adam = 28 * count_parameters(policy) / session.copy_rate  # reads weight, gradient, two moments; writes all but one
     floors = {"rollout": prefill + load.response * max(decode_floor(session, shape, rows, load.response))}
     floors |= {"reference": forward / session.matrix_rate, "update": 3 * forward / session.matrix_rate + adam}

@@ -269,7 +269,14 @@ def forward_flops(shape: Shape, load: Load, prompts: int, shared: bool = True) -
     pairs = times * load.prompt * (load.prompt + 1) / 2
     pairs += load.copies * load.response * (load.prompt + (load.response + 1) / 2)
     head = load.copies * load.response * shape.hidden * shape.vocab
-    return prompts * 2 * (tokens * matrices(shape) + 2 * pairs * shape.hidden * shape.layers + head)
+    idle = tokens - 1 - load.copies * (load.response - 1) if shared else 0  # in the last MLP: packing.trim_last_layer
+    layers = tokens * matrices(shape) - idle * 3 * shape.hidden * shape.inner
+    return prompts * 2 * (layers + 2 * pairs * shape.hidden * shape.layers + head)
+
+
+def prefill_flops(shape: Shape, tokens: int) -> float:
+    """Matrix products of prompts' tokens without attention; their last MLP is left out (packing.trim_last_layer)."""
+    return 2 * tokens * (matrices(shape) - 3 * shape.hidden * shape.inner)
 
 
 def decode_floor(session: Session, shape: Shape, rows: int, new: int) -> tuple[float, float]:

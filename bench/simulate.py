@@ -137,9 +137,7 @@ def rollout(lengths: Sequence[Sequence[int]], prompt: int, gpus: int, rows: int,
     return Part(max(seconds), max(seconds) - statistics.mean(seconds))
 
 
-def schedule(
-    lengths: Sequence[Sequence[int]], prompt: int, minibatch: int, budget: int, gpus: int
-) -> list[list[list[int]]]:
+def schedule(lengths: Sequence[Sequence[int]], prompt: int, minibatch: int, budget: int, gpus: int) -> list[list[list[int]]]:
     """Tokens of every micro-batch: [updates][GPUs][its micro-batches], as minibatches.make_minibatches shares them out."""
     updates = []
     for start in range(0, len(lengths), minibatch):
@@ -153,9 +151,7 @@ def schedule(
     return updates
 
 
-def passes(
-    updates: Sequence[Sequence[Sequence[int]]], per_token: float, communication: float = 0.0, overlap: float = 0.0
-) -> Part:
+def passes(updates: list[list[list[int]]], per_token: float, communication: float = 0.0, overlap: float = 0.0) -> Part:
     """One pass over all micro-batches: each lasts as its largest, because all GPUs gather every layer together.
 
     communication: seconds of one micro-batch, of which up to overlap x the computing time is hidden.
@@ -168,9 +164,6 @@ def passes(
             seconds, exposed = seconds + max(busy) + wire, exposed + wire
             waiting += max(busy) - statistics.mean(busy)
     return Part(seconds, waiting, exposed)
-
-
-# ---------------------------------------------------------------------------------------------------- communication
 
 
 def gather_seconds(size: float, ranks: int, groups: int, net: Network) -> float:
@@ -311,7 +304,7 @@ def assumptions(config: Config, a: Assumptions, cost: Cost, net: Network, args: 
     source = f"a roofline: {a.efficiency:g} of {a.gpu_tflops:g} TFLOP/s, {a.gpu_bandwidth:g} GB/s of memory, not measured"
     note = f"Launching a decode step's kernels costs {args.overhead_ms:g} ms, a guess; bench/gpu.py measures step_ms."
     if args.measured:
-        source = f"fitted to {args.measured}, a run on {args.measured_gpus} GPUs"
+        source = f"fitted to {args.measured}, on {args.measured_gpus} GPU(s)"
         note = "Communication of that run is in them, and counted a second time."
     wires = f"{net.inside / GB:g} GB/s per GPU inside, {net.between / GB:g} between"
     return [
@@ -339,12 +332,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="7b", help=f"{', '.join(SIZES)} (Qwen2.5), or a folder with a config.json")
-    parser.add_argument("--config", default="", help="settings of the run; default: configs/qwen2.5-SIZE.yaml")
+    parser.add_argument("--config", default="", help="settings; default: the measured run's, or configs/qwen2.5-SIZE.yaml")
     parser.add_argument("--sharding", choices=("full", "hsdp"), help="default: that of the settings")
     parser.add_argument("--gpus", default="8,64,512", help="numbers of GPUs, comma-separated")
     parser.add_argument("--scale_batch", action="store_true", help="prompts grow with the GPUs, from the first number on")
     parser.add_argument("--response_p99", type=float, default=600.0, help="99th percentile of the response tokens")
-    parser.add_argument("--measured", type=Path, help="log.jsonl of a run of the same settings, model and GPU")
+    parser.add_argument("--measured", type=Path, help="log.jsonl of a run of this model on this GPU")
     parser.add_argument("--measured_gpus", type=int, default=8, help="GPUs of that run")
     for name, default, help in (
         ("overhead_ms", 10.0, "of a decode step, for launching kernels"),
@@ -367,7 +360,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> None:
     """Prints the table, the assumptions and one line of JSON. Raises ConfigError or ModelError with one sentence."""
     args = parse(arguments)
-    settings = args.config or str(ROOT / "configs" / f"qwen2.5-{args.model if args.model in SIZES else '7b'}.yaml")
+    ready = ROOT / "configs" / f"qwen2.5-{args.model if args.model in SIZES else '7b'}.yaml"
+    settings = args.config or str(args.measured.parent / "config.yaml" if args.measured else ready)
     config = load_config(["--config", settings, *(["--sharding", args.sharding] if args.sharding else [])])
     counts = [int(word) if word.isdigit() else 0 for word in args.gpus.split(",")]
     if min(counts) < 1 or any(n > args.gpus_per_node and n % args.gpus_per_node for n in counts):

@@ -131,12 +131,13 @@ def our_step(policy, reference, optimizer, tokenizer, prompts: list[Prompt], con
 def step_flops(model, prompt: int, new: int, copies: int, prompts: int) -> float:
     """FLOPs of a step's matrix products: rollout and reference forward only, the update 3 times that; 2 per multiply-add.
 
-    The LM head is counted for response tokens, attention for the pairs that are not masked; its backward has 5 products
-    where the forward has 2, because the scores are computed again.
+    The LM head is counted for response tokens, the last layer's MLP not for prompts, attention for the pairs that are not
+    masked; its backward has 5 products where the forward has 2, because the scores are computed again.
     """
     config, layers = model.config, sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
     pairs = prompt * (prompt + 1) / 2 + copies * (new * prompt + new * (new + 1) / 2)
     linear = 2 * ((prompt + copies * new) * layers + copies * new * config.hidden_size * config.vocab_size)
+    linear -= 2 * prompt * 3 * config.hidden_size * config.intermediate_size
     attention = 2 * 2 * pairs * config.hidden_size * config.num_hidden_layers
     return prompts * (linear * (1 + 1 + 3) + attention * (1 + 1 + 3.5))
 

@@ -71,7 +71,7 @@ def end(agents: list[subprocess.Popen]) -> None:
         for _ in range(2):  # a second signal stops at once, without a checkpoint
             if agent.poll() is None:
                 agent.send_signal(signal.SIGTERM)
-                time.sleep(0.5)
+                time.sleep(1.2)
         try:
             agent.wait(timeout=10)
         except subprocess.TimeoutExpired:

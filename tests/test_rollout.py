@@ -439,13 +439,14 @@ def test_evaluate_counts_hits_by_kind(model, tokenizer, monkeypatch):
     hit = lambda text, answer: SimpleNamespace(total=float(len(answer) == 1))  # noqa: E731
     monkeypatch.setattr(rollout, "score", hit)
     config = SimpleNamespace(max_response_tokens=2, rollout_batch_size=4)
-    sums = []
+    sums, beats = [], []
+    both = dict(world=2, beat=lambda: beats.append(1))  # a long evaluation tells the watchdog that it goes on
     for rank in range(2):
-        ranks = SimpleNamespace(rank=rank, world=2, sum=lambda values: sums.append(list(values)) or sums[-1])
+        ranks = SimpleNamespace(rank=rank, sum=lambda values: sums.append(list(values)) or sums[-1], **both)
         rollout.evaluate(model, tokenizer, examples, config, ranks, "test")
-    ranks = SimpleNamespace(rank=0, world=2, sum=lambda values: list(values) and [a + b for a, b in zip(*sums[:2])])
+    ranks = SimpleNamespace(rank=0, sum=lambda values: list(values) and [a + b for a, b in zip(*sums[:2])], **both)
     entries = rollout.evaluate(model, tokenizer, examples, config, ranks, "test")
-    assert entries["test/n"] == 11
+    assert entries["test/n"] == 11 and len(beats) == 2 + 2 + 2, "one for every batch of 4 of a rank's 6 or 5 examples"
     assert entries["test/accuracy"] == pytest.approx(sum(len(t.example.answer) == 1 for t in examples) / 11)
     for kind in {example_kind(t.example) for t in examples}:
         own = [t for t in examples if example_kind(t.example) == kind]

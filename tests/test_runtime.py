@@ -699,3 +699,17 @@ def test_a_rank_that_is_killed_ends_the_others_and_torchrun_goes_on(tmp_path):
         agent.send_signal(signal.SIGTERM)  # it ends its workers, which kill() would leave behind
     assert "rank 0 lost the other processes in phase update of step 2" in said
     assert "going on from the last checkpoint" in said and said.rstrip().endswith("done") and agent.returncode == 0
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
+    """Slurm signals torchrun's processes, and torchrun signals them too: the second one must not cost the checkpoint."""
+    now = [100.0]
+    monkeypatch.setattr(runtime.signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(runtime.time, "monotonic", lambda: now[0])
+    stop = runtime.StopFlag()
+    stop._on_signal(15, None)
+    now[0] = 100.9
+    stop._on_signal(15, None)
+    now[0] = 101.1
+    with pytest.raises(SystemExit):
+        stop._on_signal(2, None)

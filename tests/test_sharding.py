@@ -28,7 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCau
 
 import grpo
 import sharding
-from config import ConfigError, load_config
+from config import Config, ConfigError, load_config
 from data import load_splits, tokenize_splits
 from engines import ENGINES, Prompt
 from grpo import group_advantages, kl_k3, policy_loss
@@ -37,6 +37,7 @@ from packing import pack
 from prompts import load_template
 from rollout import Group, prompt_seed, sample_groups
 from runtime import Ranks, batch_for_step, read_jsonl, start_ranks
+from sft import sft_update
 from sharding import ModelError, full_tensor, load_sharded, make_mesh, skeleton, whole
 
 torch.set_num_threads(1)
@@ -285,6 +286,20 @@ def a_frozen_model_has_no_gradients(ranks: Ranks, folder: Path) -> None:
         assert_close(logprobs, expected.detach(), atol=1e-5, rtol=0)
 
 
+def fine_tuning_is_the_same_on_all_numbers_of_ranks(ranks: Ranks, folder: Path) -> None:
+    """Three ranks share three groups; with a budget of 1 token, one has two micro-batches more than another."""
+    plain = load_model(str(folder / "llama3"), CPU).train()
+    loss = -token_logprobs(plain, pack(GROUPS, CPU), 1.0)[0].mean()
+    loss.backward()
+    for budget in (1, 10**6):
+        model = load(ranks, folder / "llama3").train()
+        config = Config(max_tokens_per_micro_batch=budget, max_grad_norm=1e9)
+        metrics = sft_update(model, torch.optim.SGD(model.parameters(), lr=1.0), GROUPS, config, ranks)
+        assert abs(metrics["loss"] - loss.item()) < 1e-5
+        for (name, now), before in zip(model.named_parameters(), plain.parameters()):
+            assert_close(full_tensor(now.detach()), (before - before.grad).detach(), atol=1e-5, rtol=0, msg=name)
+
+
 def copies_across_nodes_train_like_shards(ranks: Ranks, folder: Path) -> None:
     """hsdp, with every rank as a node of its own (all weights on each), and with all ranks on one node."""
     usual = steps(load(ranks, folder / "llama3").train(), ranks)
@@ -338,7 +353,7 @@ def build_task(folder: Path) -> None:
         export(prepare_model(model, CPU), tokenizer, folder / f"start-{name}")
     settings = write_task(folder) | dict(
         reward=f"{folder / 'own.py'}:rewards_of", model="qwen2", steps=5, prompts_per_step=6, minibatch_prompts=3,
-        group_size=4, max_response_tokens=10, lr=1e-4, kl_coef=0.1, eval_cases=3,
+        group_size=4, max_response_tokens=10, lr=1e-3, kl_coef=0.1, eval_cases=3,
     )  # fmt: skip
     (folder / "task.json").write_text(json.dumps({key: str(value) for key, value in settings.items()}))
 
@@ -412,6 +427,7 @@ CHECKS = {  # what runs on which numbers of ranks
     weights_are_freed_when_sampling_fails: (2,),
     offloaded_weights_train_the_same: (2,),
     a_frozen_model_has_no_gradients: (2,),
+    fine_tuning_is_the_same_on_all_numbers_of_ranks: (1, 2, 3),
     copies_across_nodes_train_like_shards: (2,),
     bad_sharding_is_one_sentence: (3,),
     grpo_runs: (1, 2),
@@ -482,11 +498,7 @@ def slow(folder, problems):
 
 @pytest.mark.parametrize("name, world", [(name, world) for name, (worlds, _) in RUNS.items() for world in worlds])
 def test_a_run_does_what_the_definition_says(name, world, folder, slow):
-    """The same samples; and the same weights, but for the order of float additions.
-
-    A key bias adds nearly the same to all scores of a query, so its gradient is almost rounding alone, and Adam makes
-    full steps of it: only there may more than 1e-5 differ.
-    """
+    """The same samples; and the same weights, but for the order of float additions: 2e-7 where they moved by 9e-3."""
     texts, expected = slow(name)
     rows = read_jsonl(folder / f"{name}-{world}" / "samples.jsonl")
     for step, own in enumerate(texts, 1):
@@ -495,8 +507,8 @@ def test_a_run_does_what_the_definition_says(name, world, folder, slow):
     begin = load_file(run_settings(folder, name)["model"] / "model.safetensors")
     assert trained.keys() == expected.keys()
     for key in expected:
-        assert_close(trained[key], expected[key], atol=1e-4 if key.endswith("k_proj.bias") else 1e-5, rtol=0)
-    assert max((expected[key] - begin[key]).abs().max() for key in expected) > 1.5e-4, "there was something to compare"
+        assert_close(trained[key], expected[key], atol=2e-6, rtol=0)
+    assert max((expected[key] - begin[key]).abs().max() for key in expected) > 1e-3, "there was something to compare"
 
 
 # ------------------------------------------------------------------------------------------------- what is refused, alone
