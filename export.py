@@ -75,6 +75,11 @@ def export_model(config, state: dict[str, Tensor], tokenizer, path: Path, dtype:
         (path / "README.md").write_text(card, encoding="utf-8")
 
 
+def export(model: nn.Module, tokenizer, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """A model that is whole in this process as a Hugging Face folder."""
+    export_model(model.config, {name: x.to("cpu") for name, x in weights(model).items()}, tokenizer, path, dtype)
+
+
 def write_model(
     policy: nn.Module, tokenizer, path: Path, config: Config, state: dict, evaluation: dict, ranks: Ranks,
     dtype: torch.dtype = torch.float32,

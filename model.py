@@ -1,4 +1,4 @@
-"""Models: load or build one, find out how it can be run, compute token log-probs, export.
+"""Models: load or build one, find out how it can be run, compute token log-probs.
 
 Training computes every prompt once (packing.py) and holds no full logits (head.py); Qwen2, Qwen3 and Llama models work
 unchanged. What a model can do is tried out when it is loaded; one that can not be packed is trained on plain rows.
@@ -24,7 +24,6 @@ from transformers import (
     AttentionInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -35,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from head import head_logprobs
 from packing import Packed, UnsupportedAttention, attention_backend, pack, shared_prefix_attention, trim_last_layer
-from prompts import END_TOKENS, TAGS, stop_ids
+from prompts import END_TOKENS, TAGS
 
 SHARED_PREFIX = "shared_prefix"
 PROBE = [([1, 2, 3], [[4, 5, 6], [7, 8]]), ([2, 1], [[3, 9, 5, 4], [6]])]  # groups that a new model is tried out on
@@ -123,7 +122,7 @@ def _hidden(model: nn.Module, packed: Packed) -> Tensor:
     return F.embedding(packed.predict, hidden.flatten(0, 1))
 
 
-# -------------------------------------------------------------------------------------------- load, build, export
+# ---------------------------------------------------------------------------------------------------- load, build
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False):
@@ -316,29 +315,6 @@ def build_tiny_model(tokenizer, hidden: int, layers: int, seed: int) -> Qwen2For
                 attention.v_proj.weight.copy_(carry.T)
                 attention.o_proj.weight.copy_(carry)
     return prepare_model(model, torch.device("cpu"))
-
-
-def export(model: nn.Module, tokenizer, path: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Writes a Hugging Face folder: safetensors, config, tokenizer with chat template, clean generation_config.
-
-    The model's own sampling defaults (Qwen2.5-Instruct brings top_k 20, top_p 0.8, repetition penalty 1.05) are left
-    out, because they would colour every later evaluation.
-    """
-    previous = model.generation_config
-    model.generation_config = GenerationConfig(eos_token_id=stop_ids(tokenizer), pad_token_id=tokenizer.pad_token_id)
-    use_attention(model, "generate")
-    state = {k: v.to("cpu", dtype) if v.is_floating_point() else v.cpu() for k, v in model.state_dict().items()}
-    if model.config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)  # casting has made it a copy of the embedding
-    try:
-        model.save_pretrained(path, state_dict=state)
-        tokenizer.save_pretrained(path)
-        config = json.loads((path / "config.json").read_text("utf-8"))
-        config["dtype"] = str(dtype).removeprefix("torch.")  # transformers writes that of the live model
-        (path / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    finally:
-        model.generation_config = previous
-        use_attention(model, "train")
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -22,14 +22,13 @@ from tqdm import tqdm
 from checkpoint import CheckpointError, Saver, latest_checkpoint, load_checkpoint
 from config import Config, ConfigError, load_config
 from data import DataError, Example, Splits, Tokenized, load_splits, tokenize_splits
-from export import write_model
+from export import export, write_model
 from minibatches import share_out
 from model import (
     ModelError,
     build_tiny_model,
     build_tiny_tokenizer,
     count_parameters,
-    export,
     load_tokenizer,
     token_logprobs,
     uses_shared_prefix,

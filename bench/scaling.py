@@ -40,8 +40,9 @@ sys.path.insert(0, str(ROOT))
 
 import grpo  # noqa: E402
 from config import load_config  # noqa: E402
+from export import export  # noqa: E402
 from minibatches import gather_groups, own_places  # noqa: E402
-from model import build_tiny_model, build_tiny_tokenizer, count_parameters, export  # noqa: E402
+from model import build_tiny_model, build_tiny_tokenizer, count_parameters  # noqa: E402
 from runtime import append_jsonl, batch_for_step, read_jsonl, start_ranks  # noqa: E402
 from watch import Clock  # noqa: E402
 

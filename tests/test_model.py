@@ -10,13 +10,13 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import model as model_module
+from export import export
 from model import (
     Abilities,
     ModelError,
     build_tiny_model,
     build_tiny_tokenizer,
     count_parameters,
-    export,
     load_model,
     load_tokenizer,
     prepare_model,

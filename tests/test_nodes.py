@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from test_end_to_end import as_arguments, run_here, write_task
 
 import grpo
-from model import build_tiny_model, build_tiny_tokenizer, export
+from export import export
+from model import build_tiny_model, build_tiny_tokenizer
 from runtime import read_jsonl
 
 torch.set_num_threads(1)

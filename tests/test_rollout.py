@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerFast
 import engines
 import rollout
 from engines import ENGINES
-from model import ModelError, build_tiny_model, build_tiny_tokenizer, export, pack, token_logprobs, use_attention
+from export import export
+from model import ModelError, build_tiny_model, build_tiny_tokenizer, pack, token_logprobs, use_attention
 from prompts import encode_prompt, stop_ids
 from rollout import Case, Prompt, prompt_seed, sample_groups, write_predictions
 

@@ -31,8 +31,9 @@ import sharding
 from config import Config, ConfigError, load_config
 from data import load_splits, tokenize_splits
 from engines import ENGINES, Prompt
+from export import export
 from grpo import group_advantages, kl_k3, policy_loss
-from model import build_tiny_tokenizer, export, load_model, load_tokenizer, prepare_model, token_logprobs, use_attention
+from model import build_tiny_tokenizer, load_model, load_tokenizer, prepare_model, token_logprobs, use_attention
 from packing import pack
 from prompts import load_template
 from rollout import Group, prompt_seed, sample_groups
