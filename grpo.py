@@ -129,13 +129,15 @@ def update_policy(
             old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
             loss = policy_loss(logprobs, old, micro.advantages, config.clip_eps)
             kl = torch.zeros_like(loss) if micro.ref_logprobs is None else kl_k3(logprobs, micro.ref_logprobs)
-            loss = loss + config.kl_coef * kl
-            (loss.sum() * micro.weight / minibatch.tokens).backward()  # adds to the sum over micro-batches and ranks
+            loss = logprobs * 0.0 if micro.idle else loss + config.kl_coef * kl
+            (loss.sum() / minibatch.tokens).backward()  # adds to the sum over micro-batches and ranks
+            if micro.idle:
+                continue
             with torch.no_grad():
                 ratio = (logprobs - old).exp()
                 low = (ratio < 1 - config.clip_eps) & (micro.advantages < 0)
                 high = (ratio > 1 + config.clip_eps) & (micro.advantages > 0)
-                part = torch.stack([x.double().sum() for x in (loss, kl, entropy, low, high)]) * micro.weight
+                part = torch.stack([x.double().sum() for x in (loss, kl, entropy, low, high)])
                 sums += part.nan_to_num(0.0, 0.0, 0.0).cpu()  # a bad part is counted below and must not blot the log
         norm = float(full_tensor(nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)))
         if math.isfinite(norm):  # the norm is the same on all ranks, so all skip together
@@ -156,7 +158,7 @@ def update_policy(
 
 def sampler_difference(minibatches: list[Minibatch], ranks: Ranks) -> dict[str, float]:
     """Collective. Mean |sampler - trainer| log-prob where the old log-probs were computed: a bug detector, not a loss."""
-    micros = [m for batch in minibatches for m in batch.micros if m.old_logprobs is not None and m.weight]
+    micros = [m for batch in minibatches for m in batch.micros if m.old_logprobs is not None and not m.idle]
     differences = [(m.old_logprobs - m.sampler_logprobs).abs().double().sum().item() for m in micros]
     total, count = ranks.sum([sum(differences), float(sum(len(m.advantages) for m in micros))])
     return {"sampling/sampling_logp_difference/mean": total / count} if count else {}

@@ -25,7 +25,7 @@ Part = tuple[Group, Tensor, slice]  # a group, its advantages [G], and which of 
 class MicroBatch:
     """Packed groups with what the loss needs per response token: all [N].
 
-    weight: 1, or 0 for one that only keeps this rank in step with those that have more micro-batches.
+    idle: it only keeps this rank in step with those that have more micro-batches; no loss sees it.
     """
 
     packed: Packed
@@ -33,7 +33,7 @@ class MicroBatch:
     sampler_logprobs: Tensor
     old_logprobs: Tensor | None = None  # None: one update per rollout batch, so the policy has not changed yet
     ref_logprobs: Tensor | None = None  # None: kl_coef is 0
-    weight: float = 1.0
+    idle: bool = False
 
 
 @dataclass
@@ -122,4 +122,4 @@ def _micro_batch(parts: Sequence[Part], ranks: Ranks, shared: bool) -> MicroBatc
 def _idle(ranks: Ranks, shared: bool) -> MicroBatch:
     """Two tokens that no loss sees: their forward and backward take part in gathering weights and adding gradients."""
     nothing = torch.zeros(1, device=ranks.device)
-    return MicroBatch(pack([([0], [[0]])], ranks.device, shared), nothing, nothing, weight=0.0)
+    return MicroBatch(pack([([0], [[0]])], ranks.device, shared), nothing, nothing, idle=True)

@@ -250,7 +250,9 @@ def check_path(path: str) -> None:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an exception's message, or its name."""
+    """The first line of an exception's message, or its name; in our words where the line to act on is a later one."""
+    if "trust_remote_code" in str(error):
+        return "it needs custom code of its own; read that code, and add --trust_remote_code true if you want to run it"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -110,12 +110,11 @@ def sample_groups(
 def rollout_metrics(groups: Sequence[Group], rewards: list[list[Reward]], ranks: Ranks) -> dict[str, float]:
     """Collective. What a step's samples look like, in TRL's names where it has them; global sums over global counts."""
     rows = [
-        [len(ids), one.total, one.format_ok, one.correct, cut]
-        for group, scores in zip(groups, rewards)
-        for ids, one, cut in zip(group.responses, scores, group.truncated)
+        [[len(ids), one.total, one.format_ok, one.correct, cut] for ids, one, cut in zip(g.responses, scores, g.truncated)]
+        for g, scores in zip(groups, rewards)
     ]
-    own = torch.tensor(rows, dtype=torch.float64).view(len(groups), -1, 5)
-    lengths, totals, format_ok, correct, truncated = torch.cat(ranks.gather(own)).unbind(2)  # [P, G] each
+    everyone = [row for part in ranks.gather(rows) for row in part]  # lists, because a rank may have no group
+    lengths, totals, format_ok, correct, truncated = torch.tensor(everyone, dtype=torch.float64).unbind(2)  # [P, G] each
     distinct = ranks.sum([sum(len(set(group.texts)) / len(group.texts) for group in groups)])[0]
     return {
         "reward": totals.mean().item(),

@@ -61,7 +61,8 @@ def step_flops(prompt: int, response: int, copies: int, groups: int) -> float:
     pairs = prompt * (prompt + 1) / 2 + copies * (response * prompt + response * (response + 1) / 2)
     # attention: 2 products forward; 5 backward, where the scores are computed again
     attention = 7 * 2 * pairs * HEADS * head_dim * LAYERS
-    return groups * (6 * tokens * layer * LAYERS + attention + 6 * copies * response * HIDDEN * VOCAB)
+    unused = (prompt - 1) * 3 * HIDDEN * INNER  # packing.trim_last_layer
+    return groups * (6 * (tokens * layer * LAYERS - unused) + attention + 6 * copies * response * HIDDEN * VOCAB)
 
 
 def matrix_rate(rows: int, inner: int, columns: int) -> float:

@@ -48,7 +48,7 @@ def plans(world: int, config: Config, advantages: torch.Tensor = ADVANTAGES, **o
 
 def targets(minibatch: Minibatch) -> list[int]:
     """The response tokens that count."""
-    return [token for micro in minibatch.micros if micro.weight for token in micro.packed.target.tolist()]
+    return [token for micro in minibatch.micros if not micro.idle for token in micro.packed.target.tolist()]
 
 
 # ------------------------------------------------------------------------------------------------- who takes what
@@ -87,7 +87,7 @@ def test_the_ranks_share_the_batch_in_equally_many_micro_batches(world, tokens):
     assert len({len(minibatch.micros) for minibatch in ranks}) == 1 and ranks[0].micros
     assert sorted(token for minibatch in ranks for token in targets(minibatch)) == sorted(targets(alone)) == everything
     assert {minibatch.tokens for minibatch in [*ranks, alone]} == {len(everything)}, "the mean is over all ranks' tokens"
-    idle = [all(micro.weight == 0 for micro in minibatch.micros) for minibatch in ranks]
+    idle = [all(micro.idle for micro in minibatch.micros) for minibatch in ranks]
     assert sum(idle) == max(0, world - len(random_groups())), "there is work for as many ranks as groups"
 
 
@@ -180,7 +180,7 @@ def test_idle_micro_batches_change_neither_gradient_nor_metrics(models):
     config = settings_of(kl_coef=0.3)
     (minibatches,) = plans(1, config)
     (idle,) = plans(7, config)[6]
-    assert [micro.weight for micro in idle.micros] == [0.0], "the seventh rank has nothing to do"
+    assert [micro.idle for micro in idle.micros] == [True], "the seventh rank has nothing to do"
     (expected,), log = computed(models, minibatches, config)
     minibatches[0].micros += 3 * idle.micros
     (gradients,), again = computed(models, minibatches, config)
