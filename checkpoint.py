@@ -29,12 +29,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from tqdm import tqdm
-from transformers import AutoConfig
 
-from config import Config, ConfigError, load_config
-from export import class_name, data_manifest, export_model, model_card, weights
-from model import load_tokenizer
-from runtime import Ranks, read_jsonl, whole_folder
+from runtime import Ranks
+from sharding import class_name, weights
 
 FORMAT = 1
 FILE_BYTES = 2**30  # the writer builds each file in memory first, so a rank's share is cut into files of about this size
@@ -188,15 +185,20 @@ class Saver:
         else:
             folder.rename(final)
         _sync(self.run_dir)
-        _write_synced(self.run_dir / "latest.tmp", final.name)
-        (self.run_dir / "latest.tmp").replace(self.run_dir / "latest")
-        _sync(self.run_dir)
+        _point_to(final)
         # Those of later steps belong to a run that was given up for an earlier one; they go when they are replaced.
         steps = [step for step in complete_steps(self.run_dir) if step <= state["step"]]
         best = (state.get("best") or {}).get("step")
         for step in steps[: -self.keep]:
             if step != best:
                 _remove(self.run_dir / f"step_{step}", ".tmp")
+
+
+def _point_to(folder: Path) -> None:
+    """Makes `latest` name this checkpoint."""
+    _write_synced(folder.with_name("latest.tmp"), folder.name)
+    folder.with_name("latest.tmp").replace(folder.with_name("latest"))
+    _sync(folder.parent)
 
 
 def _remove(folder: Path, suffix: str, moved_by: Path | None = None) -> None:
@@ -273,6 +275,21 @@ def latest_checkpoint(run_dir: Path, step: int = 0) -> tuple[Path, dict] | None:
         return folder, json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"]
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(f"{folder / 'state.json'} is damaged or missing{_earlier(folder)}") from None
+
+
+def choose_step(run_dir: Path, step: int, ranks: Ranks) -> None:
+    """Collective. --resume_step: from now on `latest` names step N's checkpoint. Raises CheckpointError if it is not there.
+
+    Not after a restart by torchrun, whose command line is the old one: what was saved since then counts.
+    """
+    problem = ""
+    if step and ranks.main and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        try:
+            _point_to(latest_checkpoint(run_dir, step)[0])
+        except CheckpointError as error:
+            problem = str(error)
+    if problem := ranks.gather(problem)[0]:
+        raise CheckpointError(problem)
 
 
 def _earlier(folder: Path) -> str:
@@ -380,26 +397,3 @@ def full_state(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
     if problem := _read(folder, state, alone=True):
         raise CheckpointError(problem)
     return state
-
-
-def export_checkpoint(arguments: list[str]) -> None:
-    """`RUN/step_N OUT`: a checkpoint as a bf16 Hugging Face folder. Raises ConfigError or CheckpointError."""
-    if len(arguments) != 2:
-        raise ConfigError("usage: python grpo.py --export RUN/step_N OUT")
-    source, target = Path(arguments[0]), Path(arguments[1])
-    if target.exists():
-        raise ConfigError(f"export: {target} exists already")
-    if not (source / "manifest.json").is_file():
-        raise ConfigError(f"export: {source} is no checkpoint; they are called RUN/step_N, and hold a manifest.json")
-    weights = full_state(source, torch.bfloat16)
-    run, state = source.parent, json.loads((source / "state.json").read_text(encoding="utf-8"))["state"]
-    saved = run / "config.yaml"
-    config = load_config(["--config", str(saved)]) if saved.is_file() else Config()
-    git = (run / "git.txt").read_text(encoding="utf-8") if (run / "git.txt").is_file() else "unknown"
-    logged = [row for row in read_jsonl(run / "log.jsonl") if row["step"] == state["step"]]
-    evaluation = {key: value for row in logged[-1:] for key, value in row.items() if "/accuracy" in key or key == "reward"}
-    card = model_card(config, state, evaluation, git, data_manifest(config))
-    model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    with whole_folder(target) as folder:
-        export_model(model_config, weights, load_tokenizer(str(source)), folder, torch.bfloat16, card)
-    print(f"model: {target}")

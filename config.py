@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
 
 class ConfigError(ValueError):
     """A setting that cannot work; the message names the key and what to do."""
@@ -110,7 +112,8 @@ def load_config(arguments: list[str]) -> Config:
     for key in values:
         if key not in fields:
             near = difflib.get_close_matches(key, fields, 1)
-            raise ConfigError(f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            hint = f"did you mean {near[0]!r}?" if near else "--help lists them"
+            raise ConfigError(f"unknown setting {key!r}; {hint}")
     config = Config(**{key: _convert(key, value, type(fields[key].default)) for key, value in values.items()})
     _check(config)
     return config
@@ -159,7 +162,7 @@ def _convert(key: str, value: Any, kind: type) -> Any:
             raise ValueError
         return number
     except (ValueError, KeyError, OverflowError):
-        raise ConfigError(f"{key} must be a {kind.__name__}, not {value!r}") from None
+        raise ConfigError(f"{key} must be {KINDS[kind]}, not {value!r}") from None
 
 
 def _check(c: Config) -> None:
@@ -178,6 +181,10 @@ def _check(c: Config) -> None:
     for key, values in (("save_errors", ("stop", "go_on")), ("sharding", ("full", "hsdp"))):
         if getattr(c, key) not in values:
             raise ConfigError(f"{key} must be {' or '.join(values)}, not {getattr(c, key)!r}")
+    if c.resume_step and not c.resume:
+        raise ConfigError("resume_step needs --resume true")
+    if not 0 <= c.clip_eps < 1:
+        raise ConfigError(f"clip_eps must be from 0 to below 1, not {c.clip_eps}: ratios are clipped to 1 - eps and 1 + eps")
     if c.tiny_hidden % 8:
         raise ConfigError(f"tiny_hidden must be a multiple of 8 (4 heads of even size), not {c.tiny_hidden}")
     if c.group_size < 2:

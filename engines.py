@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, ContinuousBatchingConfig, GenerationConfig
 from transformers.masking_utils import AttentionMaskInterface
 
-from model import ModelError, use_attention
+from model import ModelError, decoder_inputs, use_attention
 from packing import causal_attention
 
 KEEP_SHARE = 0.75  # finished rows are dropped when fewer than this share of the rows is still alive
@@ -160,12 +160,7 @@ def decode_attention(
 
 def _forward(model: nn.Module, ids: Tensor, positions: Tensor, shared: Prefill | GroupCache) -> Tensor:
     """Hidden states, with one of the two attentions above in every layer."""
-    # A ready 4-d mask makes transformers build none of its own.
-    mask = torch.zeros(1, 1, 1, 1, device=ids.device)
-    decoder = model.get_decoder()
-    return decoder(
-        input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False, shared=shared
-    ).last_hidden_state
+    return model.get_decoder()(**decoder_inputs(ids, positions, shared)).last_hidden_state
 
 
 def _head_size(config) -> int:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import json
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from config import Config
+from checkpoint import full_state
+from config import Config, ConfigError, load_config
+from model import load_tokenizer
 from prompts import stop_ids
-from runtime import Ranks, git_state, whole_folder
+from runtime import Ranks, git_state, read_jsonl, whole_folder
+from sharding import class_name, full_tensor, weights
 from sources import read_records
 
 # What a reader of the model card looks for, whether or not it differs from the defaults.
@@ -26,26 +29,13 @@ RECIPE = (
 LOCAL = "run_dir resume overwrite data test_data".split()  # say nothing about the model, or stand elsewhere in the card
 
 
-def class_name(model: nn.Module) -> str:
-    """The model's class as transformers knows it: fully_shard puts FSDP before it."""
-    return type(model).__name__.removeprefix("FSDP")
-
-
-def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers by name, tied ones once: views of the live, sharded storage."""
-    tensors = model.state_dict()  # first: it reshards what a rollout or a forward pass has left unsharded
-    own = dict(model.named_parameters())
-    tied = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in own]
-    return {name: tensor.detach() for name, tensor in tensors.items() if name not in tied}
-
-
 @torch.no_grad()
 def gather_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """Collective. The full weights as dtype on the CPU of rank 0; {} on the others. One tensor at a time is gathered."""
     state = {}
     for name, tensor in weights(model).items():
         tensor = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        full = full_tensor(tensor)
         if dist.get_rank() == 0:
             state[name] = full.to("cpu", copy=True)  # with one rank it would be the live weight itself
     return state
@@ -85,12 +75,35 @@ def write_model(
     dtype: torch.dtype = torch.float32,
 ) -> None:  # fmt: skip
     """Collective. The model in training as a Hugging Face folder at `path`, complete or not there at all."""
-    weights = gather_weights(policy, dtype)
+    full = gather_weights(policy, dtype)
     if ranks.main:
         card = model_card(config, state, evaluation, git_state(), data_manifest(config))
         with whole_folder(path) as folder:
-            export_model(policy.config, weights, tokenizer, folder, dtype, card)
+            export_model(policy.config, full, tokenizer, folder, dtype, card)
     ranks.gather(None)
+
+
+def export_checkpoint(arguments: list[str]) -> None:
+    """`RUN/step_N OUT`: a checkpoint as a bf16 Hugging Face folder. Raises ConfigError or CheckpointError."""
+    if len(arguments) != 2:
+        raise ConfigError("usage: python grpo.py --export RUN/step_N OUT")
+    source, target = Path(arguments[0]), Path(arguments[1])
+    if target.exists():
+        raise ConfigError(f"export: {target} exists already")
+    if not (source / "manifest.json").is_file():
+        raise ConfigError(f"export: {source} is no checkpoint; they are called RUN/step_N, and hold a manifest.json")
+    weights = full_state(source, torch.bfloat16)
+    run, state = source.parent, json.loads((source / "state.json").read_text(encoding="utf-8"))["state"]
+    saved = run / "config.yaml"
+    config = load_config(["--config", str(saved)]) if saved.is_file() else Config()
+    git = (run / "git.txt").read_text(encoding="utf-8") if (run / "git.txt").is_file() else "unknown"
+    logged = [row for row in read_jsonl(run / "log.jsonl") if row["step"] == state["step"]]
+    evaluation = {key: value for row in logged[-1:] for key, value in row.items() if "/accuracy" in key or key == "reward"}
+    card = model_card(config, state, evaluation, git, data_manifest(config))
+    model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    with whole_folder(target) as folder:
+        export_model(model_config, weights, load_tokenizer(str(source)), folder, torch.bfloat16, card)
+    print(f"model: {target}")
 
 
 def data_manifest(config: Config) -> list[dict]:

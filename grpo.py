@@ -26,11 +26,11 @@ from tqdm import tqdm
 
 import plan
 from benchmarks import JudgedPrompt, evaluate_benchmark, load_benchmarks
-from checkpoint import CheckpointError, Saver, export_checkpoint, latest_checkpoint, load_checkpoint
+from checkpoint import CheckpointError, Saver, choose_step, latest_checkpoint, load_checkpoint
 from config import Config, ConfigError, load_config
 from data import DataError, Tokenized, load_splits, tokenize_splits
 from engines import ENGINES, Prompt
-from export import write_model
+from export import export_checkpoint, write_model
 from minibatches import Minibatch, gather_groups, make_minibatches, own_places, shuffled
 from model import ModelError, count_parameters, load_tokenizer, token_logprobs, uses_shared_prefix
 from packing import attention_backend
@@ -353,10 +353,11 @@ def set_up(config: Config, ranks: Ranks) -> Run:
     folder, stop = open_run(config, ranks), StopFlag()
     if ranks.main:
         print(f"run: {folder} · {ranks.world} process(es) on {ranks.device} · attention: {attention_backend(ranks.device)}")
+    choose_step(folder, config.resume_step, ranks)
     config = fit_memory(config, folder, ranks)
     earlier = latest_checkpoint(folder / "warmup")  # of a warm-up before a resume
     start = warm_up(config, splits, template, ranks, stop)
-    checkpoint = latest_checkpoint(folder, config.resume_step)
+    checkpoint = latest_checkpoint(folder)
     tokenizer = load_tokenizer(start, config.trust_remote_code)
     check_tokenizer(tokenizer, template)
     tokenized = tokenize_splits(splits, tokenizer, template, config, quiet=not ranks.main)
@@ -372,6 +373,8 @@ def set_up(config: Config, ranks: Ranks) -> Run:
     if checkpoint:
         state = checkpoint[1]
         load_checkpoint(checkpoint[0], policy, optimizer, ranks)
+    if config.resume and ranks.main:
+        print(f"going on from {checkpoint[0].name if checkpoint else 'the warm-up: no step of GRPO is saved'}")
     if ranks.main:  # steps after the checkpoint are done again; without one, all of them
         for name in ("log.jsonl", "samples.jsonl"):
             cut_log(folder / name, state["step"] if checkpoint else -1)

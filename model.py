@@ -107,12 +107,17 @@ def response_logprobs(
         return logprobs, lse - (logits.softmax(-1) * logits).sum(-1) if entropy else torch.zeros_like(lse)
 
 
-def _inputs(packed: Packed) -> dict:
-    inputs = {"input_ids": packed.ids, "position_ids": packed.positions, "use_cache": False}
-    if packed.layout is None:
+def decoder_inputs(ids: Tensor, positions: Tensor, shared: object) -> dict:
+    """A forward pass's arguments; `shared` is what an attention of ours is told about rows and groups, or None."""
+    inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    if shared is None:
         return inputs
-    # A ready 4-d mask makes transformers build none of its own: the layout says who attends to whom.
-    return inputs | {"attention_mask": torch.zeros(1, 1, 1, 1, device=packed.ids.device), "shared": packed.layout}
+    # A ready 4-d mask makes transformers build none of its own.
+    return inputs | {"attention_mask": torch.zeros(1, 1, 1, 1, device=ids.device), "shared": shared}
+
+
+def _inputs(packed: Packed) -> dict:
+    return decoder_inputs(packed.ids, packed.positions, packed.layout)
 
 
 def _hidden(model: nn.Module, packed: Packed) -> Tensor:

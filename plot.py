@@ -95,7 +95,8 @@ def draw_accuracy(runs: list[Path], axis) -> None:
         axis.bar([x + i * width for x in range(len(values))], values, width, label=label)
     axis.set(title="greedy accuracy, held-out queries", ylim=(0, 1))
     axis.set_xticks([x + 0.4 - width / 2 for x in range(len(names))], names)
-    axis.legend()
+    if bars:
+        axis.legend()
 
 
 def accuracies(run: Path) -> dict[str, dict[str, float]]:

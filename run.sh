@@ -64,6 +64,7 @@ launch() { # one process per core, at most two: the tiny model's matrices are to
 
 demo() {
   local run=runs/demo flops
+  trap 'echo "run.sh: stopped; the line above says how to go on (bash run.sh would begin again)" >&2; exit 130' INT TERM
   echo "run.sh: building a tiny model, warming it up on imperfect demonstrations, then GRPO against the verifier"
   launch grpo.py --config configs/tiny.yaml --run_dir $run --overwrite true \
     || fail "the demo stopped; the first error line above says why" "bash run.sh, or to go on: bash run.sh train $run/config.yaml --resume true"
@@ -82,7 +83,7 @@ train() {
   if [ "$gpus" -gt 0 ]; then
     python -m torch.distributed.run --standalone --nproc_per_node="$gpus" grpo.py --config "$config" "$@"
   else
-    python grpo.py --config "$config" "$@"
+    launch grpo.py --config "$config" "$@"
   fi
 }
 

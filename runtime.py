@@ -160,6 +160,8 @@ FIXED_KEYS = (
 # What failed at start leaves these behind, and may be started again under the same name.
 START_FILES = ("config.yaml", "config.yaml.tmp", "git.txt", "lock")
 
+SAVED = ("latest", "warmup/latest", "warmup/model")  # what a run can go on from
+
 
 def _claim(path: Path, config: Config) -> str:
     """Makes the run directory for this run, and locks it; returns why it cannot, or ""."""
@@ -167,7 +169,7 @@ def _claim(path: Path, config: Config) -> str:
     free, owner = take_lock(lock) if lock.exists() else (True, "")
     if not free:
         return _in_use(path, owner)
-    started = any((path / name).exists() for name in ("latest", "warmup/latest", "warmup/model"))
+    started = any((path / name).exists() for name in SAVED)
     # A start that was refused left no lock of its own: starting it again must not make it go on with another's run. The
     # count of restarts would not tell, and is not the same on all nodes.
     again = "TORCHELASTIC_RUN_ID" in os.environ and owner.endswith(f"\n{torchrun_job()}\n")
@@ -193,8 +195,8 @@ def _claim(path: Path, config: Config) -> str:
             elif entry.name not in START_FILES:
                 entry.unlink()
     take_lock(lock, sign=True)  # only now: a start that dies before, torchrun does over
-    # Without the two switches: whoever starts from this file must not delete or continue a run by accident.
-    saved = dataclasses.asdict(config) | {"resume": False, "overwrite": False}
+    # Without these switches: whoever starts from this file must not delete or continue a run by accident.
+    saved = dataclasses.asdict(config) | {"resume": False, "overwrite": False, "resume_step": 0}
     text = yaml.safe_dump(saved, sort_keys=False, allow_unicode=True)
     (path / "config.yaml.tmp").write_text(text, encoding="utf-8")
     (path / "config.yaml.tmp").replace(path / "config.yaml")
@@ -214,7 +216,7 @@ def _differences(path: Path, config: Config) -> str:
     changed = {key: f"{key} {before[key]!r} -> {now[key]!r}" for key in now if before[key] != now[key]}
     if fixed := [changed[key] for key in FIXED_KEYS if key in changed]:
         return f"resume: these settings must stay as they were: {', '.join(fixed)}"
-    if free := [text for key, text in changed.items() if key not in ("resume", "overwrite", "run_dir")]:
+    if free := [text for key, text in changed.items() if key not in ("resume", "overwrite", "resume_step", "run_dir")]:
         print(f"resume: {', '.join(free)}")
     return ""
 
@@ -222,7 +224,7 @@ def _differences(path: Path, config: Config) -> str:
 def _overwriting(path: Path, config: Config) -> str:
     """Why what is in the run directory may not be replaced, or ""."""
     if not config.overwrite:
-        hint = "--resume true to go on, " if (path / "latest").exists() else ""
+        hint = "--resume true to go on, " if any((path / name).exists() for name in SAVED) else ""
         return f"run_dir: {path} exists; add {hint}--overwrite true to replace it, or another --run_dir"
     if not ((path / "config.yaml").exists() and (path / "git.txt").exists()):
         return f"run_dir: {path} is not a run directory, so it is not overwritten; delete it yourself"

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, Saver, latest_checkpoint, load_checkpoint
+from checkpoint import CheckpointError, Saver, choose_step, latest_checkpoint, load_checkpoint
 from config import Config, ConfigError, load_config
 from data import DataError, Example, Splits, Tokenized, load_splits, tokenize_splits
 from export import export, write_model
@@ -200,6 +200,7 @@ def main(arguments: list[str]) -> None:
     template, splits = load_template(config.prompt_template), load_splits(config)
     ranks = start_ranks(config.timeout_minutes, config.threads)
     run_dir, stop = open_run(config, ranks), StopFlag()
+    choose_step(run_dir, config.resume_step, ranks)
     path = start_model(config, splits, template, ranks)[0]
     tokenizer, policy = load_tokenizer(path, config.trust_remote_code), load_policy(path, config, ranks)
     check_tokenizer(tokenizer, template)

@@ -212,3 +212,16 @@ def _twin(model: nn.Module) -> nn.Module:
 def full_tensor(tensor: Tensor) -> Tensor:
     """Collective. A sharded tensor as a whole one; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def class_name(model: nn.Module) -> str:
+    """The model's class as transformers knows it: fully_shard puts FSDP before it."""
+    return type(model).__name__.removeprefix("FSDP")
+
+
+def weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and saved buffers by name, tied ones once: views of the live, sharded storage."""
+    tensors = model.state_dict()  # first: it reshards what a rollout or a forward pass has left unsharded
+    own = dict(model.named_parameters())
+    tied = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in own]
+    return {name: tensor.detach() for name, tensor in tensors.items() if name not in tied}

@@ -499,7 +499,7 @@ def task(tmp_path_factory) -> dict[str, object]:
 BAD = {
     "a missing model folder": ({"model": "{tmp}/no-model"}, "no-model' does not exist"),
     "a wrong key": ({"group_sise": 8}, "unknown setting 'group_sise'; did you mean 'group_size'?"),
-    "a value of the wrong type": ({"group_size": "many"}, "group_size must be a int, not 'many'"),
+    "a value of the wrong type": ({"group_size": "many"}, "group_size must be a whole number, not 'many'"),
     "an empty data file": ({"data": "{tmp}/empty.jsonl"}, "empty.jsonl is empty"),
     "a data file that does not exist": ({"data": "{tmp}/none.jsonl"}, "none.jsonl does not exist"),
     "a data file that is no data": ({"data": "{tmp}/prose.jsonl"}, "prose.jsonl"),
