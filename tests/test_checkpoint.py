@@ -478,3 +478,20 @@ def test_the_model_card_says_how_the_model_was_made():
         assert line in card.splitlines(), line
     assert "run_dir" not in card and "eval_every" not in card, "nothing that says nothing about the model"
     assert "base_model" not in model_card(Config(model="tiny"), state, {}, git, [])
+
+
+def test_a_chosen_step_is_the_latest_from_then_on(tmp_path, monkeypatch):
+    """--resume_step: a second resume, or a restart by torchrun with the old command line, must not choose it again."""
+    for step in (1, 2, 3):
+        (tmp_path / f"step_{step}").mkdir()
+        (tmp_path / f"step_{step}" / "manifest.json").write_text("{}")
+        (tmp_path / f"step_{step}" / "state.json").write_text(json.dumps({"state": {"step": step}}))
+    alone = ONE
+    checkpoint.choose_step(tmp_path, 2, alone)
+    assert latest_checkpoint(tmp_path) == (tmp_path / "step_2", {"step": 2})
+    with pytest.raises(CheckpointError, match="no complete checkpoint step_7; there are: step_1, step_2, step_3"):
+        checkpoint.choose_step(tmp_path, 7, alone)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    checkpoint.choose_step(tmp_path, 1, alone)
+    checkpoint.choose_step(tmp_path, 0, alone)
+    assert latest_checkpoint(tmp_path)[0].name == "step_2"

@@ -139,11 +139,12 @@ def test_wrong_numbers_are_refused(value):
 )  # fmt: skip
 def test_wrong_types_in_yaml_are_refused(line, kind, tmp_path):
     message = refusal(["--config", write(tmp_path / "c.yaml", line + "\n")])
-    assert message.startswith(f"{line.partition(':')[0]} must be a {kind}, not ")
+    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+    assert message.startswith(f"{line.partition(':')[0]} must be {names[kind]}, not ")
 
 
 def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path):
-    assert refusal(["--learning_rte", "1"]) == "unknown setting 'learning_rte'"
+    assert refusal(["--learning_rte", "1"]) == "unknown setting 'learning_rte'; --help lists them"
     assert refusal(["--groupsize", "4"]) == "unknown setting 'groupsize'; did you mean 'group_size'?"
     config = write(tmp_path / "c.yaml", "temprature: 1\n")
     assert refusal(["--config", config]) == "unknown setting 'temprature'; did you mean 'temperature'?"
@@ -713,3 +714,12 @@ def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
     now[0] = 101.1
     with pytest.raises(SystemExit):
         stop._on_signal(2, None)
+
+
+def test_a_chosen_step_is_not_kept_in_the_settings(tmp_path):
+    """Whoever goes on from config.yaml later would be taken back to it, and lose what came after."""
+    assert refusal(["--resume_step", "3"]) == "resume_step needs --resume true"
+    (tmp_path / "latest").write_text("step_3")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"run_dir": str(tmp_path)}))
+    assert runtime._claim(tmp_path, Config(run_dir=str(tmp_path), resume=True, resume_step=3)) == ""
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["resume_step"] == 0
