@@ -62,10 +62,12 @@ def test_accuracy_is_over_all_ranks(monkeypatch):
     monkeypatch.setattr(benchmarks, "sample_groups", answer)
     partial_sums = []
     for rank in (0, 1):
-        ranks = SimpleNamespace(rank=rank, world=2, sum=lambda values: partial_sums.append(list(values)) or values)
+        total = lambda values: partial_sums.append(list(values)) or values  # noqa: E731
+        ranks = SimpleNamespace(rank=rank, world=2, sum=total, beat=None)
         evaluate_benchmark(None, None, cases, Config(), ranks, "bfcl")
     assert [sum(pair) for pair in zip(*partial_sums)] == [2.0, 1.0]
-    entries = evaluate_benchmark(None, None, cases, Config(), SimpleNamespace(rank=0, world=1, sum=list), "bfcl")
+    alone = SimpleNamespace(rank=0, world=1, sum=list, beat=None)
+    entries = evaluate_benchmark(None, None, cases, Config(), alone, "bfcl")
     assert entries == {
         "bfcl/accuracy": 0.6, "bfcl/n": 5, "bfcl/accuracy_a": 2 / 3, "bfcl/n_a": 3, "bfcl/accuracy_b": 0.5, "bfcl/n_b": 2,
     }  # fmt: skip
