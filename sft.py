@@ -7,6 +7,7 @@ An example's demonstrations are what is imitated; one without them is imitated a
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -107,16 +108,18 @@ def train_sft(
         load_checkpoint(checkpoint[0], policy, optimizer, ranks)
         if ranks.main:
             cut_log(run_dir / "log.jsonl", state["step"])
+
+    @functools.cache  # the same examples come again, and all ranks need all of them to share them out
+    def group_of(i: int) -> tuple[list[int], list[list[int]]]:
+        return train[i].ids, [encode_reply(tokenizer, text) for text in replies_to_imitate(train[i].example)]
+
     began, parameters = time.perf_counter() - state["seconds"], count_parameters(policy)
     policy.train()
     bar = tqdm(total=None if config.sft_flops else steps, initial=state["step"], desc=label, disable=not ranks.main)
     for step in range(state["step"] + 1, steps + 1):
         if 0 < config.sft_flops <= state["flops"]:  # a finished run that was asked to go on
             break
-        groups = [
-            (train[i].ids, [encode_reply(tokenizer, text) for text in replies_to_imitate(train[i].example)])
-            for i in batch_for_step(len(train), step - 1, config.sft_batch, config.seed)
-        ]
+        groups = [group_of(i) for i in batch_for_step(len(train), step - 1, config.sft_batch, config.seed)]
         progress = state["flops"] / config.sft_flops if config.sft_flops else (step - 1) / steps
         lr = config.sft_lr * min(1.0, step / RAMP_STEPS) * (1 - progress if config.sft_decay else 1)
         for group in optimizer.param_groups:
