@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The front door:
-#   bash run.sh                            set up .venv, run the demo (about 3 minutes on two CPU cores)
+#   bash run.sh                            set up .venv, run the demo (3 to 4 minutes on two CPU cores)
 #   bash run.sh test [pytest arguments]    set up, run the tests
 #   bash run.sh train CONFIG [--key value …]   grpo.py on all visible GPUs, or on the CPU
 #   bash run.sh eval MODEL [--bfcl DIR] [--apibank DIR] [--limit N]

@@ -294,6 +294,7 @@ def save_under_faults(ranks: Ranks, folder: Path, background: bool) -> None:
         sentence = saver.save({"step": step}, policy, TOKENIZER, optimizer) or saver.finish()
         assert len(set(ranks.gather(sentence))) == 1 and "\n" not in sentence
         assert not list(run.glob("*.tmp"))
+        ranks.gather(None)  # before another rank begins the next one
         return sentence
 
     assert save(1) == ""
