@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import threading
 import warnings
 from pathlib import Path
@@ -92,7 +93,7 @@ class Saver:
                     torch.cuda.synchronize()  # the copies are asynchronous
         except FAILURES as error:
             problem = _why(error)
-        if problem := self._agreed(problem):
+        if problem := _agreed(problem, self.ranks):
             return "; ".join(filter(None, [before, self._give_up(state, problem)]))
         result: list = []
         thread = threading.Thread(target=lambda: result.append(self._write(state, tensors)), daemon=True)
@@ -117,12 +118,8 @@ class Saver:
                 self._commit(state, shapes, {name: entry for files, _ in every for name, entry in files.items()})
             except FAILURES as error:
                 problem = _why(error)
-        problem = self._agreed(problem)
+        problem = _agreed(problem, self.ranks)
         return self._give_up(state, problem) if problem else ""
-
-    def _agreed(self, problem: str) -> str:
-        """Collective. The first rank's problem, or "" if none has one: so no rank goes on alone and waits for ever."""
-        return next(filter(None, self.ranks.gather(problem)), "")
 
     def _give_up(self, state: dict, problem: str) -> str:
         """Removes what was written; the sentence for people."""
@@ -192,6 +189,19 @@ class Saver:
         for step in steps[: -self.keep]:
             if step != best:
                 _remove(self.run_dir / f"step_{step}", ".tmp")
+
+
+def stop_or_warn(problem: str, stop: bool, ranks: Ranks) -> None:
+    """What a run does about a sentence of its Saver: raises it as CheckpointError, or prints it and goes on."""
+    if problem and stop:
+        raise CheckpointError(problem)
+    if problem and ranks.main:
+        print(f"warning: {problem}", file=sys.stderr)
+
+
+def _agreed(problem: str, ranks: Ranks) -> str:
+    """Collective. The first rank's problem, or "" if none has one: so no rank goes on alone and waits for ever."""
+    return next(filter(None, ranks.gather(problem)), "")
 
 
 def _point_to(folder: Path) -> None:
@@ -288,7 +298,7 @@ def choose_step(run_dir: Path, step: int, ranks: Ranks) -> None:
             _point_to(latest_checkpoint(run_dir, step)[0])
         except CheckpointError as error:
             problem = str(error)
-    if problem := ranks.gather(problem)[0]:
+    if problem := _agreed(problem, ranks):
         raise CheckpointError(problem)
 
 
@@ -318,7 +328,7 @@ def check_files(folder: Path, ranks: Ranks) -> None:
 
     Raises CheckpointError on every rank, naming a damaged or missing file and the earlier checkpoints.
     """
-    if problem := next(filter(None, ranks.gather(_damage(folder, ranks.rank, ranks.world))), ""):
+    if problem := _agreed(_damage(folder, ranks.rank, ranks.world), ranks):
         raise CheckpointError(problem)
 
 
@@ -359,7 +369,7 @@ def load_checkpoint(folder: Path, policy: nn.Module, optimizer: torch.optim.Opti
         if expected.get(name) != found.get(name):
             sides = f"{name} is {expected.get(name, 'absent')} there and {found.get(name, 'absent')} in the model"
             raise CheckpointError(f"{folder} is of another model: {sides}; choose the model that the run began with")
-    if problem := next(filter(None, ranks.gather(_read(folder, tensors))), ""):
+    if problem := _agreed(_read(folder, tensors), ranks):
         raise CheckpointError(problem)
 
 

@@ -165,6 +165,13 @@ def _convert(key: str, value: Any, kind: type) -> Any:
         raise ConfigError(f"{key} must be {KINDS[kind]}, not {value!r}") from None
 
 
+def check_positions(config: Config, positions: int) -> None:
+    """Raises ConfigError where prompt and response may be longer than the model's `positions`."""
+    tokens = config.max_prompt_tokens + config.max_response_tokens
+    if tokens > positions:
+        raise ConfigError(f"max_prompt_tokens + max_response_tokens ({tokens}) exceed the model's {positions} positions")
+
+
 def _check(c: Config) -> None:
     """Refuses settings that cannot work together, before anything is loaded."""
     positive = (

@@ -92,7 +92,7 @@ def export_checkpoint(arguments: list[str]) -> None:
         raise ConfigError(f"export: {target} exists already")
     if not (source / "manifest.json").is_file():
         raise ConfigError(f"export: {source} is no checkpoint; they are called RUN/step_N, and hold a manifest.json")
-    weights = full_state(source, torch.bfloat16)
+    full = full_state(source, torch.bfloat16)
     run, state = source.parent, json.loads((source / "state.json").read_text(encoding="utf-8"))["state"]
     saved = run / "config.yaml"
     config = load_config(["--config", str(saved)]) if saved.is_file() else Config()
@@ -102,7 +102,7 @@ def export_checkpoint(arguments: list[str]) -> None:
     card = model_card(config, state, evaluation, git, data_manifest(config))
     model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     with whole_folder(target) as folder:
-        export_model(model_config, weights, load_tokenizer(str(source)), folder, torch.bfloat16, card)
+        export_model(model_config, full, load_tokenizer(str(source)), folder, torch.bfloat16, card)
     print(f"model: {target}")
 
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,8 +25,8 @@ from tqdm import tqdm
 
 import plan
 from benchmarks import JudgedPrompt, evaluate_benchmark, load_benchmarks
-from checkpoint import CheckpointError, Saver, choose_step, latest_checkpoint, load_checkpoint
-from config import Config, ConfigError, load_config
+from checkpoint import CheckpointError, Saver, choose_step, latest_checkpoint, load_checkpoint, stop_or_warn
+from config import Config, ConfigError, check_positions, load_config
 from data import DataError, Tokenized, load_splits, tokenize_splits
 from engines import ENGINES, Prompt
 from export import export_checkpoint, write_model
@@ -316,10 +315,7 @@ def finish_step(run: Run, metrics: dict[str, float], rows: list[dict], last: boo
             problem = run.saver.save(run.state, run.policy, run.tokenizer, run.optimizer)
         if last or stopping:
             problem = problem or run.saver.finish()
-    if problem and (stopping or config.save_errors == "stop"):
-        raise CheckpointError(problem)
-    if problem and run.ranks.main:
-        print(f"warning: {problem}", file=sys.stderr)
+    stop_or_warn(problem, stopping or config.save_errors == "stop", run.ranks)
     if stopping and not last:
         raise Interrupted(config.run_dir, step)
 
@@ -365,9 +361,7 @@ def set_up(config: Config, ranks: Ranks) -> Run:
     policy = load_policy(start, config, ranks).train()
     # The reference is always the model that training started from, also after a resume.
     reference = load_policy(start, config, ranks, frozen=True).eval() if config.kl_coef else None
-    tokens, positions = config.max_prompt_tokens + config.max_response_tokens, policy.config.max_position_embeddings
-    if tokens > positions:
-        raise ConfigError(f"max_prompt_tokens + max_response_tokens ({tokens}) exceed the model's {positions} positions")
+    check_positions(config, policy.config.max_position_embeddings)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     state = {"step": 0, "seconds": earlier[1]["seconds"] if earlier else 0.0, "flops": 0.0}
     if checkpoint:

@@ -83,16 +83,15 @@ def share_out(tokens: Sequence[int], ranks: int) -> list[list[int]]:
 
 
 def make_minibatches(
-    groups: Sequence[Group], advantages: Tensor, config: Config, ranks: Ranks, shared: bool = True, budget: int = 0
+    groups: Sequence[Group], advantages: Tensor, config: Config, ranks: Ranks, shared: bool = True
 ) -> list[Minibatch]:
     """The whole batch's groups -> this rank's minibatches (one optimizer update each) of micro-batches (one
     forward/backward each). All ranks get equally many micro-batches, because sharded weights are gathered by all.
 
     With skip_zero_variance, groups whose advantages are all 0 are left out: neither loss, KL nor token count sees them.
-    shared: whether the model takes packed groups (model.uses_shared_prefix). budget: tokens of a micro-batch, where not
-    max_tokens_per_micro_batch.
+    shared: whether the model takes packed groups (model.uses_shared_prefix).
     """
-    budget, minibatches = budget or config.max_tokens_per_micro_batch, []
+    budget, minibatches = config.max_tokens_per_micro_batch, []
     sizes = [(len(group.prompt.ids), [len(ids) for ids in group.responses]) for group in groups]
     teaches = (advantages != 0).any(1).tolist()
     for start in range(0, len(groups), config.minibatch_prompts):

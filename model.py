@@ -297,6 +297,15 @@ def build_tiny_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTok
     return tokenizer
 
 
+def tiny_config(vocab_size: int, hidden: int, layers: int) -> Qwen2Config:
+    """The demo model's config; the ids of its special tokens are the tokenizer's affair."""
+    return Qwen2Config(
+        vocab_size=vocab_size, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=32768, rope_theta=1e6,
+        tie_word_embeddings=True, bos_token_id=None, initializer_range=0.03,
+    )  # fmt: skip
+
+
 def build_tiny_model(tokenizer, hidden: int, layers: int, seed: int) -> Qwen2ForCausalLM:
     """A Qwen2-architecture model of `layers` layers and `hidden` units, initialised from `seed`, fp32.
 
@@ -304,12 +313,8 @@ def build_tiny_model(tokenizer, hidden: int, layers: int, seed: int) -> Qwen2For
     small model find copying in hundreds of steps instead of thousands: after mimetic initialisation, Trockman and
     Kolter 2023 (arXiv 2305.09828). All else is the usual noise; nothing of the task is in it.
     """
-    config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=32768, rope_theta=1e6,
-        tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None, initializer_range=0.03,
-    )  # fmt: skip
+    config = tiny_config(len(tokenizer), hidden, layers)
+    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(config)

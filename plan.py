@@ -14,12 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from transformers import Qwen2Config
-
-from config import Config, ConfigError, load_config
+from config import Config, ConfigError, check_positions, load_config
 from data import load_splits
 from estimate import GB, USABLE, Assumptions, Plan, Shape, estimate, shape_of
-from model import ModelError
+from model import ModelError, tiny_config
 from sharding import model_config
 
 MOST_GPUS = 1024  # that are tried when more are needed
@@ -69,11 +67,7 @@ def split_options(arguments: list[str]) -> tuple[Assumptions, list[str]]:
 def read_model_config(config: Config):
     """The model's config.json, from its folder or the hub; the sizes of model.build_tiny_model for "tiny"."""
     if config.model == "tiny":
-        return Qwen2Config(
-            vocab_size=config.tiny_vocab, hidden_size=config.tiny_hidden, intermediate_size=2 * config.tiny_hidden,
-            num_hidden_layers=config.tiny_layers, num_attention_heads=4, num_key_value_heads=4,
-            max_position_embeddings=32768, tie_word_embeddings=True,
-        )  # fmt: skip
+        return tiny_config(config.tiny_vocab, config.tiny_hidden, config.tiny_layers)
     try:
         return model_config(config.model, config.trust_remote_code)
     except ModelError as error:
@@ -85,9 +79,7 @@ def check(config: Config, model, a: Assumptions) -> None:
     """Raises ConfigError for numbers that do not go together, as the run itself would."""
     if a.gpus > a.gpus_per_node and a.gpus % a.gpus_per_node:
         raise ConfigError(f"gpus ({a.gpus}) must be a multiple of gpus_per_node ({a.gpus_per_node})")
-    tokens, positions = config.max_prompt_tokens + config.max_response_tokens, model.max_position_embeddings
-    if tokens > positions:
-        raise ConfigError(f"max_prompt_tokens + max_response_tokens ({tokens}) exceed the model's {positions} positions")
+    check_positions(config, model.max_position_embeddings)
     for key in ("prompt_tokens", "response_tokens"):
         if getattr(a, key) > getattr(config, f"max_{key}"):
             raise ConfigError(f"{key} ({getattr(a, key)}), a mean, is above max_{key} ({getattr(config, f'max_{key}')})")

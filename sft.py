@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import json
 import math
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, Saver, choose_step, latest_checkpoint, load_checkpoint
+from checkpoint import CheckpointError, Saver, choose_step, latest_checkpoint, load_checkpoint, stop_or_warn
 from config import Config, ConfigError, load_config
 from data import DataError, Example, Splits, Tokenized, load_splits, tokenize_splits
 from export import export, write_model
@@ -139,10 +138,7 @@ def train_sft(
         if stopping or finished or (config.save_every and step % config.save_every == 0):
             with clock("save"):
                 problem = saver.save(state, policy, tokenizer, optimizer)
-            if problem and (stopping or config.save_errors == "stop"):
-                raise CheckpointError(problem)
-            if problem and ranks.main:
-                print(f"warning: {problem}", file=sys.stderr)
+            stop_or_warn(problem, stopping or config.save_errors == "stop", ranks)
         if stopping and not finished:
             raise Interrupted(config.run_dir, step)
         if finished:
