@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 import math
+import re
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,8 @@ class Config:
     data: str = _key("", 'training files or hub ids, comma-separated (xLAM, ToolACE, ours, TRL, verl), or "synthetic"')
     test_data: str = _key("", "held-out file; empty: test_share of data")
     test_share: float = _key(0.1, "share of the data held out for evaluation (paper: 90/10)")
+    data_from: float = _key(0.0, "the part of the training examples that is used begins here, as a share of all, and")
+    data_to: float = _key(1.0, "ends here: 0 and 0.5 for one half, 0.5 and 1 for the other; drawn at random by seed")
     prompt_template: str = _key("", "file with a system prompt that has a {tools} slot; empty: the project's own")
     run_dir: str = _key("runs/grpo", "where config, logs, samples, checkpoints and the final model go")
     resume: bool = _key(False, "go on from the latest checkpoint in run_dir")
@@ -47,8 +52,13 @@ class Config:
     weight_decay: float = _key(0.0, "AdamW weight decay")
     max_grad_norm: float = _key(1.0, "gradient clipping by global norm")
     temperature: float = _key(0.7, "sampling temperature; also divides the logits of every log-prob")
-    clip_eps: float = _key(0.2, "epsilon of the clipped ratio")
-    kl_coef: float = _key(1e-3, "beta: weight of the k3 KL to the frozen start model; 0 skips the reference")
+    loss: str = _key("grpo", "row of losses.LOSSES: grpo, dr_grpo, dapo, gspo, cispo, rloo")
+    advantage: str = _key("", "row of losses.ADVANTAGES: group_std, group_mean, leave_one_out; empty: the loss's own")
+    aggregation: str = _key("", "mean over token, sequence, or a constant length; empty: the loss's own")
+    clip_eps: float = _key(0.0, "epsilon below the ratio 1; 0: the loss's own (grpo: 0.2)")
+    clip_eps_high: float = _key(0.0, "epsilon above it; 0: clip_eps, or the loss's own (dapo: 0.28)")
+    kl_coef: float = _key(1e-3, "beta: weight of the KL to the frozen start model; 0 skips the reference")
+    kl: str = _key("k3", "row of losses.KLS, the estimate in the loss: k1, k2, k3")
     reward: str = _key("binary", "row of reward.REWARDS (binary, no_reason, partial_format, ...) or file.py:function")
     lenient: bool = _key(False, "the reward compares numbers as the tools declare them: 2 equals 2.0 for a number")
     shuffle_rewards: bool = _key(False, "negative control: rewards are permuted within the batch; nothing may be learnt")
@@ -79,10 +89,18 @@ class Config:
     background_save: bool = _key(False, "write checkpoints while training goes on; takes CPU memory for a copy")
     save_errors: str = _key("stop", "when a checkpoint cannot be written: stop, or go_on with a warning")
     max_failed_steps: int = _key(5, "so many steps in a row without a finite gradient end the run")
-    log_samples: int = _key(64, "completions per step written to samples.jsonl; 0: none")
+    log_samples: int = _key(64, "completions per step written to samples.jsonl and samples.html; 0: none")
+    plot_minutes: float = _key(1.0, "curves.png is drawn again so often while training; 0: at the end only")
+    trackers: str = _key("", "besides log.jsonl: tensorboard, wandb or both, comma-separated, where installed")
+    alarm_entropy: float = _key(0.01, "warn when the entropy per token falls below this; 0, here and below: never")
+    alarm_length: float = _key(0.5, "warn when the mean completion exceeds this share of max_response_tokens")
+    alarm_think: float = _key(0.5, "warn when fewer completions than this share have a thought")
+    alarm_empty: float = _key(0.9, "warn when more completions than this share call nothing")
+    alarm_kl: float = _key(1.0, "warn when the KL to the start model exceeds this, in nats per token")
     # supervised fine-tuning (sft.py)
     sft_batch: int = _key(32, "examples per optimizer step")
     sft_lr: float = _key(2e-5, "learning rate of sft.py and of the demo's warm-up")
+    sft_reason: bool = _key(True, "imitate whole replies; false: the bare calls alone (the paper's No-Reason SFT)")
     sft_decay: bool = _key(True, "let sft_lr fall linearly to 0 over the run")
     sft_flops: float = _key(0.0, "sft.py stops after this much training compute; 0: after steps or epochs")
     # the demo: a tiny model from nothing, on generated data
@@ -90,6 +108,7 @@ class Config:
     tiny_hidden: int = _key(96, "hidden size of the tiny model")
     tiny_layers: int = _key(3, "layers of the tiny model")
     tiny_vocab: int = _key(800, "tokens of its tokenizer")
+    synthetic_flaws: float = _key(1.0, "factor on the rates of the demonstrations' flaws; 0: they are all right")
     synthetic_train: int = _key(1000, "generated training queries")
     synthetic_test: int = _key(150, "generated held-out cases, in each of the two splits")
 
@@ -190,8 +209,10 @@ def _check(c: Config) -> None:
             raise ConfigError(f"{key} must be {' or '.join(values)}, not {getattr(c, key)!r}")
     if c.resume_step and not c.resume:
         raise ConfigError("resume_step needs --resume true")
-    if not 0 <= c.clip_eps < 1:
-        raise ConfigError(f"clip_eps must be from 0 to below 1, not {c.clip_eps}: ratios are clipped to 1 - eps and 1 + eps")
+    if c.clip_eps > 1:
+        raise ConfigError(f"clip_eps must be at most 1, not {c.clip_eps}: ratios are clipped to 1 - eps and 1 + eps")
+    if not c.data_from < c.data_to <= 1:
+        raise ConfigError(f"data_from ({c.data_from}) must be below data_to ({c.data_to}), and both from 0 to 1")
     if c.tiny_hidden % 8:
         raise ConfigError(f"tiny_hidden must be a multiple of 8 (4 heads of even size), not {c.tiny_hidden}")
     if c.group_size < 2:
@@ -202,3 +223,24 @@ def _check(c: Config) -> None:
         )
     if not 0 <= c.test_share < 1:
         raise ConfigError(f"test_share must be from 0 to below 1, not {c.test_share}")
+
+
+def settings_table() -> str:
+    """Every setting as Markdown tables, one under each section comment of Config: a part of REFERENCE.md."""
+    lines, fields = [], {f.name: f for f in dataclasses.fields(Config)}
+    for line in inspect.getsource(Config).splitlines():
+        if section := re.match(r"    # (.*)", line):
+            title = section[1][0].upper() + section[1][1:]
+            lines += ["", f"### {title}", "", "| setting | default | meaning |", "|---|---|---|"]
+        elif key := re.match(r"    (\w+): \w+ = _key", line):
+            default, help = fields[key[1]].default, fields[key[1]].metadata["help"].replace("|", "\\|")
+            shown = str(default).lower() if isinstance(default, bool) else str(default)
+            lines.append(f"| `{key[1]}` | {f'`{shown}`' if shown else 'empty'} | {help} |")
+    return "\n".join(lines).strip()
+
+
+if __name__ == "__main__":  # python config.py REFERENCE.md
+    page = Path(sys.argv[1])
+    before, begin, rest = page.read_text(encoding="utf-8").partition("<!-- settings -->\n")
+    end = rest[rest.index("<!-- end of settings -->") :]
+    page.write_text(f"{before}{begin}\n{settings_table()}\n\n{end}", encoding="utf-8")

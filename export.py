@@ -23,7 +23,7 @@ from sources import read_records
 
 # What a reader of the model card looks for, whether or not it differs from the defaults.
 RECIPE = (
-    "model seed prompts_per_step group_size minibatch_prompts epochs steps lr kl_coef clip_eps temperature reward "
+    "model seed prompts_per_step group_size minibatch_prompts epochs steps lr loss kl_coef kl temperature reward "
     "max_response_tokens"
 ).split()
 LOCAL = "run_dir resume overwrite data test_data".split()  # say nothing about the model, or stand elsewhere in the card

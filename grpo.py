@@ -30,7 +30,8 @@ from config import Config, ConfigError, check_positions, load_config
 from data import DataError, Tokenized, load_splits, tokenize_splits
 from engines import ENGINES, Prompt
 from export import export_checkpoint, write_model
-from minibatches import Minibatch, gather_groups, make_minibatches, own_places, shuffled
+from losses import ADVANTAGES, AGGREGATIONS, KLS, Loss, loss_of, policy_loss
+from minibatches import MicroBatch, Minibatch, gather_groups, make_minibatches, own_places, shuffled
 from model import ModelError, count_parameters, load_tokenizer, token_logprobs, uses_shared_prefix
 from packing import attention_backend
 from plot import summarize
@@ -53,35 +54,6 @@ from runtime import (
 from sft import load_policy, warm_up
 from sharding import full_tensor, release, whole
 from watch import Clock, note_out_of_memory
-
-# ------------------------------------------------------------------------------------------------------ the maths
-
-
-def group_advantages(rewards: Tensor) -> Tensor:
-    """[P, G] -> [P, G]: (reward - mean) / (std + 1e-6) inside each group; exactly 0 where all rewards are equal.
-
-    std is the sample standard deviation (n - 1), as in the library that the paper used. DeepSeekMath, section 4.1.2.
-    """
-    mean, std = rewards.mean(1, keepdim=True), rewards.std(1, keepdim=True)
-    flat = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
-    return torch.where(flat, 0.0, (rewards - mean) / (std + 1e-6))
-
-
-def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """[N], [N] -> [N]: per-token estimate exp(d) - d - 1 of KL(policy || reference), d = log ref - log policy.
-
-    Never negative, low variance (http://joschu.net/blog/kl-approx.html). In the loss, its gradient is not exactly that
-    of the KL: the paper uses it so.
-    """
-    difference = ref_logprobs - logprobs
-    return difference.exp() - difference - 1
-
-
-def policy_loss(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, clip_eps: float) -> Tensor:
-    """[N] each -> [N]: the clipped surrogate -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A), per token."""
-    ratio = (logprobs - old_logprobs).exp()
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages)
-
 
 # ------------------------------------------------------------------------------------------------ phases of a step
 
@@ -110,34 +82,43 @@ def fixed_logprobs(
         release(reference)
 
 
+def micro_batch_loss(
+    policy: nn.Module, micro: MicroBatch, update: Minibatch, objective: Loss, config: Config
+) -> tuple[Tensor, Tensor]:
+    """This micro-batch's part of its update's loss, and the sums of (loss, KL, entropy, clipped low, clipped high) [5].
+
+    The loss is a weighted sum over the response tokens of the update on all ranks, with weights (losses.AGGREGATIONS)
+    that neither the packing into micro-batches nor the number of ranks changes.
+    """
+    logprobs, entropy = token_logprobs(policy, micro.packed, config.temperature)
+    if micro.idle:
+        return logprobs.sum() * 0.0, torch.zeros(5, dtype=torch.float64)
+    counts = micro.packed.counts
+    old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
+    loss, ratio = policy_loss(logprobs, old, micro.advantages, counts, objective)
+    kl = torch.zeros_like(loss) if micro.ref_logprobs is None else KLS[config.kl](logprobs, micro.ref_logprobs)
+    weights = AGGREGATIONS[objective.aggregation](counts, update.tokens, update.completions, config.max_response_tokens)
+    loss = (loss + config.kl_coef * kl) * weights.repeat_interleave(counts)
+    with torch.no_grad():
+        low = (ratio < 1 - objective.clip_low) & (micro.advantages < 0)
+        high = (ratio > 1 + objective.clip_high) & (micro.advantages > 0)
+        sums = torch.stack([x.double().sum() for x in (loss, kl, entropy, low, high)])
+    return loss.sum(), sums.nan_to_num(0.0, 0.0, 0.0).cpu()  # a bad part is counted as skipped and must not blot the log
+
+
 def update_policy(
     policy: nn.Module, optimizer, minibatches: list[Minibatch], config: Config, ranks: Ranks
 ) -> dict[str, float]:
-    """Collective. One optimizer update per minibatch; returns metrics over all tokens of all updates.
-
-    The loss is the mean over all response tokens of the minibatch on all ranks, so neither the packing into
-    micro-batches nor the number of ranks changes it.
-    """
-    sums = torch.zeros(5, dtype=torch.float64)
+    """Collective. One optimizer update per minibatch -> metrics: the loss as a mean over updates, others over tokens."""
+    objective, sums = loss_of(config), torch.zeros(5, dtype=torch.float64)
     tokens, norms, skipped = 0, [], 0
     for minibatch in minibatches:
         if minibatch.tokens == 0:  # on all ranks: every group of this update was left out
             continue
         for micro in minibatch.micros:
-            logprobs, entropy = token_logprobs(policy, micro.packed, config.temperature)
-            old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
-            loss = policy_loss(logprobs, old, micro.advantages, config.clip_eps)
-            kl = torch.zeros_like(loss) if micro.ref_logprobs is None else kl_k3(logprobs, micro.ref_logprobs)
-            loss = logprobs * 0.0 if micro.idle else loss + config.kl_coef * kl
-            (loss.sum() / minibatch.tokens).backward()  # adds to the sum over micro-batches and ranks
-            if micro.idle:
-                continue
-            with torch.no_grad():
-                ratio = (logprobs - old).exp()
-                low = (ratio < 1 - config.clip_eps) & (micro.advantages < 0)
-                high = (ratio > 1 + config.clip_eps) & (micro.advantages > 0)
-                part = torch.stack([x.double().sum() for x in (loss, kl, entropy, low, high)])
-                sums += part.nan_to_num(0.0, 0.0, 0.0).cpu()  # a bad part is counted below and must not blot the log
+            loss, part = micro_batch_loss(policy, micro, minibatch, objective, config)
+            loss.backward()  # adds to the sum over micro-batches and ranks
+            sums += part
         norm = float(full_tensor(nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)))
         if math.isfinite(norm):  # the norm is the same on all ranks, so all skip together
             optimizer.step()
@@ -146,10 +127,12 @@ def update_policy(
             skipped += 1
         optimizer.zero_grad(set_to_none=True)
         tokens += minibatch.tokens
-    loss, kl, entropy, low, high = (x / max(tokens, 1) for x in ranks.sum(sums.tolist()))
-    metrics = {"loss": loss, "kl": kl, "entropy": entropy, "clip_ratio/low_mean": low, "clip_ratio/high_mean": high}
-    metrics |= {"clip_ratio/region_mean": low + high, "grad_norm": sum(norms) / max(1, len(norms))}
-    return metrics | {"updates": len(norms), "updates_skipped_nonfinite": skipped}
+    loss, *means = ranks.sum(sums.tolist())
+    kl, entropy, low, high = (total / max(1, tokens) for total in means)
+    metrics = {"loss": loss / max(1, len(norms) + skipped), "kl": kl, "entropy": entropy}
+    metrics |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
+    metrics |= {"grad_norm": sum(norms) / max(1, len(norms)), "updates": len(norms)}
+    return metrics | {"updates_skipped_nonfinite": skipped}
 
 
 # ----------------------------------------------------------------------------------------------------------- logging
@@ -212,7 +195,7 @@ def train_step(run: Run, step: int, clock: Clock) -> tuple[dict[str, float], lis
     everyone, rewards = gather_groups(groups, reward_table(scores, config), ranks)
     if config.shuffle_rewards:
         rewards = shuffled(rewards, config.seed, step)
-    advantages = group_advantages(rewards)
+    advantages = ADVANTAGES[loss_of(config).advantage](rewards)
     try:
         learnt, trained = learn(run, everyone, advantages, clock)
     except torch.OutOfMemoryError:  # the next start, by torchrun or by hand, takes smaller micro-batches
@@ -341,6 +324,7 @@ def set_up(config: Config, ranks: Ranks) -> Run:
     began = time.perf_counter()
     if config.rollout_engine not in ENGINES:
         raise ConfigError(f"rollout_engine must be one of {', '.join(ENGINES)}, not {config.rollout_engine!r}")
+    loss_of(config)
     reward = reward_function(config.reward, config.lenient)
     template, splits = load_template(config.prompt_template), load_splits(config)
     reward("", splits.train[0].answer, splits.train[0].tools)  # a broken function of the user's own stops here

@@ -38,10 +38,11 @@ class MicroBatch:
 
 @dataclass
 class Minibatch:
-    """This rank's part of one optimizer update. tokens: response tokens of the update on all ranks."""
+    """This rank's part of one optimizer update. tokens, completions: of the update, on all ranks."""
 
     micros: list[MicroBatch]
     tokens: int
+    completions: int
 
 
 def gather_groups(groups: Sequence[Group], rewards: Tensor, ranks: Ranks) -> tuple[list[Group], Tensor]:
@@ -106,7 +107,8 @@ def make_minibatches(
         ]
         missing = max(map(len, plans)) - len(micros)
         micros += [_idle(ranks, shared) for _ in range(missing)]
-        minibatches.append(Minibatch(micros, sum(sum(sizes[i][1]) for i in kept)))
+        lengths = [count for i in kept for count in sizes[i][1]]
+        minibatches.append(Minibatch(micros, sum(lengths), len(lengths)))
     return minibatches
 
 

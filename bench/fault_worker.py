@@ -51,7 +51,8 @@ def break_product(fault: str, step: int, rank: int) -> None:
         return now[0] > 0 and step in (0, now[0])
 
     def policy_loss(*arguments):
-        return loss(*arguments) * (float("nan") if due() else 1.0)
+        values, ratio = loss(*arguments)
+        return values * (float("nan") if due() else 1.0), ratio
 
     def update_policy(policy, optimizer, minibatches, config, ranks):
         if due() and config.max_tokens_per_micro_batch == BUDGET:

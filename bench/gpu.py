@@ -62,6 +62,7 @@ from gpu_numerics import check_attention, check_greedy, check_head, check_logpro
 import grpo  # noqa: E402
 from config import Config  # noqa: E402
 from engines import ENGINES, Prompt  # noqa: E402
+from losses import group_std  # noqa: E402
 from minibatches import make_minibatches  # noqa: E402
 from model import build_tiny_tokenizer, count_parameters, token_logprobs, use_attention, uses_shared_prefix  # noqa: E402
 from packing import attention_backend, micro_batches, pack  # noqa: E402
@@ -213,7 +214,7 @@ def step_speed(session: Session) -> dict:
         with clock("pack"):
             coin = random.Random(0)  # noise earns nothing: without other rewards there would be no gradient
             rewards = torch.tensor([[float(coin.random() < 0.5) for _ in g.texts] for g in groups])
-            advantages = grpo.group_advantages(rewards)
+            advantages = group_std(rewards)
             batches = make_minibatches(groups, advantages, config, ranks, uses_shared_prefix(policy))
         with clock("reference"):
             grpo.fixed_logprobs(None, reference, batches, config)

@@ -41,6 +41,7 @@ sys.path.insert(0, str(ROOT))
 import grpo  # noqa: E402
 from config import load_config  # noqa: E402
 from export import export  # noqa: E402
+from losses import group_std  # noqa: E402
 from minibatches import gather_groups, own_places  # noqa: E402
 from model import build_tiny_model, build_tiny_tokenizer, count_parameters  # noqa: E402
 from runtime import append_jsonl, batch_for_step, read_jsonl, start_ranks  # noqa: E402
@@ -88,7 +89,7 @@ def measured_step(run: grpo.Run, step: int) -> dict[str, float]:
     with clock("gather"):  # the first moment at which a rank waits for those that still sample
         everyone, rewards = gather_groups(groups, grpo.reward_table(scores, config), ranks)
     # The random model's rewards are all 0. Other advantages, of no meaning, so that there is a gradient.
-    advantages = grpo.group_advantages(rewards + torch.arange(config.group_size) % 2)
+    advantages = group_std(rewards + torch.arange(config.group_size) % 2)
     grpo.learn(run, everyone, advantages, clock)
     dist.barrier()
     row = {"step": step, "rank": ranks.rank, "seconds": time.perf_counter() - wall}

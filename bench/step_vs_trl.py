@@ -39,6 +39,7 @@ from train_step import matrix_rate  # noqa: E402
 import grpo  # noqa: E402
 from config import Config  # noqa: E402
 from engines import ENGINES, Prompt  # noqa: E402
+from losses import group_std  # noqa: E402
 from minibatches import make_minibatches  # noqa: E402
 from model import build_tiny_tokenizer, load_model  # noqa: E402
 from rollout import Group  # noqa: E402
@@ -121,7 +122,7 @@ def our_step(policy, reference, optimizer, tokenizer, prompts: list[Prompt], con
         own = rows[i * config.group_size : (i + 1) * config.group_size]
         texts = [tokenizer.decode(ids) for ids, _ in own]
         groups.append(Group(prompt, [ids for ids, _ in own], [lp for _, lp in own], texts, [True] * len(own)))
-    advantages = grpo.group_advantages(torch.tensor([[reward(ids) for ids in g.responses] for g in groups]))
+    advantages = group_std(torch.tensor([[reward(ids) for ids in g.responses] for g in groups]))
     minibatches = make_minibatches(groups, advantages, config, ranks)
     grpo.fixed_logprobs(policy, reference, minibatches, config)
     grpo.update_policy(policy, optimizer, minibatches, config, ranks)

@@ -24,6 +24,7 @@ import reward
 import sft
 from checkpoint import full_state
 from data import Example, load_examples, write_examples
+from losses import ADVANTAGES
 from prompts import ToolCall, render_completion
 from reward import score
 from runtime import read_jsonl
@@ -134,17 +135,18 @@ def shifted(pack):
 
 
 BROKEN = {
-    "the sign of the advantage": (grpo, "group_advantages", lambda real: lambda rewards: -real(rewards)),
+    "the sign of the advantage": (ADVANTAGES, "group_std", lambda real: lambda rewards: -real(rewards)),
     "the position that predicts": (minibatches, "pack", shifted),
-    "advantages of other completions": (grpo, "group_advantages", lambda real: lambda rewards: real(rewards).roll(1, 1)),
+    "advantages of other completions": (ADVANTAGES, "group_std", lambda real: lambda rewards: real(rewards).roll(1, 1)),
 }
 
 
 @pytest.mark.parametrize("line", BROKEN)
 def test_nothing_is_learnt_with_one_line_broken(line, settings, tmp_path, monkeypatch):
     """If this fails, test_the_reward_rises says nothing: something else than the broken line raises the reward."""
-    module, name, break_it = BROKEN[line]
-    monkeypatch.setattr(module, name, break_it(getattr(module, name)))
+    place, name, break_it = BROKEN[line]
+    names = place if isinstance(place, dict) else vars(place)
+    monkeypatch.setitem(names, name, break_it(names[name]))
     assert rise(run_here(grpo.main, settings | {"run_dir": tmp_path}), settings) < RISE / 2
 
 

@@ -32,7 +32,7 @@ from config import Config, ConfigError, load_config
 from data import load_splits, tokenize_splits
 from engines import ENGINES, Prompt
 from export import export
-from grpo import group_advantages, kl_k3, policy_loss
+from losses import group_std, kl_k3, loss_of, policy_loss
 from model import build_tiny_tokenizer, load_model, load_tokenizer, prepare_model, token_logprobs, use_attention
 from packing import pack
 from prompts import load_template
@@ -398,7 +398,7 @@ def slow_grpo(settings: dict) -> tuple[list[list[str]], dict[str, torch.Tensor]]
         texts.append([text for group in groups for text in group.texts])
         rewards = torch.tensor([[sum(map(ord, text)) % 5 / 4 for text in group.texts] for group in groups])
         assert (rewards.std(1) > 0).any(), "there is something to learn"
-        advantages, fixed = group_advantages(rewards), {}
+        advantages, fixed = group_std(rewards), {}
         with torch.no_grad():
             for i, group in enumerate(groups):
                 for k, ids in enumerate(group.responses):
@@ -407,7 +407,7 @@ def slow_grpo(settings: dict) -> tuple[list[list[str]], dict[str, torch.Tensor]]
             losses = []
             for i, k in ((i, k) for i, k in fixed if start <= i < start + config.minibatch_prompts):
                 now, (old, ref) = logprobs(policy, groups[i], groups[i].responses[k]), fixed[i, k]
-                loss = policy_loss(now, old, advantages[i, k].expand_as(now), config.clip_eps)
+                loss, _ = policy_loss(now, old, advantages[i, k].expand_as(now), torch.tensor([len(now)]), loss_of(config))
                 losses.append(loss + config.kl_coef * kl_k3(now, ref))
             torch.cat(losses).mean().backward()
             nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
