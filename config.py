@@ -109,6 +109,7 @@ class Config:
     tiny_layers: int = _key(3, "layers of the tiny model")
     tiny_vocab: int = _key(800, "tokens of its tokenizer")
     synthetic_flaws: float = _key(1.0, "factor on the rates of the demonstrations' flaws; 0: they are all right")
+    synthetic_thoughts: float = _key(1.0, "share of the demonstrations that think before they call")
     synthetic_train: int = _key(1000, "generated training queries")
     synthetic_test: int = _key(150, "generated held-out cases, in each of the two splits")
 

@@ -9,7 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -240,12 +240,19 @@ class Splits:
 def load_splits(config) -> Splits:
     """Training and held-out examples as the config asks: generated for "synthetic", else read from files.
 
+    Of the training examples the part from data_from to data_to stays; the held-out ones are the same for every part.
     Prints what was dropped, by reason. Raises DataError when nothing is left to train on.
     """
     if config.data == "synthetic":
         from synthetic import synthetic_splits  # here, because synthetic.py builds on this file's Example
 
-        return synthetic_splits(config)
+        splits = synthetic_splits(config)
+    else:
+        splits = _read_splits(config)
+    return replace(splits, train=part_of(splits.train, config.data_from, config.data_to, config.seed))
+
+
+def _read_splits(config) -> Splits:
     if not config.data:
         raise DataError("data: no training file given; use --data FILE[,FILE] or --data synthetic")
     train, held_out = load_files(config.data), []
@@ -254,17 +261,40 @@ def load_splits(config) -> Splits:
         if not held_out:
             raise DataError(f"test_data: {config.test_data} holds no usable example; run: python data.py inspect FILE")
     elif config.test_share:
-        # By record, not by step: the later steps of a conversation contain the answers of the earlier ones.
-        records = sorted({example.id.split("#")[0] for example in train})
+        records = _records(train)
         cut = round(len(records) * config.test_share)
         apart = set(random.Random(f"{config.seed}/split").sample(records, cut))
-        held_out = [example for example in train if example.id.split("#")[0] in apart]
-        train = [example for example in train if example.id.split("#")[0] not in apart]
+        held_out = [example for example in train if _record(example) in apart]
+        train = [example for example in train if _record(example) not in apart]
     if not train:
         raise DataError(f"data: {config.data} leaves no example to train on; run: python data.py inspect FILE")
     # A random part of them, or only the first file's would be evaluated.
     held_out = random.Random(f"{config.seed}/cases").sample(held_out, min(config.eval_cases, len(held_out)))
     return Splits(train, {"held_out": held_out} if held_out else {})
+
+
+def part_of(examples: Sequence[Example], start: float, end: float, seed: int) -> list[Example]:
+    """The examples of the records from share `start` to before share `end` of a seeded shuffle, in their own order.
+
+    Parts that meet at a share have no example in common and lose none. Raises DataError for a part without examples.
+    """
+    records = _records(examples)
+    random.Random(f"{seed}/part").shuffle(records)
+    chosen = set(records[round(start * len(records)) : round(end * len(records))])
+    if not chosen:
+        raise DataError(
+            f"data_from, data_to: the part from {start:g} to {end:g} of {len(records)} training records is empty; widen it"
+        )
+    return [example for example in examples if _record(example) in chosen]
+
+
+def _record(example: Example) -> str:
+    """What is split goes by record, not by step: later steps of a conversation contain the answers of earlier ones."""
+    return example.id.split("#")[0]
+
+
+def _records(examples: Iterable[Example]) -> list[str]:
+    return sorted({_record(example) for example in examples})
 
 
 def load_files(paths: str) -> list[Example]:

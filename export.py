@@ -146,7 +146,8 @@ def model_card(config: Config, state: dict, evaluation: dict, git: str, data: li
     lines = ["---", "library_name: transformers", "tags: [tool-calling, grpo]"]
     lines += [f"base_model: {config.model}"] if on_hub else []
     lines += ["---", "", f"# {Path(config.model).name}, trained to call tools", ""]
-    lines += ["Trained with rewards that rules compute, after Nemotron-Research-Tool-N1 (arXiv 2505.00024).", ""]
+    how = "on demonstrations" if state.get("method") == "sft" else "with rewards that rules compute"
+    lines += [f"Trained {how}, after Nemotron-Research-Tool-N1 (arXiv 2505.00024).", ""]
     lines += ["## Loading", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     lines += ['folder = "."  # where this file lies', 'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")']
     lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)", "```", ""]

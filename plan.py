@@ -90,7 +90,7 @@ def check(config: Config, model, a: Assumptions) -> None:
 def count_examples(config: Config) -> int:
     """Training prompts, where they can be counted without a download; else 0."""
     if config.data == "synthetic":
-        return config.synthetic_train
+        return round(config.synthetic_train * (config.data_to - config.data_from))
     paths = [part.strip() for part in f"{config.data},{config.test_data}".split(",") if part.strip()]
     return len(load_splits(config).train) if config.data and all(Path(path).exists() for path in paths) else 0
 

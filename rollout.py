@@ -186,19 +186,24 @@ def evaluate(
 ) -> dict[str, float]:
     """Collective. Greedy accuracy (binary reward) on held-out examples, overall and by kind, as log entries.
 
-    Keys: `{name}/accuracy`, `{name}/n`, and `{name}/accuracy_KIND`, `{name}/n_KIND` for every kind that occurs.
+    Keys: `{name}/accuracy`, `{name}/n`, `{name}/accuracy_KIND` and `{name}/n_KIND` for every kind that occurs, and
+    `{name}/correct_rate`: the calls alone, as benchmarks judge.
     """
     own = examples[ranks.rank :: ranks.world]
     groups = sample_groups(
         model, tokenizer, [Prompt(t.example.id, t.ids) for t in own], group_size=1, temperature=0,
         max_new_tokens=config.max_response_tokens, batch_size=config.rollout_batch_size, beat=ranks.beat,
     )  # fmt: skip
-    hits = Counter({kind: 0.0 for kind in KINDS})
+    hits, correct = Counter({kind: 0.0 for kind in KINDS}), 0
     for item, group in zip(own, groups):
-        hits[example_kind(item.example)] += score(group.texts[0], item.example.answer).total
+        one = score(group.texts[0], item.example.answer)
+        hits[example_kind(item.example)] += one.total
+        correct += one.correct
     totals = Counter(example_kind(t.example) for t in examples)
-    right = dict(zip(KINDS, ranks.sum(hits[kind] for kind in KINDS)))
+    *sums, correct = ranks.sum([*(hits[kind] for kind in KINDS), correct])
+    right = dict(zip(KINDS, sums))
     entries = {f"{name}/accuracy": sum(right.values()) / len(examples), f"{name}/n": len(examples)}
+    entries[f"{name}/correct_rate"] = correct / len(examples)
     for kind, n in totals.items():
         entries |= {f"{name}/accuracy_{kind}": right[kind] / n, f"{name}/n_{kind}": n}
     return entries

@@ -2,17 +2,17 @@
 
     python sft.py --config configs/qwen2.5-1.5b.yaml --data train.json --run_dir runs/sft --epochs 1
 
-An example's demonstrations are what is imitated; one without them is imitated as its bare calls (No-Reason SFT).
+An example's demonstrations are what is imitated (Reason-SFT; distill.py makes them). One without them, or every one with
+--sft_reason false, is imitated as its bare calls (No-Reason SFT). The loss sees the tokens of the replies alone.
 """
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -53,14 +53,37 @@ from watch import Clock
 
 RAMP_STEPS = 20  # the learning rate rises linearly over these steps
 
+Imitation = tuple[list[int], list[list[int]]]  # a prompt's token ids, and those of each reply to imitate
 
-def replies_to_imitate(example: Example) -> tuple[str, ...]:
-    """The example's demonstrations, or its answer as bare calls where it has none."""
-    return example.demonstrations or (render_completion(example.answer, ""),)
+# ------------------------------------------------------------------------------------------------- what is imitated
 
 
-def sft_update(policy: nn.Module, optimizer, groups: list, config: Config, ranks: Ranks) -> dict[str, float]:
-    """Collective. One optimizer step on the whole batch's (prompt ids, replies) groups, of which every rank takes a share.
+def replies_to_imitate(example: Example, reason: bool = True) -> tuple[str, ...]:
+    """The example's demonstrations; its answer as bare calls where it has none, or where no `reason` is wanted."""
+    if reason and example.demonstrations:
+        return example.demonstrations
+    return (render_completion(example.answer, ""),)
+
+
+def encode_replies(tokenizer, train: Sequence[Tokenized], config: Config, quiet: bool) -> list[Imitation]:
+    """What every example gives to imitate; says how many lack the demonstrations that the settings ask for."""
+    bare = sum(not item.example.demonstrations for item in train)
+    if bare and config.sft_reason and not quiet:
+        print(f"data: {bare} of {len(train)} examples have no demonstrations and are imitated as their bare calls")
+    groups = []
+    for item in tqdm(train, desc="encode replies", leave=False, disable=quiet):
+        replies = replies_to_imitate(item.example, config.sft_reason)
+        groups.append((item.ids, [encode_reply(tokenizer, text) for text in replies]))
+    return groups
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+def sft_update(
+    policy: nn.Module, optimizer, groups: Sequence[Imitation], config: Config, ranks: Ranks
+) -> dict[str, float]:
+    """Collective. One optimizer step on the whole batch's groups, of which every rank takes a share.
 
     The loss is the mean over all reply tokens.
     """
@@ -90,60 +113,145 @@ def sft_steps(config: Config, examples: int) -> int:
     return config.steps or max(1, round(config.epochs * examples / config.sft_batch))
 
 
-def train_sft(
-    policy: nn.Module, tokenizer, train: Sequence[Tokenized], config: Config, steps: int, run_dir: Path, ranks: Ranks,
-    stop: StopFlag, label: str,
-) -> None:  # fmt: skip
-    """Collective. `steps` optimizer steps (fewer if sft_flops runs out), logged and checkpointed in `run_dir`.
+@dataclass
+class Run:
+    """What SFT consists of, set up once by `begin`."""
 
-    Goes on from the latest checkpoint there. Raises Interrupted after a signal, with a checkpoint written.
+    config: Config
+    ranks: Ranks
+    folder: Path
+    stop: StopFlag
+    tokenizer: object
+    policy: nn.Module
+    optimizer: torch.optim.Optimizer
+    saver: Saver
+    groups: list[Imitation]
+    held_out: dict[str, Sequence[Tokenized]]
+    steps: int  # the budget of sft_flops may end it earlier
+    state: dict  # step, seconds, flops: saved with every checkpoint
+    began: float  # time.perf_counter() at the start, moved back by the seconds of the parts before a resume
+
+
+def train_sft(
+    policy: nn.Module, tokenizer, data: Splits, config: Config, steps: int, folder: Path, ranks: Ranks, stop: StopFlag,
+    label: str,
+) -> tuple[dict, dict[str, float]]:  # fmt: skip
+    """Collective. `steps` optimizer steps (fewer if sft_flops runs out), logged, evaluated and checkpointed in `folder`.
+
+    data: Tokenized. Goes on from the latest checkpoint there. Returns the last step's state and held-out accuracies.
+    Raises Interrupted after a signal, with a checkpoint written.
     """
+    run = begin(policy, tokenizer, data, config, steps, folder, ranks, stop)
+    results, before = {}, run.state["step"]
+    if not before:
+        results = evaluate_held_out(run, Clock(ranks.watchdog))
+        if results:
+            log_row(run, {"step": 0, **results})
+    total = None if config.sft_flops else steps
+    with tqdm(total=total, initial=before, desc=label, disable=not ranks.main) as bar:
+        while not is_finished(run):
+            clock = Clock(ranks.watchdog, run.state["step"] + 1)
+            metrics = sft_step(run, clock)
+            results = finish_step(run, metrics, clock)
+            bar.update()
+            bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
+    return run.state, results or evaluate_held_out(run, Clock(ranks.watchdog))  # the latter where nothing was left to do
+
+
+def begin(
+    policy: nn.Module, tokenizer, data: Splits, config: Config, steps: int, folder: Path, ranks: Ranks, stop: StopFlag
+) -> Run:
+    """Collective. Token ids to imitate, optimizer and state; or the latter two from the latest checkpoint in `folder`."""
+    groups = encode_replies(tokenizer, data.train, config, quiet=not ranks.main)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=config.sft_lr, weight_decay=config.weight_decay, betas=(0.9, 0.95), fused=True
     )
-    state, saver = {"step": 0, "flops": 0.0, "seconds": 0.0}, Saver(run_dir, ranks, config.keep_checkpoints)
-    if checkpoint := latest_checkpoint(run_dir):
+    saver = Saver(folder, ranks, config.keep_checkpoints, config.background_save)
+    state, checkpoint = {"method": "sft", "step": 0, "flops": 0.0, "seconds": 0.0}, latest_checkpoint(folder)
+    if checkpoint:
         state = checkpoint[1]
         load_checkpoint(checkpoint[0], policy, optimizer, ranks)
-        if ranks.main:
-            cut_log(run_dir / "log.jsonl", state["step"])
-
-    @functools.cache  # the same examples come again, and all ranks need all of them to share them out
-    def group_of(i: int) -> tuple[list[int], list[list[int]]]:
-        return train[i].ids, [encode_reply(tokenizer, text) for text in replies_to_imitate(train[i].example)]
-
-    began, parameters = time.perf_counter() - state["seconds"], count_parameters(policy)
+    if ranks.main:
+        cut_log(folder / "log.jsonl", state["step"] if checkpoint else -1)
     policy.train()
-    bar = tqdm(total=None if config.sft_flops else steps, initial=state["step"], desc=label, disable=not ranks.main)
-    for step in range(state["step"] + 1, steps + 1):
-        if 0 < config.sft_flops <= state["flops"]:  # a finished run that was asked to go on
-            break
-        groups = [group_of(i) for i in batch_for_step(len(train), step - 1, config.sft_batch, config.seed)]
-        progress = state["flops"] / config.sft_flops if config.sft_flops else (step - 1) / steps
-        lr = config.sft_lr * min(1.0, step / RAMP_STEPS) * (1 - progress if config.sft_decay else 1)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        clock = Clock(ranks.watchdog, step)
-        with clock("update"):
-            metrics = sft_update(policy, optimizer, groups, config, ranks)
-        # forward and backward: 6 FLOPs per parameter and token; attention is left out, here and in grpo.py
-        state = {"step": step, "flops": state["flops"] + 6 * parameters * metrics["num_tokens"]}
-        state["seconds"] = time.perf_counter() - began
-        if ranks.main:
-            append_jsonl(run_dir / "log.jsonl", [{**state, **metrics, "learning_rate": lr}])
-        bar.update()
-        bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
-        finished = step == steps or 0 < config.sft_flops <= state["flops"]
-        stopping = stop.agreed(ranks)
-        if stopping or finished or (config.save_every and step % config.save_every == 0):
-            with clock("save"):
-                problem = saver.save(state, policy, tokenizer, optimizer)
-            stop_or_warn(problem, stopping or config.save_errors == "stop", ranks)
-        if stopping and not finished:
-            raise Interrupted(config.run_dir, step)
-        if finished:
-            break
-    bar.close()
+    return Run(
+        config, ranks, folder, stop, tokenizer, policy, optimizer, saver, groups, data.held_out, steps, state,
+        time.perf_counter() - state["seconds"],
+    )  # fmt: skip
+
+
+def is_finished(run: Run) -> bool:
+    """Whether all steps are done, or the budget is spent."""
+    return run.state["step"] >= run.steps or 0 < run.config.sft_flops <= run.state["flops"]
+
+
+def learning_rate(run: Run) -> float:
+    """Of the next step: rises over RAMP_STEPS and, with sft_decay, falls linearly to 0 over the steps or the budget."""
+    config, state = run.config, run.state
+    progress = state["flops"] / config.sft_flops if config.sft_flops else state["step"] / run.steps
+    return config.sft_lr * min(1.0, (state["step"] + 1) / RAMP_STEPS) * (1 - progress if config.sft_decay else 1)
+
+
+def sft_step(run: Run, clock: Clock) -> dict[str, float]:
+    """Collective. The update of the next step's batch -> metrics."""
+    config, state, lr = run.config, run.state, learning_rate(run)
+    for group in run.optimizer.param_groups:
+        group["lr"] = lr
+    batch = batch_for_step(len(run.groups), state["step"], config.sft_batch, config.seed)
+    with clock("update"):
+        metrics = sft_update(run.policy, run.optimizer, [run.groups[i] for i in batch], config, run.ranks)
+    # forward and backward: 6 FLOPs per parameter and token; attention is left out, here and in grpo.py
+    flops = 6 * count_parameters(run.policy) * metrics["num_tokens"]
+    state |= {"step": state["step"] + 1, "flops": state["flops"] + flops}
+    return {"learning_rate": lr, **metrics}
+
+
+def finish_step(run: Run, metrics: dict[str, float], clock: Clock) -> dict[str, float]:
+    """Collective. Evaluates, logs and saves where it is time; returns the accuracies, {} where it was not time for them.
+
+    Raises Interrupted after a signal, with all saved.
+    """
+    config, step, last, results, problem = run.config, run.state["step"], is_finished(run), {}, ""
+    if last or (config.eval_every and step % config.eval_every == 0):
+        results = evaluate_held_out(run, clock)
+        score = results.get(f"{next(iter(run.held_out), '')}/accuracy", 0.0)
+        if score > run.state.get("best", {}).get("score", -1.0):
+            run.state["best"] = {"step": step, "score": score}
+    run.state["seconds"] = time.perf_counter() - run.began
+    epoch = round(step * config.sft_batch / len(run.groups), 4)
+    times = {f"time/{phase}_s": seconds for phase, seconds in clock.seconds.items()}
+    clocks = {key: run.state[key] for key in ("seconds", "flops")}
+    log_row(run, {"step": step, "epoch": epoch, **metrics, **results, **times, **clocks})
+    with clock("save"):
+        stopping = run.stop.agreed(run.ranks)
+        if last or stopping or (config.save_every and step % config.save_every == 0):
+            problem = run.saver.save(run.state, run.policy, run.tokenizer, run.optimizer)
+        if last or stopping:
+            problem = problem or run.saver.finish()
+    stop_or_warn(problem, stopping or config.save_errors == "stop", run.ranks)
+    if stopping and not last:
+        raise Interrupted(config.run_dir, step)
+    return results
+
+
+def evaluate_held_out(run: Run, clock: Clock) -> dict[str, float]:
+    """Collective. Greedy accuracy on every held-out split; {} where there is none."""
+    results: dict[str, float] = {}
+    if not run.held_out:
+        return results
+    with clock("evaluate"), whole(run.policy) as policy:
+        for name, examples in run.held_out.items():
+            results |= evaluate(policy, run.tokenizer, examples, run.config, run.ranks, name)
+    return results
+
+
+def log_row(run: Run, row: dict) -> None:
+    """Appends a row to the run's log.jsonl."""
+    if run.ranks.main:
+        append_jsonl(run.folder / "log.jsonl", [row])
+
+
+# ------------------------------------------------------------------------------------------------------- start, main
 
 
 def start_model(config: Config, splits: Splits, template: str, ranks: Ranks) -> tuple[str, bool]:
@@ -177,10 +285,10 @@ def warm_up(config: Config, splits: Splits, template: str, ranks: Ranks, stop: S
         return path
     warm = Path(config.run_dir) / "warmup"
     tokenizer, policy = load_tokenizer(path, config.trust_remote_code), load_policy(path, config, ranks)
-    train = tokenize_splits(splits, tokenizer, template, config, quiet=True).train
+    data = replace(tokenize_splits(splits, tokenizer, template, config, quiet=True), held_out={})  # grpo.py evaluates it
     by_steps = replace(config, sft_flops=0.0)
-    train_sft(policy, tokenizer, train, by_steps, config.warmup_steps, warm, ranks, stop, "warm-up (SFT)")
-    write_model(policy, tokenizer, warm / "model", config, {"step": config.warmup_steps}, {}, ranks)
+    state, _ = train_sft(policy, tokenizer, data, by_steps, config.warmup_steps, warm, ranks, stop, "warm-up (SFT)")
+    write_model(policy, tokenizer, warm / "model", config, state, {}, ranks)
     return str(warm / "model")
 
 
@@ -205,12 +313,8 @@ def main(arguments: list[str]) -> None:
     check_tokenizer(tokenizer, template)
     tokenized = tokenize_splits(splits, tokenizer, template, config, quiet=not ranks.main)
     steps = sft_steps(config, len(tokenized.train))
-    train_sft(policy, tokenizer, tokenized.train, config, steps, run_dir, ranks, stop, "SFT")
-    results = {}
-    with Clock(ranks.watchdog, steps)("evaluate"), whole(policy) as gathered:
-        for name, examples in tokenized.held_out.items():
-            results |= evaluate(gathered, tokenizer, examples, config, ranks, name)
-    write_model(policy, tokenizer, run_dir / "model", config, latest_checkpoint(run_dir)[1], results, ranks)
+    state, results = train_sft(policy, tokenizer, tokenized, config, steps, run_dir, ranks, stop, "SFT")
+    write_model(policy, tokenizer, run_dir / "model", config, state, results, ranks)
     if ranks.main:
         (run_dir / "summary.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         for name in tokenized.held_out:

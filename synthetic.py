@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from data import KINDS, DataError, Example, Splits
-from prompts import ToolCall, render_completion
+from prompts import ToolCall, parse_completion, render_completion
 
 # Every kind of value belongs to at least three tools, so that a value held back from one tool is still a known word.
 VALUES: dict[str, tuple[str, ...]] = {
@@ -108,11 +108,12 @@ def _draw_call(tool: Tool, rng: random.Random, strict: bool, prefer: Collection 
     return ToolCall(tool.name, arguments)
 
 
-def _demonstration(answer: list[ToolCall], tools: list[Tool], rng: random.Random) -> str:
-    """A reply by a careless annotator: the right calls with each flaw of FLAWS at its rate, and a fitting thought."""
+def _demonstration(answer: list[ToolCall], tools: list[Tool], rng: random.Random, flaws: float) -> str:
+    """A reply by a careless annotator: the right calls with each flaw of FLAWS at `flaws` times its rate (at most 1), and
+    a fitting thought."""
 
     def strikes(flaw: str) -> bool:
-        return rng.random() < FLAWS[flaw]
+        return rng.random() < flaws * FLAWS[flaw]
 
     calls = list(answer)
     if len(calls) > 1 and strikes("call_dropped"):
@@ -134,7 +135,18 @@ def _demonstration(answer: list[ToolCall], tools: list[Tool], rng: random.Random
     return render_completion(calls, think)
 
 
-def _synthetic_example(index: int, kind: str, rng: random.Random, strict: bool, copies: int) -> Example:
+def _demonstrations(answer: list[ToolCall], tools: list[Tool], rng: random.Random, copies: int, flaws: float) -> list[str]:
+    """One demonstration is enough where all are right and hence alike."""
+    texts = []
+    for _ in range(copies):
+        state = rng.getstate()
+        texts.append(_demonstration(answer, tools, rng, flaws))
+        rng.setstate(state)
+        _demonstration(answer, tools, rng, 1.0)  # draws as ever, so that the next query is the same for all `flaws`
+    return texts if flaws else texts[:1]
+
+
+def _synthetic_example(index: int, kind: str, rng: random.Random, strict: bool, copies: int, flaws: float) -> Example:
     tools = rng.sample(TOOLS, 1 if kind == "single" else rng.choice((2, 2, 3)))
     wanted = {"single": tools[:1], "choice": tools[:1], "parallel": tools[:2], "none": []}[kind]
     if kind == "parallel" and rng.random() < 0.5:
@@ -158,15 +170,18 @@ def _synthetic_example(index: int, kind: str, rng: random.Random, strict: bool, 
         messages=[{"role": "user", "content": " and ".join(parts)}],
         tools=[tool.schema() for tool in tools],
         answer=answer,
-        demonstrations=tuple(_demonstration(answer, tools, rng) for _ in range(copies)),
+        demonstrations=tuple(_demonstrations(answer, tools, rng, copies, flaws)),
     )
 
 
-def synthetic(count: int, seed: int, strict: bool = False, exclude: Collection[str] = (), copies: int = 4) -> list[Example]:
+def synthetic(
+    count: int, seed: int, strict: bool = False, exclude: Collection[str] = (), copies: int = 4, flaws: float = 1.0
+) -> list[Example]:
     """`count` examples in the four KINDS at their SHARES, no query twice and none of the queries in `exclude`.
 
     strict: every argument value is one that `_held_out` keeps from that tool in training. copies: demonstrations per
-    query, each flawed by its own draw. The result depends on the arguments alone.
+    query, each flawed by its own draw. flaws: factor on the rates of FLAWS; it changes no query, and without flaws there
+    is one demonstration. The result depends on the arguments alone.
     """
     rng = random.Random(f"{seed}/{strict}")
     kinds = rng.choices(KINDS, SHARES, k=count)
@@ -175,12 +190,25 @@ def synthetic(count: int, seed: int, strict: bool = False, exclude: Collection[s
     while len(examples) < count:
         if (attempts := attempts + 1) > 100 * count:
             raise DataError(f"synthetic data: there are not {count} different queries; lower synthetic_train or _test")
-        example = _synthetic_example(len(examples), kinds[len(examples)], rng, strict, copies)
+        example = _synthetic_example(len(examples), kinds[len(examples)], rng, strict, copies, flaws)
         query = example.messages[0]["content"]
         if query not in seen:  # redrawn with the same kind, or the rarer queries of one call would give way to two
             seen.add(query)
             examples.append(example)
     return examples
+
+
+def _with_thoughts(example: Example, share: float, seed: int) -> Example:
+    """The example with a thought in only so many of its demonstrations, drawn for each."""
+
+    def keeps(copy: int) -> bool:
+        return random.Random(f"{seed}/thought/{example.id}/{copy}").random() < share
+
+    texts = [
+        text if keeps(copy) else render_completion(parse_completion(text).calls, "")
+        for copy, text in enumerate(example.demonstrations)
+    ]
+    return replace(example, demonstrations=tuple(texts))
 
 
 def synthetic_splits(config) -> Splits:
@@ -189,7 +217,8 @@ def synthetic_splits(config) -> Splits:
     held_out: fresh queries, none of which is in the training set. strict: every argument value is one that the training
     set never pairs with that tool's parameter.
     """
-    train = synthetic(config.synthetic_train, config.seed)
+    train = synthetic(config.synthetic_train, config.seed, flaws=config.synthetic_flaws)
+    train = [_with_thoughts(example, config.synthetic_thoughts, config.seed) for example in train]
     queries = {example.messages[0]["content"] for example in train}
     held_out = {}
     for name, strict in (("held_out", False), ("strict", True)):

@@ -195,6 +195,53 @@ def test_a_test_file_replaces_the_split_up_to_eval_cases(tmp_path):
     assert len(splits.train) == 10 and len(set(chosen)) == 2 and set(chosen) < {"20", "21", "22"}
 
 
+def conversations(path: Path, count: int) -> str:
+    """Records in our own layout of 1, 2 or 3 steps each; they are told apart by what stands before #."""
+    ids = [f"r{i}#{step}" for i in range(count) for step in range(1 + i % 3)]
+    records = [dict(id=rid, source="x", messages=[{"role": "user", "content": rid}], tools=[], answer=[]) for rid in ids]
+    return str(save(path, *records))
+
+
+def part(path: str, start: float, end: float, **settings) -> Splits:
+    return load_splits(Config(data=path, data_from=start, data_to=end, **settings))
+
+
+@pytest.mark.parametrize("bounds", [(0, 0.5, 1), (0, 0.3, 0.35, 0.9, 1)])
+def test_parts_of_the_training_data_share_nothing_and_lose_nothing(tmp_path, bounds):
+    """SFT on one half and RL on the other must not see the same question, nor two steps of one conversation."""
+    path = conversations(tmp_path / "x.json", 40)
+    whole = load_splits(Config(data=path))
+    parts = [part(path, *pair) for pair in zip(bounds, bounds[1:])]
+    assert sorted(rid for one in parts for rid in ids_of(one.train)) == sorted(ids_of(whole.train))
+    records = [{rid.split("#")[0] for rid in ids_of(one.train)} for one in parts]
+    assert [len(one) for one in records] == [round(36 * b) - round(36 * a) for a, b in zip(bounds, bounds[1:])]
+    assert sum(map(len, records)) == len(set().union(*records)) == 36, "no record is cut in two"
+    for one in parts:
+        assert one.held_out == whole.held_out and one.train == [e for e in whole.train if e in one.train]
+
+
+def test_a_part_is_drawn_by_the_seed_alone(tmp_path):
+    path = conversations(tmp_path / "x.json", 40)
+    half = part(path, 0, 0.5, test_share=0.0)
+    assert part(path, 0, 0.5, test_share=0.0) == half
+    assert ids_of(half.train) != ids_of(load_splits(Config(data=path, test_share=0.0)).train)[: len(half.train)]
+    assert ids_of(part(path, 0, 0.5, test_share=0.0, seed=1).train) != ids_of(half.train)
+
+
+def test_generated_data_has_parts_too():
+    size = dict(synthetic_train=20, synthetic_test=3)
+    whole, *halves = [part("synthetic", *bounds, **size) for bounds in ((0, 1), (0, 0.5), (0.5, 1))]
+    assert [len(half.train) for half in halves] == [10, 10]
+    assert sorted(ids_of([*halves[0].train, *halves[1].train])) == sorted(ids_of(whole.train))
+    assert halves[0].held_out == halves[1].held_out == whole.held_out
+
+
+def test_a_part_without_a_record_is_refused(tmp_path):
+    path = save_numbered(tmp_path / "x.json", 1, 2)
+    with pytest.raises(DataError, match="data_from, data_to: the part from 0 to 0.1 of 2 training records is empty; widen"):
+        part(path, 0, 0.1)
+
+
 def test_what_is_dropped_is_said(tmp_path, capsys):
     broken = [xlam(id=i, answers="[{") for i in (2, 3)]
     load_splits(Config(data=str(save(tmp_path / "x.json", xlam(), *broken, xlam(id=4, tools="[]")))))

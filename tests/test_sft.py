@@ -1,11 +1,13 @@
 """sft.py: the loss is the mean cross-entropy of the reply tokens alone, and a run stops, resumes and refuses as it says."""
 
+import json
 import math
 import os
 import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,13 +17,15 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from test_end_to_end import TOOL, as_arguments, run_here, sum_example, write_task
 
+import grpo
 import sft
 from config import Config
-from data import Example
+from data import Example, Tokenized, load_splits
 from model import build_tiny_model, build_tiny_tokenizer, count_parameters, use_attention
+from packing import pack
 from prompts import ToolCall, encode_reply, parse_completion, render_calls
 from runtime import Ranks, read_jsonl, start_ranks
-from sft import replies_to_imitate, sft_steps, sft_update
+from sft import encode_replies, replies_to_imitate, sft_steps, sft_update
 
 torch.set_num_threads(1)
 
@@ -59,6 +63,15 @@ def slow_loss(policy, groups) -> torch.Tensor:
             losses.append(F.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum"))
     use_attention(policy, "train")
     return sum(losses) / sum(len(reply) for _, replies in groups for reply in replies)
+
+
+def test_only_the_reply_tokens_are_targets(policy, ranks, monkeypatch):
+    """A model that also learns to write prompts is another baseline than the paper's."""
+    seen = []
+    monkeypatch.setattr(sft, "pack", lambda *args: seen.append(pack(*args)) or seen[-1])
+    sft_update(policy, torch.optim.SGD(policy.parameters(), lr=0.0), GROUPS, Config(), ranks)
+    wanted = [token for _, replies in GROUPS for reply in replies for token in reply]
+    assert sorted(token for packed in seen for token in packed.target.tolist()) == sorted(wanted)
 
 
 @pytest.mark.parametrize("tokens", [10**6, 15, 1])
@@ -112,6 +125,25 @@ def test_an_example_without_demonstrations_is_imitated_as_its_bare_calls(calls):
     assert render_calls(calls) in reply
 
 
+def test_bare_calls_are_imitated_on_request_although_there_are_demonstrations():
+    """No-Reason SFT on the same file as Reason-SFT."""
+    example = sum_example(0, 1, 2)
+    (reply,) = replies_to_imitate(example, reason=False)
+    assert reply == render_calls(example.answer)
+
+
+def test_examples_without_demonstrations_are_counted(capsys):
+    """Half of a Reason-SFT without reasons must not go unnoticed."""
+    tokenizer, example = build_tiny_tokenizer([], 300), sum_example(0, 1, 2)
+    train = [Tokenized(example, [1]), Tokenized(replace(example, demonstrations=()), [2])]
+    said = "data: 1 of 2 examples have no demonstrations and are imitated as their bare calls"
+    groups = encode_replies(tokenizer, train, Config(), quiet=False)
+    assert said in capsys.readouterr().out
+    assert [(prompt, len(replies)) for prompt, replies in groups] == [([1], 3), ([2], 1)]
+    encode_replies(tokenizer, train, Config(sft_reason=False), quiet=False)
+    assert said not in capsys.readouterr().out, "there they are asked for"
+
+
 def test_a_reply_ends_with_the_end_token():
     """Without it in the loss the model never learns to stop."""
     tokenizer = build_tiny_tokenizer([], 300)
@@ -140,6 +172,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model" / "model.safetensors")
 
 
+def accuracies(row: dict) -> dict:
+    return {key: value for key, value in row.items() if key.startswith("held_out/")}
+
+
 def test_a_run_as_a_user_starts_it(settings):
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     done = subprocess.run(
@@ -149,9 +185,10 @@ def test_a_run_as_a_user_starts_it(settings):
     assert done.returncode == 0, done.stderr
     assert "greedy accuracy" in done.stdout
     log = read_jsonl(settings["run_dir"] / "log.jsonl")
-    assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6]
-    assert log[-1]["loss"] < log[0]["loss"]
-    assert (settings["run_dir"] / "summary.json").exists() and weights(settings["run_dir"])
+    assert [row["step"] for row in log] == [0, 1, 2, 3, 4, 5, 6]
+    assert log[-1]["loss"] < log[1]["loss"] and weights(settings["run_dir"])
+    summary = json.loads((settings["run_dir"] / "summary.json").read_text())
+    assert summary == accuracies(log[-1]) and summary["held_out/n"] == 30
 
 
 def test_a_resumed_run_is_the_straight_run_to_the_bit(settings, monkeypatch):
@@ -163,27 +200,72 @@ def test_a_resumed_run_is_the_straight_run_to_the_bit(settings, monkeypatch):
         patch.setattr(sft.StopFlag, "agreed", lambda self, ranks: calls.append(1) or len(calls) == 4)
         with pytest.raises(sft.Interrupted, match="--resume true"):
             run_here(sft.main, broken)
-    assert [row["step"] for row in read_jsonl(broken["run_dir"] / "log.jsonl")] == [1, 2, 3, 4]
+    assert [row["step"] for row in read_jsonl(broken["run_dir"] / "log.jsonl")] == [0, 1, 2, 3, 4]
     run_here(sft.main, broken | {"resume": "true"})
     one, other = weights(straight), weights(broken["run_dir"])
     assert all(torch.equal(one[name], other[name]) for name in one)
     logs = [read_jsonl(path / "log.jsonl") for path in (straight, broken["run_dir"])]
     for row, again in zip(*logs, strict=True):
-        assert {k: v for k, v in row.items() if k != "seconds"} == {k: v for k, v in again.items() if k != "seconds"}
+        timeless = [{k: v for k, v in r.items() if k != "seconds" and "time/" not in k} for r in (row, again)]
+        assert timeless[0] == timeless[1]
+
+
+def test_the_held_out_cases_are_evaluated_before_now_and_then_and_at_the_end(settings):
+    """Neither looking nor saving changes the outcome."""
+    looking = {"eval_every": 4, "save_every": 2, "background_save": "true"}
+    often = run_here(sft.main, settings | looking | {"run_dir": settings["run_dir"].with_name("often")})
+    log = read_jsonl(often / "log.jsonl")
+    assert [row["step"] for row in log if accuracies(row)] == [0, 4, 6]
+    assert (often / "latest").read_text() == "step_6"
+    one, other = weights(often), weights(run_here(sft.main, settings))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_checkpoint_with_the_best_accuracy_is_kept(settings, monkeypatch):
+    scores = iter([0.9, 0.1, 0.7, 0.3, 0.2, 0.2, 0.2])  # that of the start model has no checkpoint
+    monkeypatch.setattr(sft, "evaluate", lambda *_: {"held_out/accuracy": next(scores), "held_out/n": 30})
+    run_dir = run_here(sft.main, settings | {"eval_every": 1, "save_every": 1, "keep_checkpoints": 1})
+    assert sorted(path.parent.name for path in run_dir.glob("step_*/manifest.json")) == ["step_2", "step_6"]
+
+
+def test_a_finished_run_that_is_resumed_tells_its_accuracy_again(settings):
+    run_dir = run_here(sft.main, settings)
+    summary, log = (run_dir / "summary.json").read_text(), (run_dir / "log.jsonl").read_text()
+    (run_dir / "summary.json").unlink()
+    run_here(sft.main, settings | {"resume": "true"})
+    assert ((run_dir / "summary.json").read_text(), (run_dir / "log.jsonl").read_text()) == (summary, log)
+
+
+def test_sft_on_one_half_then_rl_on_the_other(settings):
+    """The paper's fifth recipe in two commands: RL begins with SFT's weights and meets none of its questions."""
+    first, second = {"data_to": 0.5, "sft_reason": "false"}, {"data_from": 0.5, "lr": 0, "steps": 2}
+    start = run_here(sft.main, settings | first)
+    run_dir = run_here(grpo.main, settings | second | {"model": start / "model", "run_dir": start.with_name("rl")})
+    one, other = weights(start), weights(run_dir)
+    assert all(torch.equal(one[name], other[name]) for name in one), "with a learning rate of 0"
+    taught = load_splits(Config(data=str(settings["data"]), test_data=str(settings["test_data"]), data_to=0.5)).train
+    asked = {row["prompt_id"] for row in read_jsonl(run_dir / "samples.jsonl")}
+    assert len(taught) == 35 and len(asked) == 16 and not asked & {example.id for example in taught}
+
+
+def test_the_warm_up_of_grpo_is_not_evaluated(settings):
+    """It would cost the demo's user time, and its log is not looked at."""
+    run_dir = run_here(grpo.main, settings | {"warmup_steps": 2, "steps": 1})
+    assert [accuracies(row) for row in read_jsonl(run_dir / "warmup" / "log.jsonl")] == [{}, {}]
 
 
 def test_the_learning_rate_rises_and_falls(settings):
-    log = read_jsonl(run_here(sft.main, settings | {"steps": 40}) / "log.jsonl")
+    log = read_jsonl(run_here(sft.main, settings | {"steps": 40}) / "log.jsonl")[1:]
     for row in log:
         ramp, decay = min(1, row["step"] / 20), 1 - (row["step"] - 1) / 40
         assert row["learning_rate"] == pytest.approx(1e-2 * ramp * decay)
     flat = read_jsonl(run_here(sft.main, settings | {"steps": 25, "sft_decay": "false", "overwrite": "true"}) / "log.jsonl")
-    assert [row["learning_rate"] for row in flat][19:] == [1e-2] * 6
+    assert [row["learning_rate"] for row in flat[1:]][19:] == [1e-2] * 6
 
 
 def test_a_compute_budget_ends_the_run(settings):
     """6 FLOPs per parameter and token: the run stops with the step that reaches the budget."""
-    free = read_jsonl(run_here(sft.main, settings) / "log.jsonl")
+    free = read_jsonl(run_here(sft.main, settings) / "log.jsonl")[1:]
     model = build_tiny_model(build_tiny_tokenizer([], 300), hidden=16, layers=1, seed=0)
     first = 6 * free[0]["num_tokens"] * count_parameters(model)
     assert free[0]["flops"] == pytest.approx(first, rel=0.2), "but for the size of the vocabulary"
@@ -192,10 +274,11 @@ def test_a_compute_budget_ends_the_run(settings):
     budget = free[2]["flops"] * 0.99
     bounded = settings | {"run_dir": settings["run_dir"].with_name("bounded"), "sft_flops": budget}
     log = read_jsonl(run_here(sft.main, bounded) / "log.jsonl")
-    assert [row["step"] for row in log] == [1, 2, 3] and log[-1]["flops"] >= budget > log[-2]["flops"]
+    assert [row["step"] for row in log] == [0, 1, 2, 3] and log[-1]["flops"] >= budget > log[-2]["flops"]
+    assert accuracies(log[-1]), "the end is looked at, wherever it is"
     # Starting it once more spends nothing more.
     run_here(sft.main, bounded | {"resume": "true"})
-    assert len(read_jsonl(bounded["run_dir"] / "log.jsonl")) == 3
+    assert len(read_jsonl(bounded["run_dir"] / "log.jsonl")) == 4
 
 
 def test_bad_input_is_one_clear_sentence(settings, monkeypatch, capsys):

@@ -1,12 +1,15 @@
 """The demo's generated data: what it promises about its splits, its answers and its planted flaws."""
 
+import hashlib
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 
 import pytest
 
-from config import load_config
+from config import Config, load_config
 from data import KINDS, DataError, example_kind, load_xlam
 from model import build_tiny_tokenizer
 from prompts import parse_completion, render_completion
@@ -157,6 +160,41 @@ def test_demonstrations_have_flaws_at_their_rates(splits):
         assert len(struck[flaw]) > 300 and sum(struck[flaw]) / len(struck[flaw]) == pytest.approx(rate, abs=0.06), flaw
 
 
+def test_without_flaws_every_demonstration_is_right():
+    for example in synthetic(300, 0, flaws=0.0):
+        assert len(example.demonstrations) == 1
+        assert score(example.demonstrations[0], example.answer).total == 1.0
+
+
+@pytest.mark.parametrize("flaws", [0.0, 0.5, 2.0])
+def test_the_flaws_change_no_query(flaws):
+    """Or comparing clean with flawed demonstrations would compare two data sets."""
+    assert [replace(one, demonstrations=()) for one in synthetic(200, 0, flaws=flaws)] == [
+        replace(one, demonstrations=()) for one in synthetic(200, 0)
+    ]
+
+
+def test_the_factor_scales_the_rates_up_to_always():
+    def right(flaws: float) -> float:
+        examples = synthetic(300, 0, flaws=flaws)
+        return mean(score(text, e.answer).total for e in examples for text in e.demonstrations)
+
+    assert 1.0 > right(0.1) > right(0.5) > right(1.0) > right(1.5)
+    assert right(3.0) == 0.0 and right(100.0) == 0.0  # from 1 / 0.35 on, every flaw but wrong_tool always strikes
+
+
+def test_the_config_reaches_the_training_set_alone():
+    clean = synthetic_splits(load_config(["--config", str(CONFIG), "--synthetic_flaws", "0"]))
+    assert all(len(example.demonstrations) == 1 for example in clean.train)
+    assert clean.held_out == synthetic_splits(load_config(["--config", str(CONFIG)])).held_out
+
+
+def test_the_demo_learns_from_the_same_bytes_as_ever(splits):
+    """The figures in the README and in bench/RESULTS.md were made with these; a new hash needs new figures."""
+    text = "\n".join(part for example in splits.train for part in (query(example), *example.demonstrations))
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "19d15e6a12858f02"
+
+
 # ---------------------------------------------------------------------------------------------- the tiny tokenizer
 
 
@@ -188,3 +226,17 @@ def test_a_value_has_the_same_tokens_in_the_query_and_in_the_call(tokenizer, spl
 
 def test_digits_stay_single(tokenizer):
     assert [tokenizer.decode([i]) for i in tokenizer.encode("2047", add_special_tokens=False)] == list("2047")
+
+
+def test_a_share_of_the_demonstrations_thinks():
+    """Which ones is drawn for each; neither queries nor calls change, and the default changes nothing."""
+    shares = (1.0, 0.5, 0.0)
+    splits = {share: synthetic_splits(Config(synthetic_train=60, synthetic_thoughts=share)).train for share in shares}
+    assert splits[1.0] == synthetic(60, 0)
+    parsed = {share: [parse_completion(d) for e in train for d in e.demonstrations] for share, train in splits.items()}
+    assert all(p.error is None for p in parsed[1.0]) and all(p.error == "no_think" for p in parsed[0.0])
+    assert 0.4 < sum(p.error is None for p in parsed[0.5]) / len(parsed[0.5]) < 0.6
+    assert len({e.demonstrations[0].startswith("<think>") for e in splits[0.5]}) == 2
+    for share in (0.5, 0.0):
+        assert [p.calls for p in parsed[share]] == [p.calls for p in parsed[1.0]]
+        assert [e.messages for e in splits[share]] == [e.messages for e in splits[1.0]]

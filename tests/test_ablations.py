@@ -1,0 +1,101 @@
+"""configs/ablations: every file is the paper's main run but for what its name says, and says how to run it."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from config import load_config
+from reward import REWARDS
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "configs" / "ablations"
+MEMORY = {"rollout_batch_size", "max_tokens_per_micro_batch"}  # settings that change no result
+# What each file may set otherwise than default.yaml.
+DIFFERS = {
+    "default": {},
+    "reward_no_reason": {"reward": "no_reason"},
+    "reward_partial_format": {"reward": "partial_format"},
+    "reward_partial_names": {"reward": "partial_names"},
+    "data_xlam": {"data": "Salesforce/xlam-function-calling-60k"},
+    "data_toolace": {"data": "Team-ACE/ToolACE"},
+    "size_0.5b": {"model": "Qwen/Qwen2.5-0.5B-Instruct"},
+    "size_1.5b": {"model": "Qwen/Qwen2.5-1.5B-Instruct"},
+    "size_3b": {"model": "Qwen/Qwen2.5-3B-Instruct"},
+    "size_14b": {"model": "Qwen/Qwen2.5-14B-Instruct"},
+    "backbone_llama3.1_8b": {"model": "meta-llama/Llama-3.1-8B-Instruct"},
+    # 8,192 positions: prompt and response must share them
+    "backbone_llama3_8b": {"model": "meta-llama/Meta-Llama-3-8B-Instruct", "max_response_tokens": 4096},
+}
+TRACES = {"data": "traces.jsonl", "test_share": 0.0}
+RECIPES = {  # on the examples with distilled traces
+    "rl_100": {},
+    "rl_50": {"data_to": 0.5},
+    "sft_reason_100": {"epochs": 20.0},
+    "sft_reason_50": {"epochs": 20.0, "data_to": 0.5},
+    "sft_no_reason_100": {"epochs": 20.0, "sft_reason": False},
+    "sft_no_reason_50": {"epochs": 20.0, "sft_reason": False, "data_to": 0.5},
+    "sft_reason_50_rl_50": {"data_from": 0.5, "model": "runs/ablations/sft_reason_50/model"},
+}
+DIFFERS |= {name: TRACES | settings for name, settings in RECIPES.items()}
+
+
+def settings(name: str) -> dict:
+    return dataclasses.asdict(load_config(["--config", str(FOLDER / f"{name}.yaml")]))
+
+
+def test_every_file_is_listed_here():
+    assert {path.name.removesuffix(".yaml") for path in FOLDER.iterdir()} == set(DIFFERS)
+
+
+@pytest.mark.parametrize("name", DIFFERS)
+def test_a_row_differs_from_the_main_run_only_in_what_its_name_says(name):
+    row, main_run = settings(name), settings("default")
+    changed = {key: value for key, value in row.items() if value != main_run[key] and key not in MEMORY}
+    assert changed.pop("run_dir", "runs/ablations/default") == f"runs/ablations/{name}"
+    assert changed == DIFFERS[name]
+
+
+def test_the_main_run_is_the_papers():
+    run = settings("default")
+    of_the_config = dataclasses.asdict(load_config(["--config", str(ROOT / "configs" / "qwen2.5-7b.yaml")]))
+    changed = {key for key in run if run[key] != of_the_config[key]}
+    assert changed == {"data", "run_dir"} and run["data"] == "Salesforce/xlam-function-calling-60k,Team-ACE/ToolACE"
+    assert run["reward"] == "binary" and run["epochs"] == 7 and run["lr"] == 1e-6
+
+
+def test_the_two_halves_meet_without_overlap():
+    """The same seed shuffles both, so SFT's half and RL's half are all of the data and share nothing."""
+    first, second = settings("sft_reason_50"), settings("sft_reason_50_rl_50")
+    assert (first["data_from"], first["data_to"], second["data_from"], second["data_to"]) == (0.0, 0.5, 0.5, 1.0)
+    assert first["seed"] == second["seed"] and first["data"] == second["data"]
+    assert second["model"] == first["run_dir"] + "/model"
+
+
+def test_sft_has_the_papers_batch_and_rate():
+    for name in RECIPES:
+        if name.startswith("sft") and "rl" not in name:
+            run = settings(name)
+            assert (run["sft_lr"], run["sft_batch"], run["epochs"]) == (2e-5, 4 * 8, 20), name
+
+
+@pytest.mark.parametrize("name", DIFFERS)
+def test_the_comment_tells_the_command_and_the_papers_figure(name):
+    text = (FOLDER / f"{name}.yaml").read_text()
+    comment = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
+    script = "sft.py --config" if name.startswith("sft") and "rl" not in name else "bash run.sh train"
+    assert f"{script} configs/ablations/{name}.yaml" in comment
+    assert f"bash run.sh eval runs/ablations/{name}/model" in comment
+    assert re.search(r"Paper, BFCL [^:]*: \d\d\.\d\d", comment) or "no number is known" in comment
+    assert yaml.safe_load(text)["base"]
+    for variant in re.findall(r"--reward (\w+)", comment):
+        assert variant in REWARDS
+
+
+def test_the_readme_maps_every_table_to_its_files():
+    readme = (ROOT / "README.md").read_text()
+    if "configs/ablations" not in readme:
+        pytest.skip("the README has no table of the ablations yet")
+    assert [name for name in DIFFERS if f"{name}.yaml" not in readme and f"`{name}`" not in readme] == []
