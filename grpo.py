@@ -5,6 +5,7 @@
     python grpo.py --config runs/demo/config.yaml --resume true    go on after an interruption
     python grpo.py --export runs/demo/step_140 OUT                 a checkpoint as a bf16 Hugging Face folder
     python grpo.py --config configs/qwen2.5-7b.yaml --plan         does it fit, and how long will a step take
+    python grpo.py --config configs/tiny.yaml --doctor             is everything as it should be, tried out in one step
 
 Source: Tool-N1 (arXiv 2505.00024); GRPO from DeepSeekMath (arXiv 2402.03300). Letters: P prompts, G completions per
 prompt, N response tokens of a micro-batch.
@@ -23,9 +24,11 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import doctor
 import plan
 from benchmarks import JudgedPrompt, evaluate_benchmark, load_benchmarks
 from checkpoint import CheckpointError, Saver, choose_step, latest_checkpoint, load_checkpoint, stop_or_warn
+from checks import Start
 from config import Config, ConfigError, check_positions, load_config
 from data import DataError, Tokenized, load_splits, tokenize_splits
 from engines import ENGINES, Prompt
@@ -51,6 +54,7 @@ from runtime import (
     run_script,
     start_ranks,
 )  # fmt: skip
+from samples_page import write_page
 from sft import load_policy, warm_up
 from sharding import full_tensor, release, whole
 from watch import Clock, note_out_of_memory
@@ -189,9 +193,10 @@ def train_step(run: Run, step: int, clock: Clock) -> tuple[dict[str, float], lis
     config, ranks, state = run.config, run.ranks, run.state
     batch = batch_for_step(len(run.train), step - 1, config.prompts_per_step, config.seed)
     places = own_places(len(batch), ranks)
-    groups, scores = sample_and_score(run, [run.train[batch[place]] for place in places], step, places, clock)
+    items = [run.train[batch[place]] for place in places]
+    groups, scores = sample_and_score(run, items, step, places, clock)
     metrics = rollout_metrics(groups, scores, ranks)  # of the policy as it is: before anything is sampled again
-    groups, scores, again = resample_flat(run, groups, scores, step, places, clock)
+    items, groups, scores, again = resample_flat(run, items, groups, scores, step, places, clock)
     everyone, rewards = gather_groups(groups, reward_table(scores, config), ranks)
     if config.shuffle_rewards:
         rewards = shuffled(rewards, config.seed, step)
@@ -202,7 +207,8 @@ def train_step(run: Run, step: int, clock: Clock) -> tuple[dict[str, float], lis
         note_out_of_memory(run.folder, "update", step)
         raise
     metrics |= learnt
-    rows = sample_rows(step, groups, scores, advantages[ranks.rank :: ranks.world], config.log_samples, ranks)
+    own = advantages[ranks.rank :: ranks.world]
+    rows = sample_rows(step, groups, items, scores, own, run.tokenizer, config.log_samples, ranks)
     stop_on_failures(run, step, learnt, rows)
     metrics |= speed_metrics(groups, again, trained, count_parameters(run.policy), config, clock.seconds, ranks)
     state |= {"step": step, "flops": state["flops"] + metrics.pop("step_flops")}
@@ -257,23 +263,24 @@ def sample_and_score(
 
 
 def resample_flat(
-    run: Run, groups: list[Group], scores: list[list[Reward]], step: int, places: Sequence[int], clock: Clock
-) -> tuple[list[Group], list[list[Reward]], list[Group]]:
+    run: Run, items: Sequence[Tokenized], groups: list[Group], scores: list[list[Reward]], step: int,
+    places: Sequence[int], clock: Clock,
+) -> tuple[list[Tokenized], list[Group], list[list[Reward]], list[Group]]:  # fmt: skip
     """Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups whose rewards are all equal give their place to
-    other prompts, at most resample_rounds times. -> (groups, rewards, the groups that were given up).
+    other prompts, at most resample_rounds times. -> (items, groups, rewards, the groups that were given up).
 
     Which prompt comes next depends on seed, step, place and round alone, so neither ranks nor a resume change it.
     """
-    groups, scores, given_up = list(groups), list(scores), []
+    items, groups, scores, given_up = list(items), list(groups), list(scores), []
     for round_ in range(1, run.config.resample_rounds + 1):
         flat = [k for k, row in enumerate(scores) if len({one.total for one in row}) == 1]
         spots = [places[k] + round_ * run.config.prompts_per_step for k in flat]  # beyond the batch: seeds of their own
-        items = [run.train[prompt_seed(run.config.seed + 1, step, spot) % len(run.train)] for spot in spots]
-        fresh, fresh_scores = sample_and_score(run, items, step, spots, clock)
-        for k, group, row in zip(flat, fresh, fresh_scores):
+        others = [run.train[prompt_seed(run.config.seed + 1, step, spot) % len(run.train)] for spot in spots]
+        fresh, fresh_scores = sample_and_score(run, others, step, spots, clock)
+        for k, item, group, row in zip(flat, others, fresh, fresh_scores):
             given_up.append(groups[k])
-            groups[k], scores[k] = group, row
-    return groups, scores, given_up
+            items[k], groups[k], scores[k] = item, group, row
+    return items, groups, scores, given_up
 
 
 def finish_step(run: Run, metrics: dict[str, float], rows: list[dict], last: bool, clock: Clock) -> None:
@@ -319,8 +326,11 @@ def total_steps(config: Config, examples: int) -> int:
     return config.steps or max(1, math.ceil(config.epochs * examples / config.prompts_per_step))
 
 
-def set_up(config: Config, ranks: Ranks) -> Run:
-    """Collective. Data, start model, policy, frozen reference and optimizer; or all of it from a checkpoint."""
+def set_up(config: Config, ranks: Ranks, examined: bool = False) -> Run:
+    """Collective. Data, start model, policy, frozen reference and optimizer; or all of it from a checkpoint.
+
+    examined: the doctor has looked at these settings already.
+    """
     began = time.perf_counter()
     if config.rollout_engine not in ENGINES:
         raise ConfigError(f"rollout_engine must be one of {', '.join(ENGINES)}, not {config.rollout_engine!r}")
@@ -341,6 +351,9 @@ def set_up(config: Config, ranks: Ranks) -> Run:
     tokenizer = load_tokenizer(start, config.trust_remote_code)
     check_tokenizer(tokenizer, template)
     tokenized = tokenize_splits(splits, tokenizer, template, config, quiet=not ranks.main)
+    steps = total_steps(config, len(tokenized.train))
+    if not examined:
+        doctor.brief(Start(config, ranks, template, reward, splits, tokenized, tokenizer, start, steps))
     benchmarks = load_benchmarks(config, tokenizer, template, quiet=not ranks.main)
     policy = load_policy(start, config, ranks).train()
     # The reference is always the model that training started from, also after a resume.
@@ -368,14 +381,22 @@ def set_up(config: Config, ranks: Ranks) -> Run:
     return run
 
 
+def dry_run(config: Config, ranks: Ranks) -> tuple[nn.Module, dict[str, float]]:
+    """Collective. The policy and the metrics of a run's first step: for the doctor, which makes settings for it."""
+    run = set_up(config, ranks, examined=True)
+    return run.policy, train_step(run, 1, Clock(ranks.watchdog, 1))[0]
+
+
 def main(arguments: list[str]) -> None:
     """Collective. Trains as the settings say, or exports a checkpoint (`--export CHECKPOINT OUT`)."""
     if arguments[:1] == ["--export"]:
         return export_checkpoint(arguments[1:])
     if "--plan" in arguments:
         return plan.main([word for word in arguments if word != "--plan"])
-    config = load_config(arguments)
+    config = load_config([word for word in arguments if word != "--doctor"])
     ranks = start_ranks(config.timeout_minutes, config.threads)
+    if "--doctor" in arguments:
+        return doctor.main(config, ranks, dry_run, total_steps)
     run = set_up(config, ranks)
     train(run)
     log = read_jsonl(run.folder / "log.jsonl")
@@ -388,7 +409,8 @@ def main(arguments: list[str]) -> None:
             split = key.removesuffix("accuracy_before").rstrip("_") or "held_out"
             after = summary[key.replace("before", "after")]
             print(f"{split}: greedy accuracy {summary[key]:.3f} before, {after:.3f} after")
-        print(f"model: {run.folder / 'model'} · curves and samples: python plot.py {run.folder}")
+        page = write_page(run.folder)
+        print(f"model: {run.folder / 'model'} · completions: {page} · curves: python plot.py {run.folder}")
 
 
 if __name__ == "__main__":

@@ -22,10 +22,11 @@ from config import Config
 from data import KINDS, Tokenized, example_kind
 from engines import ENGINES, Prompt, rows_that_fit
 from model import ModelError, autocast, load_model, load_tokenizer, use_attention, uses_shared_prefix
-from prompts import check_tokenizer, decode_reply, encode_prompt, stop_ids
+from prompts import check_tokenizer, decode_reply, encode_prompt, parse_completion, stop_ids
 from reward import Reward, score
 from runtime import Ranks
 
+QUERY_CHARACTERS = 500  # of a query, in samples.jsonl
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "GH200": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362, "B200": 2250}
 
 
@@ -108,13 +109,21 @@ def sample_groups(
 
 
 def rollout_metrics(groups: Sequence[Group], rewards: list[list[Reward]], ranks: Ranks) -> dict[str, float]:
-    """Collective. What a step's samples look like, in TRL's names where it has them; global sums over global counts."""
-    rows = [
-        [[len(ids), one.total, one.format_ok, one.correct, cut] for ids, one, cut in zip(g.responses, scores, g.truncated)]
-        for g, scores in zip(groups, rewards)
-    ]
+    """Collective. What a step's samples look like, in TRL's names where it has them; global sums over global counts.
+
+    think_rate: closed thoughts with something in them, also where the calls cannot be read. empty_rate: `[]` was the call.
+    """
+    rows = []
+    for group, scores in zip(groups, rewards):
+        parsed = [parse_completion(text) for text in group.texts]
+        thought = [bool(one.think and one.think.strip()) for one in parsed]
+        empty = [one.calls == [] for one in parsed]
+        lengths, totals = map(len, group.responses), [one.total for one in scores]
+        formats, hits = [one.format_ok for one in scores], [one.correct for one in scores]
+        rows.append(list(zip(lengths, totals, formats, hits, group.truncated, thought, empty)))
     everyone = [row for part in ranks.gather(rows) for row in part]  # lists, because a rank may have no group
-    lengths, totals, format_ok, correct, truncated = torch.tensor(everyone, dtype=torch.float64).unbind(2)  # [P, G] each
+    columns = torch.tensor(everyone, dtype=torch.float64).unbind(2)  # [P, G] each
+    lengths, totals, format_ok, correct, truncated, thought, empty = columns
     distinct = ranks.sum([sum(len(set(group.texts)) / len(group.texts) for group in groups)])[0]
     return {
         "reward": totals.mean().item(),
@@ -122,6 +131,8 @@ def rollout_metrics(groups: Sequence[Group], rewards: list[list[Reward]], ranks:
         "frac_reward_zero_std": (totals.amax(1) == totals.amin(1)).double().mean().item(),
         "format_rate": format_ok.mean().item(),
         "correct_rate": correct.mean().item(),
+        "think_rate": thought.mean().item(),
+        "empty_rate": empty.mean().item(),
         "distinct_rate": distinct / len(totals),
         "completions/mean_length": lengths.mean().item(),
         "completions/min_length": lengths.min().item(),
@@ -131,16 +142,55 @@ def rollout_metrics(groups: Sequence[Group], rewards: list[list[Reward]], ranks:
 
 
 def sample_rows(
-    step: int, groups: Sequence[Group], rewards: list[list[Reward]], advantages: Tensor, limit: int, ranks: Ranks
-) -> list[dict]:
-    """Collective. Rows for samples.jsonl: about `limit` completions of this step, equally many from every rank."""
+    step: int, groups: Sequence[Group], examples: Sequence[Tokenized], rewards: list[list[Reward]], advantages: Tensor,
+    tokenizer, limit: int, ranks: Ranks,
+) -> list[dict]:  # fmt: skip
+    """Collective. Rows for samples.jsonl: about `limit` completions of this step, equally many from every rank.
+
+    examples, rewards [P][G], advantages [P, G]: those of `groups`, in their order. query: the start of the last user
+    message. answer: the right calls. tokens, logprobs: of the response, see token_texts and Group.
+    """
+    places = [(p, g) for p, scores in enumerate(rewards) for g in range(len(scores))][: -(-limit // ranks.world)]
     rows = []
-    for group, scores, values in zip(groups, rewards, advantages.tolist()):
-        for text, one, advantage in zip(group.texts, scores, values):
-            row = {"step": step, "prompt_id": group.prompt.id, "completion": text, "reward": one.total}
-            rows.append(row | {"reason": one.reason, "advantage": round(advantage, 4)})
-    own = rows[: -(-limit // ranks.world)]
-    return [row for part in ranks.gather(own) for row in part]
+    for (p, g), tokens in zip(places, token_texts(tokenizer, [groups[p].responses[g] for p, g in places])):
+        group, example, one = groups[p], examples[p].example, rewards[p][g]
+        asked = "".join([message["content"] or "" for message in example.messages if message["role"] == "user"][-1:])
+        row = {"step": step, "prompt_id": group.prompt.id, "completion": group.texts[g], "reward": one.total}
+        row |= {"reason": one.reason, "advantage": round(advantages[p, g].item(), 4), "truncated": group.truncated[g]}
+        query = asked[:QUERY_CHARACTERS] + "…" * (len(asked) > QUERY_CHARACTERS)
+        row |= {"kind": example_kind(example), "query": query}
+        row["answer"] = [{"name": call.name, "arguments": call.arguments} for call in example.answer]
+        rows.append(row | {"tokens": tokens, "logprobs": [round(x, 3) for x in group.logprobs[g]]})
+    return [row for part in ranks.gather(rows) for row in part]
+
+
+def token_texts(tokenizer, responses: Sequence[list[int]]) -> list[list[str]]:
+    """The tokens of each response as texts that, joined, are the whole response as it decodes, its end token included.
+
+    A character whose bytes lie in several tokens stands at the last of them, and the others are "".
+    """
+    first = stop_ids(tokenizer)[:1]
+
+    def decode(ids: Sequence[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def later(ids: Sequence[int]) -> str:  # some tokenizers take the space from the first token of a text
+        return decode([*first, *ids])[len(decode(first)) :]
+
+    alone, rows = {i: later([i]) for i in set().union(*responses)}, []
+    for ids in responses:
+        texts, start = [], 0
+        for end, token in enumerate(ids, 1):
+            broken = "\ufffd" in alone[token] and end < len(ids)  # bytes of a character that is not complete
+            if broken and end - start > 8:  # no character has so many: noise, which would take quadratic time
+                continue
+            part = decode(ids[:end]) if start == 0 else alone[token] if end - start == 1 else later(ids[start:end])
+            if not (broken and part.endswith("\ufffd")):
+                texts += [""] * (end - start - 1) + [part]
+                start = end
+        whole = decode(ids)
+        rows.append(texts if "".join(texts) == whole else [whole] + [""] * (len(ids) - 1))
+    return rows
 
 
 def speed_metrics(

@@ -6,8 +6,8 @@
 
 All conditions of a seed start from one warmed-up model, half of whose demonstrations have a thought, and are tested on
 the same cases: do the calls equal the answer, with or without a thought (as BFCL judges in the paper)? Equal data: the
-same training queries; "SFT then RL" imitates one half of them and is rewarded for the other. Equal compute: SFT stops at the FLOPs that
-"RL binary" of the same seed took; the two parts of "SFT then RL" have half of the FLOPs and half of the steps.
+same training queries; "SFT then RL" imitates one half of them and is rewarded for the other. Equal compute: SFT stops at
+the FLOPs that "RL binary" of the same seed took; the two parts of "SFT then RL" have half of the FLOPs and of the steps.
 Finished parts (OUT/RECIPE/PART_SEED/summary.json) are not done again, so it can be interrupted at any time.
 """
 

@@ -194,8 +194,10 @@ def flat_run(monkeypatch, rounds: int, world: int, teaches) -> list[tuple[list, 
     config = settings_of(resample_rounds=rounds)
     for rank in range(world):
         run, places = SimpleNamespace(config=config, train=range(1000)), range(rank, 4, world)
-        groups, scores = sample_and_score(run, [f"first{p}" for p in places], 5, places, None)
-        results.append(grpo.resample_flat(run, groups, scores, 5, places, None))
+        firsts = [f"first{p}" for p in places]
+        items, *result = grpo.resample_flat(run, firsts, *sample_and_score(run, firsts, 5, places, None), 5, places, None)
+        assert [f"{item}" for item in items] == [group.split("@")[0] for group in result[0]], "what each group was asked"
+        results.append(result)
     return results
 
 

@@ -3,20 +3,33 @@ depends on anything but its own prompt and seed."""
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, normalizers
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
 import engines
 import rollout
+from data import Example, Tokenized, example_kind
 from engines import ENGINES
 from export import export
 from model import ModelError, build_tiny_model, build_tiny_tokenizer, pack, token_logprobs, use_attention
-from prompts import encode_prompt, stop_ids
-from rollout import Case, Prompt, prompt_seed, sample_groups, write_predictions
+from prompts import ToolCall, encode_prompt, encode_reply, stop_ids
+from reward import Reward, score
+from rollout import (
+    Case,
+    Prompt,
+    prompt_seed,
+    rollout_metrics,
+    sample_groups,
+    sample_rows,
+    token_texts,
+    write_predictions,
+)
 
 torch.set_num_threads(1)
 
@@ -262,6 +275,100 @@ def test_prompt_seeds_are_distinct():
     assert len({torch.rand(1, generator=g).item() for g in generators}) == 50
 
 
+# -------------------------------------------------------------------------------------------------- logging of a step
+
+
+ALONE = SimpleNamespace(world=1, gather=lambda item: [item], sum=list)  # one process, without a process group
+
+
+@pytest.mark.parametrize("text", ["weather in Paris", "東京 é 👩‍👩‍👧 x", "", "ends in 東"])
+def test_token_texts_join_to_the_response(tokenizer, text):
+    """This tokenizer has learnt no character beyond ASCII, so one of them is two to four tokens; a cut may fall inside."""
+    ids = encode_reply(tokenizer, text)
+    rows = token_texts(tokenizer, [ids[:end] for end in range(1, len(ids) + 1)])
+    for end, texts in enumerate(rows, 1):
+        assert len(texts) == end and "".join(texts) == tokenizer.decode(ids[:end], skip_special_tokens=False)
+
+
+def test_a_character_of_several_tokens_stands_at_the_last(tokenizer):
+    ids = encode_reply(tokenizer, "in 東é")
+    whole, cut = token_texts(tokenizer, [ids, ids[:4]])
+    assert whole == ["in", " ", "", "", "東", "", "é", "<|im_end|>"] and cut == ["in", " ", "", "\ufffd"]
+
+
+def test_token_texts_of_noise(tokenizer, monkeypatch):
+    """A policy that has broken down writes bytes that are no characters: nothing may fail, or be decoded again and again."""
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(0, len(tokenizer), (200,), generator=generator).tolist() for _ in range(20)]
+    rows.append([tokenizer.convert_tokens_to_ids("Ģ")] * 5000)  # the byte 0x80
+    decode, decoded = tokenizer.decode, []
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **options: decoded.append(len(ids)) or decode(ids, **options))
+    for ids, texts in zip(rows, token_texts(tokenizer, rows)):
+        assert len(texts) == len(ids) and "".join(texts) == decode(ids)
+    assert sum(decoded) < 5 * sum(map(len, rows))
+
+
+def test_token_texts_where_spaces_belong_to_words():
+    """Llama 2's kind of tokenizer takes the space from the first word of whatever it decodes, also of one word alone."""
+    words = ["<unk>", "<|im_end|>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a"]
+    bpe = Tokenizer(models.BPE(dict(zip(words, range(300))), [("▁", "a")], unk_token="<unk>", byte_fallback=True))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bpe.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", clean_up_tokenization_spaces=False)
+    texts, noise = token_texts(tokenizer, [encode_reply(tokenizer, "a a b東 a"), [2 + 0x41, 2 + 0xFF]])
+    assert texts == ["a", " a", " ", "b", "", "", "東", " a", "<|im_end|>"]
+    assert noise == ["\ufffd\ufffd", ""], "an A beside a broken byte is broken too: then the first has all of the text"
+
+
+def groups_of(tokenizer, replies: list[list[str]]) -> list[rollout.Group]:
+    """As they come from sampling; the last reply of all has been cut off."""
+    groups = []
+    for p, texts in enumerate(replies):
+        responses = [encode_reply(tokenizer, text) for text in texts]
+        cut = [texts is replies[-1] and g == len(texts) - 1 for g in range(len(texts))]
+        responses = [ids[:-1] if gone else ids for ids, gone in zip(responses, cut)]
+        logprobs = [[-0.12345 * (k + 1) for k in range(len(ids))] for ids in responses]
+        groups.append(rollout.Group(Prompt(f"p{p}", [1], 0), responses, logprobs, texts, cut))
+    return groups
+
+
+def test_rows_for_samples_jsonl(tokenizer):
+    """Each completion beside the query and the answer of its own prompt, and no more rows than asked for."""
+    groups = groups_of(tokenizer, [["Paris é", "3 days"], ["Rome", "taxi"]])
+    call = ToolCall("f", {"x": 1})
+    turns = [{"role": role, "content": text} for role, text in (("user", "before"), ("assistant", "?"), ("user", "q" * 501))]
+    examples = [Example("p0", "xlam", turns, [{"name": "f"}, {"name": "g"}], [call]), Example("p1", "xlam", [], [], [])]
+    rewards = [[Reward(1.0, True, True, "correct"), Reward(0.0, True, False, "no_call")]] * 2
+    advantages = torch.tensor([[0.70712, -0.70712], [0.5, -0.5]])
+    arguments = 7, groups, [Tokenized(one, []) for one in examples], rewards, advantages, tokenizer
+    rows = sample_rows(*arguments, 100, ALONE)
+    assert rows[0] == {
+        "step": 7, "prompt_id": "p0", "completion": "Paris é", "reward": 1.0, "reason": "correct", "advantage": 0.7071,
+        "truncated": False, "kind": "choice", "query": "q" * 500 + "…", "answer": [{"name": "f", "arguments": {"x": 1}}],
+        "tokens": ["Paris", " ", "", "é", "<|im_end|>"], "logprobs": [-0.123, -0.247, -0.37, -0.494, -0.617],
+    }  # fmt: skip
+    assert [(row["kind"], row["query"], row["truncated"]) for row in rows[2:]] == [("none", "", False), ("none", "", True)]
+    assert [row["completion"] for row in rows] == ["Paris é", "3 days", "Rome", "taxi"]
+    assert [(row["reason"], row["advantage"]) for row in rows[2:]] == [("correct", 0.5), ("no_call", -0.5)]
+    assert sample_rows(*arguments, 3, ALONE) == rows[:3] and sample_rows(*arguments, 0, ALONE) == []
+    two = SimpleNamespace(world=2, gather=lambda item: [item, ["the other's"]])
+    assert sample_rows(*arguments, 3, two) == [*rows[:2], "the other's"], "half of them each, rounded up"
+
+
+def test_think_rate_and_empty_rate(tokenizer):
+    """A thought counts where it is closed and not blank, whatever follows; empty is what says [], and nothing else."""
+    calls, none = '<tool_call>[{"name": "f", "arguments": {}}]</tool_call>', "<tool_call>[]</tool_call>"
+    thought = ["<think>x</think>" + calls, "<think>x</think>" + none, "<think>x</think><tool_call>[", "<think>x</think>"]
+    others = ["<think> </think>" + none, none, "<think>x", "[]"]
+    groups = groups_of(tokenizer, [thought, others])
+    metrics = rollout_metrics(groups, [[score(text, []) for text in texts] for texts in (thought, others)], ALONE)
+    assert metrics["think_rate"] == 4 / 8 and metrics["empty_rate"] == 3 / 8
+    assert metrics["correct_rate"] == 3 / 8 and metrics["format_rate"] == 2 / 8 and metrics["reward"] == 1 / 8
+    assert metrics["completions/clipped_ratio"] == 1 / 8
+
+
 # ----------------------------------------------------------------------------------------------------- predictions
 
 
@@ -431,13 +538,10 @@ def test_prompts_beyond_the_limit_are_skipped_and_say_so(exported, tokenizer, tm
 
 def test_evaluate_counts_hits_by_kind(model, tokenizer, monkeypatch):
     """The slow version: hits and cases counted by hand, over two ranks whose sums are added."""
-    from types import SimpleNamespace
-
-    from data import Tokenized, example_kind
     from synthetic import synthetic
 
     examples = [Tokenized(e, encode_prompt(tokenizer, e.messages, e.tools, TEMPLATE)) for e in synthetic(11, 0)]
-    hit = lambda text, answer: SimpleNamespace(total=float(len(answer) == 1))  # noqa: E731
+    hit = lambda text, answer: SimpleNamespace(total=float(len(answer) == 1), correct=bool(answer))  # noqa: E731
     monkeypatch.setattr(rollout, "score", hit)
     config = SimpleNamespace(max_response_tokens=2, rollout_batch_size=4)
     sums, beats = [], []
@@ -449,6 +553,7 @@ def test_evaluate_counts_hits_by_kind(model, tokenizer, monkeypatch):
     entries = rollout.evaluate(model, tokenizer, examples, config, ranks, "test")
     assert entries["test/n"] == 11 and len(beats) == 2 + 2 + 2, "one for every batch of 4 of a rank's 6 or 5 examples"
     assert entries["test/accuracy"] == pytest.approx(sum(len(t.example.answer) == 1 for t in examples) / 11)
+    assert entries["test/correct_rate"] == pytest.approx(sum(bool(t.example.answer) for t in examples) / 11)
     for kind in {example_kind(t.example) for t in examples}:
         own = [t for t in examples if example_kind(t.example) == kind]
         assert entries[f"test/n_{kind}"] == len(own)
