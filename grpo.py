@@ -30,14 +30,15 @@ from benchmarks import JudgedPrompt, evaluate_benchmark, load_benchmarks
 from checkpoint import CheckpointError, Saver, choose_step, latest_checkpoint, load_checkpoint, stop_or_warn
 from checks import Start
 from config import Config, ConfigError, check_positions, load_config
-from data import DataError, Tokenized, load_splits, tokenize_splits
+from data import DataError, Splits, Tokenized, load_splits, tokenize_splits
 from engines import ENGINES, Prompt
 from export import export_checkpoint, write_model
 from losses import ADVANTAGES, AGGREGATIONS, KLS, Loss, loss_of, policy_loss
-from minibatches import MicroBatch, Minibatch, gather_groups, make_minibatches, own_places, shuffled
+from minibatches import MicroBatch, Minibatch, gather_groups, make_minibatches, own_places, sampler_difference, shuffled
 from model import ModelError, count_parameters, load_tokenizer, token_logprobs, uses_shared_prefix
+from monitor import Monitor, close_monitor, open_monitor, report, tracker_names
 from packing import attention_backend
-from plot import summarize
+from plot import headline, summarize
 from prompts import PromptError, check_tokenizer, load_template
 from reward import Reward, RewardError, RewardFunction, reward_function
 from rollout import Group, evaluate, prompt_seed, rollout_metrics, sample_groups, sample_rows, speed_metrics
@@ -139,17 +140,6 @@ def update_policy(
     return metrics | {"updates_skipped_nonfinite": skipped}
 
 
-# ----------------------------------------------------------------------------------------------------------- logging
-
-
-def sampler_difference(minibatches: list[Minibatch], ranks: Ranks) -> dict[str, float]:
-    """Collective. Mean |sampler - trainer| log-prob where the old log-probs were computed: a bug detector, not a loss."""
-    micros = [m for batch in minibatches for m in batch.micros if m.old_logprobs is not None and not m.idle]
-    differences = [(m.old_logprobs - m.sampler_logprobs).abs().double().sum().item() for m in micros]
-    total, count = ranks.sum([sum(differences), float(sum(len(m.advantages) for m in micros))])
-    return {"sampling/sampling_logp_difference/mean": total / count} if count else {}
-
-
 # -------------------------------------------------------------------------------------------------------------- loop
 
 
@@ -170,20 +160,21 @@ class Run:
     train: Sequence[Tokenized]
     held_out: dict[str, Sequence[Tokenized]]
     benchmarks: dict[str, Sequence[JudgedPrompt]]
+    steps: int  # in all
     state: dict  # step, seconds, flops: saved with every checkpoint
     began: float  # time.perf_counter() at the start, moved back by the seconds of the parts before a resume
+    monitor: Monitor | None  # of the main process
 
 
 def train(run: Run) -> None:
     """Collective. The training loop, from the step after run.state["step"] to the last."""
-    config, ranks, state = run.config, run.ranks, run.state
-    steps, before = total_steps(config, len(run.train)), state["step"]
-    with tqdm(total=steps, initial=before, desc="GRPO", disable=not ranks.main) as bar:
-        for step in range(before + 1, steps + 1):
+    ranks, state = run.ranks, run.state
+    with tqdm(total=run.steps, initial=state["step"], desc="GRPO", disable=not ranks.main) as bar:
+        for step in range(state["step"] + 1, run.steps + 1):
             clock = Clock(ranks.watchdog, step)
             with clock("exchange"):  # what none of the phases inside it names: ranks telling each other numbers
                 metrics, rows = train_step(run, step, clock)
-            finish_step(run, metrics, rows, step == steps, clock)
+            finish_step(run, metrics, rows, step == run.steps, clock)
             bar.update()
             bar.set_postfix(reward=f"{metrics['reward']:.2f}", kl=f"{metrics['kl']:.3f}", refresh=False)
 
@@ -293,11 +284,13 @@ def finish_step(run: Run, metrics: dict[str, float], rows: list[dict], last: boo
         if score > run.state.get("best", {}).get("score", -1.0):
             run.state["best"] = {"step": step, "score": score}
     run.state["seconds"] = time.perf_counter() - run.began
-    if run.ranks.main:
+    if run.monitor:
         epoch = step * config.prompts_per_step / len(run.train)
         record = {"step": step, "epoch": round(epoch, 4), "learning_rate": config.lr, **metrics}
-        append_jsonl(run.folder / "log.jsonl", [record | {k: run.state[k] for k in ("seconds", "flops")}])
+        record |= {key: run.state[key] for key in ("seconds", "flops")}
+        append_jsonl(run.folder / "log.jsonl", [record])
         append_jsonl(run.folder / "samples.jsonl", rows)
+        report(run.monitor, record, run.steps)
     with clock("save"):
         stopping = run.stop.agreed(run.ranks)
         problem, due = "", config.save_every and step % config.save_every == 0
@@ -305,6 +298,8 @@ def finish_step(run: Run, metrics: dict[str, float], rows: list[dict], last: boo
             problem = run.saver.save(run.state, run.policy, run.tokenizer, run.optimizer)
         if last or stopping:
             problem = problem or run.saver.finish()
+    if run.monitor and (last or stopping):
+        close_monitor(run.monitor)
     stop_or_warn(problem, stopping or config.save_errors == "stop", run.ranks)
     if stopping and not last:
         raise Interrupted(config.run_dir, step)
@@ -326,28 +321,37 @@ def total_steps(config: Config, examples: int) -> int:
     return config.steps or max(1, math.ceil(config.epochs * examples / config.prompts_per_step))
 
 
+def read_inputs(config: Config) -> tuple[RewardFunction, str, Splits]:
+    """Reward, system prompt and examples. What is wrong with settings, data or tokenizer raises here, before an old run
+    is replaced.
+    """
+    if config.rollout_engine not in ENGINES:
+        raise ConfigError(f"rollout_engine must be one of {', '.join(ENGINES)}, not {config.rollout_engine!r}")
+    loss_of(config)
+    tracker_names(config)
+    reward = reward_function(config.reward, config.lenient)
+    template, splits = load_template(config.prompt_template), load_splits(config)
+    reward("", splits.train[0].answer, splits.train[0].tools)  # a broken function of the user's own stops here
+    if config.model != "tiny":
+        check_tokenizer(load_tokenizer(config.model, config.trust_remote_code), template)
+    return reward, template, splits
+
+
 def set_up(config: Config, ranks: Ranks, examined: bool = False) -> Run:
     """Collective. Data, start model, policy, frozen reference and optimizer; or all of it from a checkpoint.
 
     examined: the doctor has looked at these settings already.
     """
-    began = time.perf_counter()
-    if config.rollout_engine not in ENGINES:
-        raise ConfigError(f"rollout_engine must be one of {', '.join(ENGINES)}, not {config.rollout_engine!r}")
-    loss_of(config)
-    reward = reward_function(config.reward, config.lenient)
-    template, splits = load_template(config.prompt_template), load_splits(config)
-    reward("", splits.train[0].answer, splits.train[0].tools)  # a broken function of the user's own stops here
-    if config.model != "tiny":  # before an old run is replaced
-        check_tokenizer(load_tokenizer(config.model, config.trust_remote_code), template)
+    began, (reward, template, splits) = time.perf_counter(), read_inputs(config)
     folder, stop = open_run(config, ranks), StopFlag()
     if ranks.main:
         print(f"run: {folder} · {ranks.world} process(es) on {ranks.device} · attention: {attention_backend(ranks.device)}")
     choose_step(folder, config.resume_step, ranks)
     config = fit_memory(config, folder, ranks)
+    checkpoint = latest_checkpoint(folder)
+    monitor = open_monitor(config, folder, checkpoint[1]["step"] if checkpoint else 0) if ranks.main else None
     earlier = latest_checkpoint(folder / "warmup")  # of a warm-up before a resume
     start = warm_up(config, splits, template, ranks, stop)
-    checkpoint = latest_checkpoint(folder)
     tokenizer = load_tokenizer(start, config.trust_remote_code)
     check_tokenizer(tokenizer, template)
     tokenized = tokenize_splits(splits, tokenizer, template, config, quiet=not ranks.main)
@@ -372,12 +376,13 @@ def set_up(config: Config, ranks: Ranks, examined: bool = False) -> Run:
     run = Run(
         config, ranks, folder, stop, tokenizer, reward, policy, reference, optimizer,
         Saver(folder, ranks, config.keep_checkpoints, config.background_save), tokenized.train, tokenized.held_out,
-        benchmarks, state, began - state["seconds"],
+        benchmarks, steps, state, began - state["seconds"], monitor,
     )  # fmt: skip
     if not checkpoint:
         before = evaluate_all(run, Clock(ranks.watchdog))
-        if ranks.main:
+        if monitor:
             append_jsonl(folder / "log.jsonl", [{"step": 0, **before}])
+            report(monitor, {"step": 0, **before}, steps, lines=False)
     return run
 
 
@@ -404,13 +409,8 @@ def main(arguments: list[str]) -> None:
     write_model(run.policy, run.tokenizer, run.folder / "model", config, run.state, summary, ranks)
     if ranks.main:
         (run.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-        print(f"reward: first 5 steps {summary['reward_first5']:.3f}, last 10 steps {summary['reward_last10']:.3f}")
-        for key in [key for key in summary if key.endswith("accuracy_before")]:
-            split = key.removesuffix("accuracy_before").rstrip("_") or "held_out"
-            after = summary[key.replace("before", "after")]
-            print(f"{split}: greedy accuracy {summary[key]:.3f} before, {after:.3f} after")
-        page = write_page(run.folder)
-        print(f"model: {run.folder / 'model'} · completions: {page} · curves: python plot.py {run.folder}")
+        print(headline(summary))
+        print(f"model: {run.folder / 'model'} · curves: {run.folder / 'curves.png'} · completions: {write_page(run.folder)}")
 
 
 if __name__ == "__main__":

@@ -124,3 +124,11 @@ def _idle(ranks: Ranks, shared: bool) -> MicroBatch:
     """Two tokens that no loss sees: their forward and backward take part in gathering weights and adding gradients."""
     nothing = torch.zeros(1, device=ranks.device)
     return MicroBatch(pack([([0], [[0]])], ranks.device, shared), nothing, nothing, idle=True)
+
+
+def sampler_difference(minibatches: list[Minibatch], ranks: Ranks) -> dict[str, float]:
+    """Collective. Mean |sampler - trainer| log-prob where the old log-probs were computed: a bug detector, not a loss."""
+    micros = [m for batch in minibatches for m in batch.micros if m.old_logprobs is not None and not m.idle]
+    differences = [(m.old_logprobs - m.sampler_logprobs).abs().double().sum().item() for m in micros]
+    total, count = ranks.sum([sum(differences), float(sum(len(m.advantages) for m in micros))])
+    return {"sampling/sampling_logp_difference/mean": total / count} if count else {}

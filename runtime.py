@@ -159,7 +159,7 @@ FIXED_KEYS = (
     "synthetic_thoughts synthetic_train"
 ).split()
 # What failed at start leaves these behind, and may be started again under the same name.
-START_FILES = ("config.yaml", "config.yaml.tmp", "git.txt", "lock")
+START_FILES = ("config.yaml", "config.yaml.tmp", "git.txt", "lock", "tensorboard", "wandb", "wandb_id.txt")
 
 SAVED = ("latest", "warmup/latest", "warmup/model")  # what a run can go on from
 

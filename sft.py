@@ -33,6 +33,7 @@ from model import (
     token_logprobs,
     uses_shared_prefix,
 )  # fmt: skip
+from monitor import Monitor, close_monitor, open_monitor, report, tracker_names
 from packing import micro_batches, pack
 from prompts import PromptError, check_tokenizer, encode_reply, load_template, render_completion, render_prompt
 from rollout import evaluate
@@ -130,18 +131,19 @@ class Run:
     steps: int  # the budget of sft_flops may end it earlier
     state: dict  # step, seconds, flops: saved with every checkpoint
     began: float  # time.perf_counter() at the start, moved back by the seconds of the parts before a resume
+    monitor: Monitor | None  # of the main process; a warm-up has none
 
 
 def train_sft(
     policy: nn.Module, tokenizer, data: Splits, config: Config, steps: int, folder: Path, ranks: Ranks, stop: StopFlag,
-    label: str,
+    label: str, monitor: Monitor | None = None,
 ) -> tuple[dict, dict[str, float]]:  # fmt: skip
     """Collective. `steps` optimizer steps (fewer if sft_flops runs out), logged, evaluated and checkpointed in `folder`.
 
     data: Tokenized. Goes on from the latest checkpoint there. Returns the last step's state and held-out accuracies.
     Raises Interrupted after a signal, with a checkpoint written.
     """
-    run = begin(policy, tokenizer, data, config, steps, folder, ranks, stop)
+    run = begin(policy, tokenizer, data, config, steps, folder, ranks, stop, monitor)
     results, before = {}, run.state["step"]
     if not before:
         results = evaluate_held_out(run, Clock(ranks.watchdog))
@@ -159,8 +161,9 @@ def train_sft(
 
 
 def begin(
-    policy: nn.Module, tokenizer, data: Splits, config: Config, steps: int, folder: Path, ranks: Ranks, stop: StopFlag
-) -> Run:
+    policy: nn.Module, tokenizer, data: Splits, config: Config, steps: int, folder: Path, ranks: Ranks, stop: StopFlag,
+    monitor: Monitor | None,
+) -> Run:  # fmt: skip
     """Collective. Token ids to imitate, optimizer and state; or the latter two from the latest checkpoint in `folder`."""
     groups = encode_replies(tokenizer, data.train, config, quiet=not ranks.main)
     optimizer = torch.optim.AdamW(
@@ -176,7 +179,7 @@ def begin(
     policy.train()
     return Run(
         config, ranks, folder, stop, tokenizer, policy, optimizer, saver, groups, data.held_out, steps, state,
-        time.perf_counter() - state["seconds"],
+        time.perf_counter() - state["seconds"], monitor,
     )  # fmt: skip
 
 
@@ -228,6 +231,8 @@ def finish_step(run: Run, metrics: dict[str, float], clock: Clock) -> dict[str, 
             problem = run.saver.save(run.state, run.policy, run.tokenizer, run.optimizer)
         if last or stopping:
             problem = problem or run.saver.finish()
+    if run.monitor and (last or stopping):
+        close_monitor(run.monitor)
     stop_or_warn(problem, stopping or config.save_errors == "stop", run.ranks)
     if stopping and not last:
         raise Interrupted(config.run_dir, step)
@@ -249,6 +254,8 @@ def log_row(run: Run, row: dict) -> None:
     """Appends a row to the run's log.jsonl."""
     if run.ranks.main:
         append_jsonl(run.folder / "log.jsonl", [row])
+    if run.monitor:
+        report(run.monitor, row, run.steps, lines=False)
 
 
 # ------------------------------------------------------------------------------------------------------- start, main
@@ -304,16 +311,19 @@ def load_policy(path: str, config: Config, ranks: Ranks, frozen: bool = False) -
 def main(arguments: list[str]) -> None:
     """Collective. Fine-tunes `model` on `data`; writes run_dir/model, log.jsonl and summary.json."""
     config = load_config(arguments)
+    tracker_names(config)
     template, splits = load_template(config.prompt_template), load_splits(config)
     ranks = start_ranks(config.timeout_minutes, config.threads)
     run_dir, stop = open_run(config, ranks), StopFlag()
     choose_step(run_dir, config.resume_step, ranks)
+    done = latest_checkpoint(run_dir)
+    monitor = open_monitor(config, run_dir, done[1]["step"] if done else 0) if ranks.main else None
     path = start_model(config, splits, template, ranks)[0]
     tokenizer, policy = load_tokenizer(path, config.trust_remote_code), load_policy(path, config, ranks)
     check_tokenizer(tokenizer, template)
     tokenized = tokenize_splits(splits, tokenizer, template, config, quiet=not ranks.main)
     steps = sft_steps(config, len(tokenized.train))
-    state, results = train_sft(policy, tokenizer, tokenized, config, steps, run_dir, ranks, stop, "SFT")
+    state, results = train_sft(policy, tokenizer, tokenized, config, steps, run_dir, ranks, stop, "SFT", monitor)
     write_model(policy, tokenizer, run_dir / "model", config, state, results, ranks)
     if ranks.main:
         (run_dir / "summary.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
