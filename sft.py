@@ -291,6 +291,7 @@ def warm_up(config: Config, splits: Splits, template: str, ranks: Ranks, stop: S
     if not needed:
         return path
     warm = Path(config.run_dir) / "warmup"
+    warm.mkdir(exist_ok=True)
     tokenizer, policy = load_tokenizer(path, config.trust_remote_code), load_policy(path, config, ranks)
     data = replace(tokenize_splits(splits, tokenizer, template, config, quiet=True), held_out={})  # grpo.py evaluates it
     by_steps = replace(config, sft_flops=0.0)

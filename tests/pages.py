@@ -110,7 +110,7 @@ CLUSTER = {
 
 
 def make_environment(place: Path) -> None:
-    """place/.venv, whose programs are the stand-ins above; run.sh finds everything installed."""
+    """place/.venv, whose programs are the stand-ins above: run.sh finds everything installed."""
     folder = place / ".venv" / "bin"
     folder.mkdir(parents=True)
     (folder / "activate").write_text("")

@@ -165,7 +165,7 @@ def test_steps_or_epochs():
 @pytest.fixture
 def settings(tmp_path) -> dict[str, object]:
     tiny = dict(model="tiny", tiny_hidden=16, tiny_layers=1, tiny_vocab=300, sft_lr=1e-2, sft_batch=4)
-    return write_task(tmp_path) | tiny | {"run_dir": tmp_path / "run", "steps": 6, "max_response_tokens": 4}
+    return write_task(tmp_path) | tiny | {"run_dir": tmp_path / "run", "steps": 6, "max_response_tokens": 40}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
