@@ -27,7 +27,7 @@ from tqdm import tqdm
 import doctor
 import plan
 from benchmarks import JudgedPrompt, evaluate_benchmark, load_benchmarks
-from checkpoint import CheckpointError, Saver, choose_step, latest_checkpoint, load_checkpoint, stop_or_warn
+from checkpoint import CheckpointError, Saver, choose_step, latest_checkpoint, load_checkpoint
 from checks import Start
 from config import Config, ConfigError, check_positions, load_config
 from data import DataError, Splits, Tokenized, load_splits, tokenize_splits
@@ -36,14 +36,13 @@ from export import export_checkpoint, write_model
 from losses import ADVANTAGES, AGGREGATIONS, KLS, Loss, loss_of, policy_loss
 from minibatches import MicroBatch, Minibatch, gather_groups, make_minibatches, own_places, sampler_difference, shuffled
 from model import ModelError, count_parameters, load_tokenizer, token_logprobs, uses_shared_prefix
-from monitor import Monitor, close_monitor, open_monitor, report, tracker_names
+from monitor import Monitor, open_monitor, report, tracker_names
 from packing import attention_backend
 from plot import headline, summarize
 from prompts import PromptError, check_tokenizer, load_template
 from reward import Reward, RewardError, RewardFunction, reward_function
 from rollout import Group, evaluate, prompt_seed, rollout_metrics, sample_groups, sample_rows, speed_metrics
 from runtime import (
-    Interrupted,
     Ranks,
     StopFlag,
     append_jsonl,
@@ -56,7 +55,7 @@ from runtime import (
     start_ranks,
 )  # fmt: skip
 from samples_page import write_page
-from sft import load_policy, warm_up
+from sft import load_policy, save_or_stop, warm_up
 from sharding import full_tensor, release, whole
 from watch import Clock, note_out_of_memory
 
@@ -291,18 +290,7 @@ def finish_step(run: Run, metrics: dict[str, float], rows: list[dict], last: boo
         append_jsonl(run.folder / "log.jsonl", [record])
         append_jsonl(run.folder / "samples.jsonl", rows)
         report(run.monitor, record, run.steps)
-    with clock("save"):
-        stopping = run.stop.agreed(run.ranks)
-        problem, due = "", config.save_every and step % config.save_every == 0
-        if last or stopping or due:
-            problem = run.saver.save(run.state, run.policy, run.tokenizer, run.optimizer)
-        if last or stopping:
-            problem = problem or run.saver.finish()
-    if run.monitor and (last or stopping):
-        close_monitor(run.monitor)
-    stop_or_warn(problem, stopping or config.save_errors == "stop", run.ranks)
-    if stopping and not last:
-        raise Interrupted(config.run_dir, step)
+    save_or_stop(run, last, clock)
 
 
 def evaluate_all(run: Run, clock: Clock) -> dict[str, float]:

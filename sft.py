@@ -214,7 +214,7 @@ def finish_step(run: Run, metrics: dict[str, float], clock: Clock) -> dict[str, 
 
     Raises Interrupted after a signal, with all saved.
     """
-    config, step, last, results, problem = run.config, run.state["step"], is_finished(run), {}, ""
+    config, step, last, results = run.config, run.state["step"], is_finished(run), {}
     if last or (config.eval_every and step % config.eval_every == 0):
         results = evaluate_held_out(run, clock)
         score = results.get(f"{next(iter(run.held_out), '')}/accuracy", 0.0)
@@ -225,6 +225,13 @@ def finish_step(run: Run, metrics: dict[str, float], clock: Clock) -> dict[str, 
     times = {f"time/{phase}_s": seconds for phase, seconds in clock.seconds.items()}
     clocks = {key: run.state[key] for key in ("seconds", "flops")}
     log_row(run, {"step": step, "epoch": epoch, **metrics, **results, **times, **clocks})
+    save_or_stop(run, last, clock)
+    return results
+
+
+def save_or_stop(run, last: bool, clock: Clock) -> None:
+    """Collective. Ends a step of this Run or grpo.py's: a checkpoint where it is time, or on a signal, then Interrupted."""
+    config, step, problem = run.config, run.state["step"], ""
     with clock("save"):
         stopping = run.stop.agreed(run.ranks)
         if last or stopping or (config.save_every and step % config.save_every == 0):
@@ -236,7 +243,6 @@ def finish_step(run: Run, metrics: dict[str, float], clock: Clock) -> dict[str, 
     stop_or_warn(problem, stopping or config.save_errors == "stop", run.ranks)
     if stopping and not last:
         raise Interrupted(config.run_dir, step)
-    return results
 
 
 def evaluate_held_out(run: Run, clock: Clock) -> dict[str, float]:

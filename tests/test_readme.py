@@ -37,8 +37,8 @@ save_every: 1
 # The recipes that name a 7B model: the demo's instead, of which everything is kept.
 SFT = {"--config configs/qwen2.5-7b.yaml": "--config configs/tiny.yaml --model runs/demo/model"}
 DISTILL = {
-    "TEACHER --data train.jsonl": "runs/demo/model --data synthetic --synthetic_train 4 --prompt_template configs/tiny_prompt.txt "
-    "--max_response_tokens 8 --reward always.py:one",
+    "TEACHER --data train.jsonl": "runs/demo/model --data synthetic --synthetic_train 4 --max_response_tokens 8 "
+    "--prompt_template configs/tiny_prompt.txt --reward always.py:one",
 }
 SFT_THEN_RL = {"configs/qwen2.5-7b.yaml": "configs/tiny.yaml --run_dir runs/sft_then_rl", "train.jsonl": "synthetic"}
 
@@ -99,11 +99,16 @@ RUN: dict[str, dict[str, str]] = {
     "from transformers import AutoModelForCausalLM": {"max_new_tokens=40": "max_new_tokens=2"},
     "python samples_page.py runs/demo": {},
     "python plot.py runs/demo runs/seed7": {},
-    "python sft.py --config configs/qwen2.5-7b.yaml --data train.jsonl --sft_reason false --run_dir runs/no_reason": SFT | {"train.jsonl": "synthetic"},
-    "python distill.py --model TEACHER --data train.jsonl --samples 4 --out runs/traces.jsonl": DISTILL,
-    "python sft.py --config configs/qwen2.5-7b.yaml --data runs/traces.jsonl --run_dir runs/reason": SFT | {"runs/traces.jsonl": "synthetic"},
-    "python distill.py --model TEACHER --data train.jsonl --data_to 0.5 --out runs/half.jsonl": DISTILL,
-    "python sft.py --config configs/qwen2.5-7b.yaml --data runs/half.jsonl --run_dir runs/reason_half": SFT | {"runs/half.jsonl": "synthetic"},
+    "python sft.py --config configs/qwen2.5-7b.yaml --data train.jsonl --sft_reason false --run_dir runs/no_reason":
+    SFT | {"train.jsonl": "synthetic"},
+    "python distill.py --model TEACHER --data train.jsonl --samples 4 --out runs/traces.jsonl":
+    DISTILL,
+    "python sft.py --config configs/qwen2.5-7b.yaml --data runs/traces.jsonl --run_dir runs/reason":
+    SFT | {"runs/traces.jsonl": "synthetic"},
+    "python distill.py --model TEACHER --data train.jsonl --data_to 0.5 --out runs/half.jsonl":
+    DISTILL,
+    "python sft.py --config configs/qwen2.5-7b.yaml --data runs/half.jsonl --run_dir runs/reason_half":
+    SFT | {"runs/half.jsonl": "synthetic"},
     "python grpo.py --config configs/qwen2.5-7b.yaml --model runs/reason_half/model "
     "--data train.jsonl --data_from 0.5": SFT_THEN_RL,
     "python config.py REFERENCE.md": {},
