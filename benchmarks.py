@@ -86,7 +86,8 @@ def evaluate_benchmark(
     own = cases[ranks.rank :: ranks.world]
     groups = sample_groups(
         model, tokenizer, [case.prompt for case in own], group_size=1, temperature=0,
-        max_new_tokens=config.max_response_tokens, batch_size=config.rollout_batch_size, beat=ranks.beat,
+        max_new_tokens=config.max_response_tokens, batch_size=config.rollout_batch_size, engine=config.rollout_engine,
+        beat=ranks.beat,
     )  # fmt: skip
     totals = Counter(case.part for case in cases)
     hits = Counter(case.part for case, group in zip(own, groups) if case.judge(group.texts[0]))

@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import socket
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -91,9 +92,11 @@ def check_versions() -> Check:
 
 
 def code_hash() -> str:
-    """Of the project's own files: also says what git does not, on a machine with its own copy."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    """Of the project's files that are imported: also says what git does not, on a machine with its own copy."""
+    here = Path(__file__).parent
+    files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+    files = sorted(file for file in files if file and Path(file).parent == here)
+    return hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
 def check_ranks(config: Config, ranks: Ranks) -> list[Check]:
@@ -233,7 +236,8 @@ def check_replies(s: Start) -> Check:
     text = f"{_spread(lengths)} without the thought; {limit:,} are allowed"
     if cut:
         text += f", which cuts off {len(cut):,} of {len(examples):,}: {', '.join(cut[:3])}"
-        status = "problem" if len(cut) > len(examples) / 2 else "warning"
+        # Only the user knows what a reward of their own pays for.
+        status = "problem" if len(cut) > len(examples) / 2 and s.config.reward in REWARDS else "warning"
         return Check("right replies", status, text, "raise max_response_tokens: such prompts can teach nothing")
     return Check("right replies", "ok", text)
 
@@ -322,6 +326,7 @@ def check_disk(s: Start) -> Check:
     run_dir, model = Path(s.config.run_dir), _weight_bytes(s)
     kept, size = min(_checkpoints(s), s.config.keep_checkpoints + 2), 3 * model  # weights and AdamW's two moments
     needed, free = kept * size + model, shutil.disk_usage(existing(run_dir)).free
+    free += sum(file.stat().st_size for file in run_dir.glob("step_*.tmp/*"))  # left by a kill: the Saver clears it
     text = f"{kept} checkpoint(s) of {size / GB:.3g} GB and the model: {needed / GB:.3g} GB; {free / GB:.3g} GB are free"
     remedy = "make room, lower keep_checkpoints, or choose another --run_dir"
     if free < size and s.config.save_errors == "stop":

@@ -29,11 +29,10 @@ from eval_report import positive
 from model import ModelError, load_model, load_tokenizer
 from prompts import PromptError, check_tokenizer, load_template
 from records import Example, hashes_of
-from reward import RewardError, RewardFunction, reward_function
+from reward import REWARDS, RewardError, RewardFunction, reward_function
 from rollout import prompt_seed, sample_groups
 from runtime import append_jsonl, read_jsonl, run_script
 
-FULL = 1.0  # what the binary reward pays for a right reply
 # Settings that decide a sample or its verdict: rows made with others are not mixed.
 FIXED_KEYS = "temperature seed reward lenient max_prompt_tokens max_response_tokens rollout_engine".split()
 
@@ -76,8 +75,11 @@ def try_prompts(
     Rows: key, id, traces (different replies with full reward, as they came), right (how many samples had it),
     truncated, and reasons of the other samples with counts.
     """
-    model = load_model(config.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # In bf16 a teacher takes half the memory, and nothing is trained.
+    model = load_model(config.model, device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     check_positions(config, model.config.max_position_embeddings)
+    full = REWARDS[config.reward].right if config.reward in REWARDS else 1.0
     items = sorted(items, key=lambda item: len(item.ids))  # prompts of similar length share a batch
     size, done, found = max(1, config.rollout_batch_size // samples), 0, 0
     with tqdm(total=len(items), desc="distill") as bar:
@@ -93,10 +95,10 @@ def try_prompts(
             rows = []
             for item, key, group in zip(batch, keys, groups):
                 verdicts = [reward(text, item.example.answer, item.example.tools) for text in group.texts]
-                right = [text for text, verdict in zip(group.texts, verdicts) if verdict.total >= FULL]
+                right = [text for text, verdict in zip(group.texts, verdicts) if verdict.total >= full]
                 row = {"key": key, "id": item.example.id, "traces": list(dict.fromkeys(right)), "right": len(right)}
                 row |= {"truncated": sum(group.truncated)}
-                rows.append(row | {"reasons": Counter(one.reason for one in verdicts if one.total < FULL)})
+                rows.append(row | {"reasons": Counter(one.reason for one in verdicts if one.total < full)})
             append_jsonl(journal, rows)
             done, found = done + len(rows), found + sum(bool(row["traces"]) for row in rows)
             bar.update(len(rows))

@@ -272,7 +272,8 @@ def dry_settings(s: Start, folder: Path) -> Config:
     return replace(
         config, model=s.path, data=str(folder / "longest.jsonl"), test_data="", test_share=0.0, data_from=0.0, data_to=1.0,
         run_dir=str(folder / "run"), resume=False, resume_step=0, overwrite=False, prompts_per_step=min(2, prompts) * part,
-        minibatch_prompts=part, warmup_steps=0, resample_rounds=0, bfcl="", apibank="", trackers="",
+        minibatch_prompts=part, warmup_steps=0, resample_rounds=0, skip_zero_variance=False, bfcl="", apibank="",
+        trackers="",
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ from export import export_checkpoint, write_model
 from losses import ADVANTAGES, AGGREGATIONS, KLS, Loss, loss_of, policy_loss
 from minibatches import MicroBatch, Minibatch, gather_groups, make_minibatches, own_places, sampler_difference, shuffled
 from model import ModelError, count_parameters, load_tokenizer, token_logprobs, uses_shared_prefix
-from monitor import Monitor, open_monitor, report, tracker_names
+from monitor import Monitor, attempt, open_monitor, report, tracker_names
 from packing import attention_backend
 from plot import headline, summarize
 from prompts import PromptError, check_tokenizer, load_template
@@ -55,7 +56,7 @@ from runtime import (
     start_ranks,
 )  # fmt: skip
 from samples_page import write_page
-from sft import load_policy, save_or_stop, warm_up
+from sft import load_policy, note_best, save_or_stop, warm_up
 from sharding import full_tensor, release, whole
 from watch import Clock, note_out_of_memory
 
@@ -99,10 +100,10 @@ def micro_batch_loss(
         return logprobs.sum() * 0.0, torch.zeros(5, dtype=torch.float64)
     counts = micro.packed.counts
     old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
-    loss, ratio = policy_loss(logprobs, old, micro.advantages, counts, objective)
-    kl = torch.zeros_like(loss) if micro.ref_logprobs is None else KLS[config.kl](logprobs, micro.ref_logprobs)
+    surrogate, ratio = policy_loss(logprobs, old, micro.advantages, counts, objective)
+    kl = torch.zeros_like(surrogate) if micro.ref_logprobs is None else KLS[config.kl](logprobs, micro.ref_logprobs)
     weights = AGGREGATIONS[objective.aggregation](counts, update.tokens, update.completions, config.max_response_tokens)
-    loss = (loss + config.kl_coef * kl) * weights.repeat_interleave(counts)
+    loss = (surrogate + config.kl_coef * kl) * weights.repeat_interleave(counts)
     with torch.no_grad():
         low = (ratio < 1 - objective.clip_low) & (micro.advantages < 0)
         high = (ratio > 1 + objective.clip_high) & (micro.advantages > 0)
@@ -168,6 +169,10 @@ class Run:
 def train(run: Run) -> None:
     """Collective. The training loop, from the step after run.state["step"] to the last."""
     ranks, state = run.ranks, run.state
+    if state["step"] >= run.steps:  # a resume with fewer steps than before: nothing is left but to evaluate
+        results = evaluate_all(run, Clock(ranks.watchdog))
+        if ranks.main:
+            append_jsonl(run.folder / "log.jsonl", [{"step": state["step"], **results}])
     with tqdm(total=run.steps, initial=state["step"], desc="GRPO", disable=not ranks.main) as bar:
         for step in range(state["step"] + 1, run.steps + 1):
             clock = Clock(ranks.watchdog, step)
@@ -239,7 +244,7 @@ def stop_on_failures(run: Run, step: int, metrics: dict[str, float], rows: list[
 def sample_and_score(
     run: Run, items: Sequence[Tokenized], step: int, places: Sequence[int], clock: Clock
 ) -> tuple[list[Group], list[list[Reward]]]:
-    """Completions of the prompts at these places of the step's batch, and their rewards."""
+    """Collective. Completions of the prompts at these places of the step's batch, and their rewards."""
     config = run.config
     prompts = [Prompt(t.example.id, t.ids, prompt_seed(config.seed, step, p)) for t, p in zip(items, places)]
     with clock("rollout"), whole(run.policy) as policy:
@@ -256,8 +261,8 @@ def resample_flat(
     run: Run, items: Sequence[Tokenized], groups: list[Group], scores: list[list[Reward]], step: int,
     places: Sequence[int], clock: Clock,
 ) -> tuple[list[Tokenized], list[Group], list[list[Reward]], list[Group]]:  # fmt: skip
-    """Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups whose rewards are all equal give their place to
-    other prompts, at most resample_rounds times. -> (items, groups, rewards, the groups that were given up).
+    """Collective. Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups whose rewards are all equal give their
+    place to other prompts, at most resample_rounds times. -> (items, groups, rewards, the groups that were given up).
 
     Which prompt comes next depends on seed, step, place and round alone, so neither ranks nor a resume change it.
     """
@@ -279,9 +284,7 @@ def finish_step(run: Run, metrics: dict[str, float], rows: list[dict], last: boo
     if last or (config.eval_every and step % config.eval_every == 0):
         metrics = metrics | evaluate_all(run, clock)
         metrics["time/evaluate_s"] = clock.seconds["evaluate"]
-        score = metrics.get(f"{next(iter(run.held_out), '')}/accuracy", 0.0)
-        if score > run.state.get("best", {}).get("score", -1.0):
-            run.state["best"] = {"step": step, "score": score}
+        note_best(run, metrics)
     run.state["seconds"] = time.perf_counter() - run.began
     if run.monitor:
         epoch = step * config.prompts_per_step / len(run.train)
@@ -337,7 +340,7 @@ def set_up(config: Config, ranks: Ranks, examined: bool = False) -> Run:
     choose_step(folder, config.resume_step, ranks)
     config = fit_memory(config, folder, ranks)
     checkpoint = latest_checkpoint(folder)
-    monitor = open_monitor(config, folder, checkpoint[1]["step"] if checkpoint else 0) if ranks.main else None
+    monitor = open_monitor(config, folder, checkpoint[1]["step"] if checkpoint else 0, ranks)
     earlier = latest_checkpoint(folder / "warmup")  # of a warm-up before a resume
     start = warm_up(config, splits, template, ranks, stop)
     tokenizer = load_tokenizer(start, config.trust_remote_code)
@@ -392,13 +395,14 @@ def main(arguments: list[str]) -> None:
         return doctor.main(config, ranks, dry_run, total_steps)
     run = set_up(config, ranks)
     train(run)
-    log = read_jsonl(run.folder / "log.jsonl")
-    summary = summarize(log, list(run.held_out))
+    summary = summarize(read_jsonl(run.folder / "log.jsonl"), list(run.held_out))
     write_model(run.policy, run.tokenizer, run.folder / "model", config, run.state, summary, ranks)
     if ranks.main:
         (run.folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
         print(headline(summary))
-        print(f"model: {run.folder / 'model'} · curves: {run.folder / 'curves.png'} · completions: {write_page(run.folder)}")
+        print(f"model: {run.folder / 'model'} · curves: {run.folder / 'curves.png'}")
+        if attempt("samples.html", partial(write_page, run.folder)):
+            print(f"completions: {run.folder / 'samples.html'}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Every formula of the objective, as tables: advantages, losses, estimates of the KL, and what the mean is over.
 
-A row of LOSSES is a published loss. `--loss NAME` takes it as it is; `--advantage`, `--aggregation`, `--clip_eps` and
-`--clip_eps_high` change one part of it. All are pure functions of tensors. Letters: P prompts, G completions per prompt,
-R completions of a micro-batch, N their tokens.
+A row of LOSSES is a published loss without its KL, whose weight is `--kl_coef` (DAPO and Dr. GRPO have none). `--loss NAME`
+takes a row, `--advantage`, `--aggregation`, `--clip_eps` and `--clip_eps_high` change one part of it. All are pure
+functions of tensors. Letters: P prompts, G completions per prompt, R completions of a micro-batch, N their tokens.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ ADVANTAGES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 # -------------------------------------------------------------- KL to the reference per token: [N], [N] -> [N]
-# With x drawn from the policy: which mean the value has, and which mean its gradient has when it stands in a loss, are two
-# questions (Schulman, http://joschu.net/blog/kl-approx.html, answers the first). `tests/test_losses.py` checks both
-# against the exact KL of a small vocabulary.
+# With tokens drawn from the policy, as at a batch's first update: which mean the value has, and which mean its gradient has
+# when it stands in a loss, are two questions (Schulman, http://joschu.net/blog/kl-approx.html, answers the first).
+# tests/test_losses.py checks both against the exact KL of a small vocabulary.
 
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """(log policy - log ref)^2 / 2: never negative; its mean is only near KL(policy || ref).
 
-    In a loss, the mean of its gradient is the gradient of KL(policy || ref), exactly.
+    In a loss, the mean of its gradient is the gradient of KL(policy || ref).
     """
     return (logprobs - ref_logprobs).square() / 2
 
@@ -106,8 +106,8 @@ LOSSES: dict[str, Loss] = {
     "gspo": Loss("group_std", "sequence_mean", "clipped", "sequence", 3e-4, 4e-4),
     # CISPO (MiniMax-M1, arXiv 2506.13585), equations 4 and 5; no lower bound, the upper one from ScaleRL (arXiv 2510.13786)
     "cispo": Loss("group_std", "token", "weighted", "token", 1.0, 4.0),
-    # RLOO (arXiv 2402.14740): a completion is one action. Its KL stands in the reward, ours in the loss; the clip is for the
-    # second and later updates of a batch, which it does not have
+    # RLOO (arXiv 2402.14740): a completion is one action. Its KL, summed over tokens, stands in the reward, ours in the loss
+    # as a mean; the clip is for the second and later updates of a batch, which it does not have
     "rloo": Loss("leave_one_out", "sequence_sum", "clipped", "sequence", 0.2, 0.2),
 }
 
@@ -149,7 +149,8 @@ def per_completion(values: Tensor, counts: Tensor) -> Tensor:
 RATIOS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "token": lambda log_ratio, counts: log_ratio,
     "sequence_mean": lambda log_ratio, counts: (per_completion(log_ratio, counts) / counts).repeat_interleave(counts),
-    "sequence_sum": lambda log_ratio, counts: per_completion(log_ratio, counts).repeat_interleave(counts),
+    # e^20 is far beyond every bound; the product over a long completion may leave the range of numbers
+    "sequence_sum": lambda log_ratio, counts: per_completion(log_ratio, counts).clamp(-20, 20).repeat_interleave(counts),
 }
 
 # the ratio, the ratio inside its bounds, log-probs and advantages, [N] each -> [N]

@@ -144,14 +144,16 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
         raise ModelError(f"model: no tokenizer could be loaded from {path!r}: {first_line(error)}") from None
 
 
-def load_model(path: str, device: torch.device, gradient_checkpointing: bool = False) -> nn.Module:
-    """A causal LM in fp32 (AdamW at lr 1e-6 rounds away in bf16; CUDA computes in bf16 by autocast).
+def load_model(
+    path: str, device: torch.device, gradient_checkpointing: bool = False, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """A causal LM, to be trained in fp32 (AdamW at lr 1e-6 rounds away in bf16; CUDA computes in bf16 by autocast).
 
     path: a folder or hub id. Code from the hub is never run. Raises ModelError when it cannot be loaded.
     """
     check_path(path)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"model: {path!r} could not be loaded: {first_line(error)}") from None
     return prepare_model(model, device, gradient_checkpointing)

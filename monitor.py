@@ -6,6 +6,7 @@ end. Nothing in here may end a run that has begun: what fails is said once, and 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import math
 import os
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from config import Config, ConfigError
 from plot import draw
+from runtime import Ranks
 
 # ------------------------------------------------------------------------------------------------------------ lines
 
@@ -112,11 +114,12 @@ def alarms(record: dict, active: frozenset[str], config: Config) -> tuple[list[s
             said += f" of max_response_tokens {config.max_response_tokens}"
         if not limit:
             continue
+        over = min(1.1 * limit, (1 + limit) / 2) if limit < 1 else 1.1 * limit  # a share cannot exceed 1
         if setting not in on and (value < limit if low_is_bad else value > limit):
             on.add(setting)
             side = "below" if low_is_bad else "above"
             sentences.append(f"ALARM at step {step}: {what} is {value:.3g}, {side} {said}: {advice}")
-        elif setting in on and (value > 1.1 * limit if low_is_bad else value < 0.9 * limit):
+        elif setting in on and (value > over if low_is_bad else value < 0.9 * limit):
             on.remove(setting)
             sentences.append(f"alarm over at step {step}: {what} is {value:.3g} again ({said})")
     broken = [key for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
@@ -229,19 +232,30 @@ class Monitor:
     active: frozenset[str] = field(default_factory=frozenset)  # alarms that are on
 
 
-def open_monitor(config: Config, folder: Path, step: int = 0) -> Monitor:
-    """For the main process alone. step: the last that is done, after a resume. Raises ConfigError as open_trackers."""
+def open_monitor(config: Config, folder: Path, step: int, ranks: Ranks) -> Monitor | None:
+    """Collective. The main process's monitor, None on the others. step: the last that is done, after a resume.
+
+    Raises ConfigError as open_trackers, on all ranks, so that none waits for one that has ended.
+    """
+    trackers, problem = [], ""
+    if ranks.main:
+        try:
+            trackers = open_trackers(config, folder, step)
+        except ConfigError as error:
+            problem = str(error)
+    if problem := ranks.gather(problem)[0]:
+        raise ConfigError(problem)
     wait = 60 * config.plot_minutes or math.inf
-    return Monitor(config, folder, open_trackers(config, folder, step), time.monotonic() + wait)
+    return Monitor(config, folder, trackers, time.monotonic() + wait) if ranks.main else None
 
 
 def report(monitor: Monitor, record: dict, steps: int, lines: bool = True) -> None:
     """Shows one record of log.jsonl, after it is written there. steps: as in step_line. lines=False: a bar is enough."""
-    if lines:
-        tqdm.write(step_line(record, steps))
-    if evaluated := evaluation_line(record):
-        tqdm.write(evaluated)
-    sys.stdout.flush()  # it may be a file that somebody follows
+    said = [step_line(record, steps)] * lines + [evaluation_line(record)]
+    with contextlib.suppress(OSError):  # a terminal or pipe that is gone
+        for line in filter(None, said):
+            tqdm.write(line)
+        sys.stdout.flush()  # it may be a file that somebody follows
     sentences, monitor.active = alarms(record, monitor.active, monitor.config)
     for sentence in sentences:
         warn(sentence)
@@ -286,4 +300,5 @@ def first_line(error: Exception) -> str:
 
 def warn(sentence: str) -> None:
     """To stderr, without tearing a progress bar."""
-    tqdm.write(sentence, file=sys.stderr)
+    with contextlib.suppress(OSError):
+        tqdm.write(sentence, file=sys.stderr)

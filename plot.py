@@ -55,12 +55,14 @@ def summarize(log: list[dict], splits: Sequence[str]) -> dict:
 
     accuracy_* is the first held-out split; those of another split carry its name, as in strict_accuracy_after.
     """
-    before, steps = log[0], [row for row in log if row["step"] > 0]
-    after, rewards = steps[-1], [row["reward"] for row in steps]
-    summary = {"steps": len(steps), "wall_s": round(after["seconds"], 1), "flops": after["flops"]}
+    steps = [row for row in log if "reward" in row]
+    rewards = [row["reward"] for row in steps]
+    summary = {"steps": len(steps), "wall_s": round(steps[-1]["seconds"], 1), "flops": steps[-1]["flops"]}
     summary["reward_first5"] = sum(rewards[:5]) / len(rewards[:5])
     summary["reward_last10"] = sum(rewards[-10:]) / len(rewards[-10:])
     for name in splits:
+        evaluated = [row for row in log if f"{name}/accuracy" in row]
+        before, after = evaluated[0], evaluated[-1]
         prefix = "" if name == "held_out" else f"{name}_"
         summary[f"{prefix}accuracy_before"] = before[f"{name}/accuracy"]
         summary[f"{prefix}accuracy_after"] = after[f"{name}/accuracy"]

@@ -154,7 +154,7 @@ def sample_rows(
     rows = []
     for (p, g), tokens in zip(places, token_texts(tokenizer, [groups[p].responses[g] for p, g in places])):
         group, example, one = groups[p], examples[p].example, rewards[p][g]
-        asked = "".join([message["content"] or "" for message in example.messages if message["role"] == "user"][-1:])
+        asked = "".join([message.get("content") or "" for message in example.messages if message["role"] == "user"][-1:])
         row = {"step": step, "prompt_id": group.prompt.id, "completion": group.texts[g], "reward": one.total}
         row |= {"reason": one.reason, "advantage": round(advantages[p, g].item(), 4), "truncated": group.truncated[g]}
         query = asked[:QUERY_CHARACTERS] + "…" * (len(asked) > QUERY_CHARACTERS)
@@ -242,7 +242,8 @@ def evaluate(
     own = examples[ranks.rank :: ranks.world]
     groups = sample_groups(
         model, tokenizer, [Prompt(t.example.id, t.ids) for t in own], group_size=1, temperature=0,
-        max_new_tokens=config.max_response_tokens, batch_size=config.rollout_batch_size, beat=ranks.beat,
+        max_new_tokens=config.max_response_tokens, batch_size=config.rollout_batch_size, engine=config.rollout_engine,
+        beat=ranks.beat,
     )  # fmt: skip
     hits, correct = Counter({kind: 0.0 for kind in KINDS}), 0
     for item, group in zip(own, groups):

@@ -193,7 +193,7 @@ def _claim(path: Path, config: Config) -> str:
         for entry in path.iterdir():
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
-            elif entry.name not in START_FILES:
+            elif entry.name != "lock":
                 entry.unlink()
     take_lock(lock, sign=True)  # only now: a start that dies before, torchrun does over
     # Without these switches: whoever starts from this file must not delete or continue a run by accident.
@@ -262,12 +262,12 @@ def read_jsonl(path: Path) -> list[dict]:
 
 def cut_log(path: Path, step: int) -> None:
     """Drops rows of steps after `step`: a resumed run does them again."""
-    if path.exists():
-        rows = [row for row in read_jsonl(path) if row["step"] <= step]
-        shorter = path.with_name(path.name + ".tmp")
-        shorter.write_text("", encoding="utf-8")
-        append_jsonl(shorter, rows)
-        shorter.replace(path)
+    if not path.exists():
+        return
+    shorter = path.with_name(path.name + ".tmp")
+    with path.open("rb") as old, shorter.open("wb") as new:  # line by line: samples may fill gigabytes
+        new.writelines(line for line in old if line.endswith(b"\n") and json.loads(line)["step"] <= step)
+    shorter.replace(path)
 
 
 @contextlib.contextmanager

@@ -217,9 +217,7 @@ def finish_step(run: Run, metrics: dict[str, float], clock: Clock) -> dict[str, 
     config, step, last, results = run.config, run.state["step"], is_finished(run), {}
     if last or (config.eval_every and step % config.eval_every == 0):
         results = evaluate_held_out(run, clock)
-        score = results.get(f"{next(iter(run.held_out), '')}/accuracy", 0.0)
-        if score > run.state.get("best", {}).get("score", -1.0):
-            run.state["best"] = {"step": step, "score": score}
+        note_best(run, results)
     run.state["seconds"] = time.perf_counter() - run.began
     epoch = round(step * config.sft_batch / len(run.groups), 4)
     times = {f"time/{phase}_s": seconds for phase, seconds in clock.seconds.items()}
@@ -227,6 +225,13 @@ def finish_step(run: Run, metrics: dict[str, float], clock: Clock) -> dict[str, 
     log_row(run, {"step": step, "epoch": epoch, **metrics, **results, **times, **clocks})
     save_or_stop(run, last, clock)
     return results
+
+
+def note_best(run, results: dict[str, float]) -> None:
+    """Remembers the step with the best accuracy on the first held-out split, for this Run or grpo.py's: it is kept."""
+    score = results.get(f"{next(iter(run.held_out), '')}/accuracy", 0.0)
+    if score > run.state.get("best", {}).get("score", -1.0):
+        run.state["best"] = {"step": run.state["step"], "score": score}
 
 
 def save_or_stop(run, last: bool, clock: Clock) -> None:
@@ -324,7 +329,7 @@ def main(arguments: list[str]) -> None:
     run_dir, stop = open_run(config, ranks), StopFlag()
     choose_step(run_dir, config.resume_step, ranks)
     done = latest_checkpoint(run_dir)
-    monitor = open_monitor(config, run_dir, done[1]["step"] if done else 0) if ranks.main else None
+    monitor = open_monitor(config, run_dir, done[1]["step"] if done else 0, ranks)
     path = start_model(config, splits, template, ranks)[0]
     tokenizer, policy = load_tokenizer(path, config.trust_remote_code), load_policy(path, config, ranks)
     check_tokenizer(tokenizer, template)

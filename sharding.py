@@ -1,8 +1,8 @@
 """Sharding by PyTorch's FSDP2: every rank holds its share of weights, gradients and AdamW state, also if it is the only one.
 
-Each decoder layer and the rest (embeddings, last norm, LM head) are gathered when they compute and freed afterwards. For
-the rollout the weights are gathered once, into a twin of the model without hooks, so that ranks may generate different
-numbers of tokens without waiting for each other.
+Each decoder layer and the rest (embeddings, last norm, LM head) are gathered when they compute and freed afterwards; a
+small model is gathered as one. For the rollout the weights are gathered once, into a twin of the model without hooks, so
+that ranks may generate different numbers of tokens without waiting for each other.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from model import ModelError, check_path, equip, first_line, response_logprobs, 
 from packing import trim_last_layer
 from runtime import Ranks
 
-KEEP_BYTES = 2**30  # a smaller model's layers are not freed between forward and backward: gathering takes longer
+KEEP_BYTES = 2**30  # a smaller model is gathered as a whole, and stays so until the backward is done: fewer messages
 
 
 def make_mesh(ranks: Ranks, sharding: str) -> DeviceMesh:
@@ -70,8 +70,8 @@ def load_sharded(
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     model.free_layers = sum(p.numel() * p.element_size() for p in model.parameters()) > KEEP_BYTES
-    for layer in model.get_decoder().layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=place, reshard_after_forward=model.free_layers)
+    for layer in model.get_decoder().layers if model.free_layers else ():
+        fully_shard(layer, mesh=mesh, mp_policy=policy, offload_policy=place, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=place, reshard_after_forward=False)
     for part in fsdp_modules(model):  # a gradient is the sum over ranks of what each adds to one global mean
         part.set_gradient_divide_factor(1.0)
@@ -190,7 +190,7 @@ def whole(model: nn.Module) -> Iterator[nn.Module]:
         yield _twin(model)
     finally:
         for part in parts:
-            part.set_reshard_after_forward(part is not model and model.free_layers, recurse=False)
+            part.set_reshard_after_forward(part is not model, recurse=False)
             part.reshard()
 
 

@@ -48,7 +48,7 @@ CONDITIONS = {
 # What decides the results. Not its comments and docstrings: see `recipe`.
 DECIDES = (
     "configs/tiny.yaml configs/tiny_prompt.txt synthetic.py data.py prompts.py reward.py losses.py minibatches.py grpo.py "
-    "sft.py rollout.py engines.py model.py packing.py head.py"
+    "sft.py rollout.py engines.py model.py packing.py head.py sharding.py runtime.py config.py"
 ).split()
 # 97.5 % quantiles of Student's t with 1, 2, … 30 degrees of freedom.
 T_975 = (
@@ -236,7 +236,7 @@ def tables(results: dict[str, dict]) -> str:
     lines = [
         f"Right calls of greedy replies, mean over {count} seed(s) ± half of its 95 % interval (Student's t); "
         f"n = {n['held_out']} held-out and {n['strict']} strict cases per seed. With thought: the binary reward of the "
-        "held-out replies. Differences to {CONDITIONS[BASELINE]} are paired by seed. "
+        f"held-out replies. Differences to {CONDITIONS[BASELINE]} are paired by seed. "
         "Compute: training FLOPs over those of that row, the warm-up left out. Format: share of the last step's samples.\n",
         "| condition | held-out | strict | difference, held-out | difference, strict | with thought | compute | format |",
         "|---|---|---|---|---|---|---|---|",

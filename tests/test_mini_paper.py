@@ -12,7 +12,7 @@ import pytest
 from config import load_config
 from reward import REWARDS
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+sys.path.append(str(Path(__file__).parents[1] / "bench"))  # last: it has a rollout.py too
 
 import mini_paper
 from mini_paper import BASELINE, CONDITIONS, Part, PartFailed, command, figures, interval, needed, parts_of, recipe, tables

@@ -6,11 +6,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import monitor
 from config import Config, ConfigError
 from monitor import alarms, evaluation_line, step_line
-from runtime import append_jsonl
+from runtime import Ranks, append_jsonl
 
 RECORD = {
     "step": 12, "reward": 0.534, "correct_rate": 0.55, "format_rate": 0.98, "kl": 0.0123, "entropy": 0.42,
@@ -63,6 +64,15 @@ CASES = [  # setting, key, good, bad, a bit better than the threshold: not good 
     ("alarm_empty", "empty_rate", 0.1, 0.91, 0.89),
     ("alarm_kl", "kl", 0.1, 1.1, 0.95),
 ]
+
+class Alone(Ranks):
+    """A rank that has nobody to talk to."""
+
+    def gather(self, item):
+        return [item]
+
+
+ALONE = Alone(0, 1, torch.device("cpu"))
 CONFIG = Config(max_response_tokens=100)
 
 
@@ -155,7 +165,7 @@ def test_trackers_that_are_unknown_or_not_installed_are_named_before_anything_is
 
 
 def test_wandb_gets_the_config_and_every_number(wandb, tmp_path):
-    watching = monitor.open_monitor(with_trackers("wandb"), tmp_path)
+    watching = monitor.open_monitor(with_trackers("wandb"), tmp_path, 0, ALONE)
     options = wandb.calls[0]
     assert options["project"] == "tool-n1" and options["name"] == tmp_path.name
     assert options["config"]["trackers"] == "wandb" and options["config"]["lr"] == CONFIG.lr
@@ -166,14 +176,14 @@ def test_wandb_gets_the_config_and_every_number(wandb, tmp_path):
 
 
 def test_a_resumed_run_goes_on_in_the_same_wandb_run(wandb, tmp_path, monkeypatch):
-    monitor.open_monitor(with_trackers("wandb"), tmp_path)
+    monitor.open_monitor(with_trackers("wandb"), tmp_path, 0, ALONE)
     monkeypatch.setenv("WANDB_PROJECT", "mine")
-    monitor.open_monitor(with_trackers("wandb"), tmp_path, step=10)
+    monitor.open_monitor(with_trackers("wandb"), tmp_path, 10, ALONE)
     first, second = (call for call in wandb.calls if isinstance(call, dict))
     assert first["id"] == second["id"] and first["resume"] == second["resume"] == "allow"
     assert second["project"] == "mine"
     (tmp_path / "other").mkdir()
-    monitor.open_monitor(with_trackers("wandb"), tmp_path / "other")
+    monitor.open_monitor(with_trackers("wandb"), tmp_path / "other", 0, ALONE)
     assert wandb.calls[-3]["id"] != first["id"]
 
 
@@ -182,7 +192,7 @@ def test_a_tracker_that_fails_in_the_middle_is_dropped_with_one_warning(wandb, t
         raise ConnectionError("api.wandb.ai is gone\nwith details")
 
     wandb.log = no_network
-    watching = monitor.open_monitor(with_trackers("wandb"), tmp_path)
+    watching = monitor.open_monitor(with_trackers("wandb"), tmp_path, 0, ALONE)
     for step in (1, 2, 3):
         monitor.report(watching, RECORD | {"step": step}, 140)
     monitor.close_monitor(watching)
@@ -197,8 +207,8 @@ def test_a_tracker_that_does_not_start_stops_a_new_run_but_not_one_that_goes_on(
 
     wandb.init = no_login
     with pytest.raises(ConfigError, match="wandb did not start .RuntimeError: no login."):
-        monitor.open_monitor(with_trackers("wandb"), tmp_path)
-    assert monitor.open_monitor(with_trackers("wandb"), tmp_path, step=10).trackers == []
+        monitor.open_monitor(with_trackers("wandb"), tmp_path, 0, ALONE)
+    assert monitor.open_monitor(with_trackers("wandb"), tmp_path, 10, ALONE).trackers == []
     assert "going on without it" in capsys.readouterr().err
 
 
@@ -209,11 +219,11 @@ def test_tensorboard_reads_back_what_was_reported_and_forgets_steps_that_are_don
     def read(folder):
         return EventAccumulator(str(folder / "tensorboard")).Reload().Scalars("reward")
 
-    first = monitor.open_monitor(with_trackers("tensorboard"), tmp_path)
+    first = monitor.open_monitor(with_trackers("tensorboard"), tmp_path, 0, ALONE)
     for step in (1, 2, 3):
         monitor.report(first, {"step": step, "reward": 0.25 * step}, 140)
     assert [event.step for event in read(tmp_path)] == [1, 2, 3], "readable at once: a process may die without a close"
-    second = monitor.open_monitor(with_trackers("tensorboard"), tmp_path, step=2)
+    second = monitor.open_monitor(with_trackers("tensorboard"), tmp_path, 2, ALONE)
     for step in (3, 4):
         monitor.report(second, {"step": step, "reward": 0.5}, 140)
     monitor.close_monitor(second)
@@ -224,7 +234,7 @@ def test_tensorboard_reads_back_what_was_reported_and_forgets_steps_that_are_don
 
 
 def test_what_is_printed_and_where(tmp_path, capsys):
-    watching = monitor.open_monitor(with_trackers(""), tmp_path)
+    watching = monitor.open_monitor(with_trackers(""), tmp_path, 0, ALONE)
     results = {"held_out/accuracy": 0.5, "held_out/n": 20}
     monitor.report(watching, RECORD | {"entropy": 0.001} | results, 140)
     monitor.report(watching, RECORD | {"entropy": 0.001, "step": 13}, 140)
@@ -248,7 +258,7 @@ def test_the_picture_is_drawn_when_it_is_due_and_at_the_end(tmp_path, monkeypatc
 
     monkeypatch.setattr(monitor, "draw", draw)
     monkeypatch.setattr(monitor.time, "monotonic", lambda: now[0])
-    watching = monitor.open_monitor(dataclasses.replace(CONFIG, plot_minutes=1.0), tmp_path)
+    watching = monitor.open_monitor(dataclasses.replace(CONFIG, plot_minutes=1.0), tmp_path, 0, ALONE)
     for _ in range(60):
         now[0] += 10.0
         monitor.report(watching, RECORD, 140, lines=False)
@@ -256,7 +266,7 @@ def test_the_picture_is_drawn_when_it_is_due_and_at_the_end(tmp_path, monkeypatc
     assert [when for when, *_ in drawn] == [160.0, 364.0, 568.0]
     monitor.close_monitor(watching)
     assert drawn[-1][1:] == ([tmp_path], tmp_path / "curves.png") and len(drawn) == 4
-    rare = monitor.open_monitor(dataclasses.replace(CONFIG, plot_minutes=0.0), tmp_path)
+    rare = monitor.open_monitor(dataclasses.replace(CONFIG, plot_minutes=0.0), tmp_path, 0, ALONE)
     now[0] += 10**6
     monitor.report(rare, RECORD, 140, lines=False)
     assert len(drawn) == 4, "plot_minutes 0 draws at the end only"
@@ -271,7 +281,7 @@ def test_a_picture_that_cannot_be_drawn_warns_once_and_is_tried_again_at_the_end
     now = [100.0]
     monkeypatch.setattr(monitor, "draw", full)
     monkeypatch.setattr(monitor.time, "monotonic", lambda: now[0])
-    watching = monitor.open_monitor(dataclasses.replace(CONFIG, plot_minutes=1.0), tmp_path)
+    watching = monitor.open_monitor(dataclasses.replace(CONFIG, plot_minutes=1.0), tmp_path, 0, ALONE)
     for step in range(1, 6):
         now[0] += 100.0
         monitor.report(watching, RECORD | {"step": step}, 140, lines=False)
@@ -283,7 +293,29 @@ def test_a_picture_that_cannot_be_drawn_warns_once_and_is_tried_again_at_the_end
 
 def test_a_run_leaves_its_picture_behind(tmp_path):
     append_jsonl(tmp_path / "log.jsonl", [RECORD])
-    watching = monitor.open_monitor(with_trackers(""), tmp_path)
+    watching = monitor.open_monitor(with_trackers(""), tmp_path, 0, ALONE)
     monitor.report(watching, RECORD, 140, lines=False)
     monitor.close_monitor(watching)
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_alarm_near_the_top_of_a_share_can_end():
+    """10 % above 0.95 is more than all completions, so it rang once and was never heard again."""
+    config = Config(alarm_think=0.95)
+    sentences, on = alarms({"step": 1, "think_rate": 0.9}, NONE, config)
+    assert "alarm_think" in on and len(sentences) == 1
+    sentences, on = alarms({"step": 2, "think_rate": 1.0}, on, config)
+    assert not on and "over" in sentences[0]
+
+
+def test_a_problem_of_the_main_process_ends_all_of_them(tmp_path):
+    """The others used to wait for it in the next collective."""
+
+    class Other(Ranks):
+        def gather(self, item):
+            assert not item
+            return ["trackers: wandb did not start", item]
+
+    with pytest.raises(ConfigError, match="wandb did not start"):
+        monitor.open_monitor(Config(), tmp_path, 0, Other(1, 2, torch.device("cpu")))
+    assert monitor.open_monitor(Config(), tmp_path, 0, Alone(1, 2, torch.device("cpu"))) is None

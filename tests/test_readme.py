@@ -35,7 +35,7 @@ save_every: 1
 """
 
 # The recipes that name a 7B model: the demo's instead, of which everything is kept.
-SFT = {"--config configs/qwen2.5-7b.yaml": "--config configs/tiny.yaml --model runs/demo/model"}
+SFT = {"--config configs/sft.yaml": "--config configs/tiny.yaml --model runs/demo/model"}
 DISTILL = {
     "TEACHER --data train.jsonl": "runs/demo/model --data synthetic --synthetic_train 4 --max_response_tokens 8 "
     "--prompt_template configs/tiny_prompt.txt --reward always.py:one",
@@ -86,7 +86,7 @@ RUN: dict[str, dict[str, str]] = {
     "python bench/simulate.py --response_p99 600": {"600": "600 --gpus 8 --draws 1"},
     "grep '^{' bench.log": {"bench.log": "runs/demo/log.jsonl"},
     "tail -n 1 runs/demo/samples.jsonl": {},
-    "sed -i 's/\"partial_format\": Variant(1.0, 0.8, 0.2/\"partial_format\": Variant(1.0, 0.8, 0.6/' reward.py": {},
+    "sed -i.bak 's/\"partial_format\": Variant(1.0, 0.8, 0.2/\"partial_format\": Variant(1.0, 0.8, 0.6/' reward.py": {},
     "grep -n '\"partial_format\": Variant(1.0, 0.8, 0.6' reward.py": {},
     "python grpo.py --config configs/tiny.yaml --model runs/demo/warmup/model --warmup_steps 0 --steps 60 "
     "--run_dir runs/binary": {"60": "1"},
@@ -99,15 +99,15 @@ RUN: dict[str, dict[str, str]] = {
     "from transformers import AutoModelForCausalLM": {"max_new_tokens=40": "max_new_tokens=2"},
     "python samples_page.py runs/demo": {},
     "python plot.py runs/demo runs/seed7": {},
-    "python sft.py --config configs/qwen2.5-7b.yaml --data train.jsonl --sft_reason false --run_dir runs/no_reason":
+    "python sft.py --config configs/sft.yaml --data train.jsonl --sft_reason false --run_dir runs/no_reason":
     SFT | {"train.jsonl": "synthetic"},
     "python distill.py --model TEACHER --data train.jsonl --samples 4 --out runs/traces.jsonl":
     DISTILL,
-    "python sft.py --config configs/qwen2.5-7b.yaml --data runs/traces.jsonl --run_dir runs/reason":
+    "python sft.py --config configs/sft.yaml --data runs/traces.jsonl --run_dir runs/reason":
     SFT | {"runs/traces.jsonl": "synthetic"},
     "python distill.py --model TEACHER --data train.jsonl --data_to 0.5 --out runs/half.jsonl":
     DISTILL,
-    "python sft.py --config configs/qwen2.5-7b.yaml --data runs/half.jsonl --run_dir runs/reason_half":
+    "python sft.py --config configs/sft.yaml --data runs/half.jsonl --run_dir runs/reason_half":
     SFT | {"runs/half.jsonl": "synthetic"},
     "python grpo.py --config configs/qwen2.5-7b.yaml --model runs/reason_half/model "
     "--data train.jsonl --data_from 0.5": SFT_THEN_RL,
