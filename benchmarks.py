@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from torch import nn
 
@@ -35,6 +36,14 @@ class JudgedPrompt:
     prompt: Prompt
     part: str
     judge: Callable[[str], bool]
+
+
+def check_folders(config: Config) -> None:
+    """Raises ConfigError where a benchmark's folder is not there. A name with one / may be a hub id."""
+    for key in ("bfcl", "apibank"):
+        folder = getattr(config, key)
+        if folder and folder.count("/") != 1 and not Path(folder).exists():
+            raise ConfigError(f"{key}: the folder {folder!r} does not exist")
 
 
 def load_benchmarks(config: Config, tokenizer, template: str, quiet: bool = False) -> dict[str, list[JudgedPrompt]]:

@@ -24,11 +24,15 @@ import transformers
 from transformers import GenerationConfig
 
 import plan
+from benchmarks import check_folders
 from checkpoint import complete_steps
 from config import Config, ConfigError, check_positions
 from data import Example, Splits, example_kind
+from engines import ENGINES
 from estimate import CONTEXT, FP32, GB, Assumptions, shape_of
+from losses import loss_of
 from model import count_parameters
+from monitor import tracker_names
 from prompts import PromptError, check_tokenizer, encode_reply, render_completion, render_prompt, stop_ids
 from reward import REWARDS, RewardFunction
 from runtime import Ranks
@@ -78,6 +82,15 @@ def _some(s: Start, limit: int) -> list[Example]:
 
 
 # ------------------------------------------------------------------------------------------------ machine and processes
+
+
+def check_names(config: Config) -> None:
+    """Raises ConfigError for a setting that names nothing that is there."""
+    if config.rollout_engine not in ENGINES:
+        raise ConfigError(f"rollout_engine must be one of {', '.join(ENGINES)}, not {config.rollout_engine!r}")
+    loss_of(config)
+    tracker_names(config)
+    check_folders(config)
 
 
 def check_versions() -> Check:

@@ -122,6 +122,8 @@ def load_config(arguments: list[str]) -> Config:
     values: dict[str, Any] = {}
     pairs = _pairs(arguments)
     if any(key == "help" for key, _ in pairs):
+        print("usage: python grpo.py or sft.py [--config FILE.yaml] [--key value …]; a key alone is true")
+        print("grpo.py also: --doctor, --plan [--help], --export CHECKPOINT OUT\n")
         for f in dataclasses.fields(Config):
             print(f"--{f.name:<28}{f.default!r:<30} {f.metadata['help']}")
         raise SystemExit(0)
@@ -148,6 +150,9 @@ def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
         key, equals, value = key[2:].partition("=")
         if not equals:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+            known = Config.__dataclass_fields__.get(key)
+            if known and value == "true" and not isinstance(known.default, bool):
+                raise ConfigError(f"--{key} needs a value: {known.metadata['help']}")
         pairs.append((key, value))
     return pairs
 
@@ -241,6 +246,8 @@ def settings_table() -> str:
 
 
 if __name__ == "__main__":  # python config.py REFERENCE.md
+    if not sys.argv[1:] or "<!-- settings -->" not in (Path(sys.argv[1]).read_text() if Path(sys.argv[1]).is_file() else ""):
+        sys.exit("usage: python config.py REFERENCE.md; the page must have the marks of the table")
     page = Path(sys.argv[1])
     before, begin, rest = page.read_text(encoding="utf-8").partition("<!-- settings -->\n")
     end = rest[rest.index("<!-- end of settings -->") :]

@@ -29,17 +29,26 @@ import doctor
 import plan
 from benchmarks import JudgedPrompt, evaluate_benchmark, load_benchmarks
 from checkpoint import CheckpointError, Saver, choose_step, latest_checkpoint, load_checkpoint
-from checks import Start
+from checks import Start, check_names
 from config import Config, ConfigError, check_positions, load_config
 from data import DataError, Splits, Tokenized, load_splits, tokenize_splits
-from engines import ENGINES, Prompt
+from engines import Prompt
 from export import export_checkpoint, write_model
 from losses import ADVANTAGES, AGGREGATIONS, KLS, Loss, loss_of, policy_loss
-from minibatches import MicroBatch, Minibatch, gather_groups, make_minibatches, own_places, sampler_difference, shuffled
+from minibatches import (
+    MicroBatch,
+    Minibatch,
+    gather_groups,
+    make_minibatches,
+    own_places,
+    reward_table,
+    sampler_difference,
+    shuffled,
+)  # fmt: skip
 from model import ModelError, count_parameters, load_tokenizer, token_logprobs, uses_shared_prefix
-from monitor import Monitor, attempt, open_monitor, report, tracker_names
+from monitor import Monitor, attempt, open_monitor, report
 from packing import attention_backend
-from plot import headline, summarize
+from plot import headline, summarize, was_evaluated
 from prompts import PromptError, check_tokenizer, load_template
 from reward import Reward, RewardError, RewardFunction, reward_function
 from rollout import Group, evaluate, prompt_seed, rollout_metrics, sample_groups, sample_rows, speed_metrics
@@ -169,10 +178,11 @@ class Run:
 def train(run: Run) -> None:
     """Collective. The training loop, from the step after run.state["step"] to the last."""
     ranks, state = run.ranks, run.state
-    if state["step"] >= run.steps:  # a resume with fewer steps than before: nothing is left but to evaluate
-        results = evaluate_all(run, Clock(ranks.watchdog))
+    log = run.folder / "log.jsonl"
+    if state["step"] >= run.steps and not ranks.gather(ranks.main and was_evaluated(read_jsonl(log)[-1]))[0]:
+        results = evaluate_all(run, Clock(ranks.watchdog))  # a resume with fewer steps than before: nothing else is left
         if ranks.main:
-            append_jsonl(run.folder / "log.jsonl", [{"step": state["step"], **results}])
+            append_jsonl(log, [{"step": state["step"], **results}])
     with tqdm(total=run.steps, initial=state["step"], desc="GRPO", disable=not ranks.main) as bar:
         for step in range(state["step"] + 1, run.steps + 1):
             clock = Clock(ranks.watchdog, step)
@@ -208,11 +218,6 @@ def train_step(run: Run, step: int, clock: Clock) -> tuple[dict[str, float], lis
     metrics |= speed_metrics(groups, again, trained, count_parameters(run.policy), config, clock.seconds, ranks)
     state |= {"step": step, "flops": state["flops"] + metrics.pop("step_flops")}
     return metrics, rows
-
-
-def reward_table(scores: list[list[Reward]], config: Config) -> Tensor:
-    """[P, G]; P may be 0 where there are more processes than prompts."""
-    return torch.tensor([[one.total for one in row] for row in scores]).view(len(scores), config.group_size)
 
 
 def learn(run: Run, groups: list[Group], advantages: Tensor, clock: Clock) -> tuple[dict[str, float], int]:
@@ -313,19 +318,22 @@ def total_steps(config: Config, examples: int) -> int:
 
 
 def read_inputs(config: Config) -> tuple[RewardFunction, str, Splits]:
-    """Reward, system prompt and examples. What is wrong with settings, data or tokenizer raises here, before an old run
-    is replaced.
-    """
-    if config.rollout_engine not in ENGINES:
-        raise ConfigError(f"rollout_engine must be one of {', '.join(ENGINES)}, not {config.rollout_engine!r}")
-    loss_of(config)
-    tracker_names(config)
+    """Reward, system prompt and examples. What is wrong with settings or data raises here, before an old run is replaced."""
+    check_names(config)
     reward = reward_function(config.reward, config.lenient)
     template, splits = load_template(config.prompt_template), load_splits(config)
     reward("", splits.train[0].answer, splits.train[0].tools)  # a broken function of the user's own stops here
-    if config.model != "tiny":
-        check_tokenizer(load_tokenizer(config.model, config.trust_remote_code), template)
     return reward, template, splits
+
+
+def read_prompts(
+    config: Config, path: str, template: str, splits: Splits, quiet: bool
+) -> tuple[object, Splits, dict[str, Sequence[JudgedPrompt]]]:
+    """The model's tokenizer, and what it makes of examples and benchmarks."""
+    tokenizer = load_tokenizer(path, config.trust_remote_code)
+    check_tokenizer(tokenizer, template)
+    tokenized = tokenize_splits(splits, tokenizer, template, config, quiet=quiet)
+    return tokenizer, tokenized, load_benchmarks(config, tokenizer, template, quiet=quiet)
 
 
 def set_up(config: Config, ranks: Ranks, examined: bool = False) -> Run:
@@ -333,7 +341,9 @@ def set_up(config: Config, ranks: Ranks, examined: bool = False) -> Run:
 
     examined: the doctor has looked at these settings already.
     """
-    began, (reward, template, splits) = time.perf_counter(), read_inputs(config)
+    began, (reward, template, splits), quiet = time.perf_counter(), read_inputs(config), not ranks.main
+    # A model that is there shows before an old run is replaced whether its tokenizer and prompts will do.
+    prompts = None if config.model == "tiny" else read_prompts(config, config.model, template, splits, quiet)
     folder, stop = open_run(config, ranks), StopFlag()
     if ranks.main:
         print(f"run: {folder} · {ranks.world} process(es) on {ranks.device} · attention: {attention_backend(ranks.device)}")
@@ -343,13 +353,10 @@ def set_up(config: Config, ranks: Ranks, examined: bool = False) -> Run:
     monitor = open_monitor(config, folder, checkpoint[1]["step"] if checkpoint else 0, ranks)
     earlier = latest_checkpoint(folder / "warmup")  # of a warm-up before a resume
     start = warm_up(config, splits, template, ranks, stop)
-    tokenizer = load_tokenizer(start, config.trust_remote_code)
-    check_tokenizer(tokenizer, template)
-    tokenized = tokenize_splits(splits, tokenizer, template, config, quiet=not ranks.main)
+    tokenizer, tokenized, benchmarks = prompts or read_prompts(config, start, template, splits, quiet)
     steps = total_steps(config, len(tokenized.train))
     if not examined:
         doctor.brief(Start(config, ranks, template, reward, splits, tokenized, tokenizer, start, steps))
-    benchmarks = load_benchmarks(config, tokenizer, template, quiet=not ranks.main)
     policy = load_policy(start, config, ranks).train()
     # The reference is always the model that training started from, also after a resume.
     reference = load_policy(start, config, ranks, frozen=True).eval() if config.kl_coef else None
@@ -392,6 +399,7 @@ def main(arguments: list[str]) -> None:
     config = load_config([word for word in arguments if word != "--doctor"])
     ranks = start_ranks(config.timeout_minutes, config.threads)
     if "--doctor" in arguments:
+        check_names(config)
         return doctor.main(config, ranks, dry_run, total_steps)
     run = set_up(config, ranks)
     train(run)

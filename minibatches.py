@@ -15,6 +15,7 @@ from torch import Tensor
 
 from config import Config
 from packing import Packed, micro_batches, pack
+from reward import Reward
 from rollout import Group, prompt_seed
 from runtime import Ranks
 
@@ -43,6 +44,11 @@ class Minibatch:
     micros: list[MicroBatch]
     tokens: int
     completions: int
+
+
+def reward_table(scores: list[list[Reward]], config: Config) -> Tensor:
+    """[P, G]; P may be 0 where there are more processes than prompts."""
+    return torch.tensor([[one.total for one in row] for row in scores]).view(len(scores), config.group_size)
 
 
 def gather_groups(groups: Sequence[Group], rewards: Tensor, ranks: Ranks) -> tuple[list[Group], Tensor]:

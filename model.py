@@ -251,6 +251,8 @@ def _near(a: Tensor, b: Tensor, error: float = PROBE_ERROR) -> bool:
 
 def check_path(path: str) -> None:
     """Raises ModelError for what looks like a folder and is none."""
+    if (Path(path) / "model" / "config.json").is_file() and not (Path(path) / "config.json").is_file():
+        raise ModelError(f"model: {path!r} is the folder of a run; its model is {str(Path(path) / 'model')!r}")
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if looks_local and not Path(path).is_dir():
         raise ModelError(f"model: the folder {path!r} does not exist; give a Hugging Face folder, a hub id or tiny")

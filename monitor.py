@@ -64,6 +64,10 @@ def evaluation_line(record: dict) -> str:
     """The accuracies of this step's evaluation, each with its number of cases; "" where there was none."""
     splits = [key.removesuffix("/accuracy") for key in record if key.endswith("/accuracy")]
     found = [f"{split} {record[f'{split}/accuracy']:.1%} of {record[f'{split}/n']}" for split in splits]
+    calls = {split: record.get(f"{split}/correct_rate", record[f"{split}/accuracy"]) for split in splits}
+    for i, split in enumerate(splits):  # without the thought that accuracy asks for
+        if calls[split] != record[f"{split}/accuracy"]:
+            found[i] += f" (right calls {calls[split]:.1%})"
     return f"step {record['step']}, greedy accuracy: {', '.join(found)}" if found else ""
 
 

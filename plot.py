@@ -87,6 +87,11 @@ def read_log(run: Path) -> list[dict]:
     return rows
 
 
+def was_evaluated(row: dict) -> bool:
+    """Whether a row of log.jsonl holds accuracies."""
+    return any("/accuracy" in key for key in row)
+
+
 def headline(summary: dict) -> str:
     """The lines that a run ends with: its reward, and every split's accuracy."""
     lines = [f"reward: first 5 steps {summary['reward_first5']:.3f}, last 10 steps {summary['reward_last10']:.3f}"]
@@ -332,7 +337,7 @@ def draw_accuracy(axis, columns: dict[str, dict[str, float]]) -> None:
 def accuracies(run: Path) -> dict[str, dict[str, float]]:
     """{"before": …, "after RL": …, "after SFT": …} -> the evaluation entries of each that exists for this run."""
     rows = read_jsonl(run / "log.jsonl")
-    evaluated = [row for row in rows if any("/accuracy" in key for key in row)]
+    evaluated = [row for row in rows if was_evaluated(row)]
     after = "after RL" if any("reward" in row for row in rows) else "after SFT"
     found = {"before": evaluated[0], after: evaluated[-1]} if len(evaluated) > 1 else {}
     baseline = run / "sft" / "summary.json"

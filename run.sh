@@ -55,7 +55,7 @@ setup() {
 }
 
 launch() { # one process per core, at most two: the tiny model's matrices are too small to share one between threads
-  if [ "$(nproc)" -ge 2 ] && ! has_gpu; then
+  if [ "$(env -u OMP_NUM_THREADS nproc)" -ge 2 ] && ! has_gpu; then
     OMP_NUM_THREADS=1 python -m torch.distributed.run --standalone --nproc_per_node=2 "$@"
   else
     python "$@"

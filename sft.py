@@ -229,7 +229,8 @@ def finish_step(run: Run, metrics: dict[str, float], clock: Clock) -> dict[str, 
 
 def note_best(run, results: dict[str, float]) -> None:
     """Remembers the step with the best accuracy on the first held-out split, for this Run or grpo.py's: it is kept."""
-    score = results.get(f"{next(iter(run.held_out), '')}/accuracy", 0.0)
+    key = "accuracy" if run.config.sft_reason else "correct_rate"  # bare calls have no thought, which accuracy asks for
+    score = results.get(f"{next(iter(run.held_out), '')}/{key}", 0.0)
     if score > run.state.get("best", {}).get("score", -1.0):
         run.state["best"] = {"step": run.state["step"], "score": score}
 
@@ -243,8 +244,10 @@ def save_or_stop(run, last: bool, clock: Clock) -> None:
             problem = run.saver.save(run.state, run.policy, run.tokenizer, run.optimizer)
         if last or stopping:
             problem = problem or run.saver.finish()
-    if run.monitor and (last or stopping):
-        close_monitor(run.monitor)
+    if last or stopping:
+        if run.monitor:
+            close_monitor(run.monitor)
+        run.ranks.gather(None)  # torchrun signals who is still drawing when another rank has ended
     stop_or_warn(problem, stopping or config.save_errors == "stop", run.ranks)
     if stopping and not last:
         raise Interrupted(config.run_dir, step)

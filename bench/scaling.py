@@ -103,7 +103,7 @@ def worker(out: str, steps: str, *arguments: str) -> None:
     """Collective. What torchrun starts: `steps` steps, and one before them; each rank writes rows to OUT.RANK."""
     config = load_config(list(arguments))
     ranks = start_ranks(config.timeout_minutes, config.threads)
-    run = grpo.set_up(config, ranks)
+    run = grpo.set_up(config, ranks, examined=True)
     for step in range(1, int(steps) + 2):
         row = measured_step(run, step)
         if step > 1:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from torch.testing import assert_close
 
 import grpo
 from config import ConfigError
+from data import DataError
 from grpo import update_policy
 from losses import kl_k3
 from minibatches import make_minibatches
@@ -464,3 +466,35 @@ def test_the_sentence_arrives_on_stderr(task, tmp_path):
     assert done.stderr.strip().splitlines()[-1].startswith("error: ") and words in done.stderr
     again = start(SINGLE, settings | {"model": "tiny", "max_prompt_tokens": 5})
     assert "longer than max_prompt_tokens" in again.stderr, "a mistake does not block the run directory"
+
+
+def test_a_resume_with_nothing_left_to_do_evaluates_once(tmp_path):
+    """The last row has no accuracies when fewer steps end a run early: the summary used to fail, and no model came."""
+    settings = write_task(tmp_path) | dict(
+        model="tiny", tiny_hidden=16, tiny_layers=1, tiny_vocab=300, warmup_steps=2, steps=3, prompts_per_step=4,
+        minibatch_prompts=4, group_size=2, max_response_tokens=60, eval_every=0, save_every=2, run_dir=tmp_path / "run",
+    )  # fmt: skip
+    run_here(grpo.main, settings)
+    for name in ("model", "summary.json", "step_3", "samples.html"):
+        path = tmp_path / "run" / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (tmp_path / "run" / "latest").write_text("step_2")
+    for _ in range(2):
+        run_here(grpo.main, settings | {"resume": "true", "steps": 2})
+        rows = read_jsonl(tmp_path / "run" / "log.jsonl")
+        assert [row["step"] for row in rows] == [0, 1, 2, 2] and "held_out/accuracy" in rows[-1]
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists() and (tmp_path / "run" / "samples.html").exists()
+
+
+def test_an_old_run_stays_where_the_new_one_cannot_start(tmp_path):
+    """With --overwrite, what is wrong with prompts or benchmarks must show before the old run is gone."""
+    settings = write_task(tmp_path) | dict(model="tiny", tiny_hidden=16, tiny_layers=1, tiny_vocab=300, warmup_steps=1)
+    settings |= dict(steps=1, prompts_per_step=4, minibatch_prompts=4, group_size=2, max_response_tokens=60)
+    settings["run_dir"] = tmp_path / "a"
+    run_here(grpo.main, settings)
+    again = settings | {"model": tmp_path / "a" / "model", "run_dir": tmp_path / "b"}
+    run_here(grpo.main, again)
+    for wrong in ({"max_prompt_tokens": 5}, {"bfcl": tmp_path / "nowhere"}, {"loss": "grop"}):
+        with pytest.raises((ConfigError, DataError)):
+            run_here(grpo.main, again | wrong | {"overwrite": "true"})
+        assert (tmp_path / "b" / "summary.json").exists()

@@ -98,6 +98,8 @@ RUN: dict[str, dict[str, str]] = {
     },
     "from transformers import AutoModelForCausalLM": {"max_new_tokens=40": "max_new_tokens=2"},
     "python samples_page.py runs/demo": {},
+    "python grpo.py --config configs/tiny.yaml --model runs/demo/warmup/model --warmup_steps 0 --steps 2 "
+    "--run_dir runs/two": {},
     "python plot.py runs/demo runs/seed7": {},
     "python sft.py --config configs/sft.yaml --data train.jsonl --sft_reason false --run_dir runs/no_reason":
     SFT | {"train.jsonl": "synthetic"},
@@ -135,7 +137,6 @@ NOT_RUN = {
     "BFCL_PROJECT_ROOT=DIR python bfcl_handler.py MODEL generate --test-category single_turn --backend vllm": "packages",
     "pip install -r bench/requirements.txt": "packages",
     "python bench/demo_seeds.py": "time",
-    "python bench/demo_seeds.py --seeds 4 --controls 0": "time",
     "python bench/train_step.py --case 1000/150/5": "time",
     "python bench/logprob_memory.py": "time",
     "python bench/rollout.py --case 512/64/8": "time",
@@ -258,6 +259,7 @@ def test_what_the_runs_left_is_in_the_reference(outcome, place):
     assert len(logs) > 3
     for log in logs:
         rows, samples = read_jsonl(log), read_jsonl(log.with_name("samples.jsonl"))
-        check("## log.jsonl" if "reward" in rows[-1] else "### sft.py", {key for row in rows for key in row}, log)
+        keys = {key for row in rows for key in row}
+        check("## log.jsonl" if "reward" in keys else "### sft.py", keys, log)
         check("## samples.jsonl", {key for row in samples for key in row}, log)
         check("## A run's files", {entry.name for entry in log.parent.iterdir()}, log.parent)
