@@ -149,10 +149,13 @@ def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
             raise ConfigError(f"settings are given as --key value, not {key!r}")
         key, equals, value = key[2:].partition("=")
         if not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
             known = Config.__dataclass_fields__.get(key)
-            if known and value == "true" and not isinstance(known.default, bool):
+            if rest and not rest[0].startswith("--"):
+                value = rest.pop(0)
+            elif known and not isinstance(known.default, bool):
                 raise ConfigError(f"--{key} needs a value: {known.metadata['help']}")
+            else:
+                value = "true"
         pairs.append((key, value))
     return pairs
 

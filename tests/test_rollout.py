@@ -543,7 +543,7 @@ def test_evaluate_counts_hits_by_kind(model, tokenizer, monkeypatch):
     examples = [Tokenized(e, encode_prompt(tokenizer, e.messages, e.tools, TEMPLATE)) for e in synthetic(11, 0)]
     hit = lambda text, answer: SimpleNamespace(total=float(len(answer) == 1), correct=bool(answer))  # noqa: E731
     monkeypatch.setattr(rollout, "score", hit)
-    config = SimpleNamespace(max_response_tokens=2, rollout_batch_size=4)
+    config = SimpleNamespace(max_response_tokens=2, rollout_batch_size=4, rollout_engine="shared_prefix")
     sums, beats = [], []
     both = dict(world=2, beat=lambda: beats.append(1))  # a long evaluation tells the watchdog that it goes on
     for rank in range(2):

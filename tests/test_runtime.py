@@ -122,6 +122,11 @@ def test_every_value_has_the_type_of_its_default(tmp_path):
     assert (loaded.steps, loaded.run_dir, loaded.prompts_per_step) == (12, "7", 512)
 
 
+def test_a_key_without_its_value_is_refused_where_it_is_no_switch():
+    assert refusal(["--lr"]).startswith("--lr needs a value") and refusal(["--run_dir", "--resume"]).startswith("--run_dir")
+    assert load_config(["--resume"]).resume
+
+
 @pytest.mark.parametrize("value", ["-5", "1.5", "abc", "", "nan", "inf", "true"])
 def test_wrong_numbers_are_refused(value):
     message = refusal(["--steps", value])
