@@ -31,7 +31,7 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from tqdm import tqdm
 
-from runtime import Ranks
+from runtime import Ranks, first_problem
 from sharding import class_name, weights
 
 FORMAT = 1
@@ -93,7 +93,7 @@ class Saver:
                     torch.cuda.synchronize()  # the copies are asynchronous
         except FAILURES as error:
             problem = _why(error)
-        if problem := _agreed(problem, self.ranks):
+        if problem := first_problem(problem, self.ranks):
             return "; ".join(filter(None, [before, self._give_up(state, problem)]))
         result: list = []
         thread = threading.Thread(target=lambda: result.append(self._write(state, tensors)), daemon=True)
@@ -118,7 +118,7 @@ class Saver:
                 self._commit(state, shapes, {name: entry for files, _ in every for name, entry in files.items()})
             except FAILURES as error:
                 problem = _why(error)
-        problem = _agreed(problem, self.ranks)
+        problem = first_problem(problem, self.ranks)
         return self._give_up(state, problem) if problem else ""
 
     def _give_up(self, state: dict, problem: str) -> str:
@@ -197,11 +197,6 @@ def stop_or_warn(problem: str, stop: bool, ranks: Ranks) -> None:
         raise CheckpointError(problem)
     if problem and ranks.main:
         print(f"warning: {problem}", file=sys.stderr)
-
-
-def _agreed(problem: str, ranks: Ranks) -> str:
-    """Collective. The first rank's problem, or "" if none has one: so no rank goes on alone and waits for ever."""
-    return next(filter(None, ranks.gather(problem)), "")
 
 
 def _point_to(folder: Path) -> None:
@@ -298,7 +293,7 @@ def choose_step(run_dir: Path, step: int, ranks: Ranks) -> None:
             _point_to(latest_checkpoint(run_dir, step)[0])
         except CheckpointError as error:
             problem = str(error)
-    if problem := _agreed(problem, ranks):
+    if problem := first_problem(problem, ranks):
         raise CheckpointError(problem)
 
 
@@ -328,7 +323,7 @@ def check_files(folder: Path, ranks: Ranks) -> None:
 
     Raises CheckpointError on every rank, naming a damaged or missing file and the earlier checkpoints.
     """
-    if problem := _agreed(_damage(folder, ranks.rank, ranks.world), ranks):
+    if problem := first_problem(_damage(folder, ranks.rank, ranks.world), ranks):
         raise CheckpointError(problem)
 
 
@@ -369,7 +364,7 @@ def load_checkpoint(folder: Path, policy: nn.Module, optimizer: torch.optim.Opti
         if expected.get(name) != found.get(name):
             sides = f"{name} is {expected.get(name, 'absent')} there and {found.get(name, 'absent')} in the model"
             raise CheckpointError(f"{folder} is of another model: {sides}; choose the model that the run began with")
-    if problem := _agreed(_read(folder, tensors), ranks):
+    if problem := first_problem(_read(folder, tensors), ranks):
         raise CheckpointError(problem)
 
 

@@ -249,9 +249,10 @@ def settings_table() -> str:
 
 
 if __name__ == "__main__":  # python config.py REFERENCE.md
-    if not sys.argv[1:] or "<!-- settings -->" not in (Path(sys.argv[1]).read_text() if Path(sys.argv[1]).is_file() else ""):
+    page = Path(sys.argv[1] if sys.argv[1:] else "")
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    before, begin, rest = text.partition("<!-- settings -->\n")
+    if not begin:
         sys.exit("usage: python config.py REFERENCE.md; the page must have the marks of the table")
-    page = Path(sys.argv[1])
-    before, begin, rest = page.read_text(encoding="utf-8").partition("<!-- settings -->\n")
     end = rest[rest.index("<!-- end of settings -->") :]
     page.write_text(f"{before}{begin}\n{settings_table()}\n\n{end}", encoding="utf-8")

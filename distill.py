@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ from model import ModelError, load_model, load_tokenizer
 from prompts import PromptError, check_tokenizer, load_template
 from records import Example, hashes_of
 from reward import REWARDS, RewardError, RewardFunction, reward_function
-from rollout import prompt_seed, sample_groups
+from rollout import describe_author, prompt_seed, sample_groups
 from runtime import append_jsonl, read_jsonl, run_script
 
 # Settings that decide a sample or its verdict: rows made with others are not mixed.
@@ -57,14 +56,6 @@ def read_journal(path: Path, author: dict) -> dict[str, dict]:
         raise ConfigError(f"{path} was made with another {', another '.join(changed)}; give another --out")
     os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     return {row["key"]: row for row in rows[1:]}
-
-
-def describe_author(config, template: str, samples: int) -> dict:
-    """What the samples depend on, beside the examples."""
-    weights = [file.stat().st_mtime_ns for file in sorted(Path(config.model).glob("*.safetensors"))]
-    author = {"model": str(Path(config.model).resolve()) if weights else config.model, "weights": weights}
-    author |= {"template": hashlib.sha256(template.encode()).hexdigest(), "samples": samples}
-    return author | {key: getattr(config, key) for key in FIXED_KEYS}
 
 
 def try_prompts(
@@ -163,7 +154,8 @@ def main(arguments: list[str]) -> None:
     reward, template = reward_function(config.reward, config.lenient), load_template(config.prompt_template)
     splits, tokenizer = load_splits(config), load_tokenizer(config.model, config.trust_remote_code)
     check_tokenizer(tokenizer, template)
-    author = describe_author(config, template, options.samples)
+    author = describe_author(config.model, template) | {"samples": options.samples}
+    author |= {key: getattr(config, key) for key in FIXED_KEYS}
     tried = read_journal(journal, author)
     items = tokenize_splits(Splits(splits.train, {}), tokenizer, template, config).train
     missing = [item for item in items if example_key(item.example) not in tried]

@@ -33,9 +33,9 @@ from model import ModelError, count_parameters, load_tokenizer, uses_shared_pref
 from packing import attention_backend
 from prompts import PromptError, load_template, render_completion
 from reward import RewardError, reward_function
-from runtime import Ranks
+from runtime import Ranks, first_problem
 from sft import start_model
-from sharding import weight_files
+from sharding import class_name, weight_files
 from watch import lost_processes, phase_of
 
 SHOWN = 1500  # characters of a rendered prompt
@@ -184,7 +184,7 @@ def agreed(ranks: Ranks, function: Callable, *arguments: Any) -> tuple[Any, str]
         result = function(*arguments)
     except Exception as error:
         problem = described(error)
-    problem = next(filter(None, ranks.gather(problem)), "")
+    problem = first_problem(problem, ranks)
     return (None if problem else result), problem
 
 
@@ -290,7 +290,7 @@ def check_model(policy: nn.Module, config: Config, device: torch.device) -> list
     found = [Check("attention", status, text, remedy)]
     kinds = {str(p.dtype).removeprefix("torch.") for p in policy.parameters()}
     compute = "bfloat16" if device.type == "cuda" else "float32"
-    text = f"{count_parameters(policy):,} parameters of {type(policy).__name__.removeprefix('FSDP')}"
+    text = f"{count_parameters(policy):,} parameters of {class_name(policy)}"
     text += f" in {' and '.join(sorted(kinds))}, computed in {compute}"
     if kinds != {"float32"}:
         remedy = "small updates round away: the trained weights must be float32"

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from config import Config, ConfigError
 from plot import draw
-from runtime import Ranks
+from runtime import Ranks, first_problem
 
 # ------------------------------------------------------------------------------------------------------------ lines
 
@@ -62,12 +62,11 @@ def short(value: float) -> str:
 
 def evaluation_line(record: dict) -> str:
     """The accuracies of this step's evaluation, each with its number of cases; "" where there was none."""
-    splits = [key.removesuffix("/accuracy") for key in record if key.endswith("/accuracy")]
-    found = [f"{split} {record[f'{split}/accuracy']:.1%} of {record[f'{split}/n']}" for split in splits]
-    calls = {split: record.get(f"{split}/correct_rate", record[f"{split}/accuracy"]) for split in splits}
-    for i, split in enumerate(splits):  # without the thought that accuracy asks for
-        if calls[split] != record[f"{split}/accuracy"]:
-            found[i] += f" (right calls {calls[split]:.1%})"
+    found = []
+    for split in [key.removesuffix("/accuracy") for key in record if key.endswith("/accuracy")]:
+        accuracy, n = record[f"{split}/accuracy"], record[f"{split}/n"]
+        calls = record.get(f"{split}/correct_rate", accuracy)  # without the thought that accuracy asks for
+        found.append(f"{split} {accuracy:.1%} of {n}" + (f" (right calls {calls:.1%})" if calls != accuracy else ""))
     return f"step {record['step']}, greedy accuracy: {', '.join(found)}" if found else ""
 
 
@@ -247,7 +246,7 @@ def open_monitor(config: Config, folder: Path, step: int, ranks: Ranks) -> Monit
             trackers = open_trackers(config, folder, step)
         except ConfigError as error:
             problem = str(error)
-    if problem := ranks.gather(problem)[0]:
+    if problem := first_problem(problem, ranks):
         raise ConfigError(problem)
     wait = 60 * config.plot_minutes or math.inf
     return Monitor(config, folder, trackers, time.monotonic() + wait) if ranks.main else None

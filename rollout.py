@@ -328,16 +328,16 @@ def write_predictions(
     print(f"{path}: {count} replies in {spent:.1f} s: {count / spent:.2f} replies/s, {tokens / spent:.0f} new tokens/s")
 
 
+def describe_author(model: str, template: str) -> dict:
+    """Tells apart what replies are made with: the model in a folder or on the hub, its weights' times, the prompt's hash."""
+    weights = [p.stat().st_mtime_ns for p in sorted(Path(model).glob("*.safetensors"))]
+    name = str(Path(model).resolve()) if weights else model
+    return {"model": name, "weights": weights, "template": hashlib.sha256(template.encode()).hexdigest()}
+
+
 def _check_author(path: Path, model: str, template: str, max_new_tokens: int, sampling: dict) -> None:
     """Remembers beside `path` what its predictions are made with, and refuses to mix in those of anything else."""
-    weights = [p.stat().st_mtime_ns for p in sorted(Path(model).glob("*.safetensors"))]
-    author = {
-        "model": str(Path(model).resolve()) if weights else model,
-        "weights": weights,
-        "template": hashlib.sha256(template.encode()).hexdigest(),
-        "max_new_tokens": max_new_tokens,
-        **sampling,
-    }
+    author = describe_author(model, template) | {"max_new_tokens": max_new_tokens, **sampling}
     note = path.with_name("generated_with.json")
     if path.exists() and note.exists():
         greedy = {"temperature": 0.0, "samples": 1, "seed": 0}  # what a note says that was written before there was more

@@ -100,6 +100,11 @@ def start_ranks(timeout_minutes: float = 60.0, threads: int = 0) -> Ranks:
     return Ranks(rank, world, device, Watchdog(timeout_minutes, rank) if world > 1 else None)
 
 
+def first_problem(problem: str, ranks: Ranks) -> str:
+    """Collective. The first rank's problem, or "" if none has one: so no rank goes on alone and waits for ever."""
+    return next(filter(None, ranks.gather(problem)), "")
+
+
 def _prints() -> bool:
     """Whether this process speaks for its machine, so that eight ranks do not say the same eight times."""
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
@@ -145,8 +150,7 @@ def open_run(config: Config, ranks: Ranks) -> Path:
             problem = _claim(path, config)
         except OSError as error:
             problem = f"run_dir: cannot use {path}: {error.strerror}"
-    problem = ranks.gather(problem)[0]
-    if problem:
+    if problem := first_problem(problem, ranks):
         raise ConfigError(problem)
     return path
 
