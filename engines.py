@@ -20,7 +20,7 @@ from transformers import AttentionInterface, ContinuousBatchingConfig, Generatio
 from transformers.masking_utils import AttentionMaskInterface
 
 from model import ModelError, decoder_inputs, use_attention
-from packing import causal_attention
+from packing import causal_attention, is_last_layer
 
 KEEP_SHARE = 0.75  # finished rows are dropped when fewer than this share of the rows is still alive
 BLOCK = 64  # response K/V grow by at least so many tokens, random numbers are drawn for so many
@@ -101,7 +101,7 @@ def prefill_attention(
         q, k, v = (x[:, :, start : start + length] for x in (query, key, value))
         shared.prompt_k[module.layer_idx][i, :, :length] = k[0]
         shared.prompt_v[module.layer_idx][i, :, :length] = v[0]
-        parts.append(causal_attention(q, k, v, scaling))
+        parts.append(causal_attention(q, k, v, scaling, is_last_layer(module)))
     return torch.cat(parts, 2).transpose(1, 2), None
 
 

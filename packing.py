@@ -8,6 +8,7 @@ every prompt + response as a row of its own instead.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -183,31 +184,40 @@ def micro_batches(
 
 def trim_last_layer(model: nn.Module) -> None:
     """Registers hooks that leave out what nobody reads: in the last layer a prompt's tokens serve as keys and values, and
-    all of them but one predict nothing, so the MLP is computed for the `used` tokens of a layout (or a prefill) only.
+    all of them but one predict nothing, so the attention's output and the MLP are computed for the `used` tokens of a
+    layout (or a prefill) only.
 
     Exact, and 1/L of a prompt's work less with L layers. Other outputs of the decoder are without meaning then. A model
     that is called without a layout is as it was; one without a dense gated MLP stays so altogether.
     """
     layer = next(reversed(getattr(model.get_decoder(), "layers", [None])), None)
-    mlp = getattr(layer, "mlp", None)
-    if not hasattr(mlp, "down_proj"):
+    parts = [getattr(getattr(layer, "self_attn", None), "o_proj", None), getattr(layer, "mlp", None)]
+    if parts[0] is None or not hasattr(parts[1], "down_proj"):
         return
+    now: dict = {}  # about the pass at hand
 
     def note(_, inputs, keywords):  # at every call of the layer, also when checkpointing calls it again
-        mlp.used = getattr(keywords.get("shared"), "used", None)
+        now["used"] = getattr(keywords.get("shared"), "used", None)
 
     def take(_, inputs):
-        mlp.tokens = inputs[0].shape[1]
-        return inputs if mlp.used is None else (inputs[0].index_select(1, mlp.used),)
+        now["tokens"] = inputs[0].shape[1]
+        return inputs if now["used"] is None else (inputs[0].index_select(1, now["used"]),)
 
     def put(_, inputs, output):
-        if mlp.used is None:
+        if now["used"] is None:
             return output
-        return output.new_zeros(1, mlp.tokens, output.shape[-1]).index_copy(1, mlp.used, output)
+        return output.new_zeros(1, now["tokens"], output.shape[-1]).index_copy(1, now["used"], output)
 
     layer.register_forward_pre_hook(note, with_kwargs=True)
-    mlp.register_forward_pre_hook(take)
-    mlp.register_forward_hook(put)
+    for part in parts:
+        part.register_forward_pre_hook(take)
+        part.register_forward_hook(put)
+
+
+def is_last_layer(attention: nn.Module) -> bool:
+    """Whether an attention module is its model's last: there a prompt's output is read at its last token only."""
+    config = getattr(attention, "config", None)
+    return config is not None and attention.layer_idx == config.num_hidden_layers - 1
 
 
 # ----------------------------------------------------------------------------------------------------- attention
@@ -245,15 +255,21 @@ def shared_prefix_attention(
     parts = []
     for i, span in enumerate(shared.spans):
         q, k, v = (x[2 * i][None] for x in (query, key, value))
-        prompt = causal_attention(q, k, v, scaling)
+        prompt = causal_attention(q, k, v, scaling, is_last_layer(module))
         rows = (x[2 * i + 1] for x in (query, key, value))
         parts += [prompt[0], _response_attention(*rows, k[0], v[0], scaling, span)]
     return torch.cat(parts, 1).transpose(0, 1)[None], None
 
 
-def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Plain causal attention of one prompt: query [1, H, P, D], key and value [1, Hkv, P, D] -> [1, H, P, D]."""
+def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, only_last: bool = False) -> Tensor:
+    """Causal attention of one prompt: query [1, H, P, D], key and value [1, Hkv, P, D] -> [1, H, P, D].
+
+    only_last: nobody will read the output but at the last token, and it is 0 elsewhere.
+    """
     sdpa, length, grouped = F.scaled_dot_product_attention, query.shape[2], query.shape[1] != key.shape[1]
+    if only_last:
+        last = sdpa(query[:, :, -1:], key, value, scale=scaling, enable_gqa=grouped)
+        return F.pad(last, (0, 0, length - 1, 0))
     if query.is_cuda or length <= CAUSAL_BLOCK:
         return sdpa(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
     # The CPU kernel's backward works on the whole square; with a block of queries at a time most of the upper half is
@@ -261,10 +277,25 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float) 
     parts = []
     for start in range(0, length, CAUSAL_BLOCK):
         end = min(start + CAUSAL_BLOCK, length)
-        mask = torch.ones(end - start, end, dtype=torch.bool).tril(start)
         q, k, v = query[:, :, start:end], key[:, :, :end], value[:, :, :end]
+        mask = causal_mask(end - start, end, query)
         parts.append(sdpa(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped))
     return torch.cat(parts, 2)
+
+
+def causal_mask(queries: int, keys: int, like: Tensor) -> Tensor:
+    """[queries, keys] of 0 and -inf, in the dtype and on the device of `like`: the last query sees all keys, the one before
+    it all but one, and so on. A view of a larger mask that is kept, because every layer and pass asks for nearly the same.
+    """
+    rows, past = (1 << max(n - 1, CAUSAL_BLOCK - 1).bit_length() for n in (queries, keys - queries))  # few sizes
+    first = past - (keys - queries)
+    return _kept_mask(rows, past, like.dtype, like.device)[:queries, first : first + keys]
+
+
+@functools.lru_cache(maxsize=16)
+def _kept_mask(rows: int, past: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[rows, past + rows]: row i sees columns up to past + i."""
+    return torch.full((rows, past + rows), -torch.inf, dtype=dtype, device=device).triu(past + 1)
 
 
 def _response_attention(
@@ -276,14 +307,9 @@ def _response_attention(
     # Heads that share keys become more queries: no copies of the keys, and larger blocks for the kernel.
     repeats = len(q) // len(k)
     q = q.unflatten(0, (-1, repeats)).transpose(1, 2).flatten(2, 3)  # [Hkv, G, heads per key · R, D]
-    mask = _mask(span, q.device).repeat(repeats, 1)
+    mask = causal_mask(span.longest, span.prompt + span.longest, q).repeat(repeats, 1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
     return _real(out.unflatten(2, (repeats, -1)).transpose(1, 2).flatten(0, 1), span)
-
-
-def _mask(span: Span, device: torch.device) -> Tensor:
-    """[R, P + R]: a response token sees the whole prompt, and its own response up to itself."""
-    return torch.ones(span.longest, span.prompt + span.longest, dtype=torch.bool, device=device).tril(span.prompt)
 
 
 def _padded(x: Tensor, span: Span) -> Tensor:

@@ -262,6 +262,11 @@ def matrices(shape: Shape) -> int:
     return shape.layers * (attention + 3 * shape.hidden * shape.inner)
 
 
+def trimmed(shape: Shape) -> int:
+    """Weights that tokens which predict nothing are not multiplied with: packing.trim_last_layer."""
+    return shape.hidden**2 + 3 * shape.hidden * shape.inner
+
+
 def forward_flops(shape: Shape, load: Load, prompts: int, shared: bool = True) -> float:
     """Matrix products of the log-probs of so many groups, causal attention included; a backward takes twice as many."""
     times = 1 if shared else load.copies  # that a prompt is computed
@@ -269,14 +274,14 @@ def forward_flops(shape: Shape, load: Load, prompts: int, shared: bool = True) -
     pairs = times * load.prompt * (load.prompt + 1) / 2
     pairs += load.copies * load.response * (load.prompt + (load.response + 1) / 2)
     head = load.copies * load.response * shape.hidden * shape.vocab
-    idle = tokens - 1 - load.copies * (load.response - 1) if shared else 0  # in the last MLP: packing.trim_last_layer
-    layers = tokens * matrices(shape) - idle * 3 * shape.hidden * shape.inner
+    idle = tokens - 1 - load.copies * (load.response - 1) if shared else 0  # in the last layer: packing.trim_last_layer
+    layers = tokens * matrices(shape) - idle * trimmed(shape)
     return prompts * 2 * (layers + 2 * pairs * shape.hidden * shape.layers + head)
 
 
 def prefill_flops(shape: Shape, tokens: int) -> float:
-    """Matrix products of prompts' tokens without attention; their last MLP is left out (packing.trim_last_layer)."""
-    return 2 * tokens * (matrices(shape) - 3 * shape.hidden * shape.inner)
+    """Matrix products of prompts' tokens, without attention and what the last layer leaves out."""
+    return 2 * tokens * (matrices(shape) - trimmed(shape))
 
 
 def decode_floor(session: Session, shape: Shape, rows: int, new: int) -> tuple[float, float]:

@@ -132,14 +132,16 @@ def our_step(policy, reference, optimizer, tokenizer, prompts: list[Prompt], con
 def step_flops(model, prompt: int, new: int, copies: int, prompts: int) -> float:
     """FLOPs of a step's matrix products: rollout and reference forward only, the update 3 times that; 2 per multiply-add.
 
-    The LM head is counted for response tokens, the last layer's MLP not for prompts, attention for the pairs that are not
-    masked; its backward has 5 products where the forward has 2, because the scores are computed again.
+    The LM head is counted for response tokens, what the last layer does after its keys and values not for prompts,
+    attention for the pairs that are not masked; its backward has 5 products where the forward has 2, because the scores are
+    computed again.
     """
-    config, layers = model.config, sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
-    pairs = prompt * (prompt + 1) / 2 + copies * (new * prompt + new * (new + 1) / 2)
-    linear = 2 * ((prompt + copies * new) * layers + copies * new * config.hidden_size * config.vocab_size)
-    linear -= 2 * prompt * 3 * config.hidden_size * config.intermediate_size
-    attention = 2 * 2 * pairs * config.hidden_size * config.num_hidden_layers
+    config, weights = model.config, sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
+    own, replies = prompt * (prompt + 1) / 2, copies * (new * prompt + new * (new + 1) / 2)
+    pairs = own * (config.num_hidden_layers - 1) + prompt + replies * config.num_hidden_layers
+    linear = 2 * ((prompt + copies * new) * weights + copies * new * config.hidden_size * config.vocab_size)
+    linear -= 2 * prompt * (config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size)
+    attention = 2 * 2 * pairs * config.hidden_size
     return prompts * (linear * (1 + 1 + 3) + attention * (1 + 1 + 3.5))
 
 
@@ -171,7 +173,7 @@ def main() -> None:
         tokenizer = peer.trainer.processing_class
         prompts = [Prompt(str(i), tokenizer.encode(text, add_special_tokens=False), i) for i, text in enumerate(texts)]
         assert all(len(p.ids) == prompt_tokens for p in prompts)
-        optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
         our_step(policy, reference, optimizer, tokenizer, prompts, config, ranks)
         ours, theirs, rates = [], [], []
         for _ in range(args.rounds):

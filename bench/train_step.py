@@ -58,10 +58,11 @@ def step_flops(prompt: int, response: int, copies: int, groups: int) -> float:
     tokens = prompt + copies * response
     head_dim = HIDDEN // HEADS
     layer = HIDDEN * head_dim * (2 * HEADS + 2 * KV_HEADS) + 3 * HIDDEN * INNER
-    pairs = prompt * (prompt + 1) / 2 + copies * (response * prompt + response * (response + 1) / 2)
+    own, replies = prompt * (prompt + 1) / 2, copies * (response * prompt + response * (response + 1) / 2)
+    pairs = own * (LAYERS - 1) + prompt + replies * LAYERS  # in the last layer a prompt's last token only
     # attention: 2 products forward; 5 backward, where the scores are computed again
-    attention = 7 * 2 * pairs * HEADS * head_dim * LAYERS
-    unused = (prompt - 1) * 3 * HIDDEN * INNER  # packing.trim_last_layer
+    attention = 7 * 2 * pairs * HEADS * head_dim
+    unused = (prompt - 1) * (HIDDEN * HEADS * head_dim + 3 * HIDDEN * INNER)  # packing.trim_last_layer
     return groups * (6 * (tokens * layer * LAYERS - unused) + attention + 6 * copies * response * HIDDEN * VOCAB)
 
 

@@ -112,15 +112,35 @@ def test_gradients_equal_one_by_one(family, tied, gradient_checkpointing):
     assert_same_gradients(fast, slow)
 
 
+@pytest.mark.parametrize("block", [2, 4, 5])
+def test_prompts_in_blocks_of_queries_give_the_same(block, monkeypatch):
+    """Blocks that divide the prompts of SHAPES evenly, unevenly and not at all."""
+    monkeypatch.setattr(packing, "CAUSAL_BLOCK", block)
+    model, plain, groups = random_model("Qwen2"), random_model("Qwen2"), random_groups()
+    logprobs = token_logprobs(model, pack(groups, CPU), TEMPERATURE)[0]
+    slow_logprobs = one_by_one(plain, groups, TEMPERATURE)[0]
+    assert_close(logprobs, slow_logprobs, atol=1e-5, rtol=1e-5)
+    fast, slow = ((x * advantages(groups)).sum() for x in (logprobs, slow_logprobs))
+    assert_same_gradients(gradients(model, fast), gradients(plain, slow))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (3, 3), (4, 9), (128, 128), (1, 700), (130, 1000), (300, 301)])
+def test_the_causal_mask_of_every_size(queries, keys):
+    seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    for dtype in (torch.float32, torch.bfloat16):
+        mask = packing.causal_mask(queries, keys, torch.empty(0, dtype=dtype))
+        assert mask.dtype == dtype and torch.equal(mask == 0, seen) and torch.equal(mask.isneginf(), ~seen)
+
+
 def causal(by: int = 0):
-    """A mask in which every response token sees `by` tokens more of its own response, or fewer."""
-    return lambda span, device: torch.ones(span.longest, span.prompt + span.longest).tril(span.prompt + by).bool()
+    """A mask in which every query sees `by` keys more, or fewer."""
+    return lambda queries, keys, like: torch.full((queries, keys), -torch.inf).triu(keys - queries + 1 + by)
 
 
 MASKS = {
     "the future is seen": causal(1),
     "a token does not see itself": causal(-1),
-    "the prompt's first token is not seen": lambda *span: causal()(*span).index_fill(1, torch.tensor([0]), False),
+    "the prompt's first token is not seen": lambda *sizes: causal()(*sizes).index_fill(1, torch.tensor([0]), -torch.inf),
 }
 FIELDS = {
     "positions run on": lambda p: replace(p, positions=torch.arange(p.ids.shape[1])[None]),
@@ -139,9 +159,9 @@ def test_the_comparison_notices_whatever_is_broken(family, broken, monkeypatch):
     model, groups = random_model(family), random_groups()
     slow, _ = one_by_one(model, groups, TEMPERATURE)
     right = pack(groups, CPU)
-    monkeypatch.setattr(packing, "_mask", causal())
+    monkeypatch.setattr(packing, "causal_mask", causal())
     assert (token_logprobs(model, right, TEMPERATURE)[0] - slow).abs().max() < 1e-5
-    monkeypatch.setattr(packing, "_mask", MASKS.get(broken, causal()))
+    monkeypatch.setattr(packing, "causal_mask", MASKS.get(broken, causal()))
     wrong = FIELDS.get(broken, lambda packed: packed)(right)
     assert (token_logprobs(model, wrong, TEMPERATURE)[0] - slow).abs().max() > 1e-2
 
@@ -284,17 +304,24 @@ def test_other_models_are_trained_on_plain_rows_and_say_so_once(family):
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 @pytest.mark.parametrize("family", SHARED)
-def test_the_last_mlp_is_computed_for_tokens_that_predict_something_only(family, gradient_checkpointing):
+def test_the_last_layer_computes_for_tokens_that_predict_something_only(family, gradient_checkpointing, monkeypatch):
     """That nothing else changes is what every other test here says: their slow passes run through the same model."""
     model, groups, rows = random_model(family, gradient_checkpointing), random_groups(), {}
     for i, layer in enumerate(model.model.layers):
-        layer.mlp.down_proj.register_forward_hook(lambda m, args, out, i=i: rows.setdefault(i, set()).add(out.shape[1]))
+        for part in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            part.register_forward_pre_hook(lambda m, x, i=i: rows.setdefault((i, id(m)), set()).add(x[0].shape[1]))
+    queries, sdpa = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, *a, **k: queries.append(q.shape[2]) or sdpa(q, *a, **k))
     packed = pack(groups, CPU)
-    token_logprobs(model, packed, TEMPERATURE)[0].sum().backward()
+    logprobs = token_logprobs(model, packed, TEMPERATURE)[0]
+    prompts = queries[::2]  # a group's prompt, then its responses
+    assert prompts == [*(len(prompt) for prompt, _ in groups), *[1] * len(groups)]
+    logprobs.sum().backward()
     needed = sum(1 + sum(len(r) - 1 for r in responses) for _, responses in groups)  # a prompt's last predicts for all
-    assert rows == {0: {packed.ids.numel()}, 1: {needed}}, "also when checkpointing computes it again"
+    assert [*rows.values()] == [{packed.ids.numel()}] * 2 + [{needed}] * 2, "also when checkpointing computes it again"
     one_by_one(model, groups[:1], TEMPERATURE)
-    assert rows[1] == {needed, *(len(groups[0][0]) + len(r) for r in groups[0][1])}, "a plain pass is as it was"
+    for seen in [*rows.values()][2:]:
+        assert seen == {needed, *(len(groups[0][0]) + len(r) for r in groups[0][1])}, "a plain pass is as it was"
 
 
 def test_a_window_that_no_layer_uses_is_no_reason():
