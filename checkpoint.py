@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from runtime import Ranks, first_problem
 from sharding import class_name, weights
+from watch import torchrun_job
 
 FORMAT = 1
 FILE_BYTES = 2**30  # the writer builds each file in memory first, so a rank's share is cut into files of about this size
@@ -285,12 +286,15 @@ def latest_checkpoint(run_dir: Path, step: int = 0) -> tuple[Path, dict] | None:
 def choose_step(run_dir: Path, step: int, ranks: Ranks) -> None:
     """Collective. --resume_step: from now on `latest` names step N's checkpoint. Raises CheckpointError if it is not there.
 
-    Not after a restart by torchrun, whose command line is the old one: what was saved since then counts.
+    Not after a restart by torchrun, whose command line is the old one: what was saved since then counts. Its count of
+    restarts would not tell, and is not the same on all nodes.
     """
-    problem = ""
-    if step and ranks.main and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    problem, job, note = "", torchrun_job(), run_dir / "resumed_by"
+    again = "TORCHELASTIC_RUN_ID" in os.environ and note.exists() and note.read_text(encoding="utf-8") == job
+    if step and ranks.main and not again:
         try:
             _point_to(latest_checkpoint(run_dir, step)[0])
+            note.write_text(job, encoding="utf-8")
         except CheckpointError as error:
             problem = str(error)
     if problem := first_problem(problem, ranks):

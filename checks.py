@@ -50,12 +50,14 @@ NEUTRAL = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetiti
 
 @dataclass(frozen=True)
 class Check:
-    """One finding. status: ok, warning (suspicious) or problem (cannot work). remedy: what to do; "" where it is ok."""
+    """One finding. status: ok, warning (suspicious) or problem (cannot work). remedy: what to do; "" where it is ok.
+    failed: the check itself did, so that nothing is known."""
 
     name: str
     status: str
     text: str
     remedy: str = ""
+    failed: bool = False
 
 
 @dataclass(frozen=True)

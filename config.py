@@ -8,6 +8,7 @@ import inspect
 import math
 import re
 import sys
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,8 @@ def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError):
         raise ConfigError(f"config: cannot read {path}; the ready ones are in configs/") from None
     except yaml.YAMLError as error:
@@ -170,6 +172,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"config: {path} is not YAML" + (f" (line {mark.line + 1})" if mark else "")) from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"config: {path} must hold `key: value` lines")
+    for key, count in Counter(key.value for key, _ in node.value).items():
+        if count > 1:  # YAML would quietly take the last
+            raise ConfigError(f"config: {key} stands {count} times in {path}")
     base = values.pop("base", None)
     if base is not None and (not isinstance(base, str) or (path.parent / base).resolve() == path.resolve()):
         raise ConfigError(f"config: base in {path} must name another YAML file, not {base!r}")

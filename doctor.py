@@ -92,7 +92,7 @@ def brief(start: Start) -> None:
     found = guarded("versions", check_versions) + guarded("processes", check_ranks, start.config, ranks)
     found += guarded("run_dir", check_shared, run_dir / "config.yaml", run_dir, ranks)
     found += own_checks(start) if ranks.main else []
-    found = [replace(check, status="warning") if check.text.startswith("check failed") else check for check in found]
+    found = [replace(check, status="warning") if check.failed else check for check in found]
     tell([check for check in found if check.status != "ok"], ranks)
     if ranks.main:
         print(count_line(found))
@@ -114,7 +114,7 @@ def guarded(name: str, check: Callable[..., Check | list[Check]], *arguments: An
     except SENTENCES as error:
         return [Check(name, "problem", described(error))]
     except Exception as error:
-        return [Check(name, "problem", f"check failed: {described(error)}", "the other checks do not depend on it")]
+        return [Check(name, "problem", f"check failed: {described(error)}", "the other checks do not depend on it", True)]
 
 
 def described(error: BaseException) -> str:

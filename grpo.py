@@ -65,7 +65,7 @@ from runtime import (
     start_ranks,
 )  # fmt: skip
 from samples_page import write_page
-from sft import load_policy, note_best, save_or_stop, warm_up
+from sft import load_policy, note_best, save_or_stop, start_model, warm_up
 from sharding import full_tensor, release, whole
 from watch import Clock, note_out_of_memory
 
@@ -352,11 +352,13 @@ def set_up(config: Config, ranks: Ranks, examined: bool = False) -> Run:
     checkpoint = latest_checkpoint(folder)
     monitor = open_monitor(config, folder, checkpoint[1]["step"] if checkpoint else 0, ranks)
     earlier = latest_checkpoint(folder / "warmup")  # of a warm-up before a resume
-    start = warm_up(config, splits, template, ranks, stop)
+    start, cold = start_model(config, splits, template, ranks)
     tokenizer, tokenized, benchmarks = prompts or read_prompts(config, start, template, splits, quiet)
     steps = total_steps(config, len(tokenized.train))
     if not examined:
         doctor.brief(Start(config, ranks, template, reward, splits, tokenized, tokenizer, start, steps))
+    if cold:
+        start = warm_up(config, start, tokenizer, tokenized, ranks, stop)
     policy = load_policy(start, config, ranks).train()
     # The reference is always the model that training started from, also after a resume.
     reference = load_policy(start, config, ranks, frozen=True).eval() if config.kl_coef else None

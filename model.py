@@ -141,7 +141,8 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
             return PreTrainedTokenizerFast.from_pretrained(path)
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model: no tokenizer could be loaded from {path!r}: {first_line(error)}") from None
+        hub = "" if Path(path).is_dir() else " (no folder here, so a hub id)"
+        raise ModelError(f"model: no tokenizer could be loaded from {path!r}{hub}: {first_line(error)}") from None
 
 
 def load_model(

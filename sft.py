@@ -296,20 +296,16 @@ def start_model(config: Config, splits: Splits, template: str, ranks: Ranks) -> 
     return str(warm / "start"), True
 
 
-def warm_up(config: Config, splits: Splits, template: str, ranks: Ranks, stop: StopFlag) -> str:
-    """Collective. The start model's path, after `warmup_steps` of SFT if the config asks for them.
+def warm_up(config: Config, path: str, tokenizer, data: Splits, ranks: Ranks, stop: StopFlag) -> str:
+    """Collective. `warmup_steps` of SFT on `data` (Tokenized), from the model in `path` -> the new model's folder.
 
-    The result, run_dir/warmup/model, is both the first policy and the frozen reference.
+    That, run_dir/warmup/model, is both the first policy and the frozen reference.
     """
-    path, needed = start_model(config, splits, template, ranks)
-    if not needed:
-        return path
     warm = Path(config.run_dir) / "warmup"
     warm.mkdir(exist_ok=True)
-    tokenizer, policy = load_tokenizer(path, config.trust_remote_code), load_policy(path, config, ranks)
-    data = replace(tokenize_splits(splits, tokenizer, template, config, quiet=True), held_out={})  # grpo.py evaluates it
-    by_steps = replace(config, sft_flops=0.0)
-    state, _ = train_sft(policy, tokenizer, data, by_steps, config.warmup_steps, warm, ranks, stop, "warm-up (SFT)")
+    policy, by_steps = load_policy(path, config, ranks), replace(config, sft_flops=0.0)
+    train = replace(data, held_out={})  # grpo.py evaluates it
+    state, _ = train_sft(policy, tokenizer, train, by_steps, config.warmup_steps, warm, ranks, stop, "warm-up (SFT)")
     write_model(policy, tokenizer, warm / "model", config, state, {}, ranks)
     return str(warm / "model")
 

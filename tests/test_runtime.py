@@ -191,6 +191,7 @@ def test_settings_that_cannot_work_are_refused(settings, words):
         ("- seed\n", "must hold `key: value` lines"),
         ("", "must hold `key: value` lines"),
         ("base: nowhere.yaml\n", "cannot read"),
+        ("seed: 1\nlr: 1e-6\nseed: 2\n", "seed stands 2 times"),
     ],
 )
 def test_broken_yaml_is_one_sentence(text, words, tmp_path):
