@@ -9,7 +9,8 @@ entropy measured, the same cheap reward. Process time, so that other work on the
 rewards, reference log-probs, and the update, with each side's own logging. What differs: TRL shuffles its prompts; it
 masks the end token so that no completion ends early, where ours has no end token to meet. Each side may work on smaller
 batches inside a step, which a CPU's caches like: ours takes --micro_batch tokens, TRL --trl_batch completions (0: all at
-once) with as much gradient accumulation as makes it the same update. Floor: the FLOPs that a step needs with every prompt
+once) with as much gradient accumulation as makes it the same update. --continuous_batching: TRL's other rollout, with pages
+for all of its rows. Floor: the FLOPs that a step needs with every prompt
 computed once, attention included, at this machine's rate for a large matrix product. Ends with one line of JSON.
 """
 
@@ -29,7 +30,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
-from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback  # noqa: E402
+from transformers import ContinuousBatchingConfig, Qwen2Config, Qwen2ForCausalLM, TrainerCallback  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -66,6 +67,13 @@ def reward(ids: list[int]) -> float:
     return sum(ids) % 7 / 7
 
 
+def pages(tokens: int, rows: int) -> dict[str, int]:
+    """Settings of continuous batching with room for all rows at once."""
+    default = ContinuousBatchingConfig()
+    page = getattr(default, "page_size", 0) or default.block_size  # its name in transformers 5.17
+    return {"num_blocks": rows * -(-tokens // page) + 8, "max_batch_tokens": 2048}
+
+
 class Peer:
     """TRL's trainer, made once; each call of `steps` times that many of its steps."""
 
@@ -75,7 +83,9 @@ class Peer:
 
         self.seconds: list[float] = []
         rows = len(texts) * copies
-        batch = batch or rows
+        batch, never = batch or rows, {"min_new_tokens": new_tokens}
+        if continuous:  # knows no least length, but any end token; and would take most of a CPU's memory for its pages
+            never = {"eos_token_id": 2**20}
         self.trainer = GRPOTrainer(
             model=str(folder),
             reward_funcs=lambda completion_ids, **_: [reward(ids) for ids in completion_ids],
@@ -84,10 +94,11 @@ class Peer:
                 output_dir=str(folder / "trl"), max_steps=2, per_device_train_batch_size=batch,
                 gradient_accumulation_steps=rows // batch, steps_per_generation=rows // batch,
                 num_generations=copies, max_completion_length=new_tokens, temperature=TEMPERATURE, top_k=0, top_p=1.0,
-                generation_kwargs={"min_new_tokens": new_tokens}, beta=KL, learning_rate=LEARNING_RATE, loss_type="grpo",
+                generation_kwargs=never, beta=KL, learning_rate=LEARNING_RATE, loss_type="grpo",
                 lr_scheduler_type="constant", bf16=False, gradient_checkpointing=False, use_cpu=True, report_to=[],
                 save_strategy="no", logging_steps=1, disable_tqdm=True, model_init_kwargs={"dtype": "float32"},
-                use_transformers_continuous_batching=continuous, max_grad_norm=1.0, log_completions=False,
+                use_transformers_continuous_batching=continuous,
+                transformers_continuous_batching_config=pages(len(texts[0]) + new_tokens, rows), max_grad_norm=1.0, log_completions=False,
             ),
         )  # fmt: skip
         peer = self
