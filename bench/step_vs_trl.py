@@ -98,7 +98,8 @@ class Peer:
                 lr_scheduler_type="constant", bf16=False, gradient_checkpointing=False, use_cpu=True, report_to=[],
                 save_strategy="no", logging_steps=1, disable_tqdm=True, model_init_kwargs={"dtype": "float32"},
                 use_transformers_continuous_batching=continuous,
-                transformers_continuous_batching_config=pages(len(texts[0]) + new_tokens, rows), max_grad_norm=1.0, log_completions=False,
+                transformers_continuous_batching_config=pages(len(texts[0]) + new_tokens, rows),
+                max_grad_norm=1.0, log_completions=False,
             ),
         )  # fmt: skip
         peer = self
