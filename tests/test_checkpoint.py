@@ -493,9 +493,7 @@ def test_a_chosen_step_is_the_latest_from_then_on(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="no complete checkpoint step_7; there are: step_1, step_2, step_3"):
         checkpoint.choose_step(tmp_path, 7, alone)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    for step, then in ((3, 3), (1, 3), (0, 3)):  # the first start of this job, and its restarts
+    for job, step, then in (("a", 3, 3), ("a", 1, 3), ("a", 0, 3), ("b", 1, 1)):  # a start, its restarts, another start
+        monkeypatch.setattr(checkpoint, "torchrun_job", lambda job=job: job)
         checkpoint.choose_step(tmp_path, step, alone)
         assert latest_checkpoint(tmp_path)[0].name == f"step_{then}"
-    monkeypatch.setattr(checkpoint, "torchrun_job", lambda: "another")
-    checkpoint.choose_step(tmp_path, 1, alone)
-    assert latest_checkpoint(tmp_path)[0].name == "step_1"

@@ -164,6 +164,17 @@ def test_an_unusable_folder_is_one_sentence(load, make, tmp_path):
     assert str(tmp_path / "model") in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_what_is_no_folder_here_is_said_to_be_a_hub_id(monkeypatch):
+    """So that a mistyped folder shows in the hub's complaint about it."""
+
+    def out_of_reach(*_, **__):
+        raise OSError("the hub is out of reach")
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", out_of_reach)
+    with pytest.raises(ModelError, match=r"from 'modls/none' \(no folder here, so a hub id\): "):
+        load_tokenizer("modls/none")
+
+
 def test_damaged_weights_are_one_sentence(exported, tmp_path):
     """A download or copy that broke off."""
     export(exported[1], load_tokenizer(str(exported[0])), tmp_path)
