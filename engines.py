@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
 from transformers import AttentionInterface, ContinuousBatchingConfig, GenerationConfig
 from transformers.masking_utils import AttentionMaskInterface
@@ -394,10 +395,12 @@ def continuous_batching(
         page = getattr(settings, "page_size", 0) or settings.block_size  # its name in transformers 5.17
         settings.num_blocks = sum(copies * -(-(len(p.ids) + max_new_tokens) // page) for p in prompts) + 8
         settings.max_batch_tokens = 2048
-    with _own_generation_config(model, **_settings(copies, temperature, max_new_tokens, stops)) as config:
+    # transformers 5.17 returns the first completion of a prompt only, however many it was asked for; 5.23 all.
+    forks = copies if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23) else 1
+    with _own_generation_config(model, **_settings(forks, temperature, max_new_tokens, stops)) as config:
         results = model.generate_batch(
-            [p.ids for p in prompts], generation_config=config, continuous_batching_config=settings,
-            persistent_manager=False,
+            [p.ids for p in prompts for _ in range(copies // forks)], generation_config=config,
+            continuous_batching_config=settings, persistent_manager=False,
         )  # fmt: skip
     # Samples of one prompt are exchangeable, so neither the order nor the names of the requests matter.
     found: dict[tuple[int, ...], Replies] = {}

@@ -205,7 +205,8 @@ def test_flops_are_those_of_the_matrix_products():
     assert flops["update"] == pytest.approx(4 * flops["reference"] - head)  # a head of one chunk is not computed again
     # the attention's part: two products of [tokens, heads x size], for every pair that is not masked
     pairs = GROUPS * sum([*range(1, PROMPT + 1), *[PROMPT + i for i in range(1, RESPONSE + 1)] * COPIES])
-    assert flops["reference"] - products == pytest.approx(4 * pairs * SMALL.hidden * SMALL.layers)
+    attention = 4 * pairs * SMALL.hidden * SMALL.layers
+    assert flops["reference"] - products == pytest.approx(attention, rel=1e-4)  # some versions multiply rotary angles too
 
 
 # ---------------------------------------------------------------------------------------------------- real models
