@@ -184,7 +184,7 @@ class Saver:
             folder.rename(final)
         _sync(self.run_dir)
         _point_to(final)
-        # Those of later steps belong to a run that was given up for an earlier one; they go when they are replaced.
+        # Later ones can only be there where a choice of an earlier step was interrupted (choose_step).
         steps = [step for step in complete_steps(self.run_dir) if step <= state["step"]]
         best = (state.get("best") or {}).get("step")
         for step in steps[: -self.keep]:
@@ -286,7 +286,8 @@ def latest_checkpoint(run_dir: Path, step: int = 0) -> tuple[Path, dict] | None:
 def choose_step(run_dir: Path, step: int, ranks: Ranks) -> None:
     """Collective. --resume_step: from now on `latest` names step N's checkpoint. Raises CheckpointError if it is not there.
 
-    Not after a restart by torchrun, whose command line is the old one: what was saved since then counts. Its count of
+    Later checkpoints become step_M.given_up, because they would pass for the new branch's; who does not need them deletes
+    them. Not after a restart by torchrun, whose command line is the old one: what was saved since then counts. Its count of
     restarts would not tell, and is not the same on all nodes.
     """
     problem, job, note = "", torchrun_job(), run_dir / "resumed_by"
@@ -294,6 +295,10 @@ def choose_step(run_dir: Path, step: int, ranks: Ranks) -> None:
     if step and ranks.main and not again:
         try:
             _point_to(latest_checkpoint(run_dir, step)[0])
+            for later in (n for n in complete_steps(run_dir) if n > step):
+                shutil.rmtree(run_dir / f"step_{later}.given_up", ignore_errors=True)
+                (run_dir / f"step_{later}").rename(run_dir / f"step_{later}.given_up")
+                print(f"resume_step: step_{later} is step_{later}.given_up now; delete it if you do not need it")
             note.write_text(job, encoding="utf-8")
         except CheckpointError as error:
             problem = str(error)

@@ -161,7 +161,7 @@ def _pairs(arguments: list[str]) -> list[tuple[str, str]]:
     return pairs
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         values, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
@@ -176,9 +176,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         if count > 1:  # YAML would quietly take the last
             raise ConfigError(f"config: {key} stands {count} times in {path}")
     base = values.pop("base", None)
-    if base is not None and (not isinstance(base, str) or (path.parent / base).resolve() == path.resolve()):
+    above = (*above, path.resolve())
+    if base is not None and (not isinstance(base, str) or (path.parent / base).resolve() in above):
         raise ConfigError(f"config: base in {path} must name another YAML file, not {base!r}")
-    return (_read_yaml(path.parent / base) if base else {}) | values
+    return (_read_yaml(path.parent / base, above) if base else {}) | values
 
 
 def _convert(key: str, value: Any, kind: type) -> Any:
@@ -209,7 +210,8 @@ def _check(c: Config) -> None:
     """Refuses settings that cannot work together, before anything is loaded."""
     positive = (
         "prompts_per_step group_size minibatch_prompts max_prompt_tokens max_response_tokens rollout_batch_size sft_batch "
-        "max_tokens_per_micro_batch temperature keep_checkpoints benchmark_cases max_failed_steps timeout_minutes"
+        "max_tokens_per_micro_batch temperature keep_checkpoints benchmark_cases max_failed_steps timeout_minutes "
+        "tiny_layers tiny_hidden tiny_vocab"
     )
     for key in positive.split():
         if getattr(c, key) <= 0:

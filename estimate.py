@@ -5,7 +5,7 @@ autograd keeps per token is counted from the operations of a decoder layer as Qw
 tests/test_plan.py compares it with measured bytes. GB are 10^9 bytes. Times are a roofline: each phase takes as long as the
 slowest of its arithmetic, memory traffic, network and host traffic, as if all GPUs had equal work and every response the
 mean length; the rest of a step (launching kernels, rewards, evaluations, checkpoints) is left out. Kernels are CUDA's.
-Counted in full: the last layer, most of which trim_last_layer leaves out for prompts (about 1 % of a large model's work).
+Counted in full: the last layer, most of which trim_last_layer leaves out for prompts (1 to 2 % of a large model's work).
 
 An earlier table by hand had 33, 35 and 60 GB for the update of 7B, 8B and 14B models on 8 GPUs, where this has 35, 36 and
 58: it did not know the CUDA context, the norms' fp32 copies and the backward's own memory.

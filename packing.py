@@ -183,12 +183,13 @@ def micro_batches(
 
 
 def trim_last_layer(model: nn.Module) -> None:
-    """Registers hooks that leave out what nobody reads: in the last layer a prompt's tokens serve as keys and values, and
-    all of them but one predict nothing, so the attention's output and the MLP are computed for the `used` tokens of a
-    layout (or a prefill) only.
+    """Registers hooks that leave out what nobody reads. No layer follows the last one, so of its output only the `used`
+    tokens count, those that predict a response token: of a prompt the last, of a response all but the last. The others
+    serve as keys and values there; o_proj and MLP are computed for the used ones alone, and add 0 to the others.
 
-    Exact, and 1/L of a prompt's work less with L layers. Other outputs of the decoder are without meaning then. A model
-    that is called without a layout is as it was; one without a dense gated MLP stays so altogether.
+    Exact, and with L layers nearly 1/L of a prompt's work less. `used` comes with the `shared` of a pass: a Layout's, or in
+    the rollout a Prefill's; a pass without is as it was, and a model without o_proj or a dense gated MLP gets no hooks. The
+    attention itself leaves out prompts in causal_attention (only_last), but not where variable-length kernels run.
     """
     layer = next(reversed(getattr(model.get_decoder(), "layers", [None])), None)
     parts = [getattr(getattr(layer, "self_attn", None), "o_proj", None), getattr(layer, "mlp", None)]

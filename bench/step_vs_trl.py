@@ -152,7 +152,7 @@ def step_flops(model, prompt: int, new: int, copies: int, prompts: int) -> float
     own, replies = prompt * (prompt + 1) / 2, copies * (new * prompt + new * (new + 1) / 2)
     pairs = own * (config.num_hidden_layers - 1) + prompt + replies * config.num_hidden_layers
     linear = 2 * ((prompt + copies * new) * weights + copies * new * config.hidden_size * config.vocab_size)
-    linear -= 2 * prompt * (config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size)
+    linear -= 2 * (prompt - 1 + copies) * (config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size)
     attention = 2 * 2 * pairs * config.hidden_size
     return prompts * (linear * (1 + 1 + 3) + attention * (1 + 1 + 3.5))
 

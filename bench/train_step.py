@@ -62,7 +62,7 @@ def step_flops(prompt: int, response: int, copies: int, groups: int) -> float:
     pairs = own * (LAYERS - 1) + prompt + replies * LAYERS  # in the last layer a prompt's last token only
     # attention: 2 products forward; 5 backward, where the scores are computed again
     attention = 7 * 2 * pairs * HEADS * head_dim
-    unused = (prompt - 1) * (HIDDEN * HEADS * head_dim + 3 * HIDDEN * INNER)  # packing.trim_last_layer
+    unused = (prompt - 1 + copies) * (HIDDEN * HEADS * head_dim + 3 * HIDDEN * INNER)  # packing.trim_last_layer
     return groups * (6 * (tokens * layer * LAYERS - unused) + attention + 6 * copies * response * HIDDEN * VOCAB)
 
 

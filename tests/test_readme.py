@@ -178,8 +178,8 @@ def place(tmp_path_factory) -> Path:
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("runs", ".venv", ".git", "__pycache__", ".*_cache"))
     if SHARED.exists():
         (copy.parent / "shared").symlink_to(SHARED)
-    with (copy / "configs" / "tiny.yaml").open("a", encoding="utf-8") as config:
-        config.write(SMALL)
+    (copy / "configs" / "tiny.yaml").rename(copy / "configs" / "full.yaml")
+    (copy / "configs" / "tiny.yaml").write_text(f"base: full.yaml{SMALL}", encoding="utf-8")
     (copy / "always.py").write_text("def one(completion, answer, tools):\n    return 1.0\n")
     make_environment(copy)
     return copy

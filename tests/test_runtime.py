@@ -192,9 +192,15 @@ def test_settings_that_cannot_work_are_refused(settings, words):
         ("", "must hold `key: value` lines"),
         ("base: nowhere.yaml\n", "cannot read"),
         ("seed: 1\nlr: 1e-6\nseed: 2\n", "seed stands 2 times"),
+        ("base: broken.yaml\n", "must name another YAML file"),
+        ("base: ../other/broken.yaml\n", "must name another YAML file"),  # which names this one
     ],
 )
 def test_broken_yaml_is_one_sentence(text, words, tmp_path):
+    tmp_path, other = tmp_path / "here", tmp_path / "other"
+    for folder in (tmp_path, other):
+        folder.mkdir()
+    write(other / "broken.yaml", "base: ../here/broken.yaml\n")
     message = refusal(["--config", write(tmp_path / "broken.yaml", text)])
     assert words in message and str(tmp_path) in message
 
