@@ -380,6 +380,14 @@ def generate(
     return rows
 
 
+def cpu_pages(lengths: Sequence[int]) -> dict[str, int]:
+    """Settings of continuous batching with room for rows of so many tokens, prompt and response, all at once: on a CPU it
+    would take nearly all of the machine's memory."""
+    default = ContinuousBatchingConfig()
+    page = getattr(default, "page_size", 0) or default.block_size  # its name in transformers 5.17
+    return {"num_blocks": sum(-(-length // page) for length in lengths) + 8, "max_batch_tokens": 2048}
+
+
 @torch.no_grad()
 def continuous_batching(
     model: nn.Module, prompts: Sequence[Prompt], copies: int, temperature: float, max_new_tokens: int, stops: list[int]
@@ -390,11 +398,9 @@ def continuous_batching(
     generation config. Raises ModelError where the library returns less than was asked, which it does without raising.
     """
     use_attention(model, "generate")
-    settings = ContinuousBatchingConfig(return_logprobs=True, seed=prompts[0].seed % 2**31)
-    if next(model.parameters()).device.type == "cpu":  # where it would take nearly all of the machine's memory
-        page = getattr(settings, "page_size", 0) or settings.block_size  # its name in transformers 5.17
-        settings.num_blocks = sum(copies * -(-(len(p.ids) + max_new_tokens) // page) for p in prompts) + 8
-        settings.max_batch_tokens = 2048
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    pages = cpu_pages([len(p.ids) + max_new_tokens for p in prompts for _ in range(copies)]) if on_cpu else {}
+    settings = ContinuousBatchingConfig(return_logprobs=True, seed=prompts[0].seed % 2**31, **pages)
     # transformers 5.17 returns the first completion of a prompt only, however many it was asked for; 5.23 all.
     forks = copies if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23) else 1
     with _own_generation_config(model, **_settings(forks, temperature, max_new_tokens, stops)) as config:

@@ -30,7 +30,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
-from transformers import ContinuousBatchingConfig, Qwen2Config, Qwen2ForCausalLM, TrainerCallback  # noqa: E402
+from transformers import Qwen2Config, Qwen2ForCausalLM, TrainerCallback  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -39,7 +39,7 @@ from train_step import matrix_rate  # noqa: E402
 
 import grpo  # noqa: E402
 from config import Config  # noqa: E402
-from engines import ENGINES, Prompt  # noqa: E402
+from engines import ENGINES, Prompt, cpu_pages  # noqa: E402
 from losses import group_std  # noqa: E402
 from minibatches import make_minibatches  # noqa: E402
 from model import build_tiny_tokenizer, load_model  # noqa: E402
@@ -67,13 +67,6 @@ def reward(ids: list[int]) -> float:
     return sum(ids) % 7 / 7
 
 
-def pages(tokens: int, rows: int) -> dict[str, int]:
-    """Settings of continuous batching with room for all rows at once."""
-    default = ContinuousBatchingConfig()
-    page = getattr(default, "page_size", 0) or default.block_size  # its name in transformers 5.17
-    return {"num_blocks": rows * -(-tokens // page) + 8, "max_batch_tokens": 2048}
-
-
 class Peer:
     """TRL's trainer, made once; each call of `steps` times that many of its steps."""
 
@@ -98,7 +91,7 @@ class Peer:
                 lr_scheduler_type="constant", bf16=False, gradient_checkpointing=False, use_cpu=True, report_to=[],
                 save_strategy="no", logging_steps=1, disable_tqdm=True, model_init_kwargs={"dtype": "float32"},
                 use_transformers_continuous_batching=continuous,
-                transformers_continuous_batching_config=pages(len(texts[0]) + new_tokens, rows),
+                transformers_continuous_batching_config=cpu_pages([len(texts[0]) + new_tokens] * rows),
                 max_grad_norm=1.0, log_completions=False,
             ),
         )  # fmt: skip
