@@ -28,16 +28,28 @@ def _key(default: Any, help: str):
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of grpo.py and sft.py. Defaults are the paper's (arXiv 2505.00024). YAML < --key value."""
+    """Every setting of grpo.py and sft.py. Defaults are the paper's (arXiv 2505.00024). YAML < --key
+    value.
+    """
 
     # what is trained, on what, where to
-    model: str = _key("Qwen/Qwen2.5-7B-Instruct", 'Hugging Face folder or hub id; "tiny" builds the demo model')
-    data: str = _key("", 'training files or hub ids, comma-separated (xLAM, ToolACE, ours, TRL, verl), or "synthetic"')
+    model: str = _key(
+        "Qwen/Qwen2.5-7B-Instruct", 'Hugging Face folder or hub id; "tiny" builds the demo model'
+    )
+    data: str = _key(
+        "", 'training files or hub ids, comma-separated (xLAM, ToolACE, ours, TRL, verl), or "synthetic"'
+    )
     test_data: str = _key("", "held-out file; empty: test_share of data")
     test_share: float = _key(0.1, "share of the data held out for evaluation (paper: 90/10)")
-    data_from: float = _key(0.0, "first share of the training records that is used, 0 to 1, in a random order fixed by seed")
-    data_to: float = _key(1.0, "last share of them: 0 to 0.5 and 0.5 to 1 are two halves without a common record")
-    prompt_template: str = _key("", "file with a system prompt that has a {tools} slot; empty: the project's own")
+    data_from: float = _key(
+        0.0, "first share of the training records that is used, 0 to 1, in a random order fixed by seed"
+    )
+    data_to: float = _key(
+        1.0, "last share of them: 0 to 0.5 and 0.5 to 1 are two halves without a common record"
+    )
+    prompt_template: str = _key(
+        "", "file with a system prompt that has a {tools} slot; empty: the project's own"
+    )
     run_dir: str = _key("runs/grpo", "where config, logs, samples, checkpoints and the final model go")
     resume: bool = _key(False, "go on from the latest checkpoint in run_dir")
     resume_step: int = _key(0, "go on from this step's checkpoint instead; 0: the latest")
@@ -46,7 +58,9 @@ class Config:
     # the method
     prompts_per_step: int = _key(1024, "P: prompts per rollout batch")
     group_size: int = _key(5, "G: completions per prompt")
-    minibatch_prompts: int = _key(256, "prompts per optimizer update; 1024 / 256 = 4 updates per rollout batch")
+    minibatch_prompts: int = _key(
+        256, "prompts per optimizer update; 1024 / 256 = 4 updates per rollout batch"
+    )
     epochs: float = _key(7.0, "passes over the training prompts; ignored when steps > 0")
     steps: int = _key(0, "rollout batches (sft.py: optimizer steps); 0: from epochs")
     lr: float = _key(1e-6, "AdamW learning rate, constant")
@@ -54,46 +68,80 @@ class Config:
     max_grad_norm: float = _key(1.0, "gradient clipping by global norm")
     temperature: float = _key(0.7, "sampling temperature; also divides the logits of every log-prob")
     loss: str = _key("grpo", "row of losses.LOSSES: grpo, dr_grpo, dapo, gspo, cispo, rloo")
-    advantage: str = _key("", "row of losses.ADVANTAGES: group_std, group_mean, leave_one_out; empty: the loss's own")
+    advantage: str = _key(
+        "", "row of losses.ADVANTAGES: group_std, group_mean, leave_one_out; empty: the loss's own"
+    )
     aggregation: str = _key("", "mean over token, sequence, or a constant length; empty: the loss's own")
     clip_eps: float = _key(0.0, "epsilon below the ratio 1; 0: the loss's own (grpo: 0.2)")
     clip_eps_high: float = _key(0.0, "epsilon above it; 0: clip_eps, or the loss's own (dapo: 0.28)")
-    kl_coef: float = _key(1e-3, "beta: weight of the KL to the frozen start model; 0: no reference (DAPO, Dr. GRPO)")
+    kl_coef: float = _key(
+        1e-3, "beta: weight of the KL to the frozen start model; 0: no reference (DAPO, Dr. GRPO)"
+    )
     kl: str = _key("k3", "row of losses.KLS, the estimate in the loss: k1, k2, k3")
-    reward: str = _key("binary", "row of reward.REWARDS (binary, no_reason, partial_format, ...) or file.py:function")
-    lenient: bool = _key(False, "the reward compares numbers as the tools declare them: 2 equals 2.0 for a number")
-    shuffle_rewards: bool = _key(False, "negative control: rewards are permuted within the batch; nothing may be learnt")
-    skip_zero_variance: bool = _key(False, "leave groups with equal rewards out of the update, KL term included")
-    resample_rounds: int = _key(0, "dynamic sampling (DAPO): how many times such groups are replaced by other prompts")
+    reward: str = _key(
+        "binary", "row of reward.REWARDS (binary, no_reason, partial_format, ...) or file.py:function"
+    )
+    lenient: bool = _key(
+        False, "the reward compares numbers as the tools declare them: 2 equals 2.0 for a number"
+    )
+    shuffle_rewards: bool = _key(
+        False, "negative control: rewards are permuted within the batch; nothing may be learnt"
+    )
+    skip_zero_variance: bool = _key(
+        False, "leave groups with equal rewards out of the update, KL term included"
+    )
+    resample_rounds: int = _key(
+        0, "dynamic sampling (DAPO): how many times such groups are replaced by other prompts"
+    )
     max_prompt_tokens: int = _key(4096, "longer prompts are counted and skipped")
     max_response_tokens: int = _key(8192, "longer completions are cut off and count as truncated")
     # speed, memory, many processes
-    rollout_engine: str = _key("shared_prefix", "row of engines.ENGINES: shared_prefix, generate, continuous_batching")
-    rollout_batch_size: int = _key(256, "sequences decoded at once per rank; fewer where their K/V would not fit")
+    rollout_engine: str = _key(
+        "shared_prefix", "row of engines.ENGINES: shared_prefix, generate, continuous_batching"
+    )
+    rollout_batch_size: int = _key(
+        256, "sequences decoded at once per rank; fewer where their K/V would not fit"
+    )
     max_tokens_per_micro_batch: int = _key(16384, "tokens per forward/backward per rank; changes no result")
     gradient_checkpointing: bool = _key(True, "recompute activations in the backward: less memory, more time")
-    sharding: str = _key("full", "full: one shard per process; hsdp: shards inside a node, copies across nodes")
-    offload_optimizer: bool = _key(False, "fp32 weights, gradients and AdamW's state in CPU memory; AdamW runs there")
+    sharding: str = _key(
+        "full", "full: one shard per process; hsdp: shards inside a node, copies across nodes"
+    )
+    offload_optimizer: bool = _key(
+        False, "fp32 weights, gradients and AdamW's state in CPU memory; AdamW runs there"
+    )
     offload_reference: bool = _key(False, "the reference's weights in CPU memory")
     low_memory: bool = _key(False, "both of these: 7B on one 80 GB GPU")
-    trust_remote_code: bool = _key(False, "run code that comes with the model; only for models whose code you have read")
+    trust_remote_code: bool = _key(
+        False, "run code that comes with the model; only for models whose code you have read"
+    )
     timeout_minutes: float = _key(60.0, "a rank that waits longer for the others stops the run")
     threads: int = _key(0, "CPU threads per process; 0: torch's default")
     # looking and saving
-    eval_every: int = _key(10, "greedy evaluation on the held-out cases every N steps; 0: only first and last")
+    eval_every: int = _key(
+        10, "greedy evaluation on the held-out cases every N steps; 0: only first and last"
+    )
     eval_cases: int = _key(200, "held-out cases used by it")
-    bfcl: str = _key("", "folder with BFCL's data: evaluated along with the held-out cases, on a fixed subset")
+    bfcl: str = _key(
+        "", "folder with BFCL's data: evaluated along with the held-out cases, on a fixed subset"
+    )
     apibank: str = _key("", "the same for API-Bank")
     benchmark_cases: int = _key(10, "cases of each category of these benchmarks")
     save_every: int = _key(10, "checkpoint every N steps; 0: only at the end")
     keep_checkpoints: int = _key(2, "older ones are deleted, except the one with the best held-out accuracy")
-    background_save: bool = _key(False, "write checkpoints while training goes on; takes CPU memory for a copy")
+    background_save: bool = _key(
+        False, "write checkpoints while training goes on; takes CPU memory for a copy"
+    )
     save_errors: str = _key("stop", "when a checkpoint cannot be written: stop, or go_on with a warning")
     max_failed_steps: int = _key(5, "stop after this many consecutive steps without a finite gradient")
     log_samples: int = _key(64, "completions per step written to samples.jsonl and samples.html; 0: none")
     plot_minutes: float = _key(1.0, "minutes between two drawings of curves.png; 0: at the end only")
-    trackers: str = _key("", "besides log.jsonl: tensorboard, wandb or both, comma-separated, where installed")
-    alarm_entropy: float = _key(0.01, "warn when the entropy per token falls below this; 0, here and below: never")
+    trackers: str = _key(
+        "", "besides log.jsonl: tensorboard, wandb or both, comma-separated, where installed"
+    )
+    alarm_entropy: float = _key(
+        0.01, "warn when the entropy per token falls below this; 0, here and below: never"
+    )
     alarm_length: float = _key(0.5, "warn when the mean completion exceeds this share of max_response_tokens")
     alarm_think: float = _key(0.5, "warn when fewer completions than this share have a thought")
     alarm_empty: float = _key(0.9, "warn when more completions than this share call nothing")
@@ -101,15 +149,21 @@ class Config:
     # supervised fine-tuning (sft.py)
     sft_batch: int = _key(32, "examples per optimizer step")
     sft_lr: float = _key(2e-5, "learning rate of sft.py and of the demo's warm-up")
-    sft_reason: bool = _key(True, "imitate whole replies; false: the bare calls alone (the paper's No-Reason SFT)")
+    sft_reason: bool = _key(
+        True, "imitate whole replies; false: the bare calls alone (the paper's No-Reason SFT)"
+    )
     sft_decay: bool = _key(True, "let sft_lr fall linearly to 0 over the run")
     sft_flops: float = _key(0.0, "sft.py stops after this much training compute; 0: after steps or epochs")
     # the demo: a tiny model from nothing, on generated data
-    warmup_steps: int = _key(0, "SFT steps on imperfect demonstrations before RL; for a model that knows nothing yet")
+    warmup_steps: int = _key(
+        0, "SFT steps on imperfect demonstrations before RL; for a model that knows nothing yet"
+    )
     tiny_hidden: int = _key(96, "hidden size of the tiny model")
     tiny_layers: int = _key(3, "layers of the tiny model")
     tiny_vocab: int = _key(800, "tokens of its tokenizer")
-    synthetic_flaws: float = _key(1.0, "factor on the rates of the demonstrations' flaws; 0: they are all right")
+    synthetic_flaws: float = _key(
+        1.0, "factor on the rates of the demonstrations' flaws; 0: they are all right"
+    )
     synthetic_thoughts: float = _key(1.0, "share of the demonstrations that think before they call")
     synthetic_train: int = _key(1000, "generated training queries")
     synthetic_test: int = _key(150, "generated held-out cases, in each of the two splits")
@@ -169,7 +223,9 @@ def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"config: cannot read {path}; the ready ones are in configs/") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise ConfigError(f"config: {path} is not YAML" + (f" (line {mark.line + 1})" if mark else "")) from None
+        raise ConfigError(
+            f"config: {path} is not YAML" + (f" (line {mark.line + 1})" if mark else "")
+        ) from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"config: {path} must hold `key: value` lines")
     for key, count in Counter(key.value for key, _ in node.value).items():
@@ -183,7 +239,9 @@ def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _convert(key: str, value: Any, kind: type) -> Any:
-    """The YAML or command-line value as `kind`. "1e-6" is a string to YAML, and a bool must not pass for an int."""
+    """The YAML or command-line value as `kind`. "1e-6" is a string to YAML, and a bool must not pass for an
+    int.
+    """
     try:
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
@@ -203,7 +261,9 @@ def check_positions(config: Config, positions: int) -> None:
     """Raises ConfigError where prompt and response may be longer than the model's `positions`."""
     tokens = config.max_prompt_tokens + config.max_response_tokens
     if tokens > positions:
-        raise ConfigError(f"max_prompt_tokens + max_response_tokens ({tokens}) exceed the model's {positions} positions")
+        raise ConfigError(
+            f"max_prompt_tokens + max_response_tokens ({tokens}) exceed the model's {positions} positions"
+        )
 
 
 def _check(c: Config) -> None:
@@ -226,13 +286,19 @@ def _check(c: Config) -> None:
     if c.resume_step and not c.resume:
         raise ConfigError("resume_step needs --resume true")
     if c.clip_eps > 1:
-        raise ConfigError(f"clip_eps must be at most 1, not {c.clip_eps}: ratios are clipped to 1 - eps and 1 + eps")
+        raise ConfigError(
+            f"clip_eps must be at most 1, not {c.clip_eps}: ratios are clipped to 1 - eps and 1 + eps"
+        )
     if not c.data_from < c.data_to <= 1:
-        raise ConfigError(f"data_from ({c.data_from}) must be below data_to ({c.data_to}), and both from 0 to 1")
+        raise ConfigError(
+            f"data_from ({c.data_from}) must be below data_to ({c.data_to}), and both from 0 to 1"
+        )
     if c.tiny_hidden % 8:
         raise ConfigError(f"tiny_hidden must be a multiple of 8 (4 heads of even size), not {c.tiny_hidden}")
     if c.group_size < 2:
-        raise ConfigError("group_size must be at least 2: an advantage compares the completions of one prompt")
+        raise ConfigError(
+            "group_size must be at least 2: an advantage compares the completions of one prompt"
+        )
     if c.prompts_per_step % c.minibatch_prompts:
         raise ConfigError(
             f"prompts_per_step ({c.prompts_per_step}) must be a multiple of minibatch_prompts ({c.minibatch_prompts})"

@@ -16,8 +16,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from bfcl_check import BfclError, Problem, check, decode, find_fault, reply_kind
-from bfcl_data import (
+from evals.bfcl_check import BfclError, Problem, check, decode, find_fault, reply_kind
+from evals.bfcl_data import (
     CATEGORIES,
     HUB_ID,
     LIVE,
@@ -32,8 +32,8 @@ from bfcl_data import (
     load_problems,
     prompt_cases,
     write_official,
-)  # fmt: skip
-from eval_report import (
+)
+from evals.report import (
     ReportError,
     combined_interval,
     make_folder,
@@ -47,7 +47,7 @@ from eval_report import (
     write_cases,
     write_rows,
     write_table,
-)  # fmt: skip
+)
 from prompts import PromptError, load_template
 
 __all__ = ["BfclError", "Problem", "check", "prompt_cases"]  # training evaluates with these
@@ -56,9 +56,11 @@ AST = (*NON_LIVE_AST, *LIVE_AST)
 REFUSALS = ("irrelevance", "live_irrelevance")  # categories in which no function fits
 REPLY_KINDS = {
     "empty_list": "explicit []", "no_block": "no tool-call section", "unparsable": "unparsable", "called": "called",
-}  # fmt: skip
+}
 MAX_BRACKETS = 300  # of a reply whose calls are written again as JSON; Python refuses about 1,000 levels
-OFFICIAL_MODEL = "Salesforce/xLAM-2-3b-fc-r"  # a model that the official command knows, and reads a JSON list from
+OFFICIAL_MODEL = (
+    "Salesforce/xLAM-2-3b-fc-r"  # a model that the official command knows, and reads a JSON list from
+)
 
 PAPER_SOURCE = (
     "quoted from arXiv 2505.00024, Table 2 (data of BFCL v3). Live of 6: the row fits a count over all 2,251 live cases; "
@@ -67,7 +69,7 @@ PAPER_SOURCE = (
 PAPER_COLUMNS = (
     "model", "simple", "mult.", "par.", "par.mult.", "L simple", "L mult.", "L par.", "L par.mult.", "Non-live", "Live",
     "Overall", "Live of",
-)  # fmt: skip
+)
 PAPER = (
     ("GPT-4o", 79.42, 95.50, 94.00, 83.50, 84.88, 79.77, 87.50, 75.00, 88.10, 79.83, 83.97, "6"),
     ("GPT-4o-mini", 80.08, 90.50, 89.50, 87.00, 81.40, 76.73, 93.75, 79.17, 86.77, 76.50, 81.64, "6"),
@@ -97,15 +99,19 @@ def _by_size(table: dict[str, dict], names: Iterable[str]) -> dict[str, float]:
 
 
 def aggregates(categories: dict[str, dict], sizes: dict[str, int]) -> list[dict]:
-    """Rows {"group", "name", "accuracy", "low", "high" (percent; None = n/a), "n"} from the tally of every category.
+    """Rows {"group", "name", "accuracy", "low", "high" (percent; None = n/a), "n"} from the tally of every
+    category.
 
-    The columns of BFCL v3, of BFCL v4, and of the paper (arXiv 2505.00024, Table 2), each a weighted sum of categories.
-    sizes: full number of cases per category, because official Overall columns count what did not run as wrong.
+    The columns of BFCL v3, of BFCL v4, and of the paper (arXiv 2505.00024, Table 2), each a weighted sum of
+    categories. sizes: full number of cases per category, because official Overall columns count what did not
+    run as wrong.
     """
     empty = {"accuracy": 0.0, "low": 0.0, "high": 0.0}
     filled = {name: categories.get(name, {**empty, "n": sizes[name]}) for name in CATEGORIES}
     # The three languages of "simple" weigh the same, whatever their numbers of cases.
-    non_live = _scaled(0.25, _equal(*SIMPLE)) | _scaled(0.75, _equal("multiple", "parallel", "parallel_multiple"))
+    non_live = _scaled(0.25, _equal(*SIMPLE)) | _scaled(
+        0.75, _equal("multiple", "parallel", "parallel_multiple")
+    )
     v3_non_live = _scaled(0.8, non_live) | {"irrelevance": 0.2}
     live_ast, live, refusals = _by_size(filled, LIVE_AST), _by_size(filled, LIVE), _equal(*REFUSALS)
     # Multi-turn (v3: a third, v4: 30 %) and agentic (v4: 40 %) are not run here and count 0.
@@ -137,7 +143,9 @@ def _weighted(weights: dict[str, float], table: dict[str, dict]) -> dict:
     """Accuracy, low and high of a weighted sum of categories; None where one of them did not run."""
     if any(name not in table for name in weights):
         return dict.fromkeys(("accuracy", "low", "high"))
-    return dict(zip(("accuracy", "low", "high"), combined_interval((w, table[name]) for name, w in weights.items())))
+    return dict(
+        zip(("accuracy", "low", "high"), combined_interval((w, table[name]) for name, w in weights.items()))
+    )
 
 
 def reply_rows(kinds: dict[str, list[tuple[str, str]]]) -> list[dict]:
@@ -162,19 +170,30 @@ def reply_rows(kinds: dict[str, list[tuple[str, str]]]) -> list[dict]:
 def paper_rows(categories: dict[str, dict], listed: list[dict]) -> list[tuple]:
     """Our rows of the paper's table, with Live over six and over four categories. listed: aggregates()."""
     figures = [_weighted(_equal(*SIMPLE), categories)["accuracy"]]
-    figures += [categories[name]["accuracy"] if name in categories else None for name in (*NON_LIVE_AST[3:], *LIVE_AST)]
+    figures += [
+        categories[name]["accuracy"] if name in categories else None
+        for name in (*NON_LIVE_AST[3:], *LIVE_AST)
+    ]
     means = {row["name"]: row["accuracy"] for row in listed if row["group"] == "paper"}
-    live = (("Live (6 categories)", "Overall (Live of 6)", "6"), ("Live (4 AST categories)", "Overall (Live of 4)", "4"))
-    return [("these predictions", *figures, means["Non-live"], means[a], means[b], label) for a, b, label in live]
+    live = (
+        ("Live (6 categories)", "Overall (Live of 6)", "6"),
+        ("Live (4 AST categories)", "Overall (Live of 4)", "4"),
+    )
+    return [
+        ("these predictions", *figures, means["Non-live"], means[a], means[b], label) for a, b, label in live
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------- judging
 
 
-def pair_rows(rows: Iterable[dict], problems: dict[str, Problem], data: str | Path) -> list[tuple[dict, Problem]]:
+def pair_rows(
+    rows: Iterable[dict], problems: dict[str, Problem], data: str | Path
+) -> list[tuple[dict, Problem]]:
     """Every row {"id", "output"} beside its case. Raises BfclError for a row that has none.
 
-    v3's repeated id is dealt in turn to its two cases, unless the rows call the second one "#2" as `generate` does.
+    v3's repeated id is dealt in turn to its two cases, unless the rows call the second one "#2" as `generate`
+    does.
     """
     rows = [row if "place" in row else {**row, "place": f"prediction {i}"} for i, row in enumerate(rows, 1)]
     if not rows:
@@ -189,7 +208,9 @@ def pair_rows(rows: Iterable[dict], problems: dict[str, Problem], data: str | Pa
             category, advice = category_of(name), "no category of BFCL's single-turn part has such an id"
             if category in CATEGORIES:
                 missing = f"it has no file of {category}; fetch all of BFCL"
-                advice = "check that --data has the right version, v3 or v4" if category in present else missing
+                advice = (
+                    "check that --data has the right version, v3 or v4" if category in present else missing
+                )
             raise BfclError(f"{place}: {data} has no case {name!r}; {advice}")
         seen[name] += 1
         if f"{name}#2" in problems and not told_apart and seen[name] % 2 == 0:
@@ -197,7 +218,9 @@ def pair_rows(rows: Iterable[dict], problems: dict[str, Problem], data: str | Pa
         category = str(row.get("category") or problems[name].category)
         if V3_NAMES.get(category, category) != problems[name].category:
             what = "category" if V3_NAMES.get(category, category) in CATEGORIES else "unknown category"
-            raise BfclError(f"{place}: {what} {category!r}, but {name} is {problems[name].category}; repair the row")
+            raise BfclError(
+                f"{place}: {what} {category!r}, but {name} is {problems[name].category}; repair the row"
+            )
         pairs.append((row, problems[name]))
     return pairs
 
@@ -205,9 +228,9 @@ def pair_rows(rows: Iterable[dict], problems: dict[str, Problem], data: str | Pa
 def judge(pairs: Iterable[tuple[dict, Problem]], problems: dict[str, Problem]) -> tuple[list[dict], dict]:
     """(cases, scores) of (row, case) pairs; several rows may share a case (samples).
 
-    cases: per row, in order: id, category, valid, error_type, expected, came, why (see write_cases), "sample" if given.
-    scores: "categories" (tally, and "errors": how often each type) for those that ran, "aggregates" and "replies" (see
-    there), "sizes" (cases per category in the data).
+    cases: per row, in order: id, category, valid, error_type, expected, came, why (see write_cases), "sample"
+    if given. scores: "categories" (tally, and "errors": how often each type) for those that ran, "aggregates"
+    and "replies" (see there), "sizes" (cases per category in the data).
     """
     cases: list[dict] = []
     verdicts: dict[str, list[tuple[str, bool]]] = {}
@@ -223,16 +246,23 @@ def judge(pairs: Iterable[tuple[dict, Problem]], problems: dict[str, Problem]) -
             "id": row["id"], "category": problem.category, "valid": error_type is None, "error_type": error_type,
             "expected": "a call" if problem.category == "live_relevance" else problem.answer,
             "came": calls if readable else shorten(output), "why": why,
-        }  # fmt: skip
+        }
         cases.append(case | {"sample": row["sample"]} if "sample" in row else case)
     errors = Counter((case["category"], case["error_type"]) for case in cases if not case["valid"])
     categories = {
-        name: {**tally(verdicts[name]), "errors": {key: n for (part, key), n in errors.items() if part == name}}
+        name: {
+            **tally(verdicts[name]),
+            "errors": {key: n for (part, key), n in errors.items() if part == name},
+        }
         for name in CATEGORIES
         if name in verdicts
     }
     sizes = Counter(problem.category for problem in problems.values())
-    scores = {"categories": categories, "aggregates": aggregates(categories, sizes), "replies": reply_rows(kinds)}
+    scores = {
+        "categories": categories,
+        "aggregates": aggregates(categories, sizes),
+        "replies": reply_rows(kinds),
+    }
     return cases, scores | {"sizes": dict(sizes)}
 
 
@@ -254,17 +284,25 @@ def verdict_rows(cases: Iterable[dict]) -> list[dict]:
 
 
 def write_scores(cases: list[dict], scores: dict, out: Path) -> None:
-    """Writes verdicts.jsonl, cases.jsonl, failures.txt, scores.json and scores.csv into `out`, and prints the tables."""
+    """Writes verdicts.jsonl, cases.jsonl, failures.txt, scores.json and scores.csv into `out`, and prints the
+    tables.
+    """
     write_rows(out / "verdicts.jsonl", verdict_rows(cases))
     write_cases(cases, out)
     categories, sizes = scores["categories"], scores["sizes"]
     listed = [{"group": "category", "name": name, **categories.get(name, tally(()))} for name in CATEGORIES]
     ours = paper_rows(categories, scores["aggregates"])
     quoted = [dict(zip(PAPER_COLUMNS, row)) for row in PAPER]
-    scores |= {"paper": {"source": PAPER_SOURCE, "rows": [dict(zip(PAPER_COLUMNS, row)) for row in ours] + quoted}}
+    scores |= {
+        "paper": {"source": PAPER_SOURCE, "rows": [dict(zip(PAPER_COLUMNS, row)) for row in ours] + quoted}
+    }
     write_table([*listed, *scores["aggregates"], *scores["replies"]], out, scores)
     print(f"\nBeside the paper's ({PAPER_SOURCE})\n{text_table(PAPER_COLUMNS, [*ours, *PAPER])}")
-    short = [f"{name} {row['cases']} of {sizes[name]}" for name, row in categories.items() if row["cases"] < sizes[name]]
+    short = [
+        f"{name} {row['cases']} of {sizes[name]}"
+        for name, row in categories.items()
+        if row["cases"] < sizes[name]
+    ]
     if short:
         print(f"Not all cases were asked: {', '.join(short)}.")
 
@@ -281,7 +319,9 @@ def score(args: argparse.Namespace) -> None:
     write_scores(cases, {"data": version, **scores}, args.out)
     skipped = sum("skipped" in row for row in rows)
     if skipped:
-        print(f"{skipped} of {len(rows)} prompts were too long to be asked; they count as answered without a call.")
+        print(
+            f"{skipped} of {len(rows)} prompts were too long to be asked; they count as answered without a call."
+        )
     if args.official_dir:
         files = write_official(pairs, version, args.official_dir, args.model_name)
         names = ",".join(file_category(name, version) for name in scores["categories"])
@@ -295,7 +335,10 @@ def score(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """The command `generate`: appends to predictions.jsonl; cases already there are not asked again."""
-    problems, template = choose_problems(args.data, args.categories, args.limit), load_template(args.prompt_template)
+    problems, template = (
+        choose_problems(args.data, args.categories, args.limit),
+        load_template(args.prompt_template),
+    )
     make_folder(args.out)
     import rollout  # here, so that `score` starts without torch
 
@@ -304,33 +347,51 @@ def generate(args: argparse.Namespace) -> None:
             args.model, prompt_cases(problems), args.out / "predictions.jsonl", template=template,
             max_prompt_tokens=args.max_prompt_tokens, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size,
             temperature=args.temperature, samples=args.samples, seed=args.seed,
-        )  # fmt: skip
+        )
     except rollout.ModelError as error:
         raise BfclError(str(error)) from None
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="BFCL single-turn: ask a model, judge its answers, compare two models.")
-    parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="compare the --out folders of two `score` runs")
+    parser = argparse.ArgumentParser(
+        description="BFCL single-turn: ask a model, judge its answers, compare two models."
+    )
+    parser.add_argument(
+        "--diff", nargs=2, metavar=("A", "B"), help="compare the --out folders of two `score` runs"
+    )
     parser.add_argument("--show", type=int, default=20, help="with --diff: how many ids to list (default 20)")
     commands = parser.add_subparsers(dest="command")
     ask = commands.add_parser("generate", help="model -> OUT/predictions.jsonl; resumes")
     ask.add_argument("--model", required=True, help="folder or name of a model")
-    ask.add_argument("--categories", nargs="+", default=["single_turn"], help="categories or groups; commas allowed")
+    ask.add_argument(
+        "--categories", nargs="+", default=["single_turn"], help="categories or groups; commas allowed"
+    )
     ask.add_argument("--limit", type=positive, help="first N cases of each category")
     ask.add_argument("--temperature", type=temperature, default=0.0, help="0, the default, is greedy")
-    ask.add_argument("--samples", type=positive, default=1, help="replies per case; needs a temperature above 0")
+    ask.add_argument(
+        "--samples", type=positive, default=1, help="replies per case; needs a temperature above 0"
+    )
     ask.add_argument("--seed", type=int, default=0, help="of the samples")
-    ask.add_argument("--max_prompt_tokens", type=positive, default=16384, help="longer prompts get an empty reply")
+    ask.add_argument(
+        "--max_prompt_tokens", type=positive, default=16384, help="longer prompts get an empty reply"
+    )
     ask.add_argument("--max_new_tokens", type=positive, default=1024)
     ask.add_argument("--batch_size", type=positive, default=32)
-    ask.add_argument("--prompt_template", default="", help="file with a {tools} slot instead of the project's prompt")
+    ask.add_argument(
+        "--prompt_template", default="", help="file with a {tools} slot instead of the project's prompt"
+    )
     scoring = commands.add_parser("score", help="predictions -> OUT/verdicts.jsonl, cases, tables")
     scoring.add_argument("--predictions", required=True, type=Path, help=".jsonl or .jsonl.gz")
-    scoring.add_argument("--official-dir", "--official_dir", type=Path, help="also write result files for `bfcl evaluate`")
-    scoring.add_argument("--model-name", "--model_name", default=OFFICIAL_MODEL, help="name there (%(default)s)")
+    scoring.add_argument(
+        "--official-dir", "--official_dir", type=Path, help="also write result files for `bfcl evaluate`"
+    )
+    scoring.add_argument(
+        "--model-name", "--model_name", default=OFFICIAL_MODEL, help="name there (%(default)s)"
+    )
     for command in (ask, scoring):
-        command.add_argument("--data", required=True, help=f"folder or checkout with BFCL_v4_*.json, or {HUB_ID}")
+        command.add_argument(
+            "--data", required=True, help=f"folder or checkout with BFCL_v4_*.json, or {HUB_ID}"
+        )
         command.add_argument("--out", required=True, type=Path)
     return parser
 

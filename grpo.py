@@ -1,14 +1,16 @@
 """Group Relative Policy Optimization for tool calling: the whole method on a few screens.
 
     torchrun --nproc_per_node=8 grpo.py --config configs/qwen2.5-1.5b.yaml --data xlam.json,toolace.json
-    python grpo.py --config configs/tiny.yaml                      the demo: a model from nothing, on a laptop's CPU
+    python grpo.py --config configs/tiny.yaml                      the demo: a model from nothing, on a
+      laptop's CPU
     python grpo.py --config runs/demo/config.yaml --resume true    go on after an interruption
     python grpo.py --export runs/demo/step_140 OUT                 a checkpoint as a bf16 Hugging Face folder
     python grpo.py --config configs/qwen2.5-7b.yaml --plan         does it fit, and how long will a step take
-    python grpo.py --config configs/tiny.yaml --doctor             is everything as it should be, tried out in one step
+    python grpo.py --config configs/tiny.yaml --doctor             is everything as it should be, tried out in
+      one step
 
-Source: Tool-N1 (arXiv 2505.00024); GRPO from DeepSeekMath (arXiv 2402.03300). Letters: P prompts, G completions per
-prompt, N response tokens of a micro-batch.
+Source: Tool-N1 (arXiv 2505.00024); GRPO from DeepSeekMath (arXiv 2402.03300). Letters: P prompts, G
+completions per prompt, N response tokens of a micro-batch.
 """
 
 from __future__ import annotations
@@ -25,54 +27,49 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import doctor
-import plan
-from benchmarks import JudgedPrompt, evaluate_benchmark, load_benchmarks
-from checkpoint import CheckpointError, Saver, choose_step, latest_checkpoint, load_checkpoint
-from checks import Start, check_names
 from config import Config, ConfigError, check_positions, load_config
-from data import DataError, Splits, Tokenized, load_splits, tokenize_splits
-from engines import Prompt
-from export import export_checkpoint, write_model
-from losses import ADVANTAGES, AGGREGATIONS, KLS, Loss, loss_of, policy_loss
-from minibatches import (
+from corpus.examples import Splits, Tokenized
+from corpus.sources import DataError, append_jsonl, read_jsonl
+from data import load_splits, tokenize_splits
+from distributed.batches import (
+    Group,
     MicroBatch,
     Minibatch,
+    batch_for_step,
     gather_groups,
     make_minibatches,
     own_places,
+    prompt_seed,
     reward_table,
     sampler_difference,
     shuffled,
-)  # fmt: skip
-from model import ModelError, count_parameters, load_tokenizer, token_logprobs, uses_shared_prefix
-from monitor import Monitor, attempt, open_monitor, report
-from packing import attention_backend
-from plot import headline, summarize, was_evaluated
+)
+from distributed.checkpoint import CheckpointError, Saver, choose_step, latest_checkpoint, load_checkpoint
+from distributed.fsdp import full_tensor, release, whole
+from distributed.ranks import Clock, Ranks, StopFlag, run_script, start_ranks
+from evals.in_training import JudgedPrompt, evaluate, evaluate_benchmark, load_benchmarks
+from kernel.attention import attention_backend, uses_shared_prefix
+from kernel.decode import Prompt
+from losses import ADVANTAGES, AGGREGATIONS, KLS, Loss, loss_of, policy_loss
+from model import ModelError, count_parameters, load_tokenizer, token_logprobs
+from ops import doctor, plan
+from ops.checks import Start, check_names
+from ops.export import export_checkpoint, write_model
+from ops.monitor import Monitor, attempt, open_monitor, report
+from ops.plot import headline, summarize, was_evaluated
+from ops.run_dir import cut_log, open_run
+from ops.samples_page import write_page
 from prompts import PromptError, check_tokenizer, load_template
 from reward import Reward, RewardError, RewardFunction, reward_function
-from rollout import Group, evaluate, prompt_seed, rollout_metrics, sample_groups, sample_rows, speed_metrics
-from runtime import (
-    Ranks,
-    StopFlag,
-    append_jsonl,
-    batch_for_step,
-    cut_log,
-    fit_memory,
-    open_run,
-    read_jsonl,
-    run_script,
-    start_ranks,
-)  # fmt: skip
-from samples_page import write_page
+from rollout import rollout_metrics, sample_groups, sample_rows, speed_metrics
 from sft import load_policy, note_best, save_or_stop, start_model, warm_up
-from sharding import full_tensor, release, whole
-from watch import Clock, note_out_of_memory
 
-# ------------------------------------------------------------------------------------------------ phases of a step
+# ------------------------------------------------------------------------------------------- phases of a step
 
 
-def score_groups(groups: Sequence[Group], examples: Sequence[Tokenized], reward: RewardFunction) -> list[list[Reward]]:
+def score_groups(
+    groups: Sequence[Group], examples: Sequence[Tokenized], reward: RewardFunction
+) -> list[list[Reward]]:
     """The reward of every completion, [P][G]."""
     return [
         [reward(text, item.example.answer, item.example.tools) for text in group.texts]
@@ -84,8 +81,9 @@ def score_groups(groups: Sequence[Group], examples: Sequence[Tokenized], reward:
 def fixed_logprobs(
     policy: nn.Module | None, reference: nn.Module | None, minibatches: list[Minibatch], config: Config
 ) -> None:
-    """Collective. Fills in the log-probs that stay fixed during the updates: the reference's, and the policy's own before
-    them. The latter only where there is more than one update: before the first one they are what the update computes.
+    """Collective. Fills in the log-probs that stay fixed during the updates: the reference's, and the
+    policy's own before them. The latter only where there is more than one update: before the first one they
+    are what the update computes.
     """
     for micro in (micro for minibatch in minibatches for micro in minibatch.micros):
         if reference is not None:
@@ -99,10 +97,11 @@ def fixed_logprobs(
 def micro_batch_loss(
     policy: nn.Module, micro: MicroBatch, update: Minibatch, objective: Loss, config: Config
 ) -> tuple[Tensor, Tensor]:
-    """This micro-batch's part of its update's loss, and the sums of (loss, KL, entropy, clipped low, clipped high) [5].
+    """This micro-batch's part of its update's loss, and the sums of (loss, KL, entropy, clipped low, clipped
+    high) [5].
 
-    The loss is a weighted sum over the response tokens of the update on all ranks, with weights (losses.AGGREGATIONS)
-    that neither the packing into micro-batches nor the number of ranks changes.
+    The loss is a weighted sum over the response tokens of the update on all ranks, with weights
+    (losses.AGGREGATIONS) that neither the packing into micro-batches nor the number of ranks changes.
     """
     logprobs, entropy = token_logprobs(policy, micro.packed, config.temperature)
     if micro.idle:
@@ -110,20 +109,30 @@ def micro_batch_loss(
     counts = micro.packed.counts
     old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
     surrogate, ratio = policy_loss(logprobs, old, micro.advantages, counts, objective)
-    kl = torch.zeros_like(surrogate) if micro.ref_logprobs is None else KLS[config.kl](logprobs, micro.ref_logprobs)
-    weights = AGGREGATIONS[objective.aggregation](counts, update.tokens, update.completions, config.max_response_tokens)
+    kl = (
+        torch.zeros_like(surrogate)
+        if micro.ref_logprobs is None
+        else KLS[config.kl](logprobs, micro.ref_logprobs)
+    )
+    weights = AGGREGATIONS[objective.aggregation](
+        counts, update.tokens, update.completions, config.max_response_tokens
+    )
     loss = (surrogate + config.kl_coef * kl) * weights.repeat_interleave(counts)
     with torch.no_grad():
         low = (ratio < 1 - objective.clip_low) & (micro.advantages < 0)
         high = (ratio > 1 + objective.clip_high) & (micro.advantages > 0)
         sums = torch.stack([x.double().sum() for x in (loss, kl, entropy, low, high)])
-    return loss.sum(), sums.nan_to_num(0.0, 0.0, 0.0).cpu()  # a bad part is counted as skipped and must not blot the log
+    return loss.sum(), sums.nan_to_num(
+        0.0, 0.0, 0.0
+    ).cpu()  # a bad part is counted as skipped and must not blot the log
 
 
 def update_policy(
     policy: nn.Module, optimizer, minibatches: list[Minibatch], config: Config, ranks: Ranks
 ) -> dict[str, float]:
-    """Collective. One optimizer update per minibatch -> metrics: the loss as a mean over updates, others over tokens."""
+    """Collective. One optimizer update per minibatch -> metrics: the loss as a mean over updates, others over
+    tokens.
+    """
     objective, sums = loss_of(config), torch.zeros(5, dtype=torch.float64)
     tokens, norms, skipped = 0, [], 0
     for minibatch in minibatches:
@@ -144,12 +153,16 @@ def update_policy(
     loss, *means = ranks.sum(sums.tolist())
     kl, entropy, low, high = (total / max(1, tokens) for total in means)
     metrics = {"loss": loss / max(1, len(norms) + skipped), "kl": kl, "entropy": entropy}
-    metrics |= {"clip_ratio/low_mean": low, "clip_ratio/high_mean": high, "clip_ratio/region_mean": low + high}
+    metrics |= {
+        "clip_ratio/low_mean": low,
+        "clip_ratio/high_mean": high,
+        "clip_ratio/region_mean": low + high,
+    }
     metrics |= {"grad_norm": sum(norms) / max(1, len(norms)), "updates": len(norms)}
     return metrics | {"updates_skipped_nonfinite": skipped}
 
 
-# -------------------------------------------------------------------------------------------------------------- loop
+# ------------------------------------------------------------------------------------------------------- loop
 
 
 @dataclass
@@ -180,13 +193,17 @@ def train(run: Run) -> None:
     ranks, state = run.ranks, run.state
     log = run.folder / "log.jsonl"
     if state["step"] >= run.steps and not ranks.gather(ranks.main and was_evaluated(read_jsonl(log)[-1]))[0]:
-        results = evaluate_all(run, Clock(ranks.watchdog))  # a resume with fewer steps than before: nothing else is left
+        results = evaluate_all(
+            run, Clock(ranks.watchdog)
+        )  # a resume with fewer steps than before: nothing else is left
         if ranks.main:
             append_jsonl(log, [{"step": state["step"], **results}])
     with tqdm(total=run.steps, initial=state["step"], desc="GRPO", disable=not ranks.main) as bar:
         for step in range(state["step"] + 1, run.steps + 1):
             clock = Clock(ranks.watchdog, step)
-            with clock("exchange"):  # what none of the phases inside it names: ranks telling each other numbers
+            with clock(
+                "exchange"
+            ):  # what none of the phases inside it names: ranks telling each other numbers
                 metrics, rows = train_step(run, step, clock)
             finish_step(run, metrics, rows, step == run.steps, clock)
             bar.update()
@@ -200,28 +217,30 @@ def train_step(run: Run, step: int, clock: Clock) -> tuple[dict[str, float], lis
     places = own_places(len(batch), ranks)
     items = [run.train[batch[place]] for place in places]
     groups, scores = sample_and_score(run, items, step, places, clock)
-    metrics = rollout_metrics(groups, scores, ranks)  # of the policy as it is: before anything is sampled again
+    metrics = rollout_metrics(
+        groups, scores, ranks
+    )  # of the policy as it is: before anything is sampled again
     items, groups, scores, again = resample_flat(run, items, groups, scores, step, places, clock)
     everyone, rewards = gather_groups(groups, reward_table(scores, config), ranks)
     if config.shuffle_rewards:
         rewards = shuffled(rewards, config.seed, step)
     advantages = ADVANTAGES[loss_of(config).advantage](rewards)
-    try:
-        learnt, trained = learn(run, everyone, advantages, clock)
-    except torch.OutOfMemoryError:  # the next start, by torchrun or by hand, takes smaller micro-batches
-        note_out_of_memory(run.folder, "update", step)
-        raise
+    learnt, trained = learn(run, everyone, advantages, clock)
     metrics |= learnt
     own = advantages[ranks.rank :: ranks.world]
     rows = sample_rows(step, groups, items, scores, own, run.tokenizer, config.log_samples, ranks)
     stop_on_failures(run, step, learnt, rows)
-    metrics |= speed_metrics(groups, again, trained, count_parameters(run.policy), config, clock.seconds, ranks)
+    metrics |= speed_metrics(
+        groups, again, trained, count_parameters(run.policy), config, clock.seconds, ranks
+    )
     state |= {"step": step, "flops": state["flops"] + metrics.pop("step_flops")}
     return metrics, rows
 
 
 def learn(run: Run, groups: list[Group], advantages: Tensor, clock: Clock) -> tuple[dict[str, float], int]:
-    """Collective. The updates of one step, on the whole batch's groups -> metrics, tokens that this rank computed."""
+    """Collective. The updates of one step, on the whole batch's groups -> metrics, tokens that this rank
+    computed.
+    """
     config, ranks = run.config, run.ranks
     minibatches = make_minibatches(groups, advantages, config, ranks, uses_shared_prefix(run.policy))
     with clock("reference"):
@@ -243,7 +262,9 @@ def stop_on_failures(run: Run, step: int, metrics: dict[str, float], rows: list[
     path, first = run.folder / f"nonfinite_step_{step}.jsonl", step - run.config.max_failed_steps + 1
     if run.ranks.main:
         append_jsonl(path, rows)
-    raise ConfigError(f"steps {first} to {step} had NaN or infinite gradients only; lower lr; the last batch is in {path}")
+    raise ConfigError(
+        f"steps {first} to {step} had NaN or infinite gradients only; lower lr; the last batch is in {path}"
+    )
 
 
 def sample_and_score(
@@ -257,7 +278,7 @@ def sample_and_score(
             policy, run.tokenizer, prompts, group_size=config.group_size, temperature=config.temperature,
             max_new_tokens=config.max_response_tokens, batch_size=config.rollout_batch_size,
             engine=config.rollout_engine, progress=run.ranks.main, beat=run.ranks.beat,
-        )  # fmt: skip
+        )
     with clock("reward"):
         return groups, score_groups(groups, items, run.reward)
 
@@ -265,16 +286,20 @@ def sample_and_score(
 def resample_flat(
     run: Run, items: Sequence[Tokenized], groups: list[Group], scores: list[list[Reward]], step: int,
     places: Sequence[int], clock: Clock,
-) -> tuple[list[Tokenized], list[Group], list[list[Reward]], list[Group]]:  # fmt: skip
-    """Collective. Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups whose rewards are all equal give their
-    place to other prompts, at most resample_rounds times. -> (items, groups, rewards, the groups that were given up).
+) -> tuple[list[Tokenized], list[Group], list[list[Reward]], list[Group]]:
+    """Collective. Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups whose rewards are all equal
+    give their place to other prompts, at most resample_rounds times. -> (items, groups, rewards, the groups
+    that were given up).
 
-    Which prompt comes next depends on seed, step, place and round alone, so neither ranks nor a resume change it.
+    Which prompt comes next depends on seed, step, place and round alone, so neither ranks nor a resume change
+    it.
     """
     items, groups, scores, given_up = list(items), list(groups), list(scores), []
     for round_ in range(1, run.config.resample_rounds + 1):
         flat = [k for k, row in enumerate(scores) if len({one.total for one in row}) == 1]
-        spots = [places[k] + round_ * run.config.prompts_per_step for k in flat]  # beyond the batch: seeds of their own
+        spots = [
+            places[k] + round_ * run.config.prompts_per_step for k in flat
+        ]  # beyond the batch: seeds of their own
         others = [run.train[prompt_seed(run.config.seed + 1, step, spot) % len(run.train)] for spot in spots]
         fresh, fresh_scores = sample_and_score(run, others, step, spots, clock)
         for k, item, group, row in zip(flat, others, fresh, fresh_scores):
@@ -284,7 +309,9 @@ def resample_flat(
 
 
 def finish_step(run: Run, metrics: dict[str, float], rows: list[dict], last: bool, clock: Clock) -> None:
-    """Collective. Evaluates, logs and saves where it is time. Raises Interrupted after a signal, with all saved."""
+    """Collective. Evaluates, logs and saves where it is time. Raises Interrupted after a signal, with all
+    saved.
+    """
     config, step = run.config, run.state["step"]
     if last or (config.eval_every and step % config.eval_every == 0):
         metrics = metrics | evaluate_all(run, clock)
@@ -318,11 +345,15 @@ def total_steps(config: Config, examples: int) -> int:
 
 
 def read_inputs(config: Config) -> tuple[RewardFunction, str, Splits]:
-    """Reward, system prompt and examples. What is wrong with settings or data raises here, before an old run is replaced."""
+    """Reward, system prompt and examples. What is wrong with settings or data raises here, before an old run
+    is replaced.
+    """
     check_names(config)
     reward = reward_function(config.reward, config.lenient)
     template, splits = load_template(config.prompt_template), load_splits(config)
-    reward("", splits.train[0].answer, splits.train[0].tools)  # a broken function of the user's own stops here
+    reward(
+        "", splits.train[0].answer, splits.train[0].tools
+    )  # a broken function of the user's own stops here
     return reward, template, splits
 
 
@@ -346,9 +377,10 @@ def set_up(config: Config, ranks: Ranks, examined: bool = False) -> Run:
     prompts = None if config.model == "tiny" else read_prompts(config, config.model, template, splits, quiet)
     folder, stop = open_run(config, ranks), StopFlag()
     if ranks.main:
-        print(f"run: {folder} · {ranks.world} process(es) on {ranks.device} · attention: {attention_backend(ranks.device)}")
+        print(
+            f"run: {folder} · {ranks.world} process(es) on {ranks.device} · attention: {attention_backend(ranks.device)}"
+        )
     choose_step(folder, config.resume_step, ranks)
-    config = fit_memory(config, folder, ranks)
     checkpoint = latest_checkpoint(folder)
     monitor = open_monitor(config, folder, checkpoint[1]["step"] if checkpoint else 0, ranks)
     earlier = latest_checkpoint(folder / "warmup")  # of a warm-up before a resume
@@ -363,13 +395,17 @@ def set_up(config: Config, ranks: Ranks, examined: bool = False) -> Run:
     # The reference is always the model that training started from, also after a resume.
     reference = load_policy(start, config, ranks, frozen=True).eval() if config.kl_coef else None
     check_positions(config, policy.config.max_position_embeddings)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+    )
     state = {"step": 0, "seconds": earlier[1]["seconds"] if earlier else 0.0, "flops": 0.0}
     if checkpoint:
         state = checkpoint[1]
         load_checkpoint(checkpoint[0], policy, optimizer, ranks)
     if config.resume and ranks.main:
-        print(f"going on from {checkpoint[0].name if checkpoint else 'the warm-up: no step of GRPO is saved'}")
+        print(
+            f"going on from {checkpoint[0].name if checkpoint else 'the warm-up: no step of GRPO is saved'}"
+        )
     if ranks.main:  # steps after the checkpoint are done again; without one, all of them
         for name in ("log.jsonl", "samples.jsonl"):
             cut_log(folder / name, state["step"] if checkpoint else -1)
@@ -377,7 +413,7 @@ def set_up(config: Config, ranks: Ranks, examined: bool = False) -> Run:
         config, ranks, folder, stop, tokenizer, reward, policy, reference, optimizer,
         Saver(folder, ranks, config.keep_checkpoints, config.background_save), tokenized.train, tokenized.held_out,
         benchmarks, steps, state, began - state["seconds"], monitor,
-    )  # fmt: skip
+    )
     if not checkpoint:
         before = evaluate_all(run, Clock(ranks.watchdog))
         if monitor:
@@ -387,7 +423,9 @@ def set_up(config: Config, ranks: Ranks, examined: bool = False) -> Run:
 
 
 def dry_run(config: Config, ranks: Ranks) -> tuple[nn.Module, dict[str, float]]:
-    """Collective. The policy and the metrics of a run's first step: for the doctor, which makes settings for it."""
+    """Collective. The policy and the metrics of a run's first step: for the doctor, which makes settings for
+    it.
+    """
     run = set_up(config, ranks, examined=True)
     return run.policy, train_step(run, 1, Clock(ranks.watchdog, 1))[0]
 

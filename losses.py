@@ -1,8 +1,10 @@
-"""Every formula of the objective, as tables: advantages, losses, estimates of the KL, and what the mean is over.
+"""Every formula of the objective, as tables: advantages, losses, estimates of the KL, and what the mean is
+over.
 
-A row of LOSSES is a published loss without its KL, whose weight is `--kl_coef` (DAPO and Dr. GRPO have none). `--loss NAME`
-takes a row, `--advantage`, `--aggregation`, `--clip_eps` and `--clip_eps_high` change one part of it. All are pure
-functions of tensors. Letters: P prompts, G completions per prompt, R completions of a micro-batch, N their tokens.
+A row of LOSSES is a published loss without its KL, whose weight is `--kl_coef` (DAPO and Dr. GRPO have none).
+`--loss NAME` takes a row, `--advantage`, `--aggregation`, `--clip_eps` and `--clip_eps_high` change one part
+of it. All are pure functions of tensors. Letters: P prompts, G completions per prompt, R completions of a
+micro-batch, N their tokens.
 """
 
 from __future__ import annotations
@@ -15,20 +17,24 @@ from torch import Tensor
 
 from config import Config, ConfigError
 
-# ------------------------------------------------------------------------------------- advantages: [P, G] -> [P, G]
+# ------------------------------------------------------------------------------- advantages: [P, G] -> [P, G]
 
 
 def group_mean(rewards: Tensor) -> Tensor:
-    """reward - mean of its group; exactly 0 where all rewards are equal. Dr. GRPO (arXiv 2503.20783), section 3.2."""
-    flat = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)  # seven times 0.1 has another mean than 0.1
+    """reward - mean of its group; exactly 0 where all rewards are equal. Dr. GRPO (arXiv 2503.20783), section
+    3.2.
+    """
+    flat = rewards.amax(1, keepdim=True) == rewards.amin(
+        1, keepdim=True
+    )  # seven times 0.1 has another mean than 0.1
     return torch.where(flat, 0.0, rewards - rewards.mean(1, keepdim=True))
 
 
 def group_std(rewards: Tensor) -> Tensor:
     """(reward - mean) / (std + 1e-6) inside each group; exactly 0 where all rewards are equal.
 
-    std is the sample standard deviation (n - 1), as in the library that the paper used. DeepSeekMath (arXiv 2402.03300),
-    section 4.1.2.
+    std is the sample standard deviation (n - 1), as in the library that the paper used. DeepSeekMath (arXiv
+    2402.03300), section 4.1.2.
     """
     return group_mean(rewards) / (rewards.std(1, keepdim=True) + 1e-6)
 
@@ -45,9 +51,11 @@ ADVANTAGES: dict[str, Callable[[Tensor], Tensor]] = {
     "leave_one_out": leave_one_out,
 }
 
-# -------------------------------------------------------------- KL to the reference per token: [N], [N] -> [N]
-# With tokens drawn from the policy, as at a batch's first update: which mean the value has, and which mean its gradient has
-# when it stands in a loss, are two questions (Schulman, http://joschu.net/blog/kl-approx.html, answers the first).
+# ------------------------------------------------------------- KL to the reference per token: [N], [N] -> [N]
+# With tokens drawn from the policy, as at a batch's first update: which mean the value has, and which mean
+# its gradient has
+# when it stands in a loss, are two questions (Schulman, http://joschu.net/blog/kl-approx.html, answers the
+# first).
 # tests/test_losses.py checks both against the exact KL of a small vocabulary.
 
 
@@ -68,9 +76,11 @@ def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """exp(d) - d - 1 with d = log ref - log policy: the mean is KL(policy || ref); never negative, low variance.
+    """exp(d) - d - 1 with d = log ref - log policy: the mean is KL(policy || ref); never negative, low
+    variance.
 
-    In a loss, the mean of its gradient is that of the other direction, KL(ref || policy). The paper uses it so.
+    In a loss, the mean of its gradient is that of the other direction, KL(ref || policy). The paper uses it
+    so.
     """
     difference = ref_logprobs - logprobs
     return difference.exp() - difference - 1
@@ -78,13 +88,14 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 KLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
-# --------------------------------------------------------------------------------------------------------- losses
+# ----------------------------------------------------------------------------------------------------- losses
 
 
 @dataclass(frozen=True)
 class Loss:
-    """A loss in its parts. advantage: a row of ADVANTAGES; ratio: of RATIOS; surrogate: of SURROGATES; aggregation: of
-    AGGREGATIONS. A ratio policy/old counts as clipped below 1 - clip_low and above 1 + clip_high.
+    """A loss in its parts. advantage: a row of ADVANTAGES; ratio: of RATIOS; surrogate: of SURROGATES;
+    aggregation: of AGGREGATIONS. A ratio policy/old counts as clipped below 1 - clip_low and above 1 +
+    clip_high.
     """
 
     advantage: str
@@ -104,25 +115,32 @@ LOSSES: dict[str, Loss] = {
     "dapo": Loss("group_std", "token", "clipped", "token", 0.2, 0.28),
     # GSPO (arXiv 2507.18071), equations 5 and 7; clip range of its section 5.1
     "gspo": Loss("group_std", "sequence_mean", "clipped", "sequence", 3e-4, 4e-4),
-    # CISPO (MiniMax-M1, arXiv 2506.13585), equations 4 and 5; no lower bound, the upper one from ScaleRL (arXiv 2510.13786)
+    # CISPO (MiniMax-M1, arXiv 2506.13585), equations 4 and 5; no lower bound, the upper one from ScaleRL
+    # (arXiv 2510.13786)
     "cispo": Loss("group_std", "token", "weighted", "token", 1.0, 4.0),
-    # RLOO (arXiv 2402.14740): a completion is one action. Its KL, summed over tokens, stands in the reward, ours in the loss
-    # as a mean; the clip is for the second and later updates of a batch, which it does not have
+    # RLOO (arXiv 2402.14740): a completion is one action. Its KL, summed over tokens, stands in the reward,
+    # ours in the loss as a mean; the clip is for the second and later updates of a batch, which it does not
+    # have
     "rloo": Loss("leave_one_out", "sequence_sum", "clipped", "sequence", 0.2, 0.2),
 }
 
 
 def loss_of(config: Config) -> Loss:
-    """The row of LOSSES that the settings choose, with the parts that they change. Raises ConfigError for unknown names."""
-    for key, table in (("loss", LOSSES), ("advantage", ADVANTAGES), ("aggregation", AGGREGATIONS), ("kl", KLS)):
+    """The row of LOSSES that the settings choose, with the parts that they change. Raises ConfigError for
+    unknown names.
+    """
+    for key, table in (
+        ("loss", LOSSES),
+        ("advantage", ADVANTAGES),
+        ("aggregation", AGGREGATIONS),
+        ("kl", KLS),
+    ):
         name = getattr(config, key)
         if name not in table and (name or key in ("loss", "kl")):
             raise ConfigError(f"{key} must be one of {', '.join(table)}, not {name!r}")
     row = LOSSES[config.loss]
     return replace(
-        row,
-        advantage=config.advantage or row.advantage,
-        aggregation=config.aggregation or row.aggregation,
+        row, advantage=config.advantage or row.advantage, aggregation=config.aggregation or row.aggregation,
         clip_low=config.clip_eps or row.clip_low,
         clip_high=config.clip_eps_high or config.clip_eps or row.clip_high,
     )
@@ -131,7 +149,9 @@ def loss_of(config: Config) -> Loss:
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, counts: Tensor, loss: Loss
 ) -> tuple[Tensor, Tensor]:
-    """[N] each, counts [R]: tokens per completion -> the loss [N] per token, before any mean, and the ratio [N]."""
+    """[N] each, counts [R]: tokens per completion -> the loss [N] per token, before any mean, and the ratio
+    [N].
+    """
     ratio = RATIOS[loss.ratio](logprobs - old_logprobs, counts).exp()
     bounded = ratio.clamp(1 - loss.clip_low, 1 + loss.clip_high)
     return SURROGATES[loss.surrogate](ratio, bounded, logprobs, advantages), ratio
@@ -148,9 +168,13 @@ def per_completion(values: Tensor, counts: Tensor) -> Tensor:
 
 RATIOS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "token": lambda log_ratio, counts: log_ratio,
-    "sequence_mean": lambda log_ratio, counts: (per_completion(log_ratio, counts) / counts).repeat_interleave(counts),
+    "sequence_mean": lambda log_ratio, counts: (per_completion(log_ratio, counts) / counts).repeat_interleave(
+        counts
+    ),
     # e^20 is far beyond every bound; the product over a long completion may leave the range of numbers
-    "sequence_sum": lambda log_ratio, counts: per_completion(log_ratio, counts).clamp(-20, 20).repeat_interleave(counts),
+    "sequence_sum": lambda log_ratio, counts: (
+        per_completion(log_ratio, counts).clamp(-20, 20).repeat_interleave(counts)
+    ),
 }
 
 # the ratio, the ratio inside its bounds, log-probs and advantages, [N] each -> [N]
@@ -161,11 +185,13 @@ SURROGATES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "weighted": lambda ratio, bounded, logprobs, A: -bounded.detach() * A * logprobs,
 }
 
-# counts [R], and of the whole update, all ranks together: tokens, completions, and the longest completion allowed
-# -> weight [R] of each completion's tokens; the loss is the weighted sum
+# counts [R], and of the whole update, all ranks together: tokens, completions, and the longest completion
+# allowed -> weight [R] of each completion's tokens; the loss is the weighted sum
 AGGREGATIONS: dict[str, Callable[[Tensor, int, int, int], Tensor]] = {
     # every token counts the same
-    "token": lambda counts, tokens, completions, longest: torch.full_like(counts, 1 / tokens, dtype=torch.float32),
+    "token": lambda counts, tokens, completions, longest: torch.full_like(
+        counts, 1 / tokens, dtype=torch.float32
+    ),
     # every completion counts the same, so the tokens of a long one count less
     "sequence": lambda counts, tokens, completions, longest: 1 / (counts * completions),
     # divides by a length that the completions cannot change

@@ -1,7 +1,8 @@
 """Models: load or build one, find out how it can be run, compute token log-probs.
 
-Training computes every prompt once (packing.py) and holds no full logits (head.py); Qwen2, Qwen3 and Llama models work
-unchanged. What a model can do is tried out when it is loaded; one that can not be packed is trained on plain rows.
+Training computes every prompt once (packing.py) and holds no full logits (head.py); Qwen2, Qwen3 and Llama
+models work unchanged. What a model can do is tried out when it is loaded; one that can not be packed is
+trained on plain rows.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import functools
 import json
 import os
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,18 +26,27 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging as transformers_logging
 
-from head import head_logprobs
-from packing import Packed, UnsupportedAttention, attention_backend, pack, shared_prefix_attention, trim_last_layer
-from prompts import END_TOKENS, TAGS
+from kernel.attention import (
+    SHARED_PREFIX,
+    UnsupportedAttention,
+    attention_backend,
+    decoder_inputs,
+    shared_prefix_attention,
+    trim_last_layer,
+    use_attention,
+    uses_shared_prefix,
+)
+from kernel.head import head_logprobs
+from kernel.packing import Packed, pack
 
-SHARED_PREFIX = "shared_prefix"
-PROBE = [([1, 2, 3], [[4, 5, 6], [7, 8]]), ([2, 1], [[3, 9, 5, 4], [6]])]  # groups that a new model is tried out on
+PROBE = [
+    ([1, 2, 3], [[4, 5, 6], [7, 8]]),
+    ([2, 1], [[3, 9, 5, 4], [6]]),
+]  # groups that a new model is tried out on
 PROBE_ERROR = 1e-3  # relative; fp32 rounding stays far below, a wrong mask or position far above
 
 
@@ -45,15 +54,15 @@ class ModelError(ValueError):
     """A model or tokenizer that cannot be used; the message says which and what to do."""
 
 
-# ------------------------------------------------------------------------------------------ attention and log-probs
+# ------------------------------------------------------------------------------------ attention and log-probs
 
 
 @dataclass(frozen=True)
 class Abilities:
     """How a model is run, found out once by `prepare_model`.
 
-    attention: transformers' name of the model's own attention. shared_prefix: whether packed groups give its numbers.
-    head_only: whether its logits are its LM head's output and nothing more (Gemma 2 caps them).
+    attention: transformers' name of the model's own attention. shared_prefix: whether packed groups give its
+    numbers. head_only: whether its logits are its LM head's output and nothing more (Gemma 2 caps them).
     """
 
     attention: str
@@ -66,27 +75,19 @@ def autocast(device: torch.device):
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def uses_shared_prefix(model: nn.Module) -> bool:
-    """Whether a prepared model runs on packed groups; else it needs `pack(..., shared=False)`."""
-    return model.abilities.shared_prefix
-
-
-def use_attention(model: nn.Module, phase: str) -> None:
-    """Switches a model between "train" (packed groups) and "generate" (transformers' own attention with a cache)."""
-    packed = phase == "train" and uses_shared_prefix(model)
-    model.set_attn_implementation(SHARED_PREFIX if packed else model.abilities.attention)
-
-
 def token_logprobs(
     model: nn.Module, packed: Packed, temperature: float, entropy: bool = True, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of the response tokens, and the entropy at each (no gradient; 0 if not asked for): [N], [N] float32.
+    """Log-probs of the response tokens, and the entropy at each (no gradient; 0 if not asked for): [N], [N]
+    float32.
 
-    The policy, old and reference models all go through here, with the temperature that the sampler used. chunk: tokens
-    that the LM head does at a time (head.py).
+    The policy, old and reference models all go through here, with the temperature that the sampler used.
+    chunk: tokens that the LM head does at a time (head.py).
     """
     if packed.layout is not None and not uses_shared_prefix(model):
-        raise ValueError("this model does not run on packed groups: use pack(..., shared=uses_shared_prefix(model))")
+        raise ValueError(
+            "this model does not run on packed groups: use pack(..., shared=uses_shared_prefix(model))"
+        )
     # A sharded model gathers its weights around its own method (sharding.py).
     forward = getattr(model, "response_logprobs", None) or functools.partial(response_logprobs, model)
     with autocast(packed.ids.device):
@@ -99,21 +100,14 @@ def response_logprobs(
     """The forward pass of token_logprobs, where the model's weights are at hand."""
     if model.abilities.head_only:
         hidden, head = _hidden(model, packed), model.get_output_embeddings()
-        return head_logprobs(hidden, head.weight, head.bias, packed.target, temperature, entropy=entropy, chunk=chunk)
+        return head_logprobs(
+            hidden, head.weight, head.bias, packed.target, temperature, entropy=entropy, chunk=chunk
+        )
     logits = model(**_inputs(packed)).logits.flatten(0, 1)[packed.predict].float() / temperature
     lse = logits.logsumexp(-1)
     logprobs = logits.gather(-1, packed.target[:, None])[:, 0] - lse
     with torch.no_grad():
         return logprobs, lse - (logits.softmax(-1) * logits).sum(-1) if entropy else torch.zeros_like(lse)
-
-
-def decoder_inputs(ids: Tensor, positions: Tensor, shared: object) -> dict:
-    """A forward pass's arguments; `shared` is what an attention of ours is told about rows and groups, or None."""
-    inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
-    if shared is None:
-        return inputs
-    # A ready 4-d mask makes transformers build none of its own.
-    return inputs | {"attention_mask": torch.zeros(1, 1, 1, 1, device=ids.device), "shared": shared}
 
 
 def _inputs(packed: Packed) -> dict:
@@ -123,11 +117,12 @@ def _inputs(packed: Packed) -> dict:
 def _hidden(model: nn.Module, packed: Packed) -> Tensor:
     """[N, H]: the last hidden states that predict the response tokens."""
     hidden = model.get_decoder()(**_inputs(packed)).last_hidden_state
-    # The same as indexing, but the rows used several times get their gradient in a fixed order on CPU threads too.
+    # The same as indexing, but the rows used several times get their gradient in a fixed order on CPU threads
+    # too.
     return F.embedding(packed.predict, hidden.flatten(0, 1))
 
 
-# ---------------------------------------------------------------------------------------------------- load, build
+# ------------------------------------------------------------------------------------------------ load, build
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False):
@@ -136,19 +131,25 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
     saved = Path(path) / "tokenizer_config.json"
     # AutoTokenizer goes by the model type and would give our byte-level BPE the word splitting of Qwen2.
     try:
-        own = saved.is_file() and json.loads(saved.read_text("utf-8")).get("tokenizer_class") == "TokenizersBackend"
+        own = (
+            saved.is_file()
+            and json.loads(saved.read_text("utf-8")).get("tokenizer_class") == "TokenizersBackend"
+        )
         if own:
             return PreTrainedTokenizerFast.from_pretrained(path)
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         hub = "" if Path(path).is_dir() else " (no folder here, so a hub id)"
-        raise ModelError(f"model: no tokenizer could be loaded from {path!r}{hub}: {first_line(error)}") from None
+        raise ModelError(
+            f"model: no tokenizer could be loaded from {path!r}{hub}: {first_line(error)}"
+        ) from None
 
 
 def load_model(
     path: str, device: torch.device, gradient_checkpointing: bool = False, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """A causal LM, to be trained in fp32 (AdamW at lr 1e-6 rounds away in bf16; CUDA computes in bf16 by autocast).
+    """A causal LM, to be trained in fp32 (AdamW at lr 1e-6 rounds away in bf16; CUDA computes in bf16 by
+    autocast).
 
     path: a folder or hub id. Code from the hub is never run. Raises ModelError when it cannot be loaded.
     """
@@ -161,13 +162,17 @@ def load_model(
 
 
 def prepare_model(model: nn.Module, device: torch.device, gradient_checkpointing: bool = False) -> nn.Module:
-    """Moves a model to its device and finds out how it can be trained; warns once where that is not the fast way."""
+    """Moves a model to its device and finds out how it can be trained; warns once where that is not the fast
+    way.
+    """
     model.to(device)
     return equip(model, model, gradient_checkpointing)
 
 
 def equip(model: nn.Module, trial: nn.Module, gradient_checkpointing: bool) -> nn.Module:
-    """Makes a model ready for token_logprobs, by what `trial`, itself or a `stand_in`, is found to be able to do."""
+    """Makes a model ready for token_logprobs, by what `trial`, itself or a `stand_in`, is found to be able to
+    do.
+    """
     transformers_logging.disable_progress_bar()  # ours are enough
     AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
     AttentionMaskInterface.register(SHARED_PREFIX, lambda *args, **kwargs: None)
@@ -187,21 +192,30 @@ def equip(model: nn.Module, trial: nn.Module, gradient_checkpointing: bool) -> n
 
 
 def stand_in(config: PreTrainedConfig, device: torch.device, trust_remote_code: bool = False) -> nn.Module:
-    """Two layers of a model with a few random weights: what is tried out where the model itself is in pieces."""
+    """Two layers of a model with a few random weights: what is tried out where the model itself is in
+    pieces.
+    """
     small = copy.deepcopy(config)
     small.num_hidden_layers, small.vocab_size = min(2, config.num_hidden_layers), 64
     small.pad_token_id = small.bos_token_id = small.eos_token_id = None
-    if kinds := getattr(config, "layer_types", None):  # unlike the others first: it is what stands against packing
-        small.layer_types = sorted(kinds, key=lambda kind: kind == "full_attention")[: small.num_hidden_layers]
+    if kinds := getattr(
+        config, "layer_types", None
+    ):  # unlike the others first: it is what stands against packing
+        small.layer_types = sorted(kinds, key=lambda kind: kind == "full_attention")[
+            : small.num_hidden_layers
+        ]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(small, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_config(
+            small, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
         return model.to(device)
 
 
 @torch.no_grad()
 def probe(model: nn.Module) -> tuple[Abilities, list[str]]:
-    """What a model can do, and a sentence for everything that it can not, tried out on PROBE in the model's own dtype.
+    """What a model can do, and a sentence for everything that it can not, tried out on PROBE in the model's
+    own dtype.
 
     The model's own forward pass is the measure: of its LM head alone, and of packed groups.
     """
@@ -212,7 +226,9 @@ def probe(model: nn.Module) -> tuple[Abilities, list[str]]:
     head = model.get_output_embeddings()
     head_only = isinstance(head, nn.Linear) and _near(F.linear(hidden, head.weight, head.bias), logits)
     if not head_only:
-        limits.append("its logits are not its LM head's output alone, so log-probs need the memory of full logits")
+        limits.append(
+            "its logits are not its LM head's output alone, so log-probs need the memory of full logits"
+        )
     reason = _why_not_packed(model, hidden)
     if reason:
         limits.append(f"{reason}, so prompts are computed once per response and not once per group")
@@ -225,13 +241,17 @@ def probe(model: nn.Module) -> tuple[Abilities, list[str]]:
 
 
 def _why_not_packed(model: nn.Module, hidden: Tensor) -> str:
-    """What stands against packed groups; nothing where they give `hidden`, the output on the plain rows of PROBE."""
+    """What stands against packed groups; nothing where they give `hidden`, the output on the plain rows of
+    PROBE.
+    """
     kinds = set(getattr(model.config, "layer_types", None) or []) - {"full_attention"}
     if kinds:
         return f"it has layers of {', '.join(sorted(kinds))}"
     tries = [(contextlib.nullcontext(), PROBE_ERROR)]
     if hidden.is_cuda:
-        tries.append((autocast(hidden.device), 0.1))  # the kernels of training: may be missing on an older GPU
+        tries.append(
+            (autocast(hidden.device), 0.1)
+        )  # the kernels of training: may be missing on an older GPU
     for context, error in tries:
         try:
             model.set_attn_implementation(SHARED_PREFIX)
@@ -239,7 +259,9 @@ def _why_not_packed(model: nn.Module, hidden: Tensor) -> str:
                 packed = _hidden(model, pack(PROBE, hidden.device))
         except UnsupportedAttention as reason:
             return str(reason)
-        except Exception as reason:  # what goes wrong here would go wrong in training, and the reason is printed
+        except (
+            Exception
+        ) as reason:  # what goes wrong here would go wrong in training, and the reason is printed
             return f"it does not run on packed groups ({first_line(reason)})"
         if not _near(packed, hidden, error):
             return "packed groups change its output"
@@ -253,85 +275,23 @@ def _near(a: Tensor, b: Tensor, error: float = PROBE_ERROR) -> bool:
 def check_path(path: str) -> None:
     """Raises ModelError for what looks like a folder and is none."""
     if (Path(path) / "model" / "config.json").is_file() and not (Path(path) / "config.json").is_file():
-        raise ModelError(f"model: {path!r} is the folder of a run; its model is {str(Path(path) / 'model')!r}")
+        raise ModelError(
+            f"model: {path!r} is the folder of a run; its model is {str(Path(path) / 'model')!r}"
+        )
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if looks_local and not Path(path).is_dir():
-        raise ModelError(f"model: the folder {path!r} does not exist; give a Hugging Face folder, a hub id or tiny")
+        raise ModelError(
+            f"model: the folder {path!r} does not exist; give a Hugging Face folder, a hub id or tiny"
+        )
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an exception's message, or its name; in our words where the line to act on is a later one."""
+    """The first line of an exception's message, or its name; in our words where the line to act on is a later
+    one.
+    """
     if "trust_remote_code" in str(error):
         return "it needs custom code of its own; read that code, and add --trust_remote_code true if you want to run it"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
-
-def build_tiny_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on `texts`: any text survives a round trip, digits stay single.
-
-    Words, digits and everything between them are split first, so that a word has the same tokens after a space as
-    after a quote: what a small model reads in a query it can then copy into a JSON string.
-    """
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}|[^\p{L}\p{N}]+"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    bpe.decoder = decoders.ByteLevel()
-    specials = ["<|im_start|>", *END_TOKENS[:2]]
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=specials, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )  # fmt: skip
-    bpe.train_from_iterator(texts, trainer)
-    bpe.add_tokens(list(TAGS))
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", clean_up_tokenization_spaces=False
-    )
-    tokenizer.chat_template = CHATML
-    return tokenizer
-
-
-def tiny_config(vocab_size: int, hidden: int, layers: int) -> Qwen2Config:
-    """The demo model's config; the ids of its special tokens are the tokenizer's affair."""
-    return Qwen2Config(
-        vocab_size=vocab_size, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=32768, rope_theta=1e6,
-        tie_word_embeddings=True, bos_token_id=None, initializer_range=0.03,
-    )  # fmt: skip
-
-
-def build_tiny_model(tokenizer, hidden: int, layers: int, seed: int) -> Qwen2ForCausalLM:
-    """A Qwen2-architecture model of `layers` layers and `hidden` units, initialised from `seed`, fp32.
-
-    Attention starts at the identity (queries equal keys, outputs undo values, in random orthogonal bases), which lets a
-    small model find copying in hundreds of steps instead of thousands: after mimetic initialisation, Trockman and
-    Kolter 2023 (arXiv 2305.09828). All else is the usual noise; nothing of the task is in it.
-    """
-    config = tiny_config(len(tokenizer), hidden, layers)
-    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(config)
-        with torch.no_grad():
-            for layer in model.model.layers:
-                attention = layer.self_attn
-                compare, carry = (torch.linalg.qr(torch.randn(hidden, hidden))[0] for _ in range(2))
-                attention.q_proj.weight.copy_(compare.T)
-                attention.k_proj.weight.copy_(compare.T)
-                attention.v_proj.weight.copy_(carry.T)
-                attention.o_proj.weight.copy_(carry)
-    return prepare_model(model, torch.device("cpu"))
 
 
 def count_parameters(model: nn.Module) -> int:

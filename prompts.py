@@ -1,6 +1,8 @@
-"""The wire format, both directions: messages and tools -> prompt token ids; completion text -> calls or a reason.
+"""The wire format, both directions: messages and tools -> prompt token ids; completion text -> calls or a
+reason.
 
-The only file that knows tags, the JSON of calls, system prompts and chat templates. Nothing here imports torch.
+The only file that knows tags, the JSON of calls, system prompts and chat templates. Nothing here imports
+torch.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ THINK, END_THINK = "<think>", "</think>"
 CALL, END_CALL = "<tool_call>", "</tool_call>"
 TAGS = (THINK, END_THINK, CALL, END_CALL)
 
-MAX_DEPTH = 64  # deeper JSON is refused: Python's own limit depends on the caller's stack, and a verdict must not
+MAX_DEPTH = (
+    64  # deeper JSON is refused: Python's own limit depends on the caller's stack, and a verdict must not
+)
 
 # Every token with which a known model family ends its turn. Llama 3 has three of them: stopping at one only
 # lets the others run on to the length limit.
@@ -56,7 +60,9 @@ not "true", a list [1, 2] and not "[1, 2]". If no tool applies, finish with <too
 
 
 class PromptError(ValueError):
-    """A template, tokenizer or conversation that cannot be rendered; the message says which and what to do."""
+    """A template, tokenizer or conversation that cannot be rendered; the message says which and what to
+    do.
+    """
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,9 @@ class ToolCall:
     arguments: dict[str, Any]
 
     def key(self) -> tuple[str, str]:
-        """(name, canonical JSON of the arguments): equal keys mean equal calls. 1, 1.0, true and "1" all differ."""
+        """(name, canonical JSON of the arguments): equal keys mean equal calls. 1, 1.0, true and "1" all
+        differ.
+        """
         return self.name, canonical_json(self.arguments)
 
 
@@ -84,7 +92,9 @@ class Parsed:
 
 
 def load_template(path: str) -> str:
-    """The system template at `path`, or the project's own for "". Raises PromptError without a `{tools}` slot."""
+    """The system template at `path`, or the project's own for "". Raises PromptError without a `{tools}`
+    slot.
+    """
     if not path:
         return SYSTEM_TEMPLATE
     try:
@@ -92,7 +102,9 @@ def load_template(path: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"prompt_template: cannot read {path}: {error}") from None
     if text.count("{tools}") != 1:
-        raise PromptError(f"prompt_template: {path} must have one {{tools}} slot, where the list of tools belongs")
+        raise PromptError(
+            f"prompt_template: {path} must have one {{tools}} slot, where the list of tools belongs"
+        )
     return text
 
 
@@ -108,16 +120,18 @@ def render_calls(calls: list[ToolCall]) -> str:
 
 
 def render_completion(calls: list[ToolCall], think: str) -> str:
-    """A whole reply in the format that the reward asks for. A blank `think` leaves the thought out (No-Reason SFT)."""
+    """A whole reply in the format that the reward asks for. A blank `think` leaves the thought out (No-Reason
+    SFT).
+    """
     return (f"{THINK}{think}{END_THINK}" if think.strip() else "") + render_calls(calls)
 
 
 def build_messages(messages: list[dict], tools: list[dict], template: str = SYSTEM_TEMPLATE) -> list[dict]:
     """Chat messages for a tokenizer's template: one system message, then the conversation.
 
-    messages: dicts with `role` (system, user, assistant, tool), `content`, and for past calls `calls` (a list of
-    ToolCall). System messages of the data follow ours inside the single system message; past calls are rendered
-    as calls. Tools are never handed to the chat template, or they would stand in the prompt twice.
+    messages: dicts with `role` (system, user, assistant, tool), `content`, and for past calls `calls` (a list
+    of ToolCall). System messages of the data follow ours inside the single system message; past calls are
+    rendered as calls. Tools are never handed to the chat template, or they would stand in the prompt twice.
     """
     system, turns = [template.replace("{tools}", render_tools(tools))], []
     for message in messages:
@@ -138,7 +152,8 @@ def _name(tokenizer) -> str:
 
 
 def render_prompt(
-    tokenizer, messages: list[dict], tools: list[dict], template: str = SYSTEM_TEMPLATE, generation_prompt: bool = True
+    tokenizer, messages: list[dict], tools: list[dict], template: str = SYSTEM_TEMPLATE,
+    generation_prompt: bool = True,
 ) -> str:
     """The prompt as text, up to and including the header of the assistant's reply.
 
@@ -148,27 +163,36 @@ def render_prompt(
         raise PromptError(f"{_name(tokenizer)}: the tokenizer has no chat template; use an Instruct model")
     chat = build_messages(messages, tools, template)
     try:
-        # Llama 3.1 prints a date into the system header, newer templates today's: a prompt must not change overnight.
+        # Llama 3.1 prints a date into the system header, newer templates today's: a prompt must not change
+        # overnight.
         return tokenizer.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=generation_prompt, date_string="26 Jul 2024"
         )
     except jinja2.TemplateError as error:
         roles = " ".join(message["role"] for message in chat)
-        raise PromptError(f"{_name(tokenizer)}: its chat template refuses the roles {roles}: {error}") from None
+        raise PromptError(
+            f"{_name(tokenizer)}: its chat template refuses the roles {roles}: {error}"
+        ) from None
 
 
-def encode_prompt(tokenizer, messages: list[dict], tools: list[dict], template: str = SYSTEM_TEMPLATE) -> list[int]:
+def encode_prompt(
+    tokenizer, messages: list[dict], tools: list[dict], template: str = SYSTEM_TEMPLATE
+) -> list[int]:
     """The prompt as token ids; special tokens come from the chat template alone."""
     return tokenizer.encode(render_prompt(tokenizer, messages, tools, template), add_special_tokens=False)
 
 
 def encode_reply(tokenizer, text: str) -> list[int]:
-    """A reply to imitate as token ids, closed by the token that ends a turn, so that the policy learns to stop."""
+    """A reply to imitate as token ids, closed by the token that ends a turn, so that the policy learns to
+    stop.
+    """
     return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
 
 
 def stop_ids(tokenizer) -> list[int]:
-    """Sorted ids of every token that ends a reply: the tokenizer's own and those of END_TOKENS that it knows."""
+    """Sorted ids of every token that ends a reply: the tokenizer's own and those of END_TOKENS that it
+    knows.
+    """
     vocabulary = tokenizer.get_vocab()
     ids = {vocabulary[token] for token in END_TOKENS if token in vocabulary}
     if tokenizer.eos_token_id is not None:
@@ -179,16 +203,19 @@ def stop_ids(tokenizer) -> list[int]:
 
 
 def decode_reply(tokenizer, ids: list[int], stops: list[int]) -> str:
-    """Sampled token ids -> text without the closing stop token. Special tokens stay visible: tags may be among them."""
+    """Sampled token ids -> text without the closing stop token. Special tokens stay visible: tags may be
+    among them.
+    """
     body = ids[:-1] if ids and ids[-1] in stops else ids
     return tokenizer.decode(body, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def check_tokenizer(tokenizer, template: str = SYSTEM_TEMPLATE) -> None:
-    """Stops a run before it wastes GPUs: tags must survive the tokenizer, and the chat template must add nothing.
+    """Stops a run before it wastes GPUs: tags must survive the tokenizer, and the chat template must add
+    nothing.
 
-    Raises PromptError when tags are lost in a round trip, when the template drops or repeats the system prompt, or
-    when it prints the tools a second time.
+    Raises PromptError when tags are lost in a round trip, when the template drops or repeats the system
+    prompt, or when it prints the tools a second time.
     """
     name, tool = _name(tokenizer), {"name": "probe_tool", "description": "", "parameters": {}}
     reply = render_completion([ToolCall("probe_tool", {"x": 1})], "probe")
@@ -205,8 +232,12 @@ def check_tokenizer(tokenizer, template: str = SYSTEM_TEMPLATE) -> None:
     if text.count(system) != 1:
         raise PromptError(f"{name}: its chat template does not print the system prompt exactly once")
     rest = text.replace(system, "")
-    if "probe_tool" in rest or any(rest.count(word) != 1 for word in ("probe question", "probe_call", "probe result")):
-        raise PromptError(f"{name}: its chat template adds to the conversation or drops turns; choose another tokenizer")
+    if "probe_tool" in rest or any(
+        rest.count(word) != 1 for word in ("probe question", "probe_call", "probe result")
+    ):
+        raise PromptError(
+            f"{name}: its chat template adds to the conversation or drops turns; choose another tokenizer"
+        )
     if "You are" in rest or rest.count("system") > 1:
         raise PromptError(f"{name}: its chat template adds a second system prompt")
     if text == render_prompt(tokenizer, turns, [tool], template, generation_prompt=False):
@@ -216,7 +247,9 @@ def check_tokenizer(tokenizer, template: str = SYSTEM_TEMPLATE) -> None:
 # -------------------------------------------------------------------------------------------- from the model
 
 
-_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(",", ":"))  # json.dumps makes one per call
+_CANONICAL = json.JSONEncoder(
+    sort_keys=True, ensure_ascii=True, separators=(",", ":")
+)  # json.dumps makes one per call
 
 
 def canonical_json(value: Any) -> str:
@@ -256,7 +289,9 @@ def strict_json(text: str) -> Any:
 
 
 def _nested_deeper(value: Any, limit: int) -> bool:
-    """Whether lists and objects are nested more than `limit` deep. Without recursion, so nothing can overflow."""
+    """Whether lists and objects are nested more than `limit` deep. Without recursion, so nothing can
+    overflow.
+    """
     level = [value]
     for _ in range(limit + 1):
         level = [
@@ -298,12 +333,14 @@ def _parse_calls(text: str) -> tuple[list[ToolCall] | None, str | None]:
 
 
 def parse_completion(text: str) -> Parsed:
-    """Reads a reply strictly: `<think>…</think>` with something in it, then `<tool_call>[…]</tool_call>`, then an end.
+    """Reads a reply strictly: `<think>…</think>` with something in it, then `<tool_call>[…]</tool_call>`,
+    then an end.
 
-    White space around the two parts and one end token are allowed, anything else is an error. Never raises. `error` is
-    None or one of: not_text, no_think, text_before_think, think_not_closed, empty_think, tag_in_think,
-    text_before_tool_call, no_tool_call, tool_call_not_closed, text_after_tool_call, several_tool_calls, bad_json,
-    not_a_list, bad_call. Without any thought, the calls are still read, so that a reward without reasoning can use them.
+    White space around the two parts and one end token are allowed, anything else is an error. Never raises.
+    `error` is None or one of: not_text, no_think, text_before_think, think_not_closed, empty_think,
+    tag_in_think, text_before_tool_call, no_tool_call, tool_call_not_closed, text_after_tool_call,
+    several_tool_calls, bad_json, not_a_list, bad_call. Without any thought, the calls are still read, so that
+    a reward without reasoning can use them.
     """
     if not isinstance(text, str):
         return Parsed(None, None, "not_text")
@@ -333,10 +370,11 @@ def parse_completion(text: str) -> Parsed:
 def parse_reference(text: str, marker: str, text_raises: bool = False) -> tuple[bool, str | None, Any]:
     """Reads a reply as Tool-N1's released reward does -> (thought, block, calls), for its variants only.
 
-    What follows the last `marker` counts. thought: both think tags occur, anywhere. block: the text of the last closed
-    tool-call section, None without one. calls: its JSON, of whatever shape; JSON inside a JSON text is read once more,
-    and an object becomes a list; None where it is no JSON. Raises what the reference raises: ValueError for integers of
-    more than 4,300 digits, RecursionError, and with `text_raises` json.JSONDecodeError for a text that is no JSON.
+    What follows the last `marker` counts. thought: both think tags occur, anywhere. block: the text of the
+    last closed tool-call section, None without one. calls: its JSON, of whatever shape; JSON inside a JSON
+    text is read once more, and an object becomes a list; None where it is no JSON. Raises what the reference
+    raises: ValueError for integers of more than 4,300 digits, RecursionError, and with `text_raises`
+    json.JSONDecodeError for a text that is no JSON.
     """
     kept = text.rpartition(marker)[2]
     block, at = None, kept.find(CALL)

@@ -1,7 +1,8 @@
 """The only teacher: (completion, ground truth) -> Reward. Strict, total, and a table of variants.
 
-Source: Nemotron-Research-Tool-N1 (arXiv 2505.00024), section on reward modelling and the reward ablation. Parsing is
-in prompts.py; what a variant pays for is one row of REWARDS. `python reward.py FILE.jsonl` re-scores completions.
+Source: Nemotron-Research-Tool-N1 (arXiv 2505.00024), section on reward modelling and the reward ablation.
+Parsing is in prompts.py; what a variant pays for is one row of REWARDS. `python reward.py FILE.jsonl`
+re-scores completions.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from corpus.schema import lenient_arguments
 from prompts import (
     LLAMA_MARKER,
     QWEN_MARKER,
@@ -32,7 +34,6 @@ from prompts import (
     parse_reference,
     strict_json,
 )
-from schema import lenient_arguments
 
 
 class RewardError(ValueError):
@@ -41,11 +42,12 @@ class RewardError(ValueError):
 
 @dataclass(frozen=True)
 class Reward:
-    """total: what training sees. format_ok: thought and calls as the prompt asks. correct: the calls equal the answer.
+    """total: what training sees. format_ok: thought and calls as the prompt asks. correct: the calls equal
+    the answer.
 
-    reason: "correct", a parse error of prompts.parse_completion, or how the calls differ: called_without_need,
-    no_call, wrong_number, wrong_name, wrong_arguments. Of the reference's variants also no_block, unread and
-    "raises ERROR", where the reference stops with that exception.
+    reason: "correct", a parse error of prompts.parse_completion, or how the calls differ:
+    called_without_need, no_call, wrong_number, wrong_name, wrong_arguments. Of the reference's variants also
+    no_block, unread and "raises ERROR", where the reference stops with that exception.
     """
 
     total: float
@@ -58,9 +60,10 @@ class Reward:
 class Variant:
     """What a variant pays: for right and wrong calls, with and without the thought; everything else pays 0.
 
-    `names` is added where the calls are wrong but the multiset of tool names is right, `unread` paid where a thought
-    stands beside calls that cannot be read. With a `marker` the completion is read as the reference reads it, not
-    strictly: see _score_as_reference. `silence` and `think_first` are two more of the reference's differences.
+    `names` is added where the calls are wrong but the multiset of tool names is right, `unread` paid where a
+    thought stands beside calls that cannot be read. With a `marker` the completion is read as the reference
+    reads it, not strictly: see _score_as_reference. `silence` and `think_first` are two more of the
+    reference's differences.
     """
 
     right: float
@@ -77,7 +80,8 @@ class Variant:
 REWARDS = {
     # The paper's default. Format alone pays nothing, so it cannot be farmed.
     "binary": Variant(1.0, 0.0, 0.0, 0.0),
-    # The paper's ablation: no reasoning required; 0.2 for the reasoning format; 0.2 more for the right tool names.
+    # The paper's ablation: no reasoning required; 0.2 for the reasoning format; 0.2 more for the right tool
+    # names.
     "no_reason": Variant(1.0, 1.0, 0.0, 0.0),
     "partial_format": Variant(1.0, 0.8, 0.2, 0.0),
     "partial_names": Variant(1.0, 0.8, 0.2, 0.0, names=0.2),
@@ -91,21 +95,28 @@ REWARDS = {
 }
 
 
-# -------------------------------------------------------------------------------------------------- ground truth
+# ----------------------------------------------------------------------------------------------- ground truth
 
 
 def as_calls(answer: Sequence) -> list[ToolCall]:
     """A ground truth as ToolCalls: a list of ToolCall or of {"name", "arguments"} dicts.
 
-    Raises ValueError for anything else, because a broken ground truth is an error of the data, not of the model.
+    Raises ValueError for anything else, because a broken ground truth is an error of the data, not of the
+    model.
     """
     if isinstance(answer, (str, bytes, dict)) or not isinstance(answer, Sequence):
-        raise ValueError(f"the answer must be a list of calls, not {type(answer).__name__}: {str(answer)[:80]!r}")
+        raise ValueError(
+            f"the answer must be a list of calls, not {type(answer).__name__}: {str(answer)[:80]!r}"
+        )
     calls = []
     for item in answer:
         if isinstance(item, ToolCall):
             calls.append(item)
-        elif isinstance(item, dict) and isinstance(item.get("name"), str) and isinstance(item.get("arguments"), dict):
+        elif (
+            isinstance(item, dict)
+            and isinstance(item.get("name"), str)
+            and isinstance(item.get("arguments"), dict)
+        ):
             calls.append(ToolCall(item["name"], item["arguments"]))
         else:
             raise ValueError(f"a call of the answer needs a name and arguments: {str(item)[:80]!r}")
@@ -117,7 +128,9 @@ def _as_dicts(calls: list[ToolCall]) -> list[dict]:
 
 
 def decode_answer(ground_truth: Any) -> list[ToolCall]:
-    """A ground truth as files carry it, a list or its JSON text, as ToolCalls. Raises ValueError for anything else."""
+    """A ground truth as files carry it, a list or its JSON text, as ToolCalls. Raises ValueError for anything
+    else.
+    """
     if not isinstance(ground_truth, str):
         return as_calls(ground_truth)
     try:
@@ -126,7 +139,7 @@ def decode_answer(ground_truth: Any) -> list[ToolCall]:
         raise ValueError(f"the answer is not JSON ({error}): {ground_truth[:80]!r}") from None
 
 
-# ------------------------------------------------------------------------------------------------------- scoring
+# ---------------------------------------------------------------------------------------------------- scoring
 
 
 def _same_names(calls: list[ToolCall], answer: list[ToolCall]) -> bool:
@@ -135,7 +148,9 @@ def _same_names(calls: list[ToolCall], answer: list[ToolCall]) -> bool:
 
 def _difference(calls: list[ToolCall], answer: list[ToolCall]) -> str:
     """Why two multisets of calls differ, the coarsest reason first; "correct" if they do not."""
-    if len(calls) == len(answer) and sorted(call.key() for call in calls) == sorted(call.key() for call in answer):
+    if len(calls) == len(answer) and sorted(call.key() for call in calls) == sorted(
+        call.key() for call in answer
+    ):
         return "correct"
     if not answer:
         return "called_without_need"
@@ -148,21 +163,25 @@ def _difference(calls: list[ToolCall], answer: list[ToolCall]) -> str:
 
 def _leniently(calls: list[ToolCall], tools: Sequence[dict]) -> list[ToolCall]:
     declared = {tool["name"]: tool for tool in tools}
-    return [ToolCall(call.name, lenient_arguments(call.arguments, declared.get(call.name, {}))) for call in calls]
+    return [
+        ToolCall(call.name, lenient_arguments(call.arguments, declared.get(call.name, {}))) for call in calls
+    ]
 
 
 def score(
-    completion: str, answer: Sequence | str, variant: str = "binary", lenient: bool = False, tools: Sequence[dict] = ()
+    completion: str, answer: Sequence | str, variant: str = "binary", lenient: bool = False,
+    tools: Sequence[dict] = (),
 ) -> Reward:
     """Scores one completion against the ground-truth calls.
 
-    completion: the model's reply, any string; nothing in it can raise. answer: ToolCalls or {"name", "arguments"}
-    dicts; order does not matter, [] means that no call is right. variant: a key of REWARDS. lenient: numbers are
-    compared by what `tools` declare, so that 2 equals 2.0 where a number is asked for (schema.lenient_arguments).
+    completion: the model's reply, any string; nothing in it can raise. answer: ToolCalls or {"name",
+    "arguments"} dicts; order does not matter, [] means that no call is right. variant: a key of REWARDS.
+    lenient: numbers are compared by what `tools` declare, so that 2 equals 2.0 where a number is asked for
+    (schema.lenient_arguments).
 
-    The tool_n1 variants reproduce the reference's verdict; for them the answer may also be JSON text, which the
-    reference reads itself, and a broken one pays 0. Otherwise raises ValueError for a broken answer, and KeyError for an
-    unknown variant.
+    The tool_n1 variants reproduce the reference's verdict; for them the answer may also be JSON text, which
+    the reference reads itself, and a broken one pays 0. Otherwise raises ValueError for a broken answer, and
+    KeyError for an unknown variant.
     """
     row = REWARDS[variant]
     if row.marker:
@@ -173,7 +192,10 @@ def score(
         return _score_as_reference(completion, answer, row)
     truth, parsed = as_calls(answer), parse_completion(completion)
     if lenient and parsed.calls is not None:
-        truth, parsed = _leniently(truth, tools), Parsed(parsed.think, _leniently(parsed.calls, tools), parsed.error)
+        truth, parsed = (
+            _leniently(truth, tools),
+            Parsed(parsed.think, _leniently(parsed.calls, tools), parsed.error),
+        )
     return score_parsed(parsed, truth, variant)
 
 
@@ -193,11 +215,12 @@ def score_parsed(parsed: Parsed, answer: list[ToolCall], variant: str = "binary"
     return Reward(total, format_ok, difference == "correct", reason)
 
 
-# ------------------------------------------------------------------------------------------ the reference's verdict
+# ------------------------------------------------------------------------------------ the reference's verdict
 
 
 def _score_as_reference(completion: str, ground_truth: str, row: Variant) -> Reward:
-    """The verdict of Tool-N1's released reward, measured on 6,009 rows of it (shared/golden/reward_verdicts.jsonl.gz).
+    """The verdict of Tool-N1's released reward, measured on 6,009 rows of it
+    (shared/golden/reward_verdicts.jsonl.gz).
 
     Where the reference raises, total is 0 and the reason names the exception.
     """
@@ -224,7 +247,9 @@ def _compare_as_reference(calls: Any, answer: Any, thought: bool, row: Variant) 
     if len(calls) == 0 or len(answer) == 0:
         same = len(calls) == len(answer)
     elif all(isinstance(call, dict) and {"name", "arguments"} <= set(call) for call in calls):
-        if all(isinstance(call, dict) for call in answer):  # a single gold call is not wrapped: its keys are no calls
+        if all(
+            isinstance(call, dict) for call in answer
+        ):  # a single gold call is not wrapped: its keys are no calls
             ours = [(canonical_json(call["name"]), canonical_json(call["arguments"])) for call in calls]
             gold = [(canonical_json(call["name"]), canonical_json(call["arguments"])) for call in answer]
             same = Counter(ours) == Counter(gold)
@@ -235,18 +260,21 @@ def _compare_as_reference(calls: Any, answer: Any, thought: bool, row: Variant) 
     return Reward(total, thought, False, "wrong_arguments" if names else "wrong_calls")
 
 
-# ------------------------------------------------------------------------------------------- functions for trainers
+# ------------------------------------------------------------------------------------- functions for trainers
 
 
-RewardFunction = Callable[[str, list[ToolCall], list[dict]], Reward]  # (completion, answer, tools) -> its reward
+RewardFunction = Callable[
+    [str, list[ToolCall], list[dict]], Reward
+]  # (completion, answer, tools) -> its reward
 
 
 def reward_function(name: str, lenient: bool = False) -> RewardFunction:
     """The function (completion, answer, tools) -> Reward that grpo.py calls for `--reward name`.
 
-    name: a key of REWARDS, or `file.py:function` for a function of one's own, which gets (completion, answer, tools),
-    the answer as a list of {"name", "arguments"} dicts, and returns a number or a Reward. Raises RewardError with one
-    sentence where it cannot be used, also later, when it raises or returns anything else.
+    name: a key of REWARDS, or `file.py:function` for a function of one's own, which gets (completion, answer,
+    tools), the answer as a list of {"name", "arguments"} dicts, and returns a number or a Reward. Raises
+    RewardError with one sentence where it cannot be used, also later, when it raises or returns anything
+    else.
     """
     if name in REWARDS:
         if lenient and REWARDS[name].marker:
@@ -261,11 +289,15 @@ def reward_function(name: str, lenient: bool = False) -> RewardFunction:
         try:
             value = function(completion, _as_dicts(answer), tools)
         except Exception as error:  # anything may come out of a user's function; the message says what
-            raise RewardError(f"reward: {name} raised {type(error).__name__}: {error} on {completion[:200]!r}") from error
+            raise RewardError(
+                f"reward: {name} raised {type(error).__name__}: {error} on {completion[:200]!r}"
+            ) from error
         if isinstance(value, Reward):
             return value
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise RewardError(f"reward: {name} must return a finite number, not {value!r} as on {completion[:200]!r}")
+            raise RewardError(
+                f"reward: {name} must return a finite number, not {value!r} as on {completion[:200]!r}"
+            )
         strict = score(completion, answer)
         return Reward(float(value), strict.format_ok, strict.correct, strict.reason)
 
@@ -288,36 +320,53 @@ def _import(path: str, attribute: str) -> Callable:
     return getattr(module, attribute)
 
 
-def trl_reward(prompts: list, completions: list, *, ground_truth: list, variant: str = "binary", **columns) -> list[float]:
-    """A reward function for TRL's GRPOTrainer. Completions are texts or lists of messages; `ground_truth` is the column
-    that `python data.py prepare --layouts trl` writes. Raises ValueError for a broken ground truth."""
+def trl_reward(
+    prompts: list, completions: list, *, ground_truth: list, variant: str = "binary", **columns
+) -> list[float]:
+    """A reward function for TRL's GRPOTrainer. Completions are texts or lists of messages; `ground_truth` is
+    the column that `python data.py prepare --layouts trl` writes. Raises ValueError for a broken ground
+    truth.
+    """
     texts = [
-        one if isinstance(one, str) else "\n".join(message.get("content") or "" for message in one) for one in completions
+        one if isinstance(one, str) else "\n".join(message.get("content") or "" for message in one)
+        for one in completions
     ]
-    return [score(text, decode_answer(truth), variant).total for text, truth in zip(texts, ground_truth, strict=True)]
+    return [
+        score(text, decode_answer(truth), variant).total
+        for text, truth in zip(texts, ground_truth, strict=True)
+    ]
 
 
 def compute_score(
-    data_source: str, solution_str: str, ground_truth: Any, extra_info: dict | None = None, variant: str = "binary"
+    data_source: str, solution_str: str, ground_truth: Any, extra_info: dict | None = None,
+    variant: str = "binary",
 ) -> float:
-    """verl's interface (custom_reward_function.path=reward.py, name=compute_score): one completion's reward. The ground
-    truth is the JSON text that `python data.py prepare --layouts verl` writes. Raises ValueError for a broken one."""
+    """verl's interface (custom_reward_function.path=reward.py, name=compute_score): one completion's reward.
+    The ground truth is the JSON text that `python data.py prepare --layouts verl` writes. Raises ValueError
+    for a broken one.
+    """
     return score(solution_str, decode_answer(ground_truth), variant).total
 
 
-# ---------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------------------- command line
 
 
 def _read_rows(path: Path) -> Iterator[tuple[int, dict]]:
     """(line number, row) of a JSONL file, perhaps gzipped. Raises RewardError naming file and line."""
     line = 0
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
+        with (
+            gzip.open(path, "rt", encoding="utf-8")
+            if path.suffix == ".gz"
+            else path.open(encoding="utf-8") as lines
+        ):
             for line, text in enumerate(lines, 1):
                 if text.strip():
                     row = json.loads(text)
                     if not isinstance(row, dict) or "completion" not in row or "ground_truth" not in row:
-                        raise RewardError(f"{path}:{line}: a row needs the fields completion and ground_truth")
+                        raise RewardError(
+                            f"{path}:{line}: a row needs the fields completion and ground_truth"
+                        )
                     yield line, row
     except (OSError, EOFError, zlib.error) as error:
         raise RewardError(f"{path} cannot be read: {error}") from None
@@ -333,11 +382,19 @@ def _rescore(row: dict, variant: str, lenient: bool) -> Reward:
 
 
 def main(arguments: list[str]) -> None:
-    """`FILE.jsonl[.gz] --variant NAME [--lenient] [--out FILE]`: rows in, the same rows with their reward out."""
+    """`FILE.jsonl[.gz] --variant NAME [--lenient] [--out FILE]`: rows in, the same rows with their reward
+    out.
+    """
     parser = argparse.ArgumentParser(prog="reward.py", description="Re-scores a file of completions.")
-    parser.add_argument("file", type=Path, help="JSONL, perhaps gzipped: completion, ground_truth, perhaps tools")
-    parser.add_argument("--variant", default="binary", choices=REWARDS, help="row of the table (default: binary)")
-    parser.add_argument("--lenient", action="store_true", help="compare numbers by what the row's tools declare")
+    parser.add_argument(
+        "file", type=Path, help="JSONL, perhaps gzipped: completion, ground_truth, perhaps tools"
+    )
+    parser.add_argument(
+        "--variant", default="binary", choices=REWARDS, help="row of the table (default: binary)"
+    )
+    parser.add_argument(
+        "--lenient", action="store_true", help="compare numbers by what the row's tools declare"
+    )
     parser.add_argument("--out", type=Path, help="where the scored rows go (default: standard output)")
     args = parser.parse_args(arguments)
     if args.lenient and REWARDS[args.variant].marker:

@@ -72,7 +72,7 @@ demo() {
   echo "run.sh: the baseline: more SFT on the same data, with the compute that GRPO took"
   launch sft.py --config configs/tiny.yaml --model $run/warmup/model --sft_flops "$flops" --sft_batch 32 --run_dir $run/sft \
     || fail "the SFT baseline stopped; the first error line above says why" "bash run.sh"
-  python plot.py $run
+  python -m ops.plot $run
 }
 
 train() {

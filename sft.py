@@ -1,9 +1,11 @@
-"""Supervised fine-tuning on the same examples: the baseline to beat, and the warm-up of a model that knows nothing.
+"""Supervised fine-tuning on the same examples: the baseline to beat, and the warm-up of a model that knows
+nothing.
 
     python sft.py --config configs/qwen2.5-1.5b.yaml --data train.json --run_dir runs/sft --epochs 1
 
-An example's demonstrations are what is imitated (Reason-SFT; distill.py makes them). One without them, or every one with
---sft_reason false, is imitated as its bare calls (No-Reason SFT). The loss sees the tokens of the replies alone.
+An example's demonstrations are what is imitated (Reason-SFT; distill.py makes them). One without them, or
+every one with --sft_reason false, is imitated as its bare calls (No-Reason SFT). The loss sees the tokens of
+the replies alone.
 """
 
 from __future__ import annotations
@@ -19,58 +21,63 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from checkpoint import CheckpointError, Saver, choose_step, latest_checkpoint, load_checkpoint, stop_or_warn
 from config import Config, ConfigError, load_config
-from data import DataError, Example, Splits, Tokenized, load_splits, tokenize_splits
-from export import export, write_model
-from minibatches import share_out
-from model import (
-    ModelError,
-    build_tiny_model,
-    build_tiny_tokenizer,
-    count_parameters,
-    load_tokenizer,
-    token_logprobs,
-    uses_shared_prefix,
-)  # fmt: skip
-from monitor import Monitor, close_monitor, open_monitor, report, tracker_names
-from packing import micro_batches, pack
-from prompts import PromptError, check_tokenizer, encode_reply, load_template, render_completion, render_prompt
-from rollout import evaluate
-from runtime import (
-    Interrupted,
-    Ranks,
-    StopFlag,
-    append_jsonl,
-    batch_for_step,
-    cut_log,
-    open_run,
-    run_script,
-    start_ranks,
-    whole_folder,
-)  # fmt: skip
-from sharding import full_tensor, load_sharded, make_mesh, whole
-from watch import Clock
+from corpus.examples import Example, Splits, Tokenized
+from corpus.sources import DataError, append_jsonl
+from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
+from data import load_splits, tokenize_splits
+from distributed.batches import batch_for_step, share_out
+from distributed.checkpoint import (
+    CheckpointError,
+    Saver,
+    choose_step,
+    latest_checkpoint,
+    load_checkpoint,
+    stop_or_warn,
+)
+from distributed.fsdp import full_tensor, load_sharded, make_mesh, whole
+from distributed.ranks import Clock, Interrupted, Ranks, StopFlag, run_script, start_ranks
+from evals.in_training import evaluate
+from kernel.attention import uses_shared_prefix
+from kernel.packing import micro_batches, pack
+from model import ModelError, count_parameters, load_tokenizer, token_logprobs
+from ops.export import export, write_model
+from ops.monitor import Monitor, close_monitor, open_monitor, report, tracker_names
+from ops.run_dir import cut_log, open_run, whole_folder
+from prompts import (
+    PromptError,
+    check_tokenizer,
+    encode_reply,
+    load_template,
+    render_completion,
+    render_prompt,
+)
 
 RAMP_STEPS = 20  # the learning rate rises linearly over these steps
 
 Imitation = tuple[list[int], list[list[int]]]  # a prompt's token ids, and those of each reply to imitate
 
-# ------------------------------------------------------------------------------------------------- what is imitated
+# ------------------------------------------------------------------------------------------- what is imitated
 
 
 def replies_to_imitate(example: Example, reason: bool = True) -> tuple[str, ...]:
-    """The example's demonstrations; its answer as bare calls where it has none, or where no `reason` is wanted."""
+    """The example's demonstrations; its answer as bare calls where it has none, or where no `reason` is
+    wanted.
+    """
     if reason and example.demonstrations:
         return example.demonstrations
     return (render_completion(example.answer, ""),)
 
 
 def encode_replies(tokenizer, train: Sequence[Tokenized], config: Config, quiet: bool) -> list[Imitation]:
-    """What every example gives to imitate; says how many lack the demonstrations that the settings ask for."""
+    """What every example gives to imitate; says how many lack the demonstrations that the settings ask
+    for.
+    """
     bare = sum(not item.example.demonstrations for item in train)
     if bare and config.sft_reason and not quiet:
-        print(f"data: {bare} of {len(train)} examples have no demonstrations and are imitated as their bare calls")
+        print(
+            f"data: {bare} of {len(train)} examples have no demonstrations and are imitated as their bare calls"
+        )
     groups = []
     for item in tqdm(train, desc="encode replies", leave=False, disable=quiet):
         replies = replies_to_imitate(item.example, config.sft_reason)
@@ -78,7 +85,7 @@ def encode_replies(tokenizer, train: Sequence[Tokenized], config: Config, quiet:
     return groups
 
 
-# --------------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------- training
 
 
 def sft_update(
@@ -88,12 +95,23 @@ def sft_update(
 
     The loss is the mean over all reply tokens.
     """
-    sizes, shared = [(len(prompt), list(map(len, replies))) for prompt, replies in groups], uses_shared_prefix(policy)
-    tokens, total = [prompt + sum(replies) for prompt, replies in sizes], sum(sum(replies) for _, replies in sizes)
+    sizes, shared = (
+        [(len(prompt), list(map(len, replies))) for prompt, replies in groups],
+        uses_shared_prefix(policy),
+    )
+    tokens, total = (
+        [prompt + sum(replies) for prompt, replies in sizes],
+        sum(sum(replies) for _, replies in sizes),
+    )
     shares = share_out(tokens, ranks.world)
-    plans = [micro_batches([sizes[i] for i in share], config.max_tokens_per_micro_batch, shared) for share in shares]
+    plans = [
+        micro_batches([sizes[i] for i in share], config.max_tokens_per_micro_batch, shared)
+        for share in shares
+    ]
     own, most, loss = shares[ranks.rank], max(map(len, plans)), 0.0
-    micros = [[(groups[own[k]][0], groups[own[k]][1][part]) for k, part in batch] for batch in plans[ranks.rank]]
+    micros = [
+        [(groups[own[k]][0], groups[own[k]][1][part]) for k, part in batch] for batch in plans[ranks.rank]
+    ]
     for micro in micros + [None] * (most - len(micros)):  # None: only keeps in step with ranks that have more
         packed = pack(micro or [([0], [[0]])], ranks.device, shared)
         logprobs, _ = token_logprobs(policy, packed, temperature=1.0, entropy=False)
@@ -108,7 +126,9 @@ def sft_update(
 
 
 def sft_steps(config: Config, examples: int) -> int:
-    """How many optimizer steps: `steps`, or `epochs` passes; with sft_flops the budget ends it, wherever that is."""
+    """How many optimizer steps: `steps`, or `epochs` passes; with sft_flops the budget ends it, wherever that
+    is.
+    """
     if config.sft_flops:
         return 10**9
     return config.steps or max(1, round(config.epochs * examples / config.sft_batch))
@@ -137,11 +157,12 @@ class Run:
 def train_sft(
     policy: nn.Module, tokenizer, data: Splits, config: Config, steps: int, folder: Path, ranks: Ranks, stop: StopFlag,
     label: str, monitor: Monitor | None = None,
-) -> tuple[dict, dict[str, float]]:  # fmt: skip
-    """Collective. `steps` optimizer steps (fewer if sft_flops runs out), logged, evaluated and checkpointed in `folder`.
+) -> tuple[dict, dict[str, float]]:
+    """Collective. `steps` optimizer steps (fewer if sft_flops runs out), logged, evaluated and checkpointed
+    in `folder`.
 
-    data: Tokenized. Goes on from the latest checkpoint there. Returns the last step's state and held-out accuracies.
-    Raises Interrupted after a signal, with a checkpoint written.
+    data: Tokenized. Goes on from the latest checkpoint there. Returns the last step's state and held-out
+    accuracies. Raises Interrupted after a signal, with a checkpoint written.
     """
     run = begin(policy, tokenizer, data, config, steps, folder, ranks, stop, monitor)
     results, before = {}, run.state["step"]
@@ -157,14 +178,18 @@ def train_sft(
             results = finish_step(run, metrics, clock)
             bar.update()
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
-    return run.state, results or evaluate_held_out(run, Clock(ranks.watchdog))  # the latter where nothing was left to do
+    return run.state, results or evaluate_held_out(
+        run, Clock(ranks.watchdog)
+    )  # the latter where nothing was left to do
 
 
 def begin(
     policy: nn.Module, tokenizer, data: Splits, config: Config, steps: int, folder: Path, ranks: Ranks, stop: StopFlag,
     monitor: Monitor | None,
-) -> Run:  # fmt: skip
-    """Collective. Token ids to imitate, optimizer and state; or the latter two from the latest checkpoint in `folder`."""
+) -> Run:
+    """Collective. Token ids to imitate, optimizer and state; or the latter two from the latest checkpoint in
+    `folder`.
+    """
     groups = encode_replies(tokenizer, data.train, config, quiet=not ranks.main)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=config.sft_lr, weight_decay=config.weight_decay, betas=(0.9, 0.95), fused=True
@@ -180,7 +205,7 @@ def begin(
     return Run(
         config, ranks, folder, stop, tokenizer, policy, optimizer, saver, groups, data.held_out, steps, state,
         time.perf_counter() - state["seconds"], monitor,
-    )  # fmt: skip
+    )
 
 
 def is_finished(run: Run) -> bool:
@@ -189,10 +214,14 @@ def is_finished(run: Run) -> bool:
 
 
 def learning_rate(run: Run) -> float:
-    """Of the next step: rises over RAMP_STEPS and, with sft_decay, falls linearly to 0 over the steps or the budget."""
+    """Of the next step: rises over RAMP_STEPS and, with sft_decay, falls linearly to 0 over the steps or the
+    budget.
+    """
     config, state = run.config, run.state
     progress = state["flops"] / config.sft_flops if config.sft_flops else state["step"] / run.steps
-    return config.sft_lr * min(1.0, (state["step"] + 1) / RAMP_STEPS) * (1 - progress if config.sft_decay else 1)
+    return (
+        config.sft_lr * min(1.0, (state["step"] + 1) / RAMP_STEPS) * (1 - progress if config.sft_decay else 1)
+    )
 
 
 def sft_step(run: Run, clock: Clock) -> dict[str, float]:
@@ -210,7 +239,8 @@ def sft_step(run: Run, clock: Clock) -> dict[str, float]:
 
 
 def finish_step(run: Run, metrics: dict[str, float], clock: Clock) -> dict[str, float]:
-    """Collective. Evaluates, logs and saves where it is time; returns the accuracies, {} where it was not time for them.
+    """Collective. Evaluates, logs and saves where it is time; returns the accuracies, {} where it was not
+    time for them.
 
     Raises Interrupted after a signal, with all saved.
     """
@@ -228,15 +258,21 @@ def finish_step(run: Run, metrics: dict[str, float], clock: Clock) -> dict[str, 
 
 
 def note_best(run, results: dict[str, float]) -> None:
-    """Remembers the step with the best accuracy on the first held-out split, for this Run or grpo.py's: it is kept."""
-    key = "accuracy" if run.config.sft_reason else "correct_rate"  # bare calls have no thought, which accuracy asks for
+    """Remembers the step with the best accuracy on the first held-out split, for this Run or grpo.py's: it is
+    kept.
+    """
+    key = (
+        "accuracy" if run.config.sft_reason else "correct_rate"
+    )  # bare calls have no thought, which accuracy asks for
     score = results.get(f"{next(iter(run.held_out), '')}/{key}", 0.0)
     if score > run.state.get("best", {}).get("score", -1.0):
         run.state["best"] = {"step": run.state["step"], "score": score}
 
 
 def save_or_stop(run, last: bool, clock: Clock) -> None:
-    """Collective. Ends a step of this Run or grpo.py's: a checkpoint where it is time, or on a signal, then Interrupted."""
+    """Collective. Ends a step of this Run or grpo.py's: a checkpoint where it is time, or on a signal, then
+    Interrupted.
+    """
     config, step, problem = run.config, run.state["step"], ""
     with clock("save"):
         stopping = run.stop.agreed(run.ranks)
@@ -272,7 +308,7 @@ def log_row(run: Run, row: dict) -> None:
         report(run.monitor, row, run.steps, lines=False)
 
 
-# ------------------------------------------------------------------------------------------------------- start, main
+# ------------------------------------------------------------------------------------------------ start, main
 
 
 def start_model(config: Config, splits: Splits, template: str, ranks: Ranks) -> tuple[str, bool]:
@@ -291,13 +327,17 @@ def start_model(config: Config, splits: Splits, template: str, ranks: Ranks) -> 
             texts = [render_prompt(bare, e.messages, e.tools, template) for e in splits.train]
             texts += [text for example in splits.train for text in example.demonstrations]
             tokenizer = build_tiny_tokenizer(texts, config.tiny_vocab)
-            export(build_tiny_model(tokenizer, config.tiny_hidden, config.tiny_layers, config.seed), tokenizer, folder)
+            export(
+                build_tiny_model(tokenizer, config.tiny_hidden, config.tiny_layers, config.seed), tokenizer,
+                folder,
+            )
     ranks.gather(None)
     return str(warm / "start"), True
 
 
 def warm_up(config: Config, path: str, tokenizer, data: Splits, ranks: Ranks, stop: StopFlag) -> str:
-    """Collective. `warmup_steps` of SFT on `data` (Tokenized), from the model in `path` -> the new model's folder.
+    """Collective. `warmup_steps` of SFT on `data` (Tokenized), from the model in `path` -> the new model's
+    folder.
 
     That, run_dir/warmup/model, is both the first policy and the frozen reference.
     """
@@ -305,7 +345,9 @@ def warm_up(config: Config, path: str, tokenizer, data: Splits, ranks: Ranks, st
     warm.mkdir(exist_ok=True)
     policy, by_steps = load_policy(path, config, ranks), replace(config, sft_flops=0.0)
     train = replace(data, held_out={})  # grpo.py evaluates it
-    state, _ = train_sft(policy, tokenizer, train, by_steps, config.warmup_steps, warm, ranks, stop, "warm-up (SFT)")
+    state, _ = train_sft(
+        policy, tokenizer, train, by_steps, config.warmup_steps, warm, ranks, stop, "warm-up (SFT)"
+    )
     write_model(policy, tokenizer, warm / "model", config, state, {}, ranks)
     return str(warm / "model")
 
@@ -316,7 +358,7 @@ def load_policy(path: str, config: Config, ranks: Ranks, frozen: bool = False) -
     return load_sharded(
         path, make_mesh(ranks, config.sharding), ranks.device, frozen=frozen, offload=offload,
         gradient_checkpointing=config.gradient_checkpointing and not frozen, trust_remote_code=config.trust_remote_code,
-    )  # fmt: skip
+    )
 
 
 def main(arguments: list[str]) -> None:
@@ -334,7 +376,9 @@ def main(arguments: list[str]) -> None:
     check_tokenizer(tokenizer, template)
     tokenized = tokenize_splits(splits, tokenizer, template, config, quiet=not ranks.main)
     steps = sft_steps(config, len(tokenized.train))
-    state, results = train_sft(policy, tokenizer, tokenized, config, steps, run_dir, ranks, stop, "SFT", monitor)
+    state, results = train_sft(
+        policy, tokenizer, tokenized, config, steps, run_dir, ranks, stop, "SFT", monitor
+    )
     write_model(policy, tokenizer, run_dir / "model", config, state, results, ranks)
     if ranks.main:
         (run_dir / "summary.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -1,11 +1,13 @@
-"""How fast `eval_bfcl.py score` is: start-up, rows per second, and all cases once; beside the official checker on request.
+"""How fast `eval_bfcl.py score` is: start-up, rows per second, and all cases once; beside the official
+checker on request.
 
     python bench/bfcl_speed.py --golden ../shared/golden/bfcl_verdicts.jsonl.gz --data ../shared/data/bfcl
     … --official FOLDER      the folder that holds bfcl_eval (pip install --no-deps --target FOLDER bfcl-eval)
 
-Every measurement is a process of its own with one thread; the kinds take turns. Seconds are those of the processor, so
-other work on the machine hardly counts; the wall clock's minimum stands beside them. Ours reads, judges and writes all
-reports. The official checker reads and judges, with our decoding, and writes nothing.
+Every measurement is a process of its own with one thread; the kinds take turns. Seconds are those of the
+processor, so other work on the machine hardly counts; the wall clock's minimum stands beside them. Ours
+reads, judges and writes all reports. The official checker reads and judges, with our decoding, and writes
+nothing.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from bfcl_check import Problem  # noqa: E402
-from bfcl_data import load_problems  # noqa: E402
+from evals.bfcl_check import Problem
+from evals.bfcl_data import load_problems
 
 SCORE = """
 import contextlib, io, sys, time
@@ -63,9 +65,14 @@ print(time.process_time() - cpu, time.perf_counter() - wall)
 
 
 def plausible_output(case: Problem) -> str:
-    """A reply with the expected calls and the first allowed values, and a thought as long as a trained model's."""
+    """A reply with the expected calls and the first allowed values, and a thought as long as a trained
+    model's.
+    """
     calls = [
-        {"name": name, "arguments": {key: next((v for v in allowed if v != ""), "") for key, allowed in wanted.items()}}
+        {
+            "name": name,
+            "arguments": {key: next((v for v in allowed if v != ""), "") for key, allowed in wanted.items()},
+        }
         for call in case.answer
         for name, wanted in call.items()
     ]
@@ -73,7 +80,9 @@ def plausible_output(case: Problem) -> str:
 
 
 def measure(code_or_arguments: str | list[str]) -> tuple[float, float]:
-    """(processor, wall) seconds of one Python process; of code, the seconds that it prints itself, without its start."""
+    """(processor, wall) seconds of one Python process; of code, the seconds that it prints itself, without
+    its start.
+    """
     wall, cpu = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     tail = ["-c", code_or_arguments] if isinstance(code_or_arguments, str) else code_or_arguments
     environment = os.environ | {"BFCL_PROJECT_ROOT": tempfile.gettempdir()}
@@ -101,14 +110,22 @@ def main() -> None:
     problems = load_problems(data).values()
     with tempfile.TemporaryDirectory() as folder:
         once = f"{folder}/once.jsonl"
-        Path(once).write_text("".join(json.dumps({"id": p.id, "output": plausible_output(p)}) + "\n" for p in problems))
+        Path(once).write_text(
+            "".join(json.dumps({"id": p.id, "output": plausible_output(p)}) + "\n" for p in problems)
+        )
         command = ["score", "--data", data, "--out", folder, "--predictions"]
         names = {"root": str(ROOT), "data": data, "golden": golden}
         kinds = {
             "start (--help)": (["eval_bfcl.py", "--help"], 0),
             f"score, {rows:,} golden rows, with start": (["eval_bfcl.py", *command, golden], rows),
-            f"score, {rows:,} golden rows": (SCORE.format(root=str(ROOT), arguments=[*command, golden]), rows),
-            f"score, {len(problems):,} cases": (SCORE.format(root=str(ROOT), arguments=[*command, once]), len(problems)),
+            f"score, {rows:,} golden rows": (
+                SCORE.format(root=str(ROOT), arguments=[*command, golden]),
+                rows,
+            ),
+            f"score, {len(problems):,} cases": (
+                SCORE.format(root=str(ROOT), arguments=[*command, once]),
+                len(problems),
+            ),
         }
         if args.official:
             code = OFFICIAL.format(official=str(args.official.resolve()), **names)
@@ -117,14 +134,16 @@ def main() -> None:
         for _ in range(args.repeats):
             for name, (what, _) in kinds.items():
                 taken[name].append(measure(what))
-    print("| | processor s, minimum | median | rows/s at the median | wall s, minimum |\n|---|---|---|---|---|")
+    print(
+        "| | processor s, minimum | median | rows/s at the median | wall s, minimum |\n|---|---|---|---|---|"
+    )
     for name, (_, count) in kinds.items():
         cpu, wall = zip(*taken[name])
         rate = format(count / statistics.median(cpu), ",.0f") if count else ""
         print(f"| {name} | {min(cpu):.3f} | {statistics.median(cpu):.3f} | {rate} | {min(wall):.3f} |")
     load = os.getloadavg()[0]
     print(f"{args.repeats} turns; {platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {load:.1f}; "
-          f"Python {platform.python_version()}")  # fmt: skip
+          f"Python {platform.python_version()}")
 
 
 if __name__ == "__main__":

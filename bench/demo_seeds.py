@@ -1,6 +1,8 @@
-"""The demo with fresh seeds and with two negative controls; prints minimum, median and maximum of each figure.
+"""The demo with fresh seeds and with two negative controls; prints minimum, median and maximum of each
+figure.
 
-    python bench/demo_seeds.py                       8 seeds, then lr 0 and shuffled rewards with one seed each
+    python bench/demo_seeds.py                       8 seeds, then lr 0 and shuffled rewards with one seed
+      each
     python bench/demo_seeds.py --seeds 2 --controls 0
 
 Runs that are finished (runs/seeds/RECIPE/…/summary.json) are not done again, so it can be interrupted.
@@ -43,11 +45,18 @@ def recipe() -> str:
 
 def figures(summary: dict) -> dict[str, float]:
     """The figures that the README quotes."""
-    row = {"reward, first 5 steps": summary["reward_first5"], "reward, last 10 steps": summary["reward_last10"]}
+    row = {
+        "reward, first 5 steps": summary["reward_first5"],
+        "reward, last 10 steps": summary["reward_last10"],
+    }
     row["reward, rise"] = summary["reward_last10"] - summary["reward_first5"]
     for prefix, name in (("", "held-out"), ("strict_", "strict")):
         before, after = summary[f"{prefix}accuracy_before"], summary[f"{prefix}accuracy_after"]
-        row |= {f"{name} accuracy before": before, f"{name} accuracy after": after, f"{name} rise": after - before}
+        row |= {
+            f"{name} accuracy before": before,
+            f"{name} accuracy after": after,
+            f"{name} rise": after - before,
+        }
     for kind in KINDS:
         one = summary["accuracy_by_kind"][kind]
         row[f"held-out rise, {kind}"] = one["after"] - one["before"]

@@ -37,7 +37,7 @@ Case = Callable[[Site, str], tuple[int, int]]
 MOMENTS = ("start", "save", "step", "save", "step", "end")  # of the kills that one run goes through
 
 
-# ------------------------------------------------------------------------------------------- kills and signals, at random
+# ------------------------------------------------------------------------------- kills and signals, at random
 
 
 def await_moment(job: Job, moment: str, draw: random.Random) -> bool:
@@ -84,7 +84,9 @@ def kill_chain(site: Site, name: str, *, everyone: bool, kills: int, seed: int) 
 
 
 def restart(site: Site, name: str, *, kills: int, seed: int) -> tuple[int, int]:
-    """Kills one rank again and again under --max-restarts: torchrun starts all of them again, and the run goes on."""
+    """Kills one rank again and again under --max-restarts: torchrun starts all of them again, and the run
+    goes on.
+    """
     draw, run, lost, done = random.Random(f"{seed}/{name}"), site.folder / name, 0, 0
     with launch(site, name, restarts=kills) as job:
         for _ in range(kills):
@@ -95,7 +97,9 @@ def restart(site: Site, name: str, *, kills: int, seed: int) -> tuple[int, int]:
             kill(job, draw.sample(old, 1))
             done += 1
             lost += max(0, logged(run) - latest(run))
-            wait_until(job, lambda old=old: len(pids := rank_pids(job)) == site.ranks and not {*pids} & {*old}, 90)
+            wait_until(
+                job, lambda old=old: len(pids := rank_pids(job)) == site.ranks and not {*pids} & {*old}, 90
+            )
         ends_well(job)
     expect(said(job).count("going on from the last checkpoint") == done, "not every restart went on", job)
     same_as_undisturbed(site, run)
@@ -103,7 +107,9 @@ def restart(site: Site, name: str, *, kills: int, seed: int) -> tuple[int, int]:
 
 
 def stop_chain(site: Site, name: str, *, number: int, kills: int, seed: int) -> tuple[int, int]:
-    """Sends a signal to the agent and to one rank in turn, resuming after each: all ranks stop together, all is saved."""
+    """Sends a signal to the agent and to one rank in turn, resuming after each: all ranks stop together, all
+    is saved.
+    """
     draw, run, lost, tried = random.Random(f"{seed}/{name}"), site.folder / name, 0, 0
     for turn in range(kills):
         with launch(site, name, **again(run)) as job:
@@ -121,7 +127,9 @@ def stop_chain(site: Site, name: str, *, number: int, kills: int, seed: int) -> 
             what = f"{signal.Signals(number).name} to {who}"
             expect("lost the other processes" not in said(job), f"{what} stopped it alone", job)
             expect(sentences == 1, f"{what}: {sentences} lines say how to resume", job)
-            expect(f"interrupted after step {latest(run)}," in said(job), "the sentence names another step", job)
+            expect(
+                f"interrupted after step {latest(run)}," in said(job), "the sentence names another step", job
+            )
             lost += logged(run) - latest(run)
             expect(logged(run) == latest(run), f"step {logged(run)} was done, and step {latest(run)} saved")
             tried += 1
@@ -131,7 +139,7 @@ def stop_chain(site: Site, name: str, *, number: int, kills: int, seed: int) -> 
     return tried, lost
 
 
-# --------------------------------------------------------------------------------------------------------- numerics, disk
+# --------------------------------------------------------------------------------------------- numerics, disk
 
 
 def nan_once(site: Site, name: str) -> tuple[int, int]:
@@ -139,7 +147,9 @@ def nan_once(site: Site, name: str) -> tuple[int, int]:
     with launch(site, name, ("nan", 3, site.ranks - 1)) as job:
         ends_well(job)
     skipped = [row["updates_skipped_nonfinite"] for row in rows(job.run / "log.jsonl")[1:]]
-    expect(skipped == [int(step == 3) for step in range(1, STEPS + 1)], f"skipped updates per step: {skipped}")
+    expect(
+        skipped == [int(step == 3) for step in range(1, STEPS + 1)], f"skipped updates per step: {skipped}"
+    )
     return 1, 0
 
 
@@ -152,19 +162,29 @@ def nan_in_a_row(site: Site, name: str) -> tuple[int, int]:
     lost = logged(job.run) - latest(job.run)
     with launch(site, name, resume="true") as job:
         ends_well(job)
-    expect([row["step"] for row in rows(job.run / "log.jsonl")] == list(range(STEPS + 1)), "a step is missing")
+    expect(
+        [row["step"] for row in rows(job.run / "log.jsonl")] == list(range(STEPS + 1)), "a step is missing"
+    )
     return 1, lost
 
 
 def save_fails(site: Site, name: str, *, fault: str, rank: int, why: str, go_on: bool) -> tuple[int, int]:
-    """A checkpoint that cannot be written: the one before stays; the run stops with a sentence, or goes on and warns."""
+    """A checkpoint that cannot be written: the one before stays; the run stops with a sentence, or goes on
+    and warns.
+    """
     step, setting = 3, "go_on" if go_on else "stop"
-    with launch(site, name, (fault, step, rank % site.ranks), save_errors=setting, keep_checkpoints=STEPS) as job:
+    with launch(
+        site, name, (fault, step, rank % site.ranks), save_errors=setting, keep_checkpoints=STEPS
+    ) as job:
         if not go_on:
             is_refused(job, "step_3 was not saved", why, "complete ones: step_1, step_2")
         else:
             ends_well(job)
-            warned = [line for line in said(job).splitlines() if "warning: " in line and "step_3 was not saved" in line]
+            warned = [
+                line
+                for line in said(job).splitlines()
+                if "warning: " in line and "step_3 was not saved" in line
+            ]
             expect(len(warned) == 1 and why in warned[0], "no warning, or more than one", job)
     left = sorted(path.name for path in job.run.glob("step_*"))
     there = [f"step_{n}" for n in range(1, STEPS + 1) if n != step and (go_on or n < step)]
@@ -179,7 +199,9 @@ def save_fails(site: Site, name: str, *, fault: str, rank: int, why: str, go_on:
 
 
 def log_full(site: Site, name: str) -> tuple[int, int]:
-    """A full disk met by the log: half a line is written. The run stops with a sentence, and the half line does no harm."""
+    """A full disk met by the log: half a line is written. The run stops with a sentence, and the half line
+    does no harm.
+    """
     with launch(site, name, ("log_full", 3, 0)) as job:
         is_refused(job, "No space left", "log.jsonl")
     lost = max(0, logged(job.run) - latest(job.run))
@@ -189,7 +211,7 @@ def log_full(site: Site, name: str) -> tuple[int, int]:
     return 1, lost
 
 
-# -------------------------------------------------------------------------------------------------- damaged, foreign files
+# ------------------------------------------------------------------------------------- damaged, foreign files
 
 
 def flip(path: Path) -> None:
@@ -236,20 +258,31 @@ def bomb(path: Path, mark: Path) -> None:
 
 
 def pickle_in_checkpoint(site: Site, name: str) -> tuple[int, int]:
-    """Pickles in the place of a checkpoint's files, the manifest made to fit them: refused, and not executed."""
+    """Pickles in the place of a checkpoint's files, the manifest made to fit them: refused, and not
+    executed.
+    """
     import hashlib
 
     run, mark = site.folder / name, site.folder / f"{name.replace('/', '_')}.executed"
     shutil.copytree(site.folder / "whole", run)
     folder = run / f"step_{STEPS}"
     shard = sorted(folder.glob("*.safetensors"))[0]
-    for path in (shard, folder / ".metadata", folder / "__0_0.distcp", folder / "optimizer.pt", run / "training_args.bin"):
+    for path in (
+        shard,
+        folder / ".metadata",
+        folder / "__0_0.distcp",
+        folder / "optimizer.pt",
+        run / "training_args.bin",
+    ):
         bomb(path, mark)
     manifest = json.loads((folder / "manifest.json").read_text())
     data = shard.read_bytes()
     manifest["files"][shard.name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     del manifest["sha256"]
-    manifest = {"sha256": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest(), **manifest}
+    manifest = {
+        "sha256": hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest(),
+        **manifest,
+    }
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with launch(site, name, resume="true") as job:
         is_refused(job, f"step_{STEPS}", f"--resume_step {STEPS - 1}")
@@ -261,14 +294,24 @@ def pickle_in_checkpoint(site: Site, name: str) -> tuple[int, int]:
 
 
 def foreign_model(site: Site, name: str, *, remote_code: bool) -> tuple[int, int]:
-    """A start model with pickled weights only, or one that brings code: refused, and nothing of it is executed."""
-    mark, model = site.folder / f"{name.replace('/', '_')}.executed", site.folder / f"{name.replace('/', '_')}.model"
+    """A start model with pickled weights only, or one that brings code: refused, and nothing of it is
+    executed.
+    """
+    mark, model = (
+        site.folder / f"{name.replace('/', '_')}.executed",
+        site.folder / f"{name.replace('/', '_')}.model",
+    )
     shutil.copytree(site.folder / "start/model", model)
     if remote_code:
         code = f"from pathlib import Path\nPath({str(mark)!r}).touch()\n"
         (model / "evil.py").write_text(code + "class Evil: pass\n")
-        config = json.loads((model / "config.json").read_text()) | {"model_type": "evil", "architectures": ["Evil"]}
-        config["auto_map"] = dict.fromkeys(["AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"], "evil.Evil")
+        config = json.loads((model / "config.json").read_text()) | {
+            "model_type": "evil",
+            "architectures": ["Evil"],
+        }
+        config["auto_map"] = dict.fromkeys(
+            ["AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"], "evil.Evil"
+        )
         (model / "config.json").write_text(json.dumps(config))
         reason = "custom code"
     else:
@@ -281,11 +324,13 @@ def foreign_model(site: Site, name: str, *, remote_code: bool) -> tuple[int, int
     return 1, 0
 
 
-# --------------------------------------------------------------------------------------------------- hang, memory, two runs
+# ------------------------------------------------------------------------------------- hang, memory, two runs
 
 
 def hang(site: Site, name: str, *, moment: str, seed: int) -> tuple[int, int]:
-    """One rank stands still, without an error and without a closed connection: the others end in time, and say where."""
+    """One rank stands still, without an error and without a closed connection: the others end in time, and
+    say where.
+    """
     draw, minutes = random.Random(f"{seed}/{name}"), 0.1 if site.server else 0.25
     with launch(site, name, timeout_minutes=minutes) as job:
         wait_until(job, lambda: latest(job.run) > 0)
@@ -304,7 +349,9 @@ def hang(site: Site, name: str, *, moment: str, seed: int) -> tuple[int, int]:
 
 
 def nearly_as_undisturbed(site: Site, run: Path) -> None:
-    """Raises Failed unless the weights are those of the undisturbed run up to rounding: sums were taken in another order."""
+    """Raises Failed unless the weights are those of the undisturbed run up to rounding: sums were taken in
+    another order.
+    """
     ours, theirs = (floats(folder / "model/model.safetensors") for folder in (run, site.folder / "whole"))
     furthest = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
     expect(furthest < 1e-3, f"weights differ by {furthest:.2g} from the undisturbed run's")
@@ -318,13 +365,18 @@ def floats(path: Path) -> tuple[float, ...]:
 
 
 def memory_update(site: Site, name: str, *, restarts: int) -> tuple[int, int]:
-    """Out of memory in an update: the setting is named, and the next start, by hand or by torchrun, takes half of it."""
+    """Out of memory in an update: the setting is named, and the next start, by hand or by torchrun, takes
+    half of it.
+    """
     with launch(site, name, ("memory_update", 3, site.ranks - 1), restarts=restarts) as job:
         if restarts:
             ends_well(job)
         else:
             code = finish(job, 120)
-            expect(code == 1 and (job.run / "out_of_memory.json").exists(), f"ended with {code}, or without a note", job)
+            expect(
+                code == 1 and (job.run / "out_of_memory.json").exists(),
+                f"ended with {code}, or without a note", job,
+            )
         sentence = f"out of GPU memory on rank {site.ranks - 1} in phase update of step 3"
         expect(sentence in said(job) and "lower" in said(job), "the setting to lower is not named", job)
     if not restarts:
@@ -344,7 +396,9 @@ def memory_rollout(site: Site, name: str) -> tuple[int, int]:
 
 
 def second_run(site: Site, name: str) -> tuple[int, int]:
-    """A second run in a directory that is in use: refused, however it is started, and the first takes no harm."""
+    """A second run in a directory that is in use: refused, however it is started, and the first takes no
+    harm.
+    """
     with launch(site, name) as first:
         wait_until(first, lambda: latest(first.run) > 0)
         ranks = rank_pids(first)
@@ -359,7 +413,9 @@ def second_run(site: Site, name: str) -> tuple[int, int]:
 
 
 def changed_config(site: Site, name: str) -> tuple[int, int]:
-    """Settings that a resumed run must share with its first part: refused with the differences; others are told."""
+    """Settings that a resumed run must share with its first part: refused with the differences; others are
+    told.
+    """
     run = site.folder / name
     shutil.copytree(site.folder / "whole", run)
     with launch(site, name, resume="true", group_size=8, seed=7, lr=1e-3) as job:

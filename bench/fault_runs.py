@@ -26,7 +26,7 @@ SETTINGS = dict(
     config="configs/tiny.yaml", warmup_steps=0, synthetic_train=40, synthetic_test=4, steps=STEPS, prompts_per_step=4,
     minibatch_prompts=4, group_size=4, max_response_tokens=16, max_tokens_per_micro_batch=BUDGET, save_every=1,
     keep_checkpoints=3, log_samples=1000, reward="bench/fault_worker.py:vowels",
-)  # fmt: skip
+)
 LIMIT_S = 240.0  # for one run; more than that is a hang
 
 
@@ -45,7 +45,9 @@ class Site:
 
 @dataclass(frozen=True)
 class Job:
-    """A started run. pid: of torchrun, or of what stands for it. log: stdout and stderr of all its processes."""
+    """A started run. pid: of torchrun, or of what stands for it. log: stdout and stderr of all its
+    processes.
+    """
 
     pid: int
     log: Path
@@ -53,24 +55,32 @@ class Job:
     process: subprocess.Popen | None
 
 
-# ------------------------------------------------------------------------------------------------- starting and ending
+# ---------------------------------------------------------------------------------------- starting and ending
 
 
 @contextlib.contextmanager
 def open_site(folder: Path, ranks: int = 2, quick: bool = False) -> Iterator[Site]:
-    """The start model and the undisturbed run `folder/whole`; quick: ranks are forked, not started by torchrun."""
+    """The start model and the undisturbed run `folder/whole`; quick: ranks are forked, not started by
+    torchrun.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     server = None
     if quick:
         command = [sys.executable, str(WORKER), "--serve"]
-        server = subprocess.Popen(command, cwd=ROOT, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        server = subprocess.Popen(
+            command, cwd=ROOT, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
     try:
         site = Site(folder, ranks, server)
-        with launch(site, "start", script="sft", ranks=1, model="tiny", tiny_hidden=32, tiny_layers=1, steps=2) as job:
+        with launch(
+            site, "start", script="sft", ranks=1, model="tiny", tiny_hidden=32, tiny_layers=1, steps=2
+        ) as job:
             ends_well(job)
         with launch(site, "whole") as job:
             ends_well(job)
-        if digest(folder / "start/model/model.safetensors") == digest(folder / "whole/model/model.safetensors"):
+        if digest(folder / "start/model/model.safetensors") == digest(
+            folder / "whole/model/model.safetensors"
+        ):
             raise Failed("training changed nothing, so nothing could be lost")
         yield site
     finally:
@@ -80,21 +90,23 @@ def open_site(folder: Path, ranks: int = 2, quick: bool = False) -> Iterator[Sit
 
 
 def environment() -> dict[str, str]:
-    """The variables of a run, those of run.sh included; none of a torchrun that the drill itself may run under."""
+    """The variables of a run, those of run.sh included; none of a torchrun that the drill itself may run
+    under.
+    """
     own = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC_")}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
         own.pop(name, None)
     return own | {
         "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10",
-    }  # fmt: skip
+    }
 
 
 @contextlib.contextmanager
 def launch(
     site: Site, name: str, break_: tuple[str, int, int] | None = None, *, script: str = "grpo", ranks: int = 0,
     restarts: int = 0, **settings: object,
-) -> Iterator[Job]:  # fmt: skip
+) -> Iterator[Job]:
     """Starts a run in site.folder/name; at the end nothing of it is left running.
 
     break_: what fails, at which step, on which rank (`break_product`). restarts: torchrun's --max-restarts.
@@ -105,18 +117,28 @@ def launch(
     arguments = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     broken = [str(word) for word in break_ or ()]
     if site.server:
-        request = {"script": script, "broken": broken, "arguments": arguments, "ranks": ranks, "log": str(log)}
+        request = {
+            "script": script,
+            "broken": broken,
+            "arguments": arguments,
+            "ranks": ranks,
+            "log": str(log),
+        }
         site.server.stdin.write(json.dumps(request).encode() + b"\n")
         site.server.stdin.flush()
         job = Job(int(site.server.stdout.readline()), log, run, None)
     else:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command += [f"--max-restarts={restarts}", *([str(WORKER), *broken] if broken else [f"{script}.py"]), *arguments]
+        command += [
+            f"--max-restarts={restarts}",
+            *([str(WORKER), *broken] if broken else [f"{script}.py"]),
+            *arguments,
+        ]
         with log.open("wb") as file:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
                 start_new_session=True,
-            )  # fmt: skip
+            )
         job = Job(process.pid, log, run, process)
     try:
         yield job
@@ -198,7 +220,9 @@ def is_refused(job: Job, *parts: str) -> None:
 
 
 def wait_until(job: Job, condition: Callable[[], object], limit: float = LIMIT_S) -> bool:
-    """Whether the condition came true before the job ended. Looks every 2 ms: a save takes some ten of them."""
+    """Whether the condition came true before the job ended. Looks every 2 ms: a save takes some ten of
+    them.
+    """
     deadline = time.monotonic() + limit
     while not condition():
         if ended(job) is not None or time.monotonic() > deadline:
@@ -207,7 +231,7 @@ def wait_until(job: Job, condition: Callable[[], object], limit: float = LIMIT_S
     return True
 
 
-# ------------------------------------------------------------------------------------------------------- looking at runs
+# -------------------------------------------------------------------------------------------- looking at runs
 
 
 def latest(run: Path) -> int:
@@ -228,7 +252,9 @@ def logged(run: Path) -> int:
 
 
 def digest(path: Path) -> str:
-    """sha256 of a file; of safetensors, whose header has its entries in random order, that of the entries in order."""
+    """sha256 of a file; of safetensors, whose header has its entries in random order, that of the entries in
+    order.
+    """
     content = path.read_bytes()
     if path.suffix == ".safetensors":
         end = 8 + int.from_bytes(content[:8], "little")
@@ -245,14 +271,22 @@ def results(run: Path) -> list[dict]:
 
 
 def same_as_undisturbed(site: Site, run: Path) -> None:
-    """Raises Failed unless weights, optimizer, logged figures and samples are those of the undisturbed run, bit by bit."""
+    """Raises Failed unless weights, optimizer, logged figures and samples are those of the undisturbed run,
+    bit by bit.
+    """
     whole = site.folder / "whole"
     shards = [f"step_{STEPS}/{path.name}" for path in sorted((whole / f"step_{STEPS}").glob("*.safetensors"))]
     for name in ("model/model.safetensors", *shards, "samples.jsonl"):
         expect((run / name).exists(), f"{run / name} is missing")
-        expect(digest(run / name) == digest(whole / name), f"{run / name} differs from that of the undisturbed run")
+        expect(
+            digest(run / name) == digest(whole / name),
+            f"{run / name} differs from that of the undisturbed run",
+        )
     steps = [row["step"] for row in rows(run / "log.jsonl")]
     expect(steps == list(range(STEPS + 1)), f"log.jsonl has the steps {steps}")
-    expect(results(run) == results(whole), f"figures in {run / 'log.jsonl'} differ from those of the undisturbed run")
+    expect(
+        results(run) == results(whole),
+        f"figures in {run / 'log.jsonl'} differ from those of the undisturbed run",
+    )
     left = [path.name for path in run.iterdir() if path.name.endswith(".tmp")]
     expect(not left, f"{run} still holds {left}")

@@ -1,6 +1,8 @@
-"""grpo.py with one function broken on one rank at one step, so that the product needs no hooks for bench/faults.py.
+"""grpo.py with one function broken on one rank at one step, so that the product needs no hooks for
+bench/faults.py.
 
-    torchrun --nproc_per_node 2 bench/fault_worker.py nan 3 1 --config configs/tiny.yaml …     NaN in step 3 on rank 1
+    torchrun --nproc_per_node 2 bench/fault_worker.py nan 3 1 --config configs/tiny.yaml …     NaN in step 3
+      on rank 1
     python bench/fault_worker.py --serve                                                       the fork server
 
 The fork server imports torch once; what it starts runs after a second, without torchrun.
@@ -26,22 +28,35 @@ def vowels(completion: str, answer: list[dict], tools: list[dict]) -> float:
     return sum(letter in "aeiou" for letter in completion) / 10
 
 
-# ------------------------------------------------------------------------------------ the product, broken in one place
+# --------------------------------------------------------------------------- the product, broken in one place
 
 
 def break_product(fault: str, step: int, rank: int) -> None:
-    """Replaces one function of grpo.py or checkpoint.py, which then fails on this rank at this step (0: at any)."""
+    """Replaces one function of grpo.py or checkpoint.py, which then fails on this rank at this step (0: at
+    any).
+    """
     import resource
     import shutil
 
     import torch
 
-    import checkpoint
-    import engines
     import grpo
+    from distributed import checkpoint
+    from kernel import decode as engines
 
-    now, sample, write, update, mkdir = [0], grpo.sample_and_score, checkpoint.Saver._write, grpo.update_policy, Path.mkdir
-    engine, append, loss, usage = engines.ENGINES["shared_prefix"], grpo.append_jsonl, grpo.policy_loss, shutil.disk_usage
+    now, sample, write, update, mkdir = (
+        [0],
+        grpo.sample_and_score,
+        checkpoint.Saver._write,
+        grpo.update_policy,
+        Path.mkdir,
+    )
+    engine, append, loss, usage = (
+        engines.ENGINES["shared_prefix"],
+        grpo.append_jsonl,
+        grpo.policy_loss,
+        shutil.disk_usage,
+    )
 
     def sample_and_score(run, items, at, *rest):
         now[0] = at
@@ -109,16 +124,23 @@ def run_product(script: str, broken: list[str], arguments: list[str]) -> None:
     """grpo.py or sft.py as its own command line runs it, with something broken first."""
     import grpo
     import sft
-    from runtime import run_script
+    from distributed.ranks import run_script
 
     if broken:
         break_product(broken[0], int(broken[1]), int(broken[2]))
     sys.argv = [f"{script}.py", *arguments]
-    errors = (grpo.CheckpointError, grpo.ConfigError, grpo.DataError, grpo.ModelError, grpo.PromptError, grpo.RewardError)
+    errors = (
+        grpo.CheckpointError,
+        grpo.ConfigError,
+        grpo.DataError,
+        grpo.ModelError,
+        grpo.PromptError,
+        grpo.RewardError,
+    )
     run_script({"grpo": grpo, "sft": sft}[script].main, errors)
 
 
-# ---------------------------------------------------------------------------------------------------------- fork server
+# ------------------------------------------------------------------------------------------------ fork server
 
 
 def serve() -> None:
@@ -141,7 +163,10 @@ def run_ranks(request: dict) -> int:
     """Does what torchrun does: starts the ranks, ends the others when one fails, passes signals on."""
     os.setsid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    log, null = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), os.open(os.devnull, os.O_RDONLY)
+    log, null = (
+        os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644),
+        os.open(os.devnull, os.O_RDONLY),
+    )
     for number, file in ((0, null), (1, log), (2, log)):
         os.dup2(file, number)
     with socket.socket() as free:
@@ -152,7 +177,9 @@ def run_ranks(request: dict) -> int:
         pids.append(os.fork())
         if pids[-1] == 0:
             if world > 1:
-                shared = dict(WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+                shared = dict(
+                    WORLD_SIZE=world, LOCAL_WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port
+                )
                 os.environ |= {k: str(v) for k, v in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
             _rank_main(request)
 

@@ -1,12 +1,15 @@
-"""The drill: every fault that a run of days can meet, on the CPU with a tiny model, and what became of the run.
+"""The drill: every fault that a run of days can meet, on the CPU with a tiny model, and what became of the
+run.
 
     python bench/faults.py                                 every fault, 10 kills and 10 signals of each kind
     python bench/faults.py --only kill_all --rounds 100    one of them, more often
-    python bench/faults.py --quick                         ranks forked from one process, without torchrun: faster
+    python bench/faults.py --quick                         ranks forked from one process, without torchrun:
+      faster
 
-A fault is survived when the run stops as it should, says so in one sentence, and its resumed rest ends with the
-weights, optimizer state, figures and samples of an undisturbed run, bit by bit (those faults that change the training
-itself: when it ends). Prints a table and one line of JSON; the exit code is 1 if any fault was not survived.
+A fault is survived when the run stops as it should, says so in one sentence, and its resumed rest ends with
+the weights, optimizer state, figures and samples of an undisturbed run, bit by bit (those faults that change
+the training itself: when it ends). Prints a table and one line of JSON; the exit code is 1 if any fault was
+not survived.
 """
 
 from __future__ import annotations
@@ -69,7 +72,9 @@ def all_cases(rounds: int, quick: bool) -> dict[str, dict[str, Case]]:
         "nonfinite": {"once": nan_once, "in_a_row": nan_in_a_row},
         "disk_full": saving,
         "read_only": {
-            way: partial(save_fails, fault="read_only", rank=0, why="Read-only file system", go_on=way == "go_on")
+            way: partial(
+                save_fails, fault="read_only", rank=0, why="Read-only file system", go_on=way == "go_on"
+            )
             for way in ("stop", "go_on")
         },
         "damaged": {
@@ -120,24 +125,32 @@ def drill(site: Site, faults: dict[str, dict[str, Case]]) -> dict[str, dict]:
             if why:
                 print(f"{fault}, {label}: {why}", file=sys.stderr)
         figures[fault] = own
-        print(f"{fault:<14}{own['tried']:>6}{own['survived']:>9}{own['lost_steps']:>11}{time.monotonic() - began:>9.0f}")
+        print(
+            f"{fault:<14}{own['tried']:>6}{own['survived']:>9}{own['lost_steps']:>11}{time.monotonic() - began:>9.0f}"
+        )
         sys.stdout.flush()
     return figures
 
 
 def main() -> None:
     """The whole drill, or a part."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=10, help="so many kills and signals of each kind")
     parser.add_argument("--only", default="", help="names of faults, comma-separated")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="fork the ranks from one process instead of torchrun")
+    parser.add_argument(
+        "--quick", action="store_true", help="fork the ranks from one process instead of torchrun"
+    )
     parser.add_argument("--keep", action="store_true", help="leave the runs and their logs where they are")
     options = parser.parse_args()
     faults = all_cases(options.rounds, options.quick)
     if unknown := set(filter(None, options.only.split(","))) - set(faults):
         parser.error(f"no fault is called {', '.join(sorted(unknown))}; there are {', '.join(faults)}")
-    chosen = {name: cases for name, cases in faults.items() if not options.only or name in options.only.split(",")}
+    chosen = {
+        name: cases for name, cases in faults.items() if not options.only or name in options.only.split(",")
+    }
     folder = Path(tempfile.mkdtemp(prefix="faults_"))
     began = time.monotonic()
     try:

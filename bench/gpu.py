@@ -1,14 +1,15 @@
-"""What only a GPU can tell, in one command: are the kernels right, and how near is the speed to what the card can do?
+"""What only a GPU can tell, in one command: are the kernels right, and how near is the speed to what the card
+can do?
 
     python bench/gpu.py [--parts numerics,step,train,profile,rollout] [--minutes 9] [--out runs/gpu.jsonl]
     python bench/gpu.py --table runs/gpu.jsonl      the results of such a file as Markdown tables
     python bench/gpu.py --tiny      without CUDA: runs every line of it; its figures mean nothing
 
-Random models in the shapes of Qwen2.5; bf16 by autocast over fp32 weights, as in the product; the 7B has bf16 weights.
-Nothing is downloaded. Every result is printed and appended to --out (JSON lines) at once; what fails or would not fit
-into the time is a result too. Floors: the work's bytes or FLOPs, each prompt once per group, over this card's own copy
-and matrix rates, measured first. The last line sums up; exit code 1 if a check or measurement failed. bench/README.md
-says what each figure means.
+Random models in the shapes of Qwen2.5; bf16 by autocast over fp32 weights, as in the product; the 7B has bf16
+weights. Nothing is downloaded. Every result is printed and appended to --out (JSON lines) at once; what fails
+or would not fit into the time is a result too. Floors: the work's bytes or FLOPs, each prompt once per group,
+over this card's own copy and matrix rates, measured first. The last line sums up; exit code 1 if a check or
+measurement failed. bench/README.md says what each figure means.
 """
 
 from __future__ import annotations
@@ -60,16 +61,17 @@ from gpu_measure import (  # noqa: E402
 from gpu_numerics import check_attention, check_greedy, check_head, check_logprobs, check_sampler  # noqa: E402
 
 import grpo  # noqa: E402
-from config import Config  # noqa: E402
-from engines import ENGINES, Prompt  # noqa: E402
-from losses import group_std  # noqa: E402
-from minibatches import make_minibatches  # noqa: E402
-from model import build_tiny_tokenizer, count_parameters, token_logprobs, use_attention, uses_shared_prefix  # noqa: E402
-from packing import attention_backend, micro_batches, pack  # noqa: E402
-from reward import score  # noqa: E402
-from rollout import PEAK_TFLOPS, sample_groups  # noqa: E402
-from runtime import start_ranks  # noqa: E402
-from watch import Clock  # noqa: E402
+from config import Config
+from corpus.tiny_model import build_tiny_tokenizer
+from distributed.batches import make_minibatches
+from distributed.ranks import Clock, start_ranks
+from kernel.attention import attention_backend, use_attention, uses_shared_prefix
+from kernel.decode import Prompt
+from kernel.packing import micro_batches, pack
+from losses import group_std
+from model import count_parameters, token_logprobs
+from reward import score
+from rollout import ENGINES, PEAK_TFLOPS, sample_groups
 
 
 def numerics(session: Session) -> None:
@@ -101,12 +103,17 @@ def rollout_of(session: Session, name: str) -> None:
     model = build(session, name)
     for engine in ENGINES:
         for rows in session.load.rollouts:
-            attempt(session, "rollout", f"{name} {engine} {rows}", engine_speed, model, name, engine, rows, needs=8)
+            attempt(
+                session, "rollout", f"{name} {engine} {rows}", engine_speed, model, name, engine, rows,
+                needs=8,
+            )
 
 
 def engine_speed(session: Session, model: nn.Module, name: str, engine: str, rows: int) -> dict:
-    """Prefill and decode of `rows` sequences. Prefill tokens are those of distinct prompts; a decode step's seconds are
-    those of a whole rollout, less one that ends after its first token, over the steps in between."""
+    """Prefill and decode of `rows` sequences. Prefill tokens are those of distinct prompts; a decode step's
+    seconds are those of a whole rollout, less one that ends after its first token, over the steps in
+    between.
+    """
     load, shape = session.load, shape_of(session, name)
     groups = random_groups(shape.vocab, [(load.prompt, ())] * (rows // load.copies))
     prompts = [prompt for prompt, _ in groups]
@@ -126,14 +133,17 @@ def engine_speed(session: Session, model: nn.Module, name: str, engine: str, row
         "step_ms": 1e3 * step, "bandwidth_floor_ms": 1e3 * by_bytes, "flops_floor_ms": 1e3 * by_flops,
         "over_bandwidth_floor": step / by_bytes, "prefill_s": prefill, "prefill_floor_s": prefill_floor,
         "new_tokens": new, "peak_gib": before + gib,
-    }  # fmt: skip
+    }
 
 
 def train(session: Session) -> None:
     """Forward + backward of every model, with and without gradient checkpointing."""
     todo = [(name, checkpointing) for name in models(session) for checkpointing in (False, True)]
     for i, (name, checkpointing) in enumerate(todo):
-        title, share = name + " checkpointing" * checkpointing, share_of_time(session, 1.5 / (len(todo) - i + 0.5))
+        title, share = (
+            name + " checkpointing" * checkpointing,
+            share_of_time(session, 1.5 / (len(todo) - i + 0.5)),
+        )
         attempt(share, "train", title, train_speed, name, checkpointing, needs=12)
 
 
@@ -162,9 +172,13 @@ def train_speed(session: Session, name: str, checkpointing: bool) -> dict:
 
     times = {(shared, backward): [] for shared in (True, False) for backward in (True, False)}
     before = allocated_gib(session)
-    peaks = {shared: before + measure(session.device, run, shared, True)[1] for shared in (True, False)}  # and warms up
+    peaks = {
+        shared: before + measure(session.device, run, shared, True)[1] for shared in (True, False)
+    }  # and warms up
     start = time.perf_counter()
-    while len(times[True, True]) < 5 and (not times[True, True] or left(session) > 2 * (time.perf_counter() - start)):
+    while len(times[True, True]) < 5 and (
+        not times[True, True] or left(session) > 2 * (time.perf_counter() - start)
+    ):
         start = time.perf_counter()
         for key, taken in times.items():
             taken.append(seconds(session, run, *key))
@@ -172,13 +186,23 @@ def train_speed(session: Session, name: str, checkpointing: bool) -> dict:
     tokens = [load.train_prompts * (n * load.prompt + load.copies * load.response) for n in (1, load.copies)]
     forward, both = statistics.median(times[True, False]), statistics.median(times[True, True])
     rate = forward_flops(shape, load, load.train_prompts) / both * 3
-    plain = forward_flops(shape, load, load.train_prompts, shared=False) * 3 / statistics.median(times[False, True])
+    plain = (
+        forward_flops(shape, load, load.train_prompts, shared=False)
+        * 3
+        / statistics.median(times[False, True])
+    )
     values = {"tokens_per_s": tokens[0] / both, "forward_tokens_per_s": tokens[0] / forward}
-    values |= {"of_measured_peak": rate / session.matrix_rate, "plain_of_measured_peak": plain / session.matrix_rate}
+    values |= {
+        "of_measured_peak": rate / session.matrix_rate,
+        "plain_of_measured_peak": plain / session.matrix_rate,
+    }
     if session.datasheet:
         values["of_datasheet_peak"] = rate / session.datasheet
     values |= {"ratio_min": ratios[0], "ratio_median": statistics.median(ratios), "ratio_max": ratios[-1]}
-    values |= {"token_ratio": tokens[1] / tokens[0], "of_token_ratio": statistics.median(ratios) * tokens[0] / tokens[1]}
+    values |= {
+        "token_ratio": tokens[1] / tokens[0],
+        "of_token_ratio": statistics.median(ratios) * tokens[0] / tokens[1],
+    }
     return values | {"peak_gib": peaks[True], "plain_peak_gib": peaks[False], "repetitions": len(ratios)}
 
 
@@ -187,15 +211,19 @@ def step(session: Session) -> None:
 
 
 def step_speed(session: Session) -> dict:
-    """The second of two GRPO steps by the product's own functions, gradient checkpointing on, KL on, one update."""
+    """The second of two GRPO steps by the product's own functions, gradient checkpointing on, KL on, one
+    update.
+    """
     load, shape = session.load, shape_of(session, "1.5B")
     config = Config(
         prompts_per_step=load.step_prompts, minibatch_prompts=load.step_prompts, group_size=load.copies,
         temperature=TEMPERATURE, max_response_tokens=load.response, max_tokens_per_micro_batch=2 * load.budget,
-    )  # fmt: skip
+    )
     policy, reference = build(session, "1.5B", True).train(), build(session, "1.5B").requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    tokenizer = build_tiny_tokenizer(["What is the weather in Rome?"], 300)  # its end tokens practically never come
+    tokenizer = build_tiny_tokenizer(
+        ["What is the weather in Rome?"], 300
+    )  # its end tokens practically never come
     prompts = random_groups(shape.vocab, [(load.prompt, ())] * load.step_prompts)
     prompts = [Prompt(str(i), ids, i) for i, (ids, _) in enumerate(prompts)]
 
@@ -206,7 +234,7 @@ def step_speed(session: Session) -> dict:
             groups = sample_groups(
                 policy, tokenizer, prompts, group_size=config.group_size, temperature=config.temperature,
                 max_new_tokens=config.max_response_tokens, batch_size=config.rollout_batch_size,
-            )  # fmt: skip
+            )
         with clock("reward"):
             for group in groups:
                 for text in group.texts:
@@ -229,7 +257,9 @@ def step_speed(session: Session) -> dict:
         torch.distributed.destroy_process_group()
     rows, forward = load.step_prompts * load.copies, forward_flops(shape, load, load.step_prompts)
     prefill = prefill_flops(shape, load.step_prompts * load.prompt) / session.matrix_rate
-    adam = 28 * count_parameters(policy) / session.copy_rate  # reads weight, gradient, two moments; writes all but one
+    adam = (
+        28 * count_parameters(policy) / session.copy_rate
+    )  # reads weight, gradient, two moments; writes all but one
     floors = {"rollout": prefill + load.response * max(decode_floor(session, shape, rows, load.response))}
     floors |= {"reference": forward / session.matrix_rate, "update": 3 * forward / session.matrix_rate + adam}
     values = {"step_s": total} | {f"{phase}_s": spent for phase, spent in clock.seconds.items()}
@@ -240,7 +270,7 @@ def step_speed(session: Session) -> dict:
     return values | {"new_tokens_per_s": rows * load.response / total, "peak_gib": before + gib}
 
 
-# --------------------------------------------------------------------------------------------------------- profile
+# ---------------------------------------------------------------------------------------------------- profile
 
 
 def profiles(session: Session) -> None:
@@ -300,7 +330,9 @@ def profile_decode(session: Session, model: nn.Module) -> dict:
 def profile_training(session: Session, model: nn.Module) -> dict:
     """Forward and backward of one packed micro-batch, without gradient checkpointing."""
     load = session.load
-    groups = random_groups(model.config.vocab_size, [(load.prompt, [load.response] * load.copies)] * load.train_prompts)
+    groups = random_groups(
+        model.config.vocab_size, [(load.prompt, [load.response] * load.copies)] * load.train_prompts
+    )
     packed = pack(groups, session.device)
     use_attention(model.train(), "train")
 
@@ -310,10 +342,12 @@ def profile_training(session: Session, model: nn.Module) -> dict:
 
     run()
     wall = seconds(session, run)
-    return summary_of(*device_work(session, run), wall) | {"host_synchronisations": synchronisations(session, run)}
+    return summary_of(*device_work(session, run), wall) | {
+        "host_synchronisations": synchronisations(session, run)
+    }
 
 
-# ------------------------------------------------------------------------------------------------------------ main
+# ------------------------------------------------------------------------------------------------------- main
 
 # In this order; a part may use that share of the time that is left when it starts.
 PARTS = {
@@ -343,10 +377,18 @@ def main(arguments: list[str]) -> int:
     """Runs the parts and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default="all", help=f"all, or some of {','.join(PARTS)}")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything; what would not fit is skipped")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu.jsonl", help="results are appended here")
-    parser.add_argument("--tiny", action="store_true", help="tiny models: to try the program, also without a GPU")
-    parser.add_argument("--table", type=Path, help="print the results of this file as Markdown, and nothing else")
+    parser.add_argument(
+        "--minutes", type=float, default=9.0, help="for everything; what would not fit is skipped"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=ROOT / "runs" / "gpu.jsonl", help="results are appended here"
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="tiny models: to try the program, also without a GPU"
+    )
+    parser.add_argument(
+        "--table", type=Path, help="print the results of this file as Markdown, and nothing else"
+    )
     args = parser.parse_args(arguments)
     if args.table:
         print(tables(args.table), end="")
@@ -365,7 +407,9 @@ def main(arguments: list[str]) -> int:
     device = torch.device("cuda", 0) if cuda else torch.device("cpu")
     name = torch.cuda.get_device_name() if cuda else "CPU"
     peak = next((tera * 1e12 for part, tera in PEAK_TFLOPS.items() if part in name), 0.0)
-    session = Session(device, args.tiny, TINY_LOAD if args.tiny else Load(), args.out, deadline, [], datasheet=peak)
+    session = Session(
+        device, args.tiny, TINY_LOAD if args.tiny else Load(), args.out, deadline, [], datasheet=peak
+    )
     session = measure_rates(session)
     emit(session, "machine", name, {
         "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "cuda": torch.version.cuda,
@@ -373,7 +417,7 @@ def main(arguments: list[str]) -> int:
         "memory_gib": torch.cuda.get_device_properties(0).total_memory / 2**30 if cuda else 0.0,
         "copy_gb_per_s": session.copy_rate / 1e9, "matrix_tflops": session.matrix_rate / 1e12,
         "datasheet_tflops": peak / 1e12, "tiny": args.tiny, "meaningless": args.tiny or not cuda,
-    })  # fmt: skip
+    })
     for part in parts:
         run, share = PARTS[part]
         attempt(share_of_time(session, share), part, "all of it", run, whole=True)
@@ -382,7 +426,11 @@ def main(arguments: list[str]) -> int:
     if args.tiny:
         print("tiny models: none of these figures means anything, but that the program runs")
     count = len(session.results)
-    print(json.dumps({"bench": "gpu", "results": count, "failed": bad, "missing": missing, "out": str(args.out)}))
+    print(
+        json.dumps(
+            {"bench": "gpu", "results": count, "failed": bad, "missing": missing, "out": str(args.out)}
+        )
+    )
     return 1 if bad else 0
 
 

@@ -1,4 +1,6 @@
-"""What bench/gpu.py measures with: model shapes, the session and its report, random inputs, and the floors of the work."""
+"""What bench/gpu.py measures with: model shapes, the session and its report, random inputs, and the floors of
+the work.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engines import ENGINES, Prompt, Replies  # noqa: E402
-from model import autocast, prepare_model  # noqa: E402
+from kernel.decode import Prompt, Replies
+from model import autocast, prepare_model
+from rollout import ENGINES
 
 TEMPERATURE = 0.7
 
@@ -68,7 +71,7 @@ class Load:
     greedy_tokens: int = 64
     uneven: tuple[tuple[int, tuple[int, ...]], ...] = (
         (300, (70, 1, 33, 150)), (17, (64, 9)), (1000, (150, 40, 2)), (1, (5,)),
-    )  # fmt: skip
+    )
 
 
 TINY_LOAD = Load(24, 6, 2, (4,), 2, 2, 80, 20, 5, ((9, (3, 1, 5)), (1, (4, 4)), (6, (2,))))
@@ -76,7 +79,9 @@ TINY_LOAD = Load(24, 6, 2, (4,), 2, 2, 80, 20, 5, ((9, (3, 1, 5)), (1, (4, 4)), 
 
 @dataclass(frozen=True)
 class Session:
-    """What every measurement needs. Rates in bytes/s and FLOP/s (datasheet: 0 if unknown); deadline by perf_counter."""
+    """What every measurement needs. Rates in bytes/s and FLOP/s (datasheet: 0 if unknown); deadline by
+    perf_counter.
+    """
 
     device: torch.device
     tiny: bool
@@ -89,11 +94,13 @@ class Session:
     datasheet: float = 0.0
 
 
-# -------------------------------------------------------------------------------------------- measuring, reporting
+# --------------------------------------------------------------------------------------- measuring, reporting
 
 
 def measure(device: torch.device, function: Callable, *args) -> tuple[float, float]:
-    """Wall seconds until the device has done it all, and the most memory that it took meanwhile, in GiB (CPU: 0)."""
+    """Wall seconds until the device has done it all, and the most memory that it took meanwhile, in GiB (CPU:
+    0).
+    """
     cuda, before = device.type == "cuda", 0
     if cuda:
         torch.cuda.synchronize()
@@ -133,7 +140,9 @@ def short(value: float) -> str:
 
 def emit(session: Session, part: str, name: str, values: dict) -> None:
     """Prints a result and appends it to the file at once."""
-    values = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in values.items()}
+    values = {
+        key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in values.items()
+    }
     session.results.append({"part": part, "name": name} | values)
     with session.out.open("a", encoding="utf-8") as file:
         file.write(json.dumps(session.results[-1]) + "\n")
@@ -142,7 +151,9 @@ def emit(session: Session, part: str, name: str, values: dict) -> None:
 
 
 class OutOfTime(BaseException):
-    """A measurement did not end before its deadline. No Exception, or libraries that catch all of those would go on."""
+    """A measurement did not end before its deadline. No Exception, or libraries that catch all of those would
+    go on.
+    """
 
 
 def release(device: torch.device) -> None:
@@ -157,11 +168,13 @@ def attempt(
 ) -> None:
     """Reports the dictionary that function(session, *args) returns, or why there is none.
 
-    needs: seconds; with less left it is skipped. At the deadline it is interrupted. whole: it makes attempts of its own
-    and returns nothing; then those are interrupted, not this.
+    needs: seconds; with less left it is skipped. At the deadline it is interrupted. whole: it makes attempts
+    of its own and returns nothing; then those are interrupted, not this.
     """
     if left(session) <= (0 if session.tiny else needs):
-        return emit(session, part, name, {"skipped": f"needs about {needs:.0f} s, {max(0, left(session)):.0f} s left"})
+        return emit(
+            session, part, name, {"skipped": f"needs about {needs:.0f} s, {max(0, left(session)):.0f} s left"}
+        )
     values = None
     try:
         with contextlib.nullcontext() if whole else time_limit(left(session)):
@@ -194,7 +207,7 @@ def time_limit(limit: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-# ------------------------------------------------------------------------------------------------ models and inputs
+# ------------------------------------------------------------------------------------------ models and inputs
 
 
 def models(session: Session) -> tuple[str, ...]:
@@ -207,13 +220,15 @@ def shape_of(session: Session, name: str) -> Shape:
 
 
 def build(session: Session, name: str, checkpointing: bool = False) -> nn.Module:
-    """A random model in eval mode, made on the device. Only parameters become bf16: rotary angles stay fp32."""
+    """A random model in eval mode, made on the device. Only parameters become bf16: rotary angles stay
+    fp32.
+    """
     shape = shape_of(session, name)
     config = Qwen2Config(
         vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.inner, num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, tie_word_embeddings=shape.tied,
         max_position_embeddings=32768, rope_theta=1e6, bos_token_id=None, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     with session.device:
         model = Qwen2ForCausalLM(config)
@@ -224,29 +239,39 @@ def build(session: Session, name: str, checkpointing: bool = False) -> nn.Module
     return model
 
 
-def random_groups(vocab: int, sizes: Sequence[tuple[int, Sequence[int]]]) -> list[tuple[list[int], list[list[int]]]]:
+def random_groups(
+    vocab: int, sizes: Sequence[tuple[int, Sequence[int]]]
+) -> list[tuple[list[int], list[list[int]]]]:
     """Groups of random tokens with these lengths, (prompt, responses)."""
     rng = random.Random(0)
     return [(rng.choices(range(vocab), k=p), [rng.choices(range(vocab), k=r) for r in rs]) for p, rs in sizes]
 
 
 def respond(
-    session: Session, model: nn.Module, engine: str, prompts: Sequence[list[int]], copies: int, new: int, half: bool = True
+    session: Session, model: nn.Module, engine: str, prompts: Sequence[list[int]], copies: int, new: int,
+    half: bool = True,
 ) -> Replies:
-    """`copies` responses of `new` tokens to every prompt: no token ends one. A single copy is greedy. half: autocast."""
+    """`copies` responses of `new` tokens to every prompt: no token ends one. A single copy is greedy. half:
+    autocast.
+    """
     requests, vocab = [Prompt(str(i), ids, i) for i, ids in enumerate(prompts)], model.config.vocab_size
     with autocast(session.device) if half else contextlib.nullcontext():
         return ENGINES[engine](model, requests, copies, TEMPERATURE if copies > 1 else 0.0, new, [vocab])
 
 
-# ---------------------------------------------------------------------------------------------------------- floors
+# ----------------------------------------------------------------------------------------------------- floors
 
 
 def measure_rates(session: Session) -> Session:
-    """The session with this device's copy rate, bytes read and written, and bf16 matrix rate, both on random data."""
+    """The session with this device's copy rate, bytes read and written, and bf16 matrix rate, both on random
+    data.
+    """
     device, cuda = session.device, session.device.type == "cuda"
     dtype, size, n = (torch.bfloat16, 2**30, 8192) if cuda else (torch.float32, 2**18, 128)
-    source, a, b = torch.randn(size, device=device, dtype=dtype), *torch.randn(2, n, n, device=device).to(dtype)
+    source, a, b = (
+        torch.randn(size, device=device, dtype=dtype),
+        *torch.randn(2, n, n, device=device).to(dtype),
+    )
     target = torch.empty_like(source)
 
     def best(function: Callable, *args) -> float:
@@ -268,13 +293,17 @@ def trimmed(shape: Shape) -> int:
 
 
 def forward_flops(shape: Shape, load: Load, prompts: int, shared: bool = True) -> float:
-    """Matrix products of the log-probs of so many groups, causal attention included; a backward takes twice as many."""
+    """Matrix products of the log-probs of so many groups, causal attention included; a backward takes twice
+    as many.
+    """
     times = 1 if shared else load.copies  # that a prompt is computed
     tokens = times * load.prompt + load.copies * load.response
     pairs = times * load.prompt * (load.prompt + 1) / 2
     pairs += load.copies * load.response * (load.prompt + (load.response + 1) / 2)
     head = load.copies * load.response * shape.hidden * shape.vocab
-    idle = tokens - 1 - load.copies * (load.response - 1) if shared else 0  # in the last layer: packing.trim_last_layer
+    idle = (
+        tokens - 1 - load.copies * (load.response - 1) if shared else 0
+    )  # in the last layer: packing.trim_last_layer
     layers = tokens * matrices(shape) - idle * trimmed(shape)
     return prompts * 2 * (layers + 2 * pairs * shape.hidden * shape.layers + head)
 

@@ -1,4 +1,6 @@
-"""What bench/gpu.py checks: the product's CUDA paths in its own precision against plain computations in fp32."""
+"""What bench/gpu.py checks: the product's CUDA paths in its own precision against plain computations in
+fp32.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 
 from gpu_measure import TEMPERATURE, Session, measure, random_groups, respond  # noqa: E402
 
-from head import head_logprobs  # noqa: E402
-from model import autocast, token_logprobs, use_attention, uses_shared_prefix  # noqa: E402
-from packing import pack, shared_prefix_attention  # noqa: E402
+from kernel.attention import shared_prefix_attention, use_attention, uses_shared_prefix
+from kernel.head import head_logprobs
+from kernel.packing import pack
+from model import autocast, token_logprobs
 
 LIMIT = 1e-2  # relative error of bf16 against fp32
 LOGPROB_LIMIT = 0.02  # mean difference of log-probs
@@ -49,7 +52,9 @@ def check_attention(session: Session, heads: int, kv_heads: int, size: int, stri
         return [out.detach(), *torch.autograd.grad(out, leaves, grad.transpose(1, 2).to(dtype))]
 
     def packed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return shared_prefix_attention(nn.Identity(), query, key, value, None, scaling=size**-0.5, shared=layout)[0]
+        return shared_prefix_attention(
+            nn.Identity(), query, key, value, None, scaling=size**-0.5, shared=layout
+        )[0]
 
     def one_by_one(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         parts, end = [], 0
@@ -57,7 +62,9 @@ def check_attention(session: Session, heads: int, kv_heads: int, size: int, stri
             prompt, end = list(range(end, end + length)), end + length
             for n in (0, *responses):  # 0: the prompt itself
                 q, k, v = (x[:, :, [*prompt, *range(end, end + n)]] for x in (query, key, value))
-                out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=size**-0.5, enable_gqa=True)
+                out = F.scaled_dot_product_attention(
+                    q, k, v, is_causal=True, scale=size**-0.5, enable_gqa=True
+                )
                 parts.append(out[:, :, length if n else 0 :])
                 end += n
         return torch.cat(parts, 2).transpose(1, 2)
@@ -71,12 +78,17 @@ def check_attention(session: Session, heads: int, kv_heads: int, size: int, stri
         exact = run(one_by_one, torch.float32)
     errors = {name: relative([a], [b]) for name, a, b in zip(("out", "dq", "dk", "dv"), first, exact)}
     equal = all(map(torch.equal, first, second))
-    return errors | {"equal_twice": equal, "passed": all(e < LIMIT for e in errors.values()) and (equal or not strict)}
+    return errors | {
+        "equal_twice": equal,
+        "passed": all(e < LIMIT for e in errors.values()) and (equal or not strict),
+    }
 
 
 def check_head(session: Session, hidden: int, vocab: int) -> dict:
-    """The chunked LM head against full logits, forward + backward: its errors against fp32, entropy included; memory and
-    seconds against what most trainers do, without entropy. Memory is without inputs, with their gradients."""
+    """The chunked LM head against full logits, forward + backward: its errors against fp32, entropy included;
+    memory and seconds against what most trainers do, without entropy. Memory is without inputs, with their
+    gradients.
+    """
     device, tokens = session.device, session.load.head_tokens
     generator = torch.Generator(device).manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator, device=device)  # noqa: E731
@@ -103,11 +115,15 @@ def check_head(session: Session, hidden: int, vocab: int) -> dict:
     for name, way in (("chunked", chunked), ("full", full)):
         run(way, True, False)  # warms up
         values[f"{name}_s"], values[f"{name}_gib"] = measure(device, run, way, True, False)
-    return values | ({"memory_ratio": values["chunked_gib"] / values["full_gib"]} if values["full_gib"] else {})
+    return values | (
+        {"memory_ratio": values["chunked_gib"] / values["full_gib"]} if values["full_gib"] else {}
+    )
 
 
 def check_logprobs(session: Session, model: nn.Module) -> dict:
-    """token_logprobs and its gradients, packed and (as a measure of bf16) on plain rows, against fp32 one by one."""
+    """token_logprobs and its gradients, packed and (as a measure of bf16) on plain rows, against fp32 one by
+    one.
+    """
     groups = random_groups(model.config.vocab_size, session.load.uneven)
     total = sum(len(ids) for _, responses in groups for ids in responses)
 
@@ -140,28 +156,40 @@ def check_logprobs(session: Session, model: nn.Module) -> dict:
         values[f"{name}_gradient"] = relative(gradient, exact_gradient)
     model.zero_grad(set_to_none=True)
     exact_enough = values["packed_gradient"] < 1.5 * values["rows_gradient"] + 1e-4
-    return values | {"passed": uses_shared_prefix(model) and values["packed_mean"] < LOGPROB_LIMIT and exact_enough}
+    return values | {
+        "passed": uses_shared_prefix(model) and values["packed_mean"] < LOGPROB_LIMIT and exact_enough
+    }
 
 
 @torch.no_grad()
 def check_sampler(session: Session, model: nn.Module) -> dict:
     """Log-probs that the default engine gave its samples against those that the trainer computes for them."""
     load = session.load
-    prompts = [prompt for prompt, _ in random_groups(model.config.vocab_size, [(length, ()) for length, _ in load.uneven])]
+    prompts = [
+        prompt
+        for prompt, _ in random_groups(model.config.vocab_size, [(length, ()) for length, _ in load.uneven])
+    ]
     rows = respond(session, model, "shared_prefix", prompts, load.copies, load.greedy_tokens)
     sampled = torch.tensor([x for _, logprobs in rows for x in logprobs], device=session.device)
-    groups = [(p, [ids for ids, _ in rows[i * load.copies : (i + 1) * load.copies]]) for i, p in enumerate(prompts)]
+    groups = [
+        (p, [ids for ids, _ in rows[i * load.copies : (i + 1) * load.copies]]) for i, p in enumerate(prompts)
+    ]
     use_attention(model, "train")
     difference = (token_logprobs(model, pack(groups, session.device), TEMPERATURE)[0] - sampled).abs()
     mean = difference.mean().item()
-    return {"mean_difference": mean, "max_difference": difference.max().item(), "passed": mean < LOGPROB_LIMIT}
+    return {
+        "mean_difference": mean,
+        "max_difference": difference.max().item(),
+        "passed": mean < LOGPROB_LIMIT,
+    }
 
 
 @torch.no_grad()
 def check_greedy(session: Session, model: nn.Module, engine: str, half: bool) -> dict:
     """An engine's greedy tokens against generate's, up to the first difference of each row.
 
-    There the two tokens must be near ties: their fp32 logits closer than the noise of the computed ones allows.
+    There the two tokens must be near ties: their fp32 logits closer than the noise of the computed ones
+    allows.
     """
     lengths = [(length, ()) for length, _ in session.load.uneven] * 4
     prompts = [prompt for prompt, _ in random_groups(model.config.vocab_size, lengths)]
@@ -181,5 +209,12 @@ def check_greedy(session: Session, model: nn.Module, engine: str, half: bool) ->
                 noise.append((model(ids).logits[0, -1].float() - exact).std().item())
             gaps.append((exact[theirs[first]] - exact[ours[first]]).abs().item())
     allowed = max(1e-3, 8 * max(noise) if half else 0.0)
-    values = {"equal_share": equal / sum(map(len, wanted)), "rows_that_differ": f"{len(gaps) - 1} of {len(rows)}"}
-    return values | {"largest_logit_gap": max(gaps), "logit_noise": max(noise), "passed": max(gaps) <= allowed}
+    values = {
+        "equal_share": equal / sum(map(len, wanted)),
+        "rows_that_differ": f"{len(gaps) - 1} of {len(rows)}",
+    }
+    return values | {
+        "largest_logit_gap": max(gaps),
+        "logit_noise": max(noise),
+        "passed": max(gaps) <= allowed,
+    }

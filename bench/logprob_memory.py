@@ -1,10 +1,12 @@
-"""Peak memory of token log-probs, forward + backward: our LM head against full logits and checkpointed chunks.
+"""Peak memory of token log-probs, forward + backward: our LM head against full logits and checkpointed
+chunks.
 
-    python bench/logprob_memory.py [--tokens 2048] [--vocab 151936] [--hidden 896] [--repetitions 5] [--threads 1]
+    python bench/logprob_memory.py [--tokens 2048] [--vocab 151936] [--hidden 896] [--repetitions 5]
+      [--threads 1]
 
-Every measurement is a process of its own: the peak of its resident memory during forward and backward, minus what was
-resident before (inputs and weight; the weight's gradient counts). fp32, temperature 0.7, no entropy. The three ways
-take turns; the ratio of a repetition is ours / full logits. Needs Linux's /proc.
+Every measurement is a process of its own: the peak of its resident memory during forward and backward, minus
+what was resident before (inputs and weight; the weight's gradient counts). fp32, temperature 0.7, no entropy.
+The three ways take turns; the ratio of a repetition is ours / full logits. Needs Linux's /proc.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from head import CHUNK_LOGITS, head_logprobs  # noqa: E402
+from kernel.head import CHUNK_LOGITS, head_logprobs
 
 TEMPERATURE = 0.7
 
@@ -55,7 +57,9 @@ def resident(field: str) -> int:
 
 
 def measure(way: str, tokens: int, vocab: int, hidden_size: int, threads: int) -> dict:
-    """Runs one way in this process: bytes, seconds, and numbers that tell whether all ways computed the same."""
+    """Runs one way in this process: bytes, seconds, and numbers that tell whether all ways computed the
+    same.
+    """
     torch.set_num_threads(threads)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(tokens, hidden_size, generator=generator).requires_grad_()
@@ -68,7 +72,12 @@ def measure(way: str, tokens: int, vocab: int, hidden_size: int, threads: int) -
     logprobs.sum().backward()
     end = time.perf_counter()
     sums = [logprobs.sum().item(), hidden.grad.norm().item(), weight.grad.norm().item()]
-    return {"bytes": resident("VmHWM") - before, "forward_s": middle - start, "backward_s": end - middle, "sums": sums}
+    return {
+        "bytes": resident("VmHWM") - before,
+        "forward_s": middle - start,
+        "backward_s": end - middle,
+        "sums": sums,
+    }
 
 
 def main() -> None:
@@ -78,7 +87,9 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=896)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--way", choices=WAYS, help="one measurement in this process, as JSON (used by the program itself)")
+    parser.add_argument(
+        "--way", choices=WAYS, help="one measurement in this process, as JSON (used by the program itself)"
+    )
     args = parser.parse_args()
     if args.way:
         print(json.dumps(measure(args.way, args.tokens, args.vocab, args.hidden, args.threads)))
@@ -94,24 +105,41 @@ def main() -> None:
         for a, b in zip(runs[way][0]["sums"], runs["ours"][0]["sums"]):
             assert abs(a - b) <= 1e-4 * abs(b), f"{way} computed other numbers"
     print(f"T = {args.tokens}, V = {args.vocab:,}, H = {args.hidden}, fp32, {args.threads} thread(s), "
-          f"median of {args.repetitions}")  # fmt: skip
+          f"median of {args.repetitions}")
     print(f"{'':22}{'peak GiB':>10}{'forward s':>11}{'backward s':>11}")
     medians = {
-        way: {key: statistics.median(run[key] for run in runs[way]) for key in ("bytes", "forward_s", "backward_s")}
+        way: {
+            key: statistics.median(run[key] for run in runs[way])
+            for key in ("bytes", "forward_s", "backward_s")
+        }
         for way in WAYS
     }
     for way, m in medians.items():
         print(f"{way:22}{m['bytes'] / 2**30:10.2f}{m['forward_s']:11.1f}{m['backward_s']:11.1f}")
     ratios = {
-        way: sorted(one["bytes"] / other["bytes"] for one, other in zip(runs["ours"], runs[way])) for way in WAYS
+        way: sorted(one["bytes"] / other["bytes"] for one, other in zip(runs["ours"], runs[way]))
+        for way in WAYS
     }
-    low, middle, high = ratios["full logits"][0], statistics.median(ratios["full logits"]), ratios["full logits"][-1]
+    low, middle, high = (
+        ratios["full logits"][0],
+        statistics.median(ratios["full logits"]),
+        ratios["full logits"][-1],
+    )
     chunks = statistics.median(ratios["checkpointed chunks"])
-    print(f"ours / full logits: {low:.3f} / {middle:.3f} / {high:.3f} (min / median / max); / checkpointed: {chunks:.3f}")
+    print(
+        f"ours / full logits: {low:.3f} / {middle:.3f} / {high:.3f} (min / median / max); / checkpointed: {chunks:.3f}"
+    )
     result = {"bench": "logprob_memory", "ratio_min": low, "ratio_median": middle, "ratio_max": high}
-    result |= {"ratio_checkpointed_median": chunks, "peak_gib": {w: m["bytes"] / 2**30 for w, m in medians.items()}}
+    result |= {
+        "ratio_checkpointed_median": chunks,
+        "peak_gib": {w: m["bytes"] / 2**30 for w, m in medians.items()},
+    }
     result |= {"seconds": {way: m["forward_s"] + m["backward_s"] for way, m in medians.items()}}
-    result |= sizes | {"repetitions": args.repetitions, "chunk_logits": CHUNK_LOGITS, "torch": torch.__version__}
+    result |= sizes | {
+        "repetitions": args.repetitions,
+        "chunk_logits": CHUNK_LOGITS,
+        "torch": torch.__version__,
+    }
     print(json.dumps(json.loads(json.dumps(result), parse_float=lambda text: round(float(text), 4))))
 
 

@@ -1,14 +1,16 @@
 """The paper's comparisons in miniature, on the CPU demo: rewards, SFT, RL, and SFT then RL.
 
-    python bench/mini_paper.py                                       5 seeds of 7 conditions, about 45 minutes on 2 cores
+    python bench/mini_paper.py                                       5 seeds of 7 conditions, about 45 minutes
+      on 2 cores
     python bench/mini_paper.py --seeds 1 --steps 4 --warmup_steps 60    does everything work?
     python bench/mini_paper.py --conditions rl_binary,sft_clean
 
-All conditions of a seed start from one warmed-up model, half of whose demonstrations have a thought, and are tested on
-the same cases: do the calls equal the answer, with or without a thought (as BFCL judges in the paper)? Equal data: the
-same training queries; "SFT then RL" imitates one half of them and is rewarded for the other. Equal compute: SFT stops at
-the FLOPs that "RL binary" of the same seed took; the two parts of "SFT then RL" have half of the FLOPs and of the steps.
-Finished parts (OUT/RECIPE/PART_SEED/summary.json) are not done again, so it can be interrupted at any time.
+All conditions of a seed start from one warmed-up model, half of whose demonstrations have a thought, and are
+tested on the same cases: do the calls equal the answer, with or without a thought (as BFCL judges in the
+paper)? Equal data: the same training queries; "SFT then RL" imitates one half of them and is rewarded for the
+other. Equal compute: SFT stops at the FLOPs that "RL binary" of the same seed took; the two parts of "SFT
+then RL" have half of the FLOPs and of the steps. Finished parts (OUT/RECIPE/PART_SEED/summary.json) are not
+done again, so it can be interrupted at any time.
 """
 
 from __future__ import annotations
@@ -54,19 +56,21 @@ DECIDES = (
 T_975 = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
+)
 
 
 class PartFailed(Exception):
     """A run that ended with an error; the message names it, its log and its last line."""
 
 
-# --------------------------------------------------------------------------------------------------- what is run
+# ------------------------------------------------------------------------------------------------ what is run
 
 
 @dataclass(frozen=True)
 class Part:
-    """One run of a script. start: the part whose model it starts from. budget: its FLOPs, as a share of BASELINE's."""
+    """One run of a script. start: the part whose model it starts from. budget: its FLOPs, as a share of
+    BASELINE's.
+    """
 
     script: str
     options: tuple[str, ...]
@@ -89,7 +93,10 @@ def parts_of(steps: int, warmup_steps: int) -> dict[str, Part]:
         return Part("sft.py", ("--sft_batch", "32", *options), "start", budget)
 
     clean, first, second = ("--synthetic_flaws", "0"), ("--data_to", "0.5"), ("--data_from", "0.5")
-    some = ("--synthetic_thoughts", "0.5")  # where all think already, a reward that asks for it changes nothing
+    some = (
+        "--synthetic_thoughts",
+        "0.5",
+    )  # where all think already, a reward that asks for it changes nothing
     return {
         "start": Part("sft.py", ("--model", "tiny", "--steps", str(warmup_steps), *some)),
         "rl_binary": rl("start", steps),
@@ -113,15 +120,28 @@ def needed(conditions: Sequence[str], parts: dict[str, Part]) -> list[str]:
 
 def command(part: Part, seed: int, folder: Path, start: Path | None, flops: float) -> list[str]:
     """The settings of a run, to be put behind python and the script."""
-    words = ["--config", "configs/tiny.yaml", "--seed", str(seed), "--run_dir", str(folder), "--overwrite", "true"]
+    words = [
+        "--config",
+        "configs/tiny.yaml",
+        "--seed",
+        str(seed),
+        "--run_dir",
+        str(folder),
+        "--overwrite",
+        "true",
+    ]
     words += ["--save_every", "0", "--log_samples", "0", "--plot_minutes", "0", *part.options]
     words += ["--model", str(start / "model")] if start else []
     return words + (["--sft_flops", repr(part.budget * flops)] if part.budget else [])
 
 
 def recipe(parts: dict[str, Part]) -> str:
-    """A short hash of the parts and of the code and settings in DECIDES: results of another recipe are never reused."""
-    return hashlib.sha256("\0".join([repr(parts), *(_essence(ROOT / name) for name in DECIDES)]).encode()).hexdigest()[:8]
+    """A short hash of the parts and of the code and settings in DECIDES: results of another recipe are never
+    reused.
+    """
+    return hashlib.sha256(
+        "\0".join([repr(parts), *(_essence(ROOT / name) for name in DECIDES)]).encode()
+    ).hexdigest()[:8]
 
 
 def _essence(path: Path) -> str:
@@ -133,15 +153,22 @@ def _essence(path: Path) -> str:
     tree = ast.parse(text)
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
             del body[0]  # a docstring
     return ast.dump(tree)
 
 
-# ----------------------------------------------------------------------------------------------------- running it
+# ------------------------------------------------------------------------------------------------- running it
 
 
-def run_part(name: str, seed: int, parts: dict[str, Part], out: Path, futures: dict, stop: threading.Event) -> None:
+def run_part(
+    name: str, seed: int, parts: dict[str, Part], out: Path, futures: dict, stop: threading.Event
+) -> None:
     """Runs one part in a process of its own, after the parts that it needs. Raises PartFailed."""
     part = parts[name]
     for one in needs(part):
@@ -155,18 +182,23 @@ def run_part(name: str, seed: int, parts: dict[str, Part], out: Path, futures: d
     with log.open("w") as file:
         # a session of its own: Ctrl-C in the terminal is ours to pass on
         process = subprocess.Popen(
-            words, cwd=ROOT, stdout=file, stderr=file, start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+            words, cwd=ROOT, stdout=file, stderr=file, start_new_session=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         while process.poll() is None:
             if stop.wait(0.5):
                 process.kill()  # it will be done again from its beginning
     if process.returncode and not stop.is_set():
         lines = log.read_text(errors="replace").strip().splitlines() or ["no output"]
-        raise PartFailed(f"{name}, seed {seed}, ended with code {process.returncode}; see {log}: {lines[-1][-200:]}")
+        raise PartFailed(
+            f"{name}, seed {seed}, ended with code {process.returncode}; see {log}: {lines[-1][-200:]}"
+        )
 
 
 def run_all(names: Sequence[str], seeds: Sequence[int], parts: dict[str, Part], out: Path, jobs: int) -> None:
-    """Runs every part for every seed, `jobs` processes at a time; raises the first failure, with the others stopped."""
+    """Runs every part for every seed, `jobs` processes at a time; raises the first failure, with the others
+    stopped.
+    """
     stop, futures = threading.Event(), {}
     pool = ThreadPoolExecutor(jobs)
     try:
@@ -185,12 +217,14 @@ def run_all(names: Sequence[str], seeds: Sequence[int], parts: dict[str, Part], 
 
 
 def outcome(folder: Path) -> dict[str, float]:
-    """The last line of a finished run's log with its summary: accuracies, FLOPs, and for RL the rates of the samples."""
+    """The last line of a finished run's log with its summary: accuracies, FLOPs, and for RL the rates of the
+    samples.
+    """
     last = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()[-1]
     return json.loads(last) | json.loads((folder / "summary.json").read_text(encoding="utf-8"))
 
 
-# ------------------------------------------------------------------------------------------------------- figures
+# ---------------------------------------------------------------------------------------------------- figures
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -201,7 +235,9 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def figures(names: Sequence[str], seeds: Sequence[int], parts: dict[str, Part], out: Path) -> dict[str, dict]:
-    """Per condition (and "start"): lists over seeds of accuracies, FLOPs and format rate, and their intervals."""
+    """Per condition (and "start"): lists over seeds of accuracies, FLOPs and format rate, and their
+    intervals.
+    """
     results: dict[str, dict] = {}
     for name in names:
         runs = [outcome(out / f"{name}_{seed}") for seed in seeds]
@@ -216,7 +252,9 @@ def figures(names: Sequence[str], seeds: Sequence[int], parts: dict[str, Part], 
         }
         row["flops"] = [run["flops"] for run in runs]
         if parts[name].start not in ("", "start"):  # the part before belongs to the condition
-            row["flops"] = [a + outcome(out / f"{parts[name].start}_{s}")["flops"] for a, s in zip(row["flops"], seeds)]
+            row["flops"] = [
+                a + outcome(out / f"{parts[name].start}_{s}")["flops"] for a, s in zip(row["flops"], seeds)
+            ]
         if "format_rate" in runs[0]:
             row["format_rate"] = statistics.fmean(run["format_rate"] for run in runs)
         results[name] = row
@@ -230,7 +268,9 @@ def figures(names: Sequence[str], seeds: Sequence[int], parts: dict[str, Part], 
 
 
 def tables(results: dict[str, dict]) -> str:
-    """Markdown: accuracy with 95 % interval, paired difference to BASELINE, compute; then accuracy by kind."""
+    """Markdown: accuracy with 95 % interval, paired difference to BASELINE, compute; then accuracy by
+    kind.
+    """
     n = {split: results[BASELINE][f"{split}_n"] for split in SPLITS}
     count = len(results[BASELINE]["held_out"])
     lines = [
@@ -250,11 +290,23 @@ def tables(results: dict[str, dict]) -> str:
         cells += [f"{row['with_thought']:.3f}", "" if name == "start" else f"{row['compute']:.2f}"]
         cells += [f"{row['format_rate']:.3f}" if "format_rate" in row else ""]
         lines.append(f"| {CONDITIONS.get(name, 'start model')} | {' | '.join(cells)} |")
-    same = [CONDITIONS[name] for name, row in results.items() if name != BASELINE and _equal(row, results[BASELINE])]
+    same = [
+        CONDITIONS[name]
+        for name, row in results.items()
+        if name != BASELINE and _equal(row, results[BASELINE])
+    ]
     if same:  # as where a reward differs only in what no sample did
-        lines += ["", f"Equal to {CONDITIONS[BASELINE]} in every accuracy and the FLOPs of every seed: {'; '.join(same)}."]
+        lines += [
+            "",
+            f"Equal to {CONDITIONS[BASELINE]} in every accuracy and the FLOPs of every seed: {'; '.join(same)}.",
+        ]
     kinds = list(results[BASELINE]["by_kind"])
-    lines += ["", "| with thought, by kind | " + " | ".join(key.replace("held_out", "held-out") for key in kinds) + " |"]
+    lines += [
+        "",
+        "| with thought, by kind | "
+        + " | ".join(key.replace("held_out", "held-out") for key in kinds)
+        + " |",
+    ]
     lines.append("|---" * (len(kinds) + 1) + "|")
     for name, row in results.items():
         cells = " | ".join(f"{row['by_kind'][kind]:.3f}" for kind in kinds)
@@ -271,7 +323,9 @@ def _half(half: float) -> str:
 
 
 def draw(results: dict[str, dict], target: Path) -> None:
-    """A panel per split: every seed as a dot, the mean with its 95 % interval beside it; written to `target` (PNG)."""
+    """A panel per split: every seed as a dot, the mean with its 95 % interval beside it; written to `target`
+    (PNG).
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -283,9 +337,14 @@ def draw(results: dict[str, dict], target: Path) -> None:
         for place, row in enumerate(results.values()):
             values, mean, half = row[split], row[f"{split}_mean"], row[f"{split}_half"]
             axis.plot(values, [place + 0.18] * len(values), "o", color="C0", alpha=0.55, markersize=5)
-            axis.errorbar(mean, place - 0.12, xerr=0 if math.isnan(half) else half, fmt="s", color="black", capsize=4)
+            axis.errorbar(
+                mean, place - 0.12, xerr=0 if math.isnan(half) else half, fmt="s", color="black", capsize=4
+            )
         axis.axvline(results[BASELINE][f"{split}_mean"], color="0.8", zorder=0)
-        axis.set(title=f"{split.replace('_', '-')} cases", xlabel="right calls: seeds, mean, 95 % interval", xlim=(0, 1))
+        axis.set(
+            title=f"{split.replace('_', '-')} cases", xlabel="right calls: seeds, mean, 95 % interval",
+            xlim=(0, 1),
+        )
     axes[0].set_yticks(range(len(results)), [CONDITIONS.get(name, "start model") for name in results])
     axes[0].invert_yaxis()
     figure.savefig(target, dpi=110)
@@ -295,15 +354,25 @@ def draw(results: dict[str, dict], target: Path) -> None:
 def main() -> None:
     """Runs what is missing, then prints tables, draws the picture, and ends with one line of JSON."""
     demo = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text(encoding="utf-8"))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first_seed", type=int, default=FIRST_SEED)
-    parser.add_argument("--conditions", default=",".join(CONDITIONS), help="comma-separated, of: " + ", ".join(CONDITIONS))
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time, one thread each")
-    parser.add_argument("--steps", type=int, default=demo["steps"], help="of RL; other numbers are for trying it out")
+    parser.add_argument(
+        "--conditions", default=",".join(CONDITIONS), help="comma-separated, of: " + ", ".join(CONDITIONS)
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="processes at a time, one thread each"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=demo["steps"], help="of RL; other numbers are for trying it out"
+    )
     parser.add_argument("--warmup_steps", type=int, default=demo["warmup_steps"])
     parser.add_argument("--out", type=Path, default=Path("runs/mini_paper"), help="folder of the runs")
-    parser.add_argument("--picture", type=Path, help="default: mini_paper.png in the folder of this recipe's runs")
+    parser.add_argument(
+        "--picture", type=Path, help="default: mini_paper.png in the folder of this recipe's runs"
+    )
     args = parser.parse_args()
     asked = [name.strip() for name in args.conditions.split(",")]
     for name in asked:
@@ -328,7 +397,12 @@ def main() -> None:
     picture = args.picture or out / "mini_paper.png"
     draw(results, picture)
     print(f"{tables(results)}\n\nruns: {out}\npicture: {picture}")
-    settings = {"recipe": out.name, "seeds": list(seeds), "steps": args.steps, "warmup_steps": args.warmup_steps}
+    settings = {
+        "recipe": out.name,
+        "seeds": list(seeds),
+        "steps": args.steps,
+        "warmup_steps": args.warmup_steps,
+    }
     line = json.dumps({"bench": "mini_paper", **settings, "conditions": results})
     print(line.replace("NaN", "null"))  # the intervals of a single seed
 

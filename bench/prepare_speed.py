@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from synthetic import synthetic  # noqa: E402
+from corpus.synthetic import synthetic
 
 GENUINE = ("xlam_rawformat_repacked.json", "toolace_first100_rawformat_reconstructed.json")
 FILLER = "It accepts the values described below and gives back a JSON object; see the provider's pages for its limits. "
@@ -42,14 +42,18 @@ def xlam_records(records: list[dict], count: int) -> Iterator[dict]:
     """`count` records in xLAM's layout, by going round `records` with fresh ids, queries and values."""
     answers = [json.loads(record["answers"]) for record in records]
     for i, (record, calls) in enumerate(islice(cycle(zip(records, answers)), count)):
-        calls = [{**call, "arguments": {k: fresh(v, i) for k, v in call["arguments"].items()}} for call in calls]
+        calls = [
+            {**call, "arguments": {k: fresh(v, i) for k, v in call["arguments"].items()}} for call in calls
+        ]
         yield {
             "id": i, "query": f"{record['query']} (case {i})", "answers": json.dumps(calls), "tools": record["tools"],
-        }  # fmt: skip
+        }
 
 
 def toolace_records(records: list[dict], count: int) -> Iterator[dict]:
-    """`count` records in ToolACE's layout; the texts in double quotes of every call turn get a number, too."""
+    """`count` records in ToolACE's layout; the texts in double quotes of every call turn get a number,
+    too.
+    """
     for i, record in enumerate(islice(cycle(records), count)):
         turns = []
         for turn in record["conversations"]:
@@ -66,12 +70,22 @@ def demo_records() -> tuple[list[dict], list[dict]]:
     """Seed records from the demo's tools, with descriptions as long as those of the genuine files."""
     xlam, toolace = [], []
     for example in synthetic(400, 0, copies=0):
-        tools = json.dumps([{**tool, "description": tool["description"] + ". " + 2 * FILLER} for tool in example.tools])
+        tools = json.dumps(
+            [{**tool, "description": tool["description"] + ". " + 2 * FILLER} for tool in example.tools]
+        )
         calls = [{"name": call.name, "arguments": call.arguments} for call in example.answer]
         query = example.messages[0]["content"]
         xlam.append({"query": query, "answers": json.dumps(calls), "tools": tools})
-        written = [f"{c['name']}({', '.join(f'{k}={json.dumps(v)}' for k, v in c['arguments'].items())})" for c in calls]
-        turns = ("user", query), ("assistant", f"[{', '.join(written)}]"), ("tool", '{"done": 1}'), ("assistant", FILLER)
+        written = [
+            f"{c['name']}({', '.join(f'{k}={json.dumps(v)}' for k, v in c['arguments'].items())})"
+            for c in calls
+        ]
+        turns = (
+            ("user", query),
+            ("assistant", f"[{', '.join(written)}]"),
+            ("tool", '{"done": 1}'),
+            ("assistant", FILLER),
+        )
         conversations = [{"from": who, "value": text} for who, text in turns]
         toolace.append({"system": SYSTEM.format(tools), "conversations": conversations})
     return xlam, toolace
@@ -113,7 +127,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("options", nargs="*", help="further options of prepare, after --")
     args = parser.parse_args()
-    xlam, toolace = [json.loads((args.data / name).read_text()) for name in GENUINE] if args.data else demo_records()
+    xlam, toolace = (
+        [json.loads((args.data / name).read_text()) for name in GENUINE] if args.data else demo_records()
+    )
     with tempfile.TemporaryDirectory() as folder:
         x, t = Path(folder) / "xlam.json", Path(folder) / "toolace.json"
         write_array(x, xlam_records(xlam, args.xlam))
@@ -124,7 +140,7 @@ def main() -> None:
     count = args.xlam + args.toolace
     seconds, memory = [run[0] for run in runs], max(run[1] for run in runs)
     print(f"{count:,} records, {size:.0f} MiB, from {'genuine records' if args.data else 'the demo tools'}; prepare ran "
-          f"{args.repeats} times, options: {' '.join(args.options) or 'none'}")  # fmt: skip
+          f"{args.repeats} times, options: {' '.join(args.options) or 'none'}")
     print("| | minimum | median | maximum |\n|---|---|---|---|")
     rows = {"seconds": (seconds, ".1f"), "records per second": ([count / s for s in seconds], ",.0f")}
     for name, (values, form) in rows.items():
@@ -132,7 +148,9 @@ def main() -> None:
         print(f"| {name} | {' | '.join(format(value, form) for value in row)} |")
     print(f"peak memory: {memory:,.0f} MiB (the largest of the runs)")
     load = os.getloadavg()[0]
-    print(f"{processor()}, {os.cpu_count()} cores, load {load:.1f}; Python {platform.python_version()}, {platform.system()}")
+    print(
+        f"{processor()}, {os.cpu_count()} cores, load {load:.1f}; Python {platform.python_version()}, {platform.system()}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Predicts the seconds of one GRPO step on 8, 64 and 512 GPUs: rollout with its tail of long responses, update, network.
+"""Predicts the seconds of one GRPO step on 8, 64 and 512 GPUs: rollout with its tail of long responses,
+update, network.
 
     python bench/simulate.py [--model 7b] [--gpus 8,64,512] [--response_tokens 150 --response_p99 600]
-    python bench/simulate.py --measured runs/x/log.jsonl --measured_gpus 8    costs from a run of the same model and GPU
+    python bench/simulate.py --measured runs/x/log.jsonl --measured_gpus 8    costs from a run of the same
+      model and GPU
 
-It is arithmetic, not a measurement. Who samples, who trains what, and how many micro-batches there are is worked out by
-the functions that training uses (minibatches.share_out, packing.micro_batches) on response lengths drawn from a
-log-normal; seconds per token are estimate.py's roofline, given by an option, or fitted to a log. All that it assumes is
-printed below the table; the last line is one line of JSON.
+It is arithmetic, not a measurement. Who samples, who trains what, and how many micro-batches there are is
+worked out by the functions that training uses (minibatches.share_out, packing.micro_batches) on response
+lengths drawn from a log-normal; seconds per token are estimate.py's roofline, given by an option, or fitted
+to a log. All that it assumes is printed below the table; the last line is one line of JSON.
 """
 
 from __future__ import annotations
@@ -28,29 +30,31 @@ from transformers import Qwen2Config
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from config import Config, ConfigError, load_config  # noqa: E402
-from engines import BLOCK, KEEP_SHARE  # noqa: E402
-from estimate import BF16, FP32, GB, Assumptions, Shape, cache_bytes, estimate, phases_of_step, shape_of  # noqa: E402
-from minibatches import share_out  # noqa: E402
-from model import ModelError  # noqa: E402
-from packing import micro_batches  # noqa: E402
-from runtime import read_jsonl  # noqa: E402
-from sharding import model_config  # noqa: E402
+from config import Config, ConfigError, load_config
+from corpus.sources import read_jsonl
+from distributed.batches import share_out
+from distributed.fsdp import model_config
+from kernel.decode import BLOCK, KEEP_SHARE
+from kernel.packing import micro_batches
+from model import ModelError
+from ops.estimate import BF16, FP32, GB, Assumptions, Shape, cache_bytes, estimate, phases_of_step, shape_of
 
 SIZES = {  # of Qwen2.5, so that nothing is downloaded
     "7b": dict(hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
                intermediate_size=18944, vocab_size=152064, tie_word_embeddings=False),
     "14b": dict(hidden_size=5120, num_hidden_layers=48, num_attention_heads=40, num_key_value_heads=8,
                 intermediate_size=13824, vocab_size=152064, tie_word_embeddings=False),
-}  # fmt: skip
+}
 P99 = 2.3263  # standard deviations of the 99th percentile
 TOKEN_BYTES, LOGPROB_BYTES = 4, 9  # of a pickled Group: 24 kB were measured with 1000 + 5 x 300 tokens
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds on one GPU per token: of a prefill, a forward pass, a forward and backward pass. A decode step takes
-    `overhead` and the longer of `row` for every row and `read` (the weights) + `kv` for every token of K/V."""
+    """Seconds on one GPU per token: of a prefill, a forward pass, a forward and backward pass. A decode step
+    takes `overhead` and the longer of `row` for every row and `read` (the weights) + `kv` for every token of
+    K/V.
+    """
 
     prefill: float
     forward: float
@@ -63,9 +67,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class Network:
-    """Bytes per second per GPU inside a node and between nodes; seconds per collective for every doubling of the ranks;
-    the share of computing time under which communication hides. objects, hop: pickled objects through the CPUs, bytes per
-    second of a node and seconds from rank to rank. unpickle: bytes per second of a process."""
+    """Bytes per second per GPU inside a node and between nodes; seconds per collective for every doubling of
+    the ranks; the share of computing time under which communication hides. objects, hop: pickled objects
+    through the CPUs, bytes per second of a node and seconds from rank to rank. unpickle: bytes per second of
+    a process.
+    """
 
     per_node: int
     inside: float
@@ -79,8 +85,9 @@ class Network:
 
 @dataclass(frozen=True)
 class Part:
-    """One phase of a step: seconds until the last GPU is done; what the mean GPU waits of that for the slowest; what is
-    communication that no computing hides."""
+    """One phase of a step: seconds until the last GPU is done; what the mean GPU waits of that for the
+    slowest; what is communication that no computing hides.
+    """
 
     seconds: float
     waiting: float = 0.0
@@ -88,27 +95,34 @@ class Part:
 
 
 def lognormal(mean: float, p99: float) -> tuple[float, float]:
-    """(mu, sigma) of the log-normal with this mean and 99th percentile. Raises ConfigError where there is none."""
+    """(mu, sigma) of the log-normal with this mean and 99th percentile. Raises ConfigError where there is
+    none.
+    """
     if not 0 < mean <= p99 <= mean * math.exp(P99**2 / 2):
-        raise ConfigError(f"response_p99 must be from 1 to {math.exp(P99**2 / 2):.1f} times response_tokens, not {p99:g}")
+        raise ConfigError(
+            f"response_p99 must be from 1 to {math.exp(P99**2 / 2):.1f} times response_tokens, not {p99:g}"
+        )
     sigma = P99 - math.sqrt(max(0.0, P99**2 - 2 * math.log(p99 / mean)))
     return math.log(mean) - sigma**2 / 2, sigma
 
 
 def draw_lengths(prompts: int, copies: int, mean: float, p99: float, cap: int, seed: int) -> list[list[int]]:
-    """[prompts][copies]: response tokens of every completion, from 1 to cap, each a function of seed and its place."""
+    """[prompts][copies]: response tokens of every completion, from 1 to cap, each a function of seed and its
+    place.
+    """
     mu, sigma = lognormal(mean, p99)
     draw = lambda i, k: random.Random(f"{seed}/length/{i}/{k}").lognormvariate(mu, sigma)  # noqa: E731
     return [[min(cap, max(1, round(draw(i, k)))) for k in range(copies)] for i in range(prompts)]
 
 
-# ---------------------------------------------------------------------------------------------------------- rollout
+# ---------------------------------------------------------------------------------------------------- rollout
 
 
 def decode_seconds(groups: Sequence[Sequence[int]], prompt: int, cost: Cost) -> float:
     """Seconds to decode these groups of response lengths together: until the longest response has ended.
 
-    A step costs by the rows that are computed: those alive, and those that ended since fewer than KEEP_SHARE were left.
+    A step costs by the rows that are computed: those alive, and those that ended since fewer than KEEP_SHARE
+    were left.
     """
     steps = np.arange(max(map(max, groups)))
     alive = (np.array([n for group in groups for n in group])[:, None] > steps).sum(0)
@@ -123,7 +137,9 @@ def decode_seconds(groups: Sequence[Sequence[int]], prompt: int, cost: Cost) -> 
 
 
 def rollout_seconds(groups: Sequence[Sequence[int]], prompt: int, rows: int, cost: Cost) -> float:
-    """One GPU's share: prefill, then batches of whole groups with at most `rows` rows, one after the other."""
+    """One GPU's share: prefill, then batches of whole groups with at most `rows` rows, one after the
+    other.
+    """
     if not groups:
         return 0.0
     size = max(1, rows // len(groups[0]))
@@ -137,8 +153,12 @@ def rollout(lengths: Sequence[Sequence[int]], prompt: int, gpus: int, rows: int,
     return Part(max(seconds), max(seconds) - statistics.mean(seconds))
 
 
-def schedule(lengths: Sequence[Sequence[int]], prompt: int, minibatch: int, budget: int, gpus: int) -> list[list[list[int]]]:
-    """Tokens of every micro-batch: [updates][GPUs][its micro-batches], as minibatches.make_minibatches shares them out."""
+def schedule(
+    lengths: Sequence[Sequence[int]], prompt: int, minibatch: int, budget: int, gpus: int
+) -> list[list[list[int]]]:
+    """Tokens of every micro-batch: [updates][GPUs][its micro-batches], as minibatches.make_minibatches shares
+    them out.
+    """
     updates = []
     for start in range(0, len(lengths), minibatch):
         sizes = [(prompt, group) for group in lengths[start : start + minibatch]]
@@ -146,13 +166,18 @@ def schedule(lengths: Sequence[Sequence[int]], prompt: int, minibatch: int, budg
         for share in share_out([prompt + sum(group) for _, group in sizes], gpus):
             own = [sizes[i] for i in share]
             parts = micro_batches(own, budget)
-            update.append([sum(prompt + sum(own[k][1][responses]) for k, responses in micro) for micro in parts])
+            update.append(
+                [sum(prompt + sum(own[k][1][responses]) for k, responses in micro) for micro in parts]
+            )
         updates.append(update)
     return updates
 
 
-def passes(updates: list[list[list[int]]], per_token: float, communication: float = 0.0, overlap: float = 0.0) -> Part:
-    """One pass over all micro-batches: each lasts as its largest, because all GPUs gather every layer together.
+def passes(
+    updates: list[list[list[int]]], per_token: float, communication: float = 0.0, overlap: float = 0.0
+) -> Part:
+    """One pass over all micro-batches: each lasts as its largest, because all GPUs gather every layer
+    together.
 
     communication: seconds of one micro-batch, of which up to overlap x the computing time is hidden.
     """
@@ -173,7 +198,9 @@ def gather_seconds(size: float, ranks: int, groups: int, net: Network) -> float:
 
 
 def sharded_seconds(shape: Shape, gpus: int, sharding: str, net: Network) -> tuple[float, float]:
-    """(to gather all weights once in bf16; a whole micro-batch of an update: two gathers and the gradients in fp32)."""
+    """(to gather all weights once in bf16; a whole micro-batch of an update: two gathers and the gradients in
+    fp32).
+    """
     shards = min(gpus, net.per_node) if sharding == "hsdp" else gpus
     nodes, parts = gpus // shards, shape.layers + 1
     gather = gather_seconds(BF16 * shape.parameters, shards, parts, net)
@@ -185,7 +212,9 @@ def sharded_seconds(shape: Shape, gpus: int, sharding: str, net: Network) -> tup
 
 
 def exchange_seconds(lengths: Sequence[Sequence[int]], prompt: int, gpus: int, net: Network) -> float:
-    """minibatches.gather_groups: a ring through the CPUs; every share is as long as the longest, and all are unpickled."""
+    """minibatches.gather_groups: a ring through the CPUs; every share is as long as the longest, and all are
+    unpickled.
+    """
     if gpus == 1:
         return 0.0
     sizes = [TOKEN_BYTES * prompt + (TOKEN_BYTES + LOGPROB_BYTES) * sum(group) for group in lengths]
@@ -193,13 +222,13 @@ def exchange_seconds(lengths: Sequence[Sequence[int]], prompt: int, gpus: int, n
     return gpus * longest / net.objects + (gpus - 1) * net.hop + sum(sizes) / net.unpickle
 
 
-# ------------------------------------------------------------------------------------------------------------ a step
+# ----------------------------------------------------------------------------------------------------- a step
 
 
 def simulate_step(
     lengths: Sequence[Sequence[int]], prompt: int, gpus: int, rows: int, config: Config, shape: Shape, cost: Cost,
     net: Network, memory: float,
-) -> dict[str, Part]:  # fmt: skip
+) -> dict[str, Part]:
     """The phases of one step on so many GPUs. memory: bytes per second of a GPU's, for the optimizer."""
     gather, whole = sharded_seconds(shape, gpus, config.sharding, net)
     updates = schedule(lengths, prompt, config.minibatch_prompts, config.max_tokens_per_micro_batch, gpus)
@@ -218,33 +247,49 @@ def simulate_step(
     return parts | {"optimizer": Part(len(updates) * 7 * FP32 * shape.parameters / shards / memory)}
 
 
-def predict(config: Config, shape: Shape, a: Assumptions, cost: Cost, net: Network, args: argparse.Namespace) -> dict:
+def predict(
+    config: Config, shape: Shape, a: Assumptions, cost: Cost, net: Network, args: argparse.Namespace
+) -> dict:
     """The mean over --draws steps for a.gpus GPUs."""
     rows, seconds, steps = estimate(config, shape, a).rows, {}, []
     for draw in range(args.draws):
         lengths = draw_lengths(
             config.prompts_per_step, config.group_size, a.response_tokens, args.response_p99, config.max_response_tokens,
             args.seed + draw,
-        )  # fmt: skip
-        parts = simulate_step(lengths, a.prompt_tokens, a.gpus, rows, config, shape, cost, net, a.gpu_bandwidth * GB)
+        )
+        parts = simulate_step(
+            lengths, a.prompt_tokens, a.gpus, rows, config, shape, cost, net, a.gpu_bandwidth * GB
+        )
         for name, part in parts.items():
             seconds[name] = seconds.get(name, 0.0) + part.seconds / args.draws
         new = sum(map(sum, lengths))
-        total = [sum(getattr(part, key) for part in parts.values()) for key in ("seconds", "waiting", "exposed")]
-        steps.append([*total, new, new + len(lengths) * a.prompt_tokens, max(map(max, lengths)), parts["rollout"].waiting])
+        total = [
+            sum(getattr(part, key) for part in parts.values()) for key in ("seconds", "waiting", "exposed")
+        ]
+        steps.append(
+            [
+                *total,
+                new,
+                new + len(lengths) * a.prompt_tokens,
+                max(map(max, lengths)),
+                parts["rollout"].waiting,
+            ]
+        )
     step, waiting, exposed, new, tokens, longest, slept = (statistics.mean(column) for column in zip(*steps))
     return {
         "gpus": a.gpus, "prompts": config.prompts_per_step, "rows_at_once": rows, "phases": seconds, "step_s": step,
         "waiting_share": waiting / step, "rollout_waiting_share": slept / step, "exposed_share": exposed / step,
         "tokens_per_s_per_gpu": tokens / step / a.gpus, "tokens": tokens, "longest": longest,
         "mean_length": new / config.prompts_per_step / config.group_size,
-    }  # fmt: skip
+    }
 
 
 def roofline(config: Config, shape: Shape, a: Assumptions, overhead: float) -> Cost:
     """Seconds per token as estimate.py counts FLOPs and bytes, at the mean lengths."""
     alone = dataclasses.replace(a, gpus=1)
-    every = dataclasses.replace(config, kl_coef=config.kl_coef or 1.0)  # so that a forward pass is among the phases
+    every = dataclasses.replace(
+        config, kl_coef=config.kl_coef or 1.0
+    )  # so that a forward pass is among the phases
     rate = a.gpu_tflops * 1e12 * a.efficiency
     phases = {phase.name: phase.flops / rate for phase in phases_of_step(every, shape, alone, 1)}
     prompts, replies = config.prompts_per_step * a.prompt_tokens, config.group_size * a.response_tokens
@@ -254,11 +299,12 @@ def roofline(config: Config, shape: Shape, a: Assumptions, overhead: float) -> C
     return Cost(
         phases["prefill"] / prompts, phases["reference"] / (prompts + new), phases["update"] / (prompts + new),
         phases["decode"] / new, weights / (a.gpu_bandwidth * GB), kv / (a.gpu_bandwidth * GB), overhead,
-    )  # fmt: skip
+    )
 
 
 def fitted(cost: Cost, log: Path, gpus: int, config: Config, rows: int, tail: float) -> Cost:
-    """Costs that give the times of a run's log.jsonl. tail: p99 over mean of its response lengths, which no log has.
+    """Costs that give the times of a run's log.jsonl. tail: p99 over mean of its response lengths, which no
+    log has.
 
     The rollout's costs are multiplied by one factor. Raises ConfigError for a file without steps.
     """
@@ -269,7 +315,10 @@ def fitted(cost: Cost, log: Path, gpus: int, config: Config, rows: int, tail: fl
     changes = {"update": gpus / mean("update/tokens_per_s")}
     if "reference/tokens_per_s" in steps[0]:
         changes["forward"] = gpus / mean("reference/tokens_per_s")
-    length, longest = mean("completions/mean_length"), round(max(row["completions/max_length"] for row in steps))
+    length, longest = (
+        mean("completions/mean_length"),
+        round(max(row["completions/max_length"] for row in steps)),
+    )
     prompt = round(mean("num_tokens") / config.prompts_per_step - config.group_size * length)
     lengths = draw_lengths(config.prompts_per_step, config.group_size, length, tail * length, longest, 0)
     factor = mean("time/rollout_s") / statistics.mean(
@@ -279,14 +328,17 @@ def fitted(cost: Cost, log: Path, gpus: int, config: Config, rows: int, tail: fl
     return dataclasses.replace(cost, **changes)
 
 
-# ------------------------------------------------------------------------------------------------------------ output
+# ----------------------------------------------------------------------------------------------------- output
 
 
 def table(results: Sequence[dict]) -> list[str]:
     """A column per number of GPUs; efficiency: tokens per second and GPU over those of the first column."""
     first = results[0]["gpus"]
     line = lambda name, form, values: f"{name:<34}" + "".join(f"{format(x, form):>12}" for x in values)  # noqa: E731
-    lines = [line(name, ",d", [r[name.split()[0].lower()] for r in results]) for name in ("GPUs", "prompts of a step")]
+    lines = [
+        line(name, ",d", [r[name.split()[0].lower()] for r in results])
+        for name in ("GPUs", "prompts of a step")
+    ]
     for name in results[0]["phases"]:
         lines.append(line(f"{name}, s", ",.2f", [r["phases"][name] for r in results]))
     rows = [
@@ -295,11 +347,13 @@ def table(results: Sequence[dict]) -> list[str]:
         ("communication not hidden, share", "exposed_share", ".2f"), ("longest response, tokens", "longest", ",.0f"),
         ("sequences decoded at once", "rows_at_once", ",d"), ("tokens per second and GPU", "tokens_per_s_per_gpu", ",.0f"),
         (f"efficiency against {first} GPUs", "efficiency", ".2f"),
-    ]  # fmt: skip
+    ]
     return lines + [line(name, form, [r[key] for r in results]) for name, key, form in rows]
 
 
-def assumptions(config: Config, a: Assumptions, cost: Cost, net: Network, args: argparse.Namespace) -> list[str]:
+def assumptions(
+    config: Config, a: Assumptions, cost: Cost, net: Network, args: argparse.Namespace
+) -> list[str]:
     """Everything that the prediction takes for granted, a sentence a line."""
     source = f"a roofline: {a.efficiency:g} of {a.gpu_tflops:g} TFLOP/s, {a.gpu_bandwidth:g} GB/s of memory, not measured"
     note = f"Launching a decode step's kernels costs {args.overhead_ms:g} ms, a guess; bench/gpu.py measures step_ms."
@@ -331,12 +385,20 @@ def assumptions(config: Config, a: Assumptions, cost: Cost, net: Network, args: 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="7b", help=f"{', '.join(SIZES)} (Qwen2.5), or a folder with a config.json")
-    parser.add_argument("--config", default="", help="settings; default: the measured run's, or configs/qwen2.5-SIZE.yaml")
+    parser.add_argument(
+        "--model", default="7b", help=f"{', '.join(SIZES)} (Qwen2.5), or a folder with a config.json"
+    )
+    parser.add_argument(
+        "--config", default="", help="settings; default: the measured run's, or configs/qwen2.5-SIZE.yaml"
+    )
     parser.add_argument("--sharding", choices=("full", "hsdp"), help="default: that of the settings")
     parser.add_argument("--gpus", default="8,64,512", help="numbers of GPUs, comma-separated")
-    parser.add_argument("--scale_batch", action="store_true", help="prompts grow with the GPUs, from the first number on")
-    parser.add_argument("--response_p99", type=float, default=600.0, help="99th percentile of the response tokens")
+    parser.add_argument(
+        "--scale_batch", action="store_true", help="prompts grow with the GPUs, from the first number on"
+    )
+    parser.add_argument(
+        "--response_p99", type=float, default=600.0, help="99th percentile of the response tokens"
+    )
     parser.add_argument("--measured", type=Path, help="log.jsonl of a run of this model on this GPU")
     parser.add_argument("--measured_gpus", type=int, default=8, help="GPUs of that run")
     for name, default, help in (
@@ -344,7 +406,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         ("latency_us", 10.0, "of a collective, per doubling of its ranks"),
         ("overlap", 0.8, "share of computing that can hide communication"), ("objects", 1.25, "GB/s of a node for objects"),
         ("hop_us", 50.0, "from rank to rank, for objects"), ("unpickle", 0.1, "GB/s of a process"),
-    ):  # fmt: skip
+    ):
         parser.add_argument(f"--{name}", type=float, default=default, help=help)
     for name in ("prefill", "forward", "update"):
         parser.add_argument(f"--{name}_s", type=float, help="seconds per token, in place of the roofline's")
@@ -358,19 +420,23 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def main(arguments: list[str]) -> None:
-    """Prints the table, the assumptions and one line of JSON. Raises ConfigError or ModelError with one sentence."""
+    """Prints the table, the assumptions and one line of JSON. Raises ConfigError or ModelError with one
+    sentence.
+    """
     args = parse(arguments)
     ready = ROOT / "configs" / f"qwen2.5-{args.model if args.model in SIZES else '7b'}.yaml"
     settings = args.config or str(args.measured.parent / "config.yaml" if args.measured else ready)
     config = load_config(["--config", settings, *(["--sharding", args.sharding] if args.sharding else [])])
     counts = [int(word) if word.isdigit() else 0 for word in args.gpus.split(",")]
     if min(counts) < 1 or any(n > args.gpus_per_node and n % args.gpus_per_node for n in counts):
-        raise ConfigError(f"gpus must be numbers like 8,64,512, whole nodes of {args.gpus_per_node}, not {args.gpus!r}")
+        raise ConfigError(
+            f"gpus must be numbers like 8,64,512, whole nodes of {args.gpus_per_node}, not {args.gpus!r}"
+        )
     shape = shape_of(Qwen2Config(**SIZES[args.model]) if args.model in SIZES else model_config(args.model))
     known = {f.name: getattr(args, f.name) for f in dataclasses.fields(Assumptions) if hasattr(args, f.name)}
     a = Assumptions(**known | {"gpus": counts[0]})
     net = Network(a.gpus_per_node, a.network * GB, a.network_between * GB, 1e-6 * args.latency_us, args.overlap,
-                  args.objects * GB, 1e-6 * args.hop_us, args.unpickle * GB)  # fmt: skip
+                  args.objects * GB, 1e-6 * args.hop_us, args.unpickle * GB)
     cost = roofline(config, shape, a, 1e-3 * args.overhead_ms)
     if args.measured:
         at = dataclasses.replace(a, gpus=args.measured_gpus)
@@ -381,15 +447,27 @@ def main(arguments: list[str]) -> None:
     results = []
     for gpus in counts:
         times = gpus / counts[0] if args.scale_batch else 1
-        sizes = {key: round(getattr(config, key) * times) for key in ("prompts_per_step", "minibatch_prompts")}
+        sizes = {
+            key: round(getattr(config, key) * times) for key in ("prompts_per_step", "minibatch_prompts")
+        }
         own = dataclasses.replace(config, **sizes)
         results.append(predict(own, shape, dataclasses.replace(a, gpus=gpus), cost, net, args))
         results[-1]["efficiency"] = results[-1]["tokens_per_s_per_gpu"] / results[0]["tokens_per_s_per_gpu"]
     updates = config.prompts_per_step // config.minibatch_prompts
-    print(f"predicted, not measured: {args.model}, {shape.parameters / 1e9:.2f}B parameters, {updates} updates a step")
+    print(
+        f"predicted, not measured: {args.model}, {shape.parameters / 1e9:.2f}B parameters, {updates} updates a step"
+    )
     print("\n".join([*table(results), "", *assumptions(config, a, cost, net, args)]))
-    line = {"bench": "simulate", "results": results, "cost": dataclasses.asdict(cost), "network": dataclasses.asdict(net)}
-    line |= {"settings": settings, "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}}
+    line = {
+        "bench": "simulate",
+        "results": results,
+        "cost": dataclasses.asdict(cost),
+        "network": dataclasses.asdict(net),
+    }
+    line |= {
+        "settings": settings,
+        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+    }
     print(json.dumps(line))
 
 

@@ -1,17 +1,19 @@
 """One whole GRPO step against TRL's GRPOTrainer with its transformers rollout; the two take turns.
 
     pip install -r bench/requirements.txt
-    python bench/step_vs_trl.py [--case 512/64/8] [--prompts 8] [--rounds 5] [--trl_batch N] [--continuous_batching]
+    python bench/step_vs_trl.py [--case 512/64/8] [--prompts 8] [--rounds 5] [--trl_batch N]
+      [--continuous_batching]
 
---case P/R/G: P prompt tokens, exactly R new tokens, G completions per prompt. Both sides: the same Qwen2 of about 4 million
-random parameters, fp32, one thread, no gradient checkpointing, AdamW, KL to a frozen reference, one update per batch,
-entropy measured, the same cheap reward. Process time, so that other work on the machine counts less; a step is a rollout,
-rewards, reference log-probs, and the update, with each side's own logging. What differs: TRL shuffles its prompts; it
-masks the end token so that no completion ends early, where ours has no end token to meet. Each side may work on smaller
-batches inside a step, which a CPU's caches like: ours takes --micro_batch tokens, TRL --trl_batch completions (0: all at
-once) with as much gradient accumulation as makes it the same update. --continuous_batching: TRL's other rollout, with pages
-for all of its rows. Floor: the FLOPs that a step needs with every prompt
-computed once, attention included, at this machine's rate for a large matrix product. Ends with one line of JSON.
+--case P/R/G: P prompt tokens, exactly R new tokens, G completions per prompt. Both sides: the same Qwen2 of
+about 4 million random parameters, fp32, one thread, no gradient checkpointing, AdamW, KL to a frozen
+reference, one update per batch, entropy measured, the same cheap reward. Process time, so that other work on
+the machine counts less; a step is a rollout, rewards, reference log-probs, and the update, with each side's
+own logging. What differs: TRL shuffles its prompts; it masks the end token so that no completion ends early,
+where ours has no end token to meet. Each side may work on smaller batches inside a step, which a CPU's caches
+like: ours takes --micro_batch tokens, TRL --trl_batch completions (0: all at once) with as much gradient
+accumulation as makes it the same update. --continuous_batching: TRL's other rollout, with pages for all of
+its rows. Floor: the FLOPs that a step needs with every prompt computed once, attention included, at this
+machine's rate for a large matrix product. Ends with one line of JSON.
 """
 
 from __future__ import annotations
@@ -38,13 +40,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from train_step import matrix_rate  # noqa: E402
 
 import grpo  # noqa: E402
-from config import Config  # noqa: E402
-from engines import ENGINES, Prompt, cpu_pages  # noqa: E402
-from losses import group_std  # noqa: E402
-from minibatches import make_minibatches  # noqa: E402
-from model import build_tiny_tokenizer, load_model  # noqa: E402
-from rollout import Group  # noqa: E402
-from runtime import start_ranks  # noqa: E402
+from config import Config
+from corpus.tiny_model import build_tiny_tokenizer
+from distributed.batches import Group, make_minibatches
+from distributed.ranks import start_ranks
+from kernel.decode import Prompt
+from kernel.hf_engines import cpu_pages
+from losses import group_std
+from model import load_model
+from rollout import ENGINES
 
 KL, TEMPERATURE, LEARNING_RATE = 1e-3, 1.0, 1e-6
 
@@ -57,7 +61,7 @@ def build(folder: Path) -> None:
         vocab_size=2048, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=32768, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    )
     Qwen2ForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -70,14 +74,18 @@ def reward(ids: list[int]) -> float:
 class Peer:
     """TRL's trainer, made once; each call of `steps` times that many of its steps."""
 
-    def __init__(self, folder: Path, texts: list[str], new_tokens: int, copies: int, batch: int, continuous: bool) -> None:
+    def __init__(
+        self, folder: Path, texts: list[str], new_tokens: int, copies: int, batch: int, continuous: bool
+    ) -> None:
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
 
         self.seconds: list[float] = []
         rows = len(texts) * copies
         batch, never = batch or rows, {"min_new_tokens": new_tokens}
-        if continuous:  # knows no least length, but any end token; and would take most of a CPU's memory for its pages
+        if (
+            continuous
+        ):  # knows no least length, but any end token; and would take most of a CPU's memory for its pages
             never = {"eos_token_id": 2**20}
         self.trainer = GRPOTrainer(
             model=str(folder),
@@ -94,7 +102,7 @@ class Peer:
                 transformers_continuous_batching_config=cpu_pages([len(texts[0]) + new_tokens] * rows),
                 max_grad_norm=1.0, log_completions=False,
             ),
-        )  # fmt: skip
+        )
         peer = self
 
         class Timer(TrainerCallback):
@@ -135,28 +143,37 @@ def our_step(policy, reference, optimizer, tokenizer, prompts: list[Prompt], con
 
 
 def step_flops(model, prompt: int, new: int, copies: int, prompts: int) -> float:
-    """FLOPs of a step's matrix products: rollout and reference forward only, the update 3 times that; 2 per multiply-add.
+    """FLOPs of a step's matrix products: rollout and reference forward only, the update 3 times that; 2 per
+    multiply-add.
 
-    The LM head is counted for response tokens, what the last layer does after its keys and values not for prompts,
-    attention for the pairs that are not masked; its backward has 5 products where the forward has 2, because the scores are
-    computed again.
+    The LM head is counted for response tokens, what the last layer does after its keys and values not for
+    prompts, attention for the pairs that are not masked; its backward has 5 products where the forward has 2,
+    because the scores are computed again.
     """
     config, weights = model.config, sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
     own, replies = prompt * (prompt + 1) / 2, copies * (new * prompt + new * (new + 1) / 2)
     pairs = own * (config.num_hidden_layers - 1) + prompt + replies * config.num_hidden_layers
     linear = 2 * ((prompt + copies * new) * weights + copies * new * config.hidden_size * config.vocab_size)
-    linear -= 2 * (prompt - 1 + copies) * (config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size)
+    linear -= (
+        2
+        * (prompt - 1 + copies)
+        * (config.hidden_size**2 + 3 * config.hidden_size * config.intermediate_size)
+    )
     attention = 2 * 2 * pairs * config.hidden_size
     return prompts * (linear * (1 + 1 + 3) + attention * (1 + 1 + 3.5))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", default="512/64/8", help="prompt tokens / new tokens / completions per prompt")
+    parser.add_argument(
+        "--case", default="512/64/8", help="prompt tokens / new tokens / completions per prompt"
+    )
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--micro_batch", type=int, default=2048, help="tokens of our micro-batches")
-    parser.add_argument("--trl_batch", type=int, default=0, help="completions of TRL's micro-batches; 0: all of a step")
+    parser.add_argument(
+        "--trl_batch", type=int, default=0, help="completions of TRL's micro-batches; 0: all of a step"
+    )
     parser.add_argument("--continuous_batching", action="store_true", help="TRL's other transformers rollout")
     args = parser.parse_args()
     prompt_tokens, new_tokens, copies = map(int, args.case.split("/"))
@@ -168,7 +185,7 @@ def main() -> None:
         prompts_per_step=args.prompts, minibatch_prompts=args.prompts, group_size=copies, temperature=TEMPERATURE,
         kl_coef=KL, max_response_tokens=new_tokens, gradient_checkpointing=False,
         max_tokens_per_micro_batch=args.micro_batch,
-    )  # fmt: skip
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         build(folder)
@@ -176,7 +193,10 @@ def main() -> None:
         ranks, device = start_ranks(60.0, 1), torch.device("cpu")
         policy, reference = load_model(str(folder), device).train(), load_model(str(folder), device).eval()
         tokenizer = peer.trainer.processing_class
-        prompts = [Prompt(str(i), tokenizer.encode(text, add_special_tokens=False), i) for i, text in enumerate(texts)]
+        prompts = [
+            Prompt(str(i), tokenizer.encode(text, add_special_tokens=False), i)
+            for i, text in enumerate(texts)
+        ]
         assert all(len(p.ids) == prompt_tokens for p in prompts)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
         our_step(policy, reference, optimizer, tokenizer, prompts, config, ranks)
@@ -190,7 +210,9 @@ def main() -> None:
     ratios = sorted(b / a for a, b in zip(ours, theirs))
     import trl
 
-    print(f"{platform.machine()}, torch {torch.__version__}, TRL {trl.__version__}, {time.strftime('%Y-%m-%d')}, one thread")
+    print(
+        f"{platform.machine()}, torch {torch.__version__}, TRL {trl.__version__}, {time.strftime('%Y-%m-%d')}, one thread"
+    )
     print(f"{parameters / 1e6:.1f}M parameters, {args.prompts} prompts, case {args.case}, fp32")
     print(f"  ours  {min(ours):7.2f} s best {statistics.median(ours):7.2f} s median")
     print(f"  TRL   {min(theirs):7.2f} s best {statistics.median(theirs):7.2f} s median")
@@ -201,7 +223,7 @@ def main() -> None:
         "ours_s": round(statistics.median(ours), 2), "trl_s": round(statistics.median(theirs), 2),
         "ratio_min": round(ratios[0], 2),
         "ratio_median": round(statistics.median(ratios), 2), "ratio_max": round(ratios[-1], 2), "floor_s": round(floor, 2),
-    }))  # fmt: skip
+    }))
     torch.distributed.destroy_process_group()
 
 

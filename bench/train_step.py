@@ -1,11 +1,13 @@
-"""Forward + backward of a training step: groups packed with a shared prompt against a row per prompt + response.
+"""Forward + backward of a training step: groups packed with a shared prompt against a row per prompt +
+response.
 
     python bench/train_step.py [--case 1000/150/5] [--groups 1] [--repetitions 7]
 
---case P/R/G: prompt and response tokens, responses per prompt. A random Qwen2 of about 4M parameters, fp32, one
-thread. Both sides pack the same tokens, run the same token_logprobs (temperature 0.7, no entropy) and the backward;
-they take turns in one process, and every repetition gives one ratio of CPU times. The floor is the packed step's
-FLOPs at the rate that this machine reached in matrix products of the model's own shapes, measured in between.
+--case P/R/G: prompt and response tokens, responses per prompt. A random Qwen2 of about 4M parameters, fp32,
+one thread. Both sides pack the same tokens, run the same token_logprobs (temperature 0.7, no entropy) and the
+backward; they take turns in one process, and every repetition gives one ratio of CPU times. The floor is the
+packed step's FLOPs at the rate that this machine reached in matrix products of the model's own shapes,
+measured in between.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from model import count_parameters, pack, prepare_model, token_logprobs, use_attention  # noqa: E402
+from kernel.attention import use_attention
+from kernel.packing import pack
+from model import count_parameters, prepare_model, token_logprobs
 
 CPU = torch.device("cpu")
 HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, VOCAB = 256, 896, 4, 4, 2, 2048
@@ -37,7 +41,7 @@ def build_model(seed: int) -> nn.Module:
         vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=INNER, num_hidden_layers=LAYERS,
         num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, tie_word_embeddings=True,
         max_position_embeddings=32768,
-    )  # fmt: skip
+    )
     return prepare_model(Qwen2ForCausalLM(config), CPU).train()
 
 
@@ -62,8 +66,12 @@ def step_flops(prompt: int, response: int, copies: int, groups: int) -> float:
     pairs = own * (LAYERS - 1) + prompt + replies * LAYERS  # in the last layer a prompt's last token only
     # attention: 2 products forward; 5 backward, where the scores are computed again
     attention = 7 * 2 * pairs * HEADS * head_dim
-    unused = (prompt - 1 + copies) * (HIDDEN * HEADS * head_dim + 3 * HIDDEN * INNER)  # packing.trim_last_layer
-    return groups * (6 * (tokens * layer * LAYERS - unused) + attention + 6 * copies * response * HIDDEN * VOCAB)
+    unused = (prompt - 1 + copies) * (
+        HIDDEN * HEADS * head_dim + 3 * HIDDEN * INNER
+    )  # packing.trim_last_layer
+    return groups * (
+        6 * (tokens * layer * LAYERS - unused) + attention + 6 * copies * response * HIDDEN * VOCAB
+    )
 
 
 def matrix_rate(rows: int, inner: int, columns: int) -> float:
@@ -78,7 +86,9 @@ def matrix_rate(rows: int, inner: int, columns: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", default="1000/150/5", help="prompt tokens / response tokens / responses per prompt")
+    parser.add_argument(
+        "--case", default="1000/150/5", help="prompt tokens / response tokens / responses per prompt"
+    )
     parser.add_argument("--groups", type=int, default=1, help="prompts per step")
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--seed", type=int, default=0)
@@ -99,7 +109,9 @@ def main() -> None:
         rows.append((one[True], one[False]))
     floor = step_flops(prompt, response, copies, args.groups) / max(rates)
     median = statistics.median
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {count_parameters(model):,} parameters")
+    print(
+        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {count_parameters(model):,} parameters"
+    )
     print(f"case {args.case}, {args.groups} prompt(s), {args.repetitions} repetitions, CPU seconds (median)")
     print(f"{'':22}{'forward':>10}{'backward':>10}{'both':>10}")
     for name, side in (("shared prompt, packed", 0), ("a row per response", 1)):
@@ -110,12 +122,26 @@ def main() -> None:
     forward = sorted(row[1][0] / row[0][0] for row in rows)
     tokens = copies * (prompt + response) / (prompt + copies * response)
     print(f"ratio: {ratios[0]:.2f} / {median(ratios):.2f} / {ratios[-1]:.2f} (min / median / max), forward alone "
-          f"{median(forward):.2f}, tokens {tokens:.2f}")  # fmt: skip
-    result = {"bench": "train_step", "ratio_min": ratios[0], "ratio_median": median(ratios), "ratio_max": ratios[-1]}
+          f"{median(forward):.2f}, tokens {tokens:.2f}")
+    result = {
+        "bench": "train_step",
+        "ratio_min": ratios[0],
+        "ratio_median": median(ratios),
+        "ratio_max": ratios[-1],
+    }
     result |= {"forward_ratio_median": median(forward), "token_ratio": tokens}
-    result |= {"packed_s": median(sum(row[0][:2]) for row in rows), "floor_s": floor, "gflops": max(rates) / 1e9}
+    result |= {
+        "packed_s": median(sum(row[0][:2]) for row in rows),
+        "floor_s": floor,
+        "gflops": max(rates) / 1e9,
+    }
     result |= {"case": args.case, "groups": args.groups, "repetitions": args.repetitions, "seed": args.seed}
-    result |= {"parameters": count_parameters(model), "dtype": "float32", "threads": 1, "torch": torch.__version__}
+    result |= {
+        "parameters": count_parameters(model),
+        "dtype": "float32",
+        "threads": 1,
+        "torch": torch.__version__,
+    }
     print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}))
 
 

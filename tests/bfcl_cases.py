@@ -1,4 +1,6 @@
-"""What the tests of BFCL share: cases, replies and data folders made by hand, and where the genuine ones lie."""
+"""What the tests of BFCL share: cases, replies and data folders made by hand, and where the genuine ones
+lie.
+"""
 
 import gzip
 import json
@@ -6,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from bfcl_check import Problem
 from eval_bfcl import main
+from evals.bfcl_check import Problem
 
 SHARED = Path(__file__).parents[2] / "shared"
 DATA = SHARED / "data" / "bfcl"
@@ -53,6 +55,13 @@ WRONG = {"id": "simple_python_1", "output": reply(("f", {"p": 2}))}
 def score(tmp_path, rows, data, *options):
     """Runs `score` on rows; returns a reader for the files in its --out folder."""
     write_jsonl(tmp_path / "p.jsonl.gz", rows)
-    arguments = ["--predictions", str(tmp_path / "p.jsonl.gz"), "--data", str(data), "--out", str(tmp_path / "o")]
+    arguments = [
+        "--predictions",
+        str(tmp_path / "p.jsonl.gz"),
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path / "o"),
+    ]
     assert main(["score", *arguments, *options]) == 0
     return lambda name: [json.loads(line) for line in (tmp_path / "o" / name).read_text().splitlines()]

@@ -1,7 +1,8 @@
 """For test_readme.py: finds the commands of a page, and runs them in this process.
 
-A command runs as bash reads it, in a copy of the tree whose `python`, `torchrun` and `pip` ask this process to do the work:
-importing torch once is enough. What must not run is run up to the point where its options are accepted.
+A command runs as bash reads it, in a copy of the tree whose `python`, `torchrun` and `pip` ask this process
+to do the work: importing torch once is enough. What must not run is run up to the point where its options are
+accepted.
 """
 
 import argparse
@@ -31,12 +32,13 @@ from config import load_config
 ROOT = Path(__file__).parents[1]
 LIMIT = 100  # seconds that one script may take
 
-# ----------------------------------------------------------------------------------------- what a page asks to type
+# ----------------------------------------------------------------------------------- what a page asks to type
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command of a page. setup: the page's assignments before it; context: the paragraph in which it stands.
+    """One command of a page. setup: the page's assignments before it; context: the paragraph in which it
+    stands.
 
     language: bash, or python for a block of Python.
     """
@@ -58,12 +60,18 @@ SETUP = re.compile(r"(export |source |\w+=)[^ ;]*( \w+=[^ ;]*)*")
 
 
 def commands_of_block(block: str) -> Iterator[tuple[int, str]]:
-    """(line within the block, command): as many lines as bash needs, or the whole block where it begins with #!."""
+    """(line within the block, command): as many lines as bash needs, or the whole block where it begins with
+    #!.
+    """
     waiting = ""
     for i, line in enumerate(block.splitlines(keepends=True)):
         waiting += line
         script = block.startswith("#!") and waiting != block
-        if script or line.endswith("\\\n") or subprocess.run(["bash", "-n", "-c", waiting], capture_output=True).returncode:
+        if (
+            script
+            or line.endswith("\\\n")
+            or subprocess.run(["bash", "-n", "-c", waiting], capture_output=True).returncode
+        ):
             continue
         yield i + 1 - waiting.count("\n"), waiting
         waiting = ""
@@ -82,7 +90,11 @@ def commands(page: str) -> list[Command]:
         if language == "python":
             found.append(Command(f"{page}:{line + 1}", block, "", context, "python"))
         for offset, command in commands_of_block(block) if language == "bash" else ():
-            bare = command if block.startswith("#!") else re.sub(r"\s*\\\n\s*", " ", re.sub(r"(?m)(^| )#.*", "", command))
+            bare = (
+                command
+                if block.startswith("#!")
+                else re.sub(r"\s*\\\n\s*", " ", re.sub(r"(?m)(^| )#.*", "", command))
+            )
             if SETUP.fullmatch(bare.strip()):
                 setup.append(bare.strip())
             elif bare.strip():
@@ -91,7 +103,7 @@ def commands(page: str) -> list[Command]:
     return found
 
 
-# ------------------------------------------------------------------------------------ running it, in this process
+# -------------------------------------------------------------------------------- running it, in this process
 
 # Stands for each of these in the copy: asks this process, and hands on what it prints and returns.
 SHIMS = ("python", "torchrun", "pip", "vllm")
@@ -106,7 +118,7 @@ CLUSTER = {
     "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
     "scontrol": 'echo node1',
     "sbatch": 'true',
-}  # fmt: skip
+}
 
 
 def make_environment(place: Path) -> None:
@@ -139,9 +151,13 @@ def accepting(parse):
 
 @contextlib.contextmanager
 def as_found(place: Path) -> Iterator[None]:
-    """In the folder `place`; puts back what a script changes in its process, and ends it when it takes too long."""
+    """In the folder `place`; puts back what a script changes in its process, and ends it when it takes too
+    long.
+    """
     environment, path, words, there = dict(os.environ), list(sys.path), list(sys.argv), Path.cwd()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+    handlers = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    }
 
     def too_long(number, frame):
         raise TimeoutError(f"took longer than {LIMIT} s: make it smaller in RUN, or move it to NOT_RUN")
@@ -178,7 +194,9 @@ def run_script(script: str, arguments: list[str]) -> int:
 
 
 def answer(name: str, words: list[str], run: bool) -> int:
-    """What `python …`, `torchrun …` and so on return. run: else only the options are looked at. May raise anything."""
+    """What `python …`, `torchrun …` and so on return. run: else only the options are looked at. May raise
+    anything.
+    """
     if words[:2] == ["-m", "torch.distributed.run"]:
         name, words = "torchrun", words[2:]
     if words[:2] == ["-m", "pytest"]:  # of run.sh; the tests themselves run anyway
@@ -193,7 +211,9 @@ def answer(name: str, words: list[str], run: bool) -> int:
     with pytest.MonkeyPatch.context() as patch:
         if not run:
             patch.setattr("config.load_config", accepting(load_config))
-            patch.setattr(argparse.ArgumentParser, "parse_args", accepting(argparse.ArgumentParser.parse_args))
+            patch.setattr(
+                argparse.ArgumentParser, "parse_args", accepting(argparse.ArgumentParser.parse_args)
+            )
         return run_script(words[0], words[1:])
 
 
@@ -211,7 +231,9 @@ def exit_code(name: str, words: list[str], run: bool) -> int:
 
 
 def execute(command: Command, replacements: dict[str, str] | None, place: Path) -> str:
-    """Runs a command of a page in the copy -> "" or what went wrong. replacements: None, to look at options only."""
+    """Runs a command of a page in the copy -> "" or what went wrong. replacements: None, to look at options
+    only.
+    """
     text = command.text
     for old, new in (replacements or {}).items():
         if old not in text:
@@ -220,7 +242,11 @@ def execute(command: Command, replacements: dict[str, str] | None, place: Path) 
     script = f"set -eo pipefail\n{command.setup}\n{text}"
     if command.language == "python":
         return execute_python(text, replacements is not None, place)
-    said, failed, printed_by_bash = "", [], place.with_name("printed.txt")  # a file, because a pipe may be full
+    said, failed, printed_by_bash = (
+        "",
+        [],
+        place.with_name("printed.txt"),
+    )  # a file, because a pipe may be full
     environment = os.environ | {"PATH": f"{place}/.venv/bin:{os.environ['PATH']}", "PYTHON": sys.executable}
     with printed_by_bash.open("w") as file:
         shell = subprocess.Popen(["bash", "-c", script], cwd=place, env=environment, stdout=file, stderr=file)
@@ -244,7 +270,9 @@ def execute(command: Command, replacements: dict[str, str] | None, place: Path) 
 
 
 def execute_python(code: str, run: bool, place: Path) -> str:
-    """The same for a block of Python. Where it is not run: what it imports from this project must be there."""
+    """The same for a block of Python. Where it is not run: what it imports from this project must be
+    there.
+    """
     try:
         with as_found(place), contextlib.redirect_stdout(io.StringIO()):
             if run:
@@ -252,7 +280,9 @@ def execute_python(code: str, run: bool, place: Path) -> str:
             for node in ast.walk(ast.parse(code)):
                 if isinstance(node, ast.ImportFrom) and (ROOT / f"{node.module}.py").exists():
                     module = importlib.import_module(node.module)
-                    assert all(hasattr(module, name.name) for name in node.names), f"{node.module} has other names"
+                    assert all(hasattr(module, name.name) for name in node.names), (
+                        f"{node.module} has other names"
+                    )
     except (Exception, SystemExit):
         return traceback.format_exc()
     return ""

@@ -1,4 +1,6 @@
-"""configs/ablations: every file is the paper's main run but for what its name says, and says how to run it."""
+"""configs/ablations: every file is the paper's main run but for what its name says, and says how to run
+it.
+"""
 
 import dataclasses
 import re
@@ -63,14 +65,22 @@ def test_the_main_run_is_the_papers():
     run = settings("default")
     of_the_config = dataclasses.asdict(load_config(["--config", str(ROOT / "configs" / "qwen2.5-7b.yaml")]))
     changed = {key for key in run if run[key] != of_the_config[key]}
-    assert changed == {"data", "run_dir"} and run["data"] == "Salesforce/xlam-function-calling-60k,Team-ACE/ToolACE"
+    assert (
+        changed == {"data", "run_dir"}
+        and run["data"] == "Salesforce/xlam-function-calling-60k,Team-ACE/ToolACE"
+    )
     assert run["reward"] == "binary" and run["epochs"] == 7 and run["lr"] == 1e-6
 
 
 def test_the_two_halves_meet_without_overlap():
     """The same seed shuffles both, so SFT's half and RL's half are all of the data and share nothing."""
     first, second = settings("sft_reason_50"), settings("sft_reason_50_rl_50")
-    assert (first["data_from"], first["data_to"], second["data_from"], second["data_to"]) == (0.0, 0.5, 0.5, 1.0)
+    assert (first["data_from"], first["data_to"], second["data_from"], second["data_to"]) == (
+        0.0,
+        0.5,
+        0.5,
+        1.0,
+    )
     assert first["seed"] == second["seed"] and first["data"] == second["data"]
     assert second["model"] == first["run_dir"] + "/model"
 

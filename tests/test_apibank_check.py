@@ -2,8 +2,8 @@
 
 import pytest
 
-from apibank_check import MODES, check
-from apibank_data import GoldCall
+from evals.apibank_check import MODES, check
+from evals.apibank_data import GoldCall
 from prompts import ToolCall, render_calls
 
 KINDS = {"count": "int", "on": "bool", "degrees": "float", "attendees": "list(str)", "health_data": "list"}
@@ -21,7 +21,7 @@ def reply(name: str, arguments: dict) -> str:
     return f"<think>so</think>{render_calls([ToolCall(name, arguments)])}"
 
 
-# --------------------------------------------------------------------------------------------------------- the rules
+# -------------------------------------------------------------------------------------------------- the rules
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,12 @@ def reply(name: str, arguments: dict) -> str:
         ("RecordHealthData.time", "2023-03-05 09:00:00", "2023-03-05T09:00:00", False),
         ("RecordHealthData.time", "2023-03-05 00:00:00", "2023-03-05", False),
         ("RecordHealthData.health_data", [{"name": "a", "value": "1"}], [{"name": "b", "value": "2"}], True),
-        ("RecordHealthData.health_data", [{"name": "a", "value": "1"}], [{"name": "b", "value": "2"}] * 2, False),
+        (
+            "RecordHealthData.health_data",
+            [{"name": "a", "value": "1"}],
+            [{"name": "b", "value": "2"}] * 2,
+            False,
+        ),
         ("RecordHealthData.health_data", [{"name": "a", "value": "1"}], [{"name": "b"}], False),
         ("RecordHealthData.health_data", [{"name": "a", "value": "1"}], [], False),
         ("QueryHealthData.user_id", "j46801", " J46801", True),
@@ -108,7 +113,12 @@ def test_reason(output, reason):
 
 @pytest.mark.parametrize(
     ("arguments", "correct"),
-    [({"x": "1"}, True), ({"x": "1", "y": None}, True), ({"x": "1", "y": ""}, True), ({"x": "1", "y": "2"}, False)],
+    [
+        ({"x": "1"}, True),
+        ({"x": "1", "y": None}, True),
+        ({"x": "1", "y": ""}, True),
+        ({"x": "1", "y": "2"}, False),
+    ],
 )
 def test_blank_optional_argument_counts_as_absent(arguments, correct):
     assert check(make_case("Get", {"x": "1"}, optional=("y",)), reply("Get", arguments))[0] is correct
@@ -135,16 +145,29 @@ def test_gate_is_for_the_official_mode_only():
 
 def test_exact_mode_has_no_comparison_rules():
     case, right, near = make_case("Calculator", {"formula": "1+2"}), "1+2", "1 + 2"
-    assert [check(case, reply("Calculator", {"formula": f}), "exact")[0] for f in (right, near)] == [True, False]
+    assert [check(case, reply("Calculator", {"formula": f}), "exact")[0] for f in (right, near)] == [
+        True,
+        False,
+    ]
     undated = make_case("QueryStock", {"date": "soon"})  # which the official tool refuses, the gold's or not
-    assert [check(undated, reply("QueryStock", {"date": "soon"}), mode)[0] for mode in MODES[:3]] == [False, False, True]
+    assert [check(undated, reply("QueryStock", {"date": "soon"}), mode)[0] for mode in MODES[:3]] == [
+        False,
+        False,
+        True,
+    ]
 
 
 @pytest.mark.parametrize(
     ("block", "correct"),
     [
-        ('[{"name": "Other", "arguments": {}}, {"name": "Book", "arguments": {"count": "2"}}]', True),  # any call
-        ('{"name": "Other", "parameters": {}}\n{"name": "Book", "parameters": {"count": "2"}}', True),  # one per line
+        (
+            '[{"name": "Other", "arguments": {}}, {"name": "Book", "arguments": {"count": "2"}}]',
+            True,
+        ),  # any call
+        (
+            '{"name": "Other", "parameters": {}}\n{"name": "Book", "parameters": {"count": "2"}}',
+            True,
+        ),  # one per line
         ('{"parameters": {"count": "2"}}', True),  # the missing name is filled in
         ('{"name": "Book", "arguments": {"count": 2}}', False),  # golds are strings, so numbers fail
         ('{"name": "Book", "arguments": {"count": "3"}}', False),
@@ -173,7 +196,7 @@ def test_loose_mode(block, correct):
         b"<tool_call>",
     ],
     ids=lambda output: repr(output)[-70:-25],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("key", ["count", "degrees", "on", "health_data", "plain"])
 def test_no_output_raises(output, key):
     name = "RecordHealthData" if key == "health_data" else "Book"

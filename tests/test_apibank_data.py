@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 
-import apibank_data
-from apibank_check import check
-from apibank_data import EvalError, load_cases
+from evals import apibank_data
+from evals.apibank_check import check
+from evals.apibank_data import EvalError, load_cases
 from prompts import render_calls
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "apibank"
-needs_shared = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there; it holds API-Bank's dialogues")
+needs_shared = pytest.mark.skipif(
+    not DATA.is_dir(), reason=f"{DATA} is not there; it holds API-Bank's dialogues"
+)
 
 
 def class_source(api: dict, half: str = "") -> str:
@@ -55,20 +57,35 @@ def scenarios() -> list[dict]:
     listed: dict[str, dict] = {}
     for case in load_cases(DATA).values():
         if case.level == 3:
-            entry = listed.setdefault(case.scenario, {"requirement": f" {case.history[0]['text']}", "apis": []})
-            found = {call["output"]["output"]["name"] for call in entry["apis"] if call["api_name"] == "ToolSearcher"}
+            entry = listed.setdefault(
+                case.scenario, {"requirement": f" {case.history[0]['text']}", "apis": []}
+            )
+            found = {
+                call["output"]["output"]["name"]
+                for call in entry["apis"]
+                if call["api_name"] == "ToolSearcher"
+            }
             for name in (name for name in case.shown if name not in found):
                 result = {"api_name": "ToolSearcher", "output": {"name": name}, "exception": None}
-                entry["apis"].append({"api_name": "ToolSearcher", "input": {"keywords": name}, "output": result})
+                entry["apis"].append(
+                    {"api_name": "ToolSearcher", "input": {"keywords": name}, "output": result}
+                )
             # A later case tells with which types a call came back.
-            result = {"api_name": case.gold.name, "input": None, "output": outputs[case.id], "exception": None}
+            result = {
+                "api_name": case.gold.name,
+                "input": None,
+                "output": outputs[case.id],
+                "exception": None,
+            }
             entry["apis"].append({"api_name": case.gold.name, "input": case.written, "output": result})
     return list(listed.values())
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
-    """The genuine dialogues in the layout of the official repository, beside class files written from the descriptions."""
+    """The genuine dialogues in the layout of the official repository, beside class files written from the
+    descriptions.
+    """
     root = tmp_path_factory.mktemp("DAMO-ConvAI") / "api-bank"
     with tarfile.open(DATA / "lv1-lv2-samples.tar.gz") as archive:
         archive.extractall(root, filter="data")
@@ -85,12 +102,14 @@ def checkout(tmp_path_factory) -> Path:
 
 
 def plain_turns(case) -> list[tuple]:
-    """The turns without the inputs of past calls, whose types not every source tells, and results as texts."""
+    """The turns without the inputs of past calls, whose types not every source tells, and results as
+    texts.
+    """
     results = [str(turn.get("result", {}).get("output")) for turn in case.history]
     return [(t["role"], t.get("text"), t.get("api_name"), result) for t, result in zip(case.history, results)]
 
 
-# ------------------------------------------------------------------------------------------- the official checkout
+# -------------------------------------------------------------------------------------- the official checkout
 
 
 @needs_shared
@@ -103,7 +122,9 @@ def test_the_checkout_gives_the_cases_of_the_folder(checkout, level):
         for key in ("written", "shown", "rejected", "scenario"):
             assert getattr(case, key) == getattr(other, key), (case.id, key)
         # The folder leaves whole numbers of level 3 as texts; both are numbers once they are compared.
-        arguments = {key: str(v) if level == 3 and isinstance(v, int) else v for key, v in case.gold.arguments.items()}
+        arguments = {
+            key: str(v) if level == 3 and isinstance(v, int) else v for key, v in case.gold.arguments.items()
+        }
         assert (case.gold.name, arguments) == (other.gold.name, other.gold.arguments)
         assert plain_turns(case) == plain_turns(other)
         assert case.history == other.history or level == 3
@@ -134,15 +155,19 @@ def test_rejected_golds_are_those_of_the_official_evaluator():
     of_schema = [why for why in told.values() if "invalid parameter name" in why]
     reasons = Counter(case.rejected for case in cases.values() if case.rejected)
     assert reasons["the schema has no argument device_id"] == len(of_schema) == 8
-    names = Counter(cases[case_id].gold.name for case_id in told if cases[case_id].gold.name in apibank_data.REJECTED)
+    names = Counter(
+        cases[case_id].gold.name for case_id in told if cases[case_id].gold.name in apibank_data.REJECTED
+    )
     assert names == {
         "QueryScene": 5, "DeleteMeeting": 3, "ForgotPassword": 4, "RegisterUser": 1, "GetUserToken": 2,
         "QueryRegistration": 1,
-    }  # fmt: skip
+    }
 
 
 def read_class(tmp_path, body: str) -> dict:
-    (tmp_path / "tool.py").write_text(f"class Tool(API):\n    input_parameters = {{'a': {{'type': 'str'}}}}\n{body}")
+    (tmp_path / "tool.py").write_text(
+        f"class Tool(API):\n    input_parameters = {{'a': {{'type': 'str'}}}}\n{body}"
+    )
     return apibank_data.read_apis(tmp_path)["Tool"]
 
 
@@ -161,7 +186,7 @@ def test_required_arguments_come_from_the_signature(tmp_path, signature, require
     body = f"    description = 'a ' 'tool'\n    def call({signature}):\n        pass\n"
     assert read_class(tmp_path, body) == {
         "name": "Tool", "description": "a tool", "input_parameters": {"a": {"type": "str"}}, "required": required,
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(
@@ -175,14 +200,14 @@ def test_required_arguments_come_from_the_signature(tmp_path, signature, require
         ("    input_parameters = {'a': {'type': 'blob'}}\n    description = ''\n    def call(self):\n        pass\n",
          "class Tool: parameter a has the unknown type 'blob'"),
     ],
-)  # fmt: skip
+)
 def test_unreadable_class_is_named(tmp_path, body, complaint):
     with pytest.raises(EvalError, match=re.escape(complaint)) as error:
         read_class(tmp_path, body)
     assert str(error.value).startswith(f"{tmp_path / 'tool.py'}: its API cannot be read")
 
 
-# -------------------------------------------------------------------------------------------------- the hub's file
+# --------------------------------------------------------------------------------------------- the hub's file
 
 
 @needs_shared
@@ -194,7 +219,11 @@ def test_the_hub_file_is_the_389_calls_and_10_repeats():
     assert len({case.id for case in partners}) == 389
     other_turns = []
     for case, partner in zip(hub.values(), partners):
-        assert (case.gold, case.written, case.level) == (partner.gold, partner.written, 1)  # texts became JSON types
+        assert (case.gold, case.written, case.level) == (
+            partner.gold,
+            partner.written,
+            1,
+        )  # texts became JSON types
         assert (case.rejected, set(case.shown)) == (partner.rejected, set(partner.shown))
         assert case.apis[case.gold.name]["required"] == partner.apis[case.gold.name]["required"]
         if plain_turns(case) != plain_turns(partner):
@@ -205,23 +234,33 @@ def test_the_hub_file_is_the_389_calls_and_10_repeats():
 @needs_shared
 def test_the_hub_file_is_scored_by_the_same_rules():
     cases = load_cases(DATA / "hammer_apibank_l1.json.gz").values()
-    right = {mode: sum(check(c, render_calls([c.gold]), mode)[0] for c in cases) for mode in ("official", "corrected")}
+    right = {
+        mode: sum(check(c, render_calls([c.gold]), mode)[0] for c in cases)
+        for mode in ("official", "corrected")
+    }
     assert right == {"official": 377, "corrected": 399}
 
 
 @needs_shared
 def test_table_of_optional_arguments_is_that_of_the_signatures():
     apis = json.loads((DATA / "api_descriptions.json").read_text())["level1_2"]
-    optional = {api["name"]: tuple(key for key in api["input_parameters"] if key not in api["required"]) for api in apis}
+    optional = {
+        api["name"]: tuple(key for key in api["input_parameters"] if key not in api["required"])
+        for api in apis
+    }
     assert {name: keys for name, keys in optional.items() if keys} == apibank_data.OPTIONAL
 
 
-# ---------------------------------------------------------------------------------------------------------- errors
+# ----------------------------------------------------------------------------------------------------- errors
 
 
 def hub_item(**changes) -> dict:
     tool = {"name": "Add", "description": "", "parameters": {"x": {"type": "str", "description": ""}}}
-    item = {"query": [{"role": "user", "content": "go"}], "tools": [tool], "answers": [{"name": "Add", "arguments": {}}]}
+    item = {
+        "query": [{"role": "user", "content": "go"}],
+        "tools": [tool],
+        "answers": [{"name": "Add", "arguments": {}}],
+    }
     return item | changes
 
 
@@ -238,14 +277,30 @@ HUB = "hub.json"
     [
         ({"notes.txt": ""}, "", ": no API-Bank data; --data takes the official folder api-bank"),
         ({}, "gone", "gone: no such file or folder; --data takes"),
-        ({"cases.jsonl": "{}\n"}, "", "api_descriptions.json: no such file; it belongs beside the other files"),
+        (
+            {"cases.jsonl": "{}\n"},
+            "",
+            "api_descriptions.json: no such file; it belongs beside the other files",
+        ),
         ({"cases.jsonl": "{}\n", "api_descriptions.json": "{"}, "", "api_descriptions.json: not JSON"),
-        ({"cases.jsonl": "{}\n", "api_descriptions.json": APIS}, "", "cases.jsonl:1: no usable case (KeyError('level'))"),
+        (
+            {"cases.jsonl": "{}\n", "api_descriptions.json": APIS},
+            "",
+            "cases.jsonl:1: no usable case (KeyError('level'))",
+        ),
         ({"cases.jsonl": "{}\n[", "api_descriptions.json": APIS}, "", "cases.jsonl:2: not a JSON object"),
-        (CHECKOUT | {"lv1-lv2-samples/README": ""}, "", "lv1-lv2-samples: holds no dialogues (level-1-given-desc, level-2"),
+        (
+            CHECKOUT | {"lv1-lv2-samples/README": ""},
+            "",
+            "lv1-lv2-samples: holds no dialogues (level-1-given-desc, level-2",
+        ),
         ({"apis/README": "", TURNS: "{}"}, "", "apis: holds no API classes; complete the checkout"),
         (CHECKOUT | {TURNS: '{"role": "AI", "text": ""}\n{'}, "", "Add-level-1-1.jsonl:2: not a JSON object"),
-        (CHECKOUT | {TURNS: '{"role": "API", "api_name": "Sub"}'}, "", "jsonl:1: no usable turn (KeyError('result'))"),
+        (
+            CHECKOUT | {TURNS: '{"role": "API", "api_name": "Sub"}'},
+            "",
+            "jsonl:1: no usable turn (KeyError('result'))",
+        ),
         ({HUB: "[1]"}, HUB, "hub.json: item 0 has not the keys query, tools and answers"),
         ({HUB: "{}"}, HUB, "hub.json: item 0 has not the keys query, tools and answers"),
         ({HUB: [hub_item(), hub_item(answers=[])]}, HUB, "hub.json: item 1 has not the keys query"),

@@ -1,4 +1,5 @@
-"""Augmentation: what is taken away leaves [] right, and what is renamed is renamed everywhere, values excepted.
+"""Augmentation: what is taken away leaves [] right, and what is renamed is renamed everywhere, values
+excepted.
 
 The genuine files decide: a rename that can be undone to the last character has lost nothing.
 """
@@ -11,11 +12,12 @@ from pathlib import Path
 
 import pytest
 
-import augment
-from augment import draw_masks, irrelevant_examples, mask_names, masked_examples
-from data import Example, load_examples
+from corpus import augment
+from corpus.augment import draw_masks, irrelevant_examples, mask_names, masked_examples
+from corpus.examples import Example
+from corpus.layouts import load_examples
+from corpus.schema import missing_arguments, properties, required, wrong_types
 from prompts import ToolCall
-from schema import missing_arguments, properties, required, wrong_types
 
 SHARED = Path(__file__).parents[2] / "shared" / "data" / "train"
 FILES = ("xlam_rawformat_repacked.json", "toolace_first100_rawformat_reconstructed.json")
@@ -30,7 +32,9 @@ def genuine(request) -> list[Example]:
 
 def tool(name: str, description: str = "Does something.", **parameters) -> dict:
     """Flat parameters as in xLAM: a text is the description of a string, a dict a whole declaration."""
-    declared = {k: {"type": "str", "description": v} if isinstance(v, str) else v for k, v in parameters.items()}
+    declared = {
+        k: {"type": "str", "description": v} if isinstance(v, str) else v for k, v in parameters.items()
+    }
     return {"name": name, "description": description, "parameters": declared}
 
 
@@ -39,9 +43,13 @@ BOOKS = tool("find_books", "Books by subject.", subject="What they are about.")
 NEWS = tool("News Feed", "Latest headlines.", city_name="Where from.")
 
 
-def example(query="Will it rain in Oslo?", tools=(RAIN, BOOKS, NEWS), answer=None, before=(), **changes) -> Example:
+def example(
+    query="Will it rain in Oslo?", tools=(RAIN, BOOKS, NEWS), answer=None, before=(), **changes
+) -> Example:
     answer = [ToolCall("get_rain", {"city_name": "Oslo"})] if answer is None else answer
-    made = Example("7", "xlam", [*before, {"role": "user", "content": query}], list(tools), answer, ("a demonstration",))
+    made = Example(
+        "7", "xlam", [*before, {"role": "user", "content": query}], list(tools), answer, ("a demonstration",)
+    )
     return replace(made, **changes)
 
 
@@ -72,11 +80,13 @@ def masked_text(text: str, **changes) -> str:
     return text
 
 
-# -------------------------------------------------------------------------------------------------- irrelevance
+# ------------------------------------------------------------------------------------------------ irrelevance
 
 
 def test_the_tools_of_the_answer_are_gone_and_nothing_is_to_be_called():
-    plain = example(answer=[ToolCall("get_rain", {"city_name": "Oslo"}), ToolCall("News Feed", {"city_name": "Oslo"})])
+    plain = example(
+        answer=[ToolCall("get_rain", {"city_name": "Oslo"}), ToolCall("News Feed", {"city_name": "Oslo"})]
+    )
     [made] = irrelevant_examples([plain], 1.0, 0)
     assert made == replace(plain, id="7#irrelevant", tools=[BOOKS], answer=[], demonstrations=())
 
@@ -86,12 +96,17 @@ UNSUITABLE = {
     "nothing is called already": example(answer=[]),
     "no tool remains": example(tools=[RAIN]),
     "a past call may have used what is gone": example(before=[CALLED]),
-    "a result names what is gone": example(before=[{"role": "tool", "content": '[{"name": "get_rain", "results": 3}]'}]),
+    "a result names what is gone": example(
+        before=[{"role": "tool", "content": '[{"name": "get_rain", "results": 3}]'}]
+    ),
     "its twin by name": example(tools=[RAIN, tool("GetRain V2", "Water.")]),
     "its twin by name, in other words": example(tools=[RAIN, tool("Rain API", "Water.")]),
     "its twin by description": example(tools=[RAIN, tool("precipitation", "The rain in a place.")]),
     "its twin by parameters": example(
-        tools=[tool("get_rain", "Rain.", lat="", lon="", day=""), tool("wetness", "Water.", day="", lat="", lon="")]
+        tools=[
+            tool("get_rain", "Rain.", lat="", lon="", day=""),
+            tool("wetness", "Water.", day="", lat="", lon=""),
+        ]
     ),
 }
 
@@ -120,7 +135,7 @@ def test_genuine_irrelevant_examples(genuine):
         assert one.id.split("#")[0] == plain.id.split("#")[0]  # the split by record keeps the two together
 
 
-# ------------------------------------------------------------------------------------------------------ masking
+# ---------------------------------------------------------------------------------------------------- masking
 
 
 def test_masking_can_be_undone_to_the_last_character(genuine):
@@ -141,7 +156,9 @@ def test_masking_hides_nearly_all_names_behind_random_ones(genuine):
         back = masks_between(plain, one)
         names += len({name for tool in plain.tools for name in [tool["name"], *properties(tool)]})
         hidden += len(set(back.values()))
-        assert len(set(map(str.lower, back))) == len(set(back.values()))  # one mask per name, one name per mask
+        assert len(set(map(str.lower, back))) == len(
+            set(back.values())
+        )  # one mask per name, one name per mask
         for mask in back:
             assert re.fullmatch(r"[A-Za-z][A-Za-z0-9]{4,14}", mask) and re.search(r"[a-z][A-Z]|\d", mask)
             assert mask.lower() not in as_text(plain).lower()
@@ -154,11 +171,15 @@ def test_masked_calls_are_the_same_calls(genuine):
         old_tools, new_tools = ({tool["name"]: tool for tool in tools} for tools in (plain.tools, one.tools))
         for old, new in zip(all_calls(plain), all_calls(one), strict=True):
             assert back.get(new.name, new.name) == old.name
-            assert json.dumps(list(new.arguments.values())) == json.dumps(list(old.arguments.values()))  # 1 is not 1.0
+            assert json.dumps(list(new.arguments.values())) == json.dumps(
+                list(old.arguments.values())
+            )  # 1 is not 1.0
             if old.name not in old_tools:
                 continue
             was, now = old_tools[old.name], new_tools[new.name]
-            assert [k in properties(now) for k in new.arguments] == [k in properties(was) for k in old.arguments]
+            assert [k in properties(now) for k in new.arguments] == [
+                k in properties(was) for k in old.arguments
+            ]
             assert [back.get(k, k) for k in required(now)] == required(was)
             missing = missing_arguments(new.arguments, now)
             assert [back.get(k, k) for k in missing] == missing_arguments(old.arguments, was)
@@ -176,10 +197,16 @@ def test_every_argument_that_the_conversation_showed_is_still_shown(genuine):
 @pytest.mark.parametrize(
     "text, expected",
     [
-        ("With city_name Oslo, not my_city_name or city_names.", "With <city_name> Oslo, not my_city_name or city_names."),
+        (
+            "With city_name Oslo, not my_city_name or city_names.",
+            "With <city_name> Oslo, not my_city_name or city_names.",
+        ),
         ("In how many days? Any news feed?", "In how many days? Any news feed?"),
         ("Call `find_books`.", "Call `<find_books>`."),
-        ("The News Feed of today.", "The News Feed of today."),  # a request for the thing is no mention of the tool
+        (
+            "The News Feed of today.",
+            "The News Feed of today.",
+        ),  # a request for the thing is no mention of the tool
         ('"News Feed of Oslo", "The News Feed"', '"News Feed of Oslo", "The News Feed"'),
         ('From "News Feed", or the News Feed tool.', 'From "<News Feed>", or the <News Feed> tool.'),
     ],
@@ -190,7 +217,10 @@ def test_texts_lose_the_names_that_no_ordinary_word_looks_like(text, expected):
 
 @pytest.mark.parametrize("name", ["sortBy", "a.b", "/email/check", "text1", "filter[id]"])
 def test_names_that_look_like_code(name):
-    assert masked_text(f"Set {name} to 3.", tools=[RAIN, tool("t", **{name: "Some text."})]) == f"Set <{name}> to 3."
+    assert (
+        masked_text(f"Set {name} to 3.", tools=[RAIN, tool("t", **{name: "Some text."})])
+        == f"Set <{name}> to 3."
+    )
 
 
 @pytest.mark.parametrize("name", ["GSTIN", "mp3", "e-mail", "City", "Zip code"])
@@ -202,30 +232,46 @@ def test_names_that_are_words_stay_in_texts(name):
 
 def test_the_longest_name_wins():
     tools = [RAIN, tool("t", **{"date": "Day.", "date.from": "First.", "date.from.utc": "First, elsewhere."})]
-    assert masked_text("Set date.from.utc and date.from.", tools=tools) == "Set <date.from.utc> and <date.from>."
+    assert (
+        masked_text("Set date.from.utc and date.from.", tools=tools) == "Set <date.from.utc> and <date.from>."
+    )
 
 
 def test_a_capital_inside_does_not_make_code_of_several_words():
-    assert masked_text("The TikTok Likes of Oslo.", tools=[RAIN, tool("TikTok Likes")]) == "The TikTok Likes of Oslo."
+    assert (
+        masked_text("The TikTok Likes of Oslo.", tools=[RAIN, tool("TikTok Likes")])
+        == "The TikTok Likes of Oslo."
+    )
 
 
 def test_descriptions_and_results_follow():
     books = tool("find_books", "See city_name of get_rain.", where="Like `city_name`, in find_books.")
     content = '[{"name": "Rain", "results": {"name": "Rain in May", "title": "Rain", "city_name": "Oslo"}}]'
-    plain = example(tools=[RAIN, books, tool("Rain", "Water.")], before=[{"role": "tool", "content": content}])
+    plain = example(
+        tools=[RAIN, books, tool("Rain", "Water.")], before=[{"role": "tool", "content": content}]
+    )
     masked = mask_names(plain, 0)
     mask = {name: mask for mask, name in masks_between(plain, masked).items()}
     assert masked.tools[1]["description"] == f"See {mask['city_name']} of {mask['get_rain']}."
     declared = masked.tools[1]["parameters"][mask["where"]]
     assert declared["description"] == f"Like `{mask['city_name']}`, in {mask['find_books']}."
     # The word "Rain" is the tool only where a result says so; city_name stays one word for one thing.
-    content = content.replace('"name": "Rain",', f'"name": "{mask["Rain"]}",').replace("city_name", mask["city_name"])
+    content = content.replace('"name": "Rain",', f'"name": "{mask["Rain"]}",').replace(
+        "city_name", mask["city_name"]
+    )
     assert masked.messages[0]["content"] == content
 
 
 def test_both_lists_of_required_parameters_and_inner_fields():
-    """ToolACE lists `required` beside `parameters`, JSON Schema inside. Fields of an object keep their names."""
-    inner = {"street_no": {"type": "string", "anyOf": [{"description": "Unlike city_name.", "format": "city_name"}]}}
+    """ToolACE lists `required` beside `parameters`, JSON Schema inside. Fields of an object keep their
+    names.
+    """
+    inner = {
+        "street_no": {
+            "type": "string",
+            "anyOf": [{"description": "Unlike city_name.", "format": "city_name"}],
+        }
+    }
     address = {"type": "object", "description": "Where.", "properties": inner, "required": ["street_no"]}
     declared = {"address": address, "city_name": {"type": "string", "description": "The town."}}
     schema = {
@@ -243,9 +289,14 @@ def test_both_lists_of_required_parameters_and_inner_fields():
     assert set(mask) == {"move_to", "address", "city_name"}
     assert made["parameters"]["required"] == [mask["address"], "unknown", {}]
     assert made["required"] == [mask["city_name"]]
-    field = {"type": "string", "anyOf": [{"description": f"Unlike {mask['city_name']}.", "format": "city_name"}]}
+    field = {
+        "type": "string",
+        "anyOf": [{"description": f"Unlike {mask['city_name']}.", "format": "city_name"}],
+    }
     assert made["parameters"]["properties"][mask["address"]] == address | {"properties": {"street_no": field}}
-    assert masked.answer == [ToolCall(mask["move_to"], {mask["address"]: {"street_no": "5"}, mask["city_name"]: "Oslo"})]
+    assert masked.answer == [
+        ToolCall(mask["move_to"], {mask["address"]: {"street_no": "5"}, mask["city_name"]: "Oslo"})
+    ]
 
 
 def test_past_calls_are_masked_and_those_of_unlisted_tools_are_not():
@@ -255,7 +306,9 @@ def test_past_calls_are_masked_and_those_of_unlisted_tools_are_not():
     masked = mask_names(plain, 0)
     mask = {name: mask for mask, name in masks_between(plain, masked).items()}
     assert masked.messages[0]["calls"] == [ToolCall(mask["get_rain"], {mask["days"]: "2"}), past[1]]
-    assert not {"subject", "days_ahead"} & set(mask)  # one name, one mask: theirs would have changed the unlisted call
+    assert not {"subject", "days_ahead"} & set(
+        mask
+    )  # one name, one mask: theirs would have changed the unlisted call
 
 
 @pytest.mark.parametrize(
@@ -265,13 +318,31 @@ def test_past_calls_are_masked_and_those_of_unlisted_tools_are_not():
         "inside a value": ("News Feed", {"answer": [ToolCall("get_rain", {"days": ["my News Feed, 2"]})]}),
         "a key inside a value": ("subject", {"answer": [ToolCall("get_rain", {"days": {"subject": 1}})]}),
         "a value is part of it": ("city_name", {"answer": [ToolCall("get_rain", {"days": "City"})]}),
-        "a value of a past call": ("city_name", {"before": [CALLED | {"calls": [ToolCall("x", {"y": "city_name"})]}]}),
-        "a default": ("city_name", {"tools": [RAIN, tool("t", by={"description": "So.", "default": "city_name"})]}),
-        "an enum": ("city_name", {"tools": [RAIN, tool("t", by={"description": "So.", "items": {"enum": ["city_name"]}})]}),
-        "not declared": ("subject", {"tools": [BOOKS, RAIN], "answer": [ToolCall("get_rain", {"subject": "a"})]}),
+        "a value of a past call": (
+            "city_name",
+            {"before": [CALLED | {"calls": [ToolCall("x", {"y": "city_name"})]}]},
+        ),
+        "a default": (
+            "city_name",
+            {"tools": [RAIN, tool("t", by={"description": "So.", "default": "city_name"})]},
+        ),
+        "an enum": (
+            "city_name",
+            {"tools": [RAIN, tool("t", by={"description": "So.", "items": {"enum": ["city_name"]}})]},
+        ),
+        "not declared": (
+            "subject",
+            {"tools": [BOOKS, RAIN], "answer": [ToolCall("get_rain", {"subject": "a"})]},
+        ),
         "not described": ("city_name", {"tools": [tool("get_rain", city_name=" ", days="How many.")]}),
-        "not declared by an object": ("city_name", {"tools": [{**RAIN, "parameters": {"city_name": "The town."}}]}),
-        "described by its own name": ("city_name", {"tools": [tool("get_rain", city_name="city_name.", days="So.")]}),
+        "not declared by an object": (
+            "city_name",
+            {"tools": [{**RAIN, "parameters": {"city_name": "The town."}}]},
+        ),
+        "described by its own name": (
+            "city_name",
+            {"tools": [tool("get_rain", city_name="city_name.", days="So.")]},
+        ),
     }.values(),
 )
 def test_names_that_are_kept(name, changes):
@@ -282,7 +353,8 @@ def test_names_that_are_kept(name, changes):
 
 
 def test_demonstrations_do_not_survive_masking():
-    # A thought such as "the rain tool for the city" would name what is no longer there, and no rule could find it.
+    # A thought such as "the rain tool for the city" would name what is no longer there, and no rule could
+    # find it.
     assert example().demonstrations and mask_names(example(), 0).demonstrations == ()
 
 
@@ -298,7 +370,7 @@ def test_an_example_without_describing_texts_stays_itself():
     assert mask_names(plain, 0) is plain
 
 
-# ------------------------------------------------------------------------------------------------ seeds and shares
+# ------------------------------------------------------------------------------------------- seeds and shares
 
 
 @pytest.mark.parametrize("made_of", [irrelevant_examples, masked_examples])

@@ -1,4 +1,5 @@
-"""bench/gpu.py: it runs without a GPU, its checks fail where something is wrong, and nothing it measured is lost.
+"""bench/gpu.py: it runs without a GPU, its checks fail where something is wrong, and nothing it measured is
+lost.
 
 A GPU is to be had for minutes only: they must not be spent on the program's own mistakes.
 """
@@ -23,9 +24,10 @@ import gpu_measure  # noqa: E402
 import gpu_numerics  # noqa: E402
 from gpu_measure import TINY_LOAD, TINY_SHAPES, Load, Session, attempt, build, decode_floor, forward_flops  # noqa: E402
 
-from engines import ENGINES  # noqa: E402
-from model import token_logprobs, use_attention  # noqa: E402
-from packing import pack  # noqa: E402
+from kernel.attention import use_attention
+from kernel.packing import pack
+from model import token_logprobs
+from rollout import ENGINES
 
 torch.set_num_threads(1)
 
@@ -56,13 +58,22 @@ def written(session) -> list[dict]:
     return [json.loads(line) for line in session.out.read_text().splitlines()]
 
 
-# -------------------------------------------------------------------------------------------------- the whole program
+# ------------------------------------------------------------------------------------------ the whole program
 
 
 def test_every_part_runs_on_tiny_models_and_the_checks_pass(tmp_path):
-    command = [sys.executable, "bench/gpu.py", "--tiny", "--parts", "all", "--out", str(tmp_path / "new" / "gpu.jsonl")]
+    command = [
+        sys.executable,
+        "bench/gpu.py",
+        "--tiny",
+        "--parts",
+        "all",
+        "--out",
+        str(tmp_path / "new" / "gpu.jsonl"),
+    ]
     done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
@@ -86,12 +97,16 @@ def test_what_does_not_fit_into_the_time_is_said(tmp_path, capsys):
 
 @pytest.mark.parametrize("values, code", [({"passed": True}, 0), ({"passed": False}, 1), ({"error": "x"}, 1)])
 def test_the_exit_code_tells_whether_all_is_right(values, code, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(gpu, "PARTS", {"numerics": (lambda session: gpu.emit(session, "numerics", "one", values), 1.0)})
+    monkeypatch.setattr(
+        gpu, "PARTS", {"numerics": (lambda session: gpu.emit(session, "numerics", "one", values), 1.0)}
+    )
     assert gpu.main(["--tiny", "--out", str(tmp_path / "gpu.jsonl")]) == code
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["failed"] == ["numerics: one"] * code
 
 
-@pytest.mark.parametrize("arguments, message", [([], "--tiny"), (["--tiny", "--parts", "numerics,speed"], "unknown: speed")])
+@pytest.mark.parametrize(
+    "arguments, message", [([], "--tiny"), (["--tiny", "--parts", "numerics,speed"], "unknown: speed")]
+)
 def test_wrong_calls_are_refused_with_a_sentence(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit):
@@ -99,7 +114,7 @@ def test_wrong_calls_are_refused_with_a_sentence(arguments, message, capsys, mon
     assert message in capsys.readouterr().err
 
 
-# ------------------------------------------------------------------------------------------- what goes wrong is told
+# ------------------------------------------------------------------------------------ what goes wrong is told
 
 
 def out_of_memory(session) -> dict:
@@ -122,7 +137,10 @@ def test_a_failed_measurement_is_a_result_and_the_next_one_runs(session, capsys)
     attempt(session, "train", "large", out_of_memory)
     attempt(session, "train", "wrong", broken)
     attempt(gpu_measure.share_of_time(session, 0.002), "train", "endless", endless)
-    attempt(Session(CPU, False, Load(), session.out, session.deadline, session.results), "train", "long", broken, needs=900)
+    attempt(
+        Session(CPU, False, Load(), session.out, session.deadline, session.results), "train", "long", broken,
+        needs=900,
+    )
     attempt(session, "train", "right", lambda session: {"x": 1.0})
     large, wrong, slow, long, right = written(session)
     assert "9 GiB" in large["out_of_memory"]
@@ -134,7 +152,10 @@ def test_a_failed_measurement_is_a_result_and_the_next_one_runs(session, capsys)
 def test_a_part_that_fails_before_its_first_measurement_is_reported(session, monkeypatch):
     monkeypatch.setattr(gpu, "build", lambda *_: out_of_memory(None))
     gpu.rollout(session)
-    assert [("out_of_memory" in row, row["name"]) for row in written(session)] == [(True, "1.5B"), (True, "7B")]
+    assert [("out_of_memory" in row, row["name"]) for row in written(session)] == [
+        (True, "1.5B"),
+        (True, "7B"),
+    ]
 
 
 def scaled(function, factor: float):
@@ -162,7 +183,9 @@ def test_the_check_of_gradients_stands_on_its_own(session, model, monkeypatch):
 
     def wrong(model, packed, temperature):
         logprobs, entropy = token_logprobs(model, packed, temperature)
-        return (logprobs.detach() + 1.1 * (logprobs - logprobs.detach()) if packed.layout else logprobs), entropy
+        return (
+            logprobs.detach() + 1.1 * (logprobs - logprobs.detach()) if packed.layout else logprobs
+        ), entropy
 
     monkeypatch.setattr(gpu_numerics, "token_logprobs", wrong)
     values = gpu_numerics.check_logprobs(session, model)
@@ -196,18 +219,22 @@ def test_an_engine_with_another_token_fails_the_greedy_check(session, model, mon
     assert "error" in written(session)[0]
 
 
-# ------------------------------------------------------------------------------------------------- floors and clocks
+# ------------------------------------------------------------------------------------------ floors and clocks
 
 
 @pytest.mark.parametrize("shared", [True, False])
 def test_flops_are_those_of_the_model(shared, model):
-    """The matrix products that torch counts; attention by hand, because its kernels compute what causality hides too."""
+    """The matrix products that torch counts; attention by hand, because its kernels compute what causality
+    hides too.
+    """
     load, shape = TINY_LOAD, TINY_SHAPES["0.5B"]
     groups = gpu_measure.random_groups(shape.vocab, [(load.prompt, [load.response] * load.copies)] * 3)
     use_attention(model, "train" if shared else "generate")
     with FlopCounterMode(display=False) as counter:
         token_logprobs(model, pack(groups, CPU, shared), 0.7)
-    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in ("aten.mm", "aten.addmm"))
+    counted = sum(
+        n for op, n in counter.get_flop_counts()["Global"].items() if str(op) in ("aten.mm", "aten.addmm")
+    )
     prompt, response = range(1, load.prompt + 1), range(load.prompt + 1, load.prompt + load.response + 1)
     seen = sum(prompt) * (1 if shared else load.copies) + sum(response) * load.copies
     attention = 3 * shape.layers * 2 * 2 * seen * shape.hidden  # scores, and values weighted by them
@@ -217,8 +244,13 @@ def test_flops_are_those_of_the_model(shared, model):
 def test_a_decode_step_reads_weights_and_keys_once(session):
     shape = TINY_SHAPES["7B"]
     model = build(session, "7B")
-    weights = sum(p.numel() for p in model.parameters() if p.dim() == 2) - shape.vocab * shape.hidden  # its table of inputs
-    assert model.lm_head.weight.dtype == torch.bfloat16 and model.model.rotary_emb.inv_freq.dtype == torch.float32
+    weights = (
+        sum(p.numel() for p in model.parameters() if p.dim() == 2) - shape.vocab * shape.hidden
+    )  # its table of inputs
+    assert (
+        model.lm_head.weight.dtype == torch.bfloat16
+        and model.model.rotary_emb.inv_freq.dtype == torch.float32
+    )
     tokens = 3 * TINY_LOAD.prompt + 6 * TINY_LOAD.response / 2  # three groups of two rows
     keys = 2 * shape.layers * shape.kv_heads * (shape.hidden // shape.heads) * tokens
     assert decode_floor(session, shape, 6, TINY_LOAD.response)[0] == 2 * (weights + keys) / session.copy_rate
@@ -228,7 +260,7 @@ def test_the_clock_waits_for_the_device_and_memory_is_what_was_added(monkeypatch
     """No GPU here: only that each call is made, and where."""
     calls = []
     for name, value in (("synchronize", 0), ("reset_peak_memory_stats", 0), ("memory_allocated", 2**30),
-                        ("max_memory_allocated", 3 * 2**30)):  # fmt: skip
+                        ("max_memory_allocated", 3 * 2**30)):
         monkeypatch.setattr(torch.cuda, name, lambda name=name, value=value: calls.append(name) or value)
     monkeypatch.setattr(time, "perf_counter", lambda: calls.append("clock") or len(calls))
     seconds, gib = gpu_measure.measure(SimpleNamespace(type="cuda"), lambda: calls.append("work"))

@@ -6,25 +6,29 @@ from types import SimpleNamespace
 
 import pytest
 
-import benchmarks
-from benchmarks import JudgedPrompt, evaluate_benchmark, load_benchmarks
 from config import Config, ConfigError
-from engines import Prompt
-from model import build_tiny_tokenizer
+from corpus.tiny_model import build_tiny_tokenizer
+from evals import in_training as benchmarks
+from evals.in_training import JudgedPrompt, evaluate_benchmark, load_benchmarks
+from kernel.decode import Prompt
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-needs_data = pytest.mark.skipif(not SHARED.exists(), reason="shared/data, which holds the benchmarks, is not here")
+needs_data = pytest.mark.skipif(
+    not SHARED.exists(), reason="shared/data, which holds the benchmarks, is not here"
+)
 TOKENIZER = build_tiny_tokenizer(["weather in Paris for 3 days"] * 3, 300)
 
 
 @needs_data
 def test_the_subset_is_the_first_cases_of_each_category():
-    config = Config(bfcl=str(SHARED / "bfcl"), apibank=str(SHARED / "apibank"), benchmark_cases=2, max_prompt_tokens=20000)
+    config = Config(
+        bfcl=str(SHARED / "bfcl"), apibank=str(SHARED / "apibank"), benchmark_cases=2, max_prompt_tokens=20000
+    )
     loaded = load_benchmarks(config, TOKENIZER, "{tools}", quiet=True)
     parts = {name: [case.part for case in cases] for name, cases in loaded.items()}
     assert {part: parts["bfcl"].count(part) for part in set(parts["bfcl"])} == {
         "non_live": 12, "live": 8, "irrelevance": 4, "relevance": 2,
-    }  # fmt: skip
+    }
     assert set(parts["apibank"]) == {"level1", "level2", "level3"} and len(parts["apibank"]) == 6
     assert loaded["bfcl"][0].prompt.id == "simple_python_0"
 
@@ -36,7 +40,11 @@ def test_the_verdict_is_the_official_checkers():
     call = {"name": "calculate_triangle_area", "arguments": {"base": 10, "height": 5, "unit": "units"}}
     right = f"<tool_call>[{json.dumps(call)}]</tool_call>"
     assert case.judge("<think>so</think>" + right) and case.judge(right.replace('"units"', '"Units"'))
-    assert not case.judge(right.replace("10", "11")) and not case.judge("") and not case.judge("<tool_call>[]</tool_call>")
+    assert (
+        not case.judge(right.replace("10", "11"))
+        and not case.judge("")
+        and not case.judge("<tool_call>[]</tool_call>")
+    )
 
 
 @needs_data
@@ -70,4 +78,4 @@ def test_accuracy_is_over_all_ranks(monkeypatch):
     entries = evaluate_benchmark(None, None, cases, Config(), alone, "bfcl")
     assert entries == {
         "bfcl/accuracy": 0.6, "bfcl/n": 5, "bfcl/accuracy_a": 2 / 3, "bfcl/n_a": 3, "bfcl/accuracy_b": 0.5, "bfcl/n_b": 2,
-    }  # fmt: skip
+    }

@@ -7,8 +7,8 @@ import time
 import pytest
 from bfcl_cases import DATA, GOLDEN, needs_shared, problem, reply
 
-from bfcl_check import Problem, check, decode, find_fault, reply_kind
-from bfcl_data import load_problems
+from evals.bfcl_check import Problem, check, decode, find_fault, reply_kind
+from evals.bfcl_data import load_problems
 
 # ----------------------------------------------------------------------------------------- official verdicts
 
@@ -25,9 +25,14 @@ def test_every_golden_verdict_and_error_type():
     assert not different, different[:5]
 
 
-# ----------------------------------------------------------------- rules: type (with item), allowed, value, error
+# ------------------------------------------------------------- rules: type (with item), allowed, value, error
 
-SIMPLE, NESTED, OTHERS, STRING = "type_error:simple", "type_error:nested", "value_error:others", "value_error:string"
+SIMPLE, NESTED, OTHERS, STRING = (
+    "type_error:simple",
+    "type_error:nested",
+    "value_error:others",
+    "value_error:string",
+)
 LIST, KEY, VALUE = "value_error:list/tuple", "value_error:dict_key", "value_error:dict_value"
 COUNT = "value_error:list_dict_count"
 
@@ -67,7 +72,12 @@ PYTHON_RULES = [
     ("dict", [{"a": [1]}], {"a": True}, None),
     ("dict", [{"a": [1]}], {"a": 1.0}, None),
     ("dict", [{"a": ["X y"]}], {"a": "x-Y"}, None),
-    ("dict", [{"a": [["X"]]}], {"a": ["x"]}, VALUE),  # strings in lists inside a dict are compared as they are
+    (
+        "dict",
+        [{"a": [["X"]]}],
+        {"a": ["x"]},
+        VALUE,
+    ),  # strings in lists inside a dict are compared as they are
     ("dict", [{"a": [1]}], {"A": 1}, KEY),
     ("dict", [{"a": [1], "b": [2, ""]}], {"a": 1}, None),
     ("dict", [{"a": [1], "b": [2]}], {"a": 1}, KEY),
@@ -81,13 +91,21 @@ PYTHON_RULES = [
     ("array dict", [[{"a": [1]}, {"a": [2]}]], [{"a": 1}], COUNT),
     ("array string", [], ["a"], SIMPLE),  # some answers allow nothing
     ("string", [], "a", STRING),
-    ("array string", [["a"], "var"], [1], LIST),  # "var" vouches for the elements' types, not for their values
+    (
+        "array string",
+        [["a"], "var"],
+        [1],
+        LIST,
+    ),  # "var" vouches for the elements' types, not for their values
 ]
 
 
 @pytest.mark.parametrize(("declared", "allowed", "value", "error"), PYTHON_RULES)
 def test_python_rule(declared, allowed, value, error):
-    assert check(problem(*declared_first(declared, allowed)), reply(("f", {"p": value}))) == (error is None, error)
+    assert check(problem(*declared_first(declared, allowed)), reply(("f", {"p": value}))) == (
+        error is None,
+        error,
+    )
 
 
 def declared_first(declared, allowed):
@@ -145,14 +163,16 @@ JAVASCRIPT_RULES = [
 
 @pytest.mark.parametrize(
     ("category", "declared", "allowed", "value", "error"),
-    [("simple_java", *rule) for rule in JAVA_RULES] + [("simple_javascript", *rule) for rule in JAVASCRIPT_RULES],
+    [("simple_java", *rule) for rule in JAVA_RULES]
+    + [("simple_javascript", *rule) for rule in JAVASCRIPT_RULES],
 )
 def test_java_and_javascript_rule(category, declared, allowed, value, error):
     case = problem(*declared_first(declared, allowed), category=category)
     assert check(case, reply(("f", {"p": value}))) == (error is None, error)
 
 
-CALL_RULES = [  # (category, calls, error without its prefix); p is required and 1, answers 1 or 2 for parallel
+# (category, calls, error without its prefix); p is required and 1, answers 1 or 2 for parallel
+CALL_RULES = [
     ("simple_python", [("f", {"p": 1})], None),
     ("simple_python", [], "simple_function_checker:wrong_count"),
     ("simple_python", [("f", {"p": 1})] * 2, "simple_function_checker:wrong_count"),
@@ -181,7 +201,9 @@ def test_names_with_dots_must_match_exactly():
 
 
 def test_a_required_parameter_may_not_be_omitted_and_an_optional_one_only_with_an_empty_string():
-    assert check(problem("integer", [1, ""]), reply(("f", {})))[1] == "simple_function_checker:missing_required"
+    assert (
+        check(problem("integer", [1, ""]), reply(("f", {})))[1] == "simple_function_checker:missing_required"
+    )
     assert check(problem("integer", [1, ""], required=False), reply(("f", {}))) == (True, None)
     optional = problem("integer", [1], required=False)
     assert check(optional, reply(("f", {}))) == (False, "simple_function_checker:missing_optional")
@@ -216,7 +238,10 @@ def test_parallel_calls_are_matched_greedily():
     case = problem("integer", [1, 2], category="parallel")
     case.answer.append({"f": {"p": [1]}})
     first, second = ("f", {"p": 1}), ("f", {"p": 2})
-    assert check(case, reply(first, second)) == (False, "parallel_function_checker_no_order:cannot_find_match")
+    assert check(case, reply(first, second)) == (
+        False,
+        "parallel_function_checker_no_order:cannot_find_match",
+    )
     assert check(case, reply(second, first)) == (True, None)
     case.answer[0]["f"]["p"] = [2]
     assert check(case, reply(first, second)) == (True, None)  # in another order than the answers
@@ -294,7 +319,11 @@ FAULTS = [  # category, calls, the error in words
     ("simple_java", [("f", {"p": 1})], "p is 1, but integer is expected as text; the allowed values are [1]"),
     ("simple_python", [("f", {"p": 2})], "p is 2, but the allowed values are [1]"),
     ("simple_python", [], "the number of calls is 0, not 1"),
-    ("parallel", [("f", {"p": 2})], "no call that is left fits the expected {'f': {'p': [1]}}: p is 2, but the"),
+    (
+        "parallel",
+        [("f", {"p": 2})],
+        "no call that is left fits the expected {'f': {'p': [1]}}: p is 2, but the",
+    ),
     ("irrelevance", [("f", {})], "a call is made, though no function fits"),
 ]
 
@@ -305,14 +334,18 @@ def test_faults_are_told_in_words(category, calls, words):
 
 
 def test_a_value_nested_as_deeply_as_json_can_be_read_is_no_crash():
-    """Reading JSON and printing it again have the same limit on depth, but at different depths of the stack."""
+    """Reading JSON and printing it again have the same limit on depth, but at different depths of the
+    stack.
+    """
     for depth in range(900, 1000):
         output = f'<tool_call>[{{"name": "f", "arguments": {{"p": {"[" * depth}{"]" * depth}}}}}]</tool_call>'
         assert check(problem("integer", [1]), output) in ((False, SIMPLE), (False, DECODE))
     value = []
     for _ in range(100_000):
         value = [value]
-    assert find_fault(problem("integer", [1]), [{"f": {"p": value}}])[1].startswith("p is a deeply nested value, but")
+    assert find_fault(problem("integer", [1]), [{"f": {"p": value}}])[1].startswith(
+        "p is a deeply nested value, but"
+    )
 
 
 def test_hostile_literals_take_no_time():
@@ -322,6 +355,8 @@ def test_hostile_literals_take_no_time():
         ("HashMap", "simple_java", "new HashMap<>(){" * 800),
         ("array", "simple_javascript", "[[" + "1],[" * 800),
     ]:
-        case = problem(declared, [{"a": [1]}], item="float" if declared == "array" else None, category=category)
+        case = problem(
+            declared, [{"a": [1]}], item="float" if declared == "array" else None, category=category
+        )
         assert check(case, reply(("f", {"p": text})))[1].startswith(("type_error", "value_error"))
     assert time.process_time() - start < 2

@@ -1,4 +1,6 @@
-"""bfcl_data.py and bfcl_handler.py: finding and pairing the cases, what a model is shown, and the official tool's files."""
+"""bfcl_data.py and bfcl_handler.py: finding and pairing the cases, what a model is shown, and the official
+tool's files.
+"""
 
 import gzip
 import importlib
@@ -9,15 +11,24 @@ from types import SimpleNamespace
 import pytest
 from bfcl_cases import DATA, GOLDEN, RIGHT, WRONG, needs_shared, problem, reply, score, write_data
 
-import bfcl_data
-from bfcl_check import BfclError, check, decode, find_fault
-from bfcl_data import HUB_ID, load_problems, official_result, prompt_cases, prompt_tools, select_categories
+from evals import bfcl_data
+from evals.bfcl_check import BfclError, check, decode, find_fault
+from evals.bfcl_data import (
+    HUB_ID,
+    load_problems,
+    official_result,
+    prompt_cases,
+    prompt_tools,
+    select_categories,
+)
 
-# ------------------------------------------------------------------------------------------------- finding, loading
+# ------------------------------------------------------------------------------------------- finding, loading
 
 
 @pytest.mark.parametrize("inner", bfcl_data.DATA_FOLDERS)
-@pytest.mark.parametrize(("version", "name", "suffix"), [("v4", "simple_python", "json.gz"), ("v3", "simple", "json")])
+@pytest.mark.parametrize(
+    ("version", "name", "suffix"), [("v4", "simple_python", "json.gz"), ("v3", "simple", "json")]
+)
 def test_data_is_found_in_folders_checkouts_and_packages(tmp_path, inner, version, name, suffix):
     write_data(tmp_path / inner, version, name, suffix=suffix)
     assert [case.category for case in load_problems(tmp_path).values()] == ["simple_python"] * 2
@@ -58,7 +69,9 @@ def test_the_hub_copy_is_fetched_by_its_id(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=snapshot_download))
     assert list(load_problems(HUB_ID)) == ["simple_0", "simple_1"]
     assert (asked["name"], asked["repo_type"]) == (HUB_ID, "dataset")
-    assert {"BFCL_v3_simple.json", "possible_answer/BFCL_v3_live_multiple.json"} <= set(asked["allow_patterns"])
+    assert {"BFCL_v3_simple.json", "possible_answer/BFCL_v3_live_multiple.json"} <= set(
+        asked["allow_patterns"]
+    )
     assert not any("multi_turn" in name or "v4" in name for name in asked["allow_patterns"])
 
 
@@ -76,7 +89,7 @@ def test_offline_the_hub_id_is_one_clear_sentence(monkeypatch):
         load_problems(HUB_ID)
 
 
-# ------------------------------------------------------------------------------------------------------- asking
+# ----------------------------------------------------------------------------------------------------- asking
 
 
 @pytest.fixture
@@ -96,8 +109,13 @@ def test_java_and_javascript_parameters_are_described_as_strings():
     listed = problem("Array", [["a"]], item="String", category="simple_java")
     details = prompt_tools(listed.functions, "java")[0]["parameters"]["properties"]["p"]
     assert details["type"] == "string" and "items" not in details
-    assert "Java 8 SDK value of type Array" in details["description"] and "of type String" in details["description"]
-    assert listed.functions[0]["parameters"]["properties"]["p"]["type"] == "Array"  # the checker's copy is untouched
+    assert (
+        "Java 8 SDK value of type Array" in details["description"]
+        and "of type String" in details["description"]
+    )
+    assert (
+        listed.functions[0]["parameters"]["properties"]["p"]["type"] == "Array"
+    )  # the checker's copy is untouched
     nested = problem("dict", [{}], category="simple_javascript").functions
     nested[0]["parameters"]["properties"]["p"]["properties"] = {"a": {"type": "integer"}}
     details = prompt_tools(nested, "javascript")[0]["parameters"]["properties"]["p"]
@@ -126,7 +144,7 @@ def test_every_case_can_be_asked(version, no_torch):
         assert set(typed) <= {"string"} or case.category not in ("simple_java", "simple_javascript")
 
 
-# --------------------------------------------------------------------------------------- for the official command
+# ----------------------------------------------------------------------------------- for the official command
 
 
 def decode_as_official_handler(result):
@@ -137,7 +155,9 @@ def decode_as_official_handler(result):
 
 @needs_shared
 def test_handed_over_results_get_the_same_verdicts(tmp_path):
-    """Slow version of what `bfcl evaluate` does with our files (run once with the real package: all 3,641 equal)."""
+    """Slow version of what `bfcl evaluate` does with our files (run once with the real package: all 3,641
+    equal).
+    """
     problems = load_problems(DATA)
     with gzip.open(GOLDEN, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file][::7]
@@ -157,14 +177,20 @@ def test_official_results_are_the_text_of_the_list_or_null():
     assert official_result(case, "<tool_call>{}</tool_call>") == "[]"
     for unread in ("no", '<tool_call>{"name": "f", "arguments": {}}</tool_call>', f"<tool_call>{listed}"):
         assert official_result(case, unread) == "null"
-    huge = reply(("f", {"p": 10**400}))  # crashes the official checker, which would take all other rows with it
+    huge = reply(
+        ("f", {"p": 10**400})
+    )  # crashes the official checker, which would take all other rows with it
     assert official_result(case, huge) == "null" and not check(case, huge)[0]
     assert official_result(refusal, huge) != "null"  # it must stay a call where none fits
 
 
 def test_official_files_and_command(tmp_path, capsys):
     data = write_data(write_data(tmp_path / "d", count=3), name="live_relevance", count=1)
-    rows = [RIGHT | {"input_tokens": 9, "output_tokens": 4, "latency": 0.5, "sample": 0}, RIGHT | {"output": "2nd"}, WRONG]
+    rows = [
+        RIGHT | {"input_tokens": 9, "output_tokens": 4, "latency": 0.5, "sample": 0},
+        RIGHT | {"output": "2nd"},
+        WRONG,
+    ]
     options = ["--official-dir", str(tmp_path / "f"), "--model-name", "a/b-c"]
     score(tmp_path, [*rows, {"id": "live_relevance_0", "output": "no"}], data, *options)
     folder = tmp_path / "f" / "result" / "a_b-c"
@@ -172,7 +198,10 @@ def test_official_files_and_command(tmp_path, capsys):
     counts = {"input_token_count": 9, "output_token_count": 4, "latency": 0.5}
     result = '[{"name": "f", "arguments": {"p": 1}}]'
     assert json.loads(lines[0]) == {"id": "simple_python_0", "result": result, **counts}
-    assert [json.loads(line)["id"] for line in lines] == ["simple_python_0", "simple_python_1"]  # one row per case
+    assert [json.loads(line)["id"] for line in lines] == [
+        "simple_python_0",
+        "simple_python_1",
+    ]  # one row per case
     assert '"result": "null"' in (folder / "live" / "BFCL_v4_live_relevance_result.json").read_text()
     command = "bfcl evaluate --model a/b-c --test-category simple_python,live_relevance --partial-eval\n"
     assert command in capsys.readouterr().out
@@ -201,7 +230,9 @@ def test_the_handler_asks_and_decodes_as_we_do(monkeypatch):
     for name, contents in stubs.items():
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(**contents))
     monkeypatch.delitem(sys.modules, "bfcl_handler", raising=False)
-    handler = object.__new__(importlib.import_module("bfcl_handler").ToolN1Handler)  # __init__ would look for a server
+    handler = object.__new__(
+        importlib.import_module("bfcl_handler").ToolN1Handler
+    )  # __init__ would look for a server
     sys.modules.pop("bfcl_handler")
     entry = {"id": "simple_python_0", "function": [{"name": "f"}], "question": []}
     assert handler._pre_query_processing_prompting(entry) == {"message": [], "function": [{"name": "f"}]}

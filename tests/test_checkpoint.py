@@ -27,8 +27,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-import checkpoint
-from checkpoint import (
+from config import Config
+from corpus.tiny_model import build_tiny_tokenizer
+from distributed import checkpoint
+from distributed.checkpoint import (
     CheckpointError,
     Saver,
     check_files,
@@ -36,12 +38,10 @@ from checkpoint import (
     full_state,
     latest_checkpoint,
     load_checkpoint,
-)  # fmt: skip
-from config import Config
-from export import export_model, gather_weights, model_card
-from model import build_tiny_tokenizer
+)
+from distributed.ranks import Ranks
+from ops.export import export_model, gather_weights, model_card
 from prompts import stop_ids
-from runtime import Ranks
 
 torch.set_num_threads(1)
 PRELOAD = "torch.distributed.checkpoint torch.distributed.fsdp transformers.models.qwen2.modeling_qwen2"
@@ -68,7 +68,9 @@ def in_ranks(world: int, scenario, folder: Path, *arguments, join: bool = True):
 def rank_main(rank: int, world: int, scenario, store: str, *arguments) -> None:
     torch.set_num_threads(1)
     # A rank that waits for one that went another way fails after this time instead of hanging.
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=20))
+    dist.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=20)
+    )
     scenario(Ranks(rank, world, CPU), *arguments)
     dist.destroy_process_group()
 
@@ -77,11 +79,13 @@ TOKENIZER = build_tiny_tokenizer([], 300)
 
 
 def build_policy(seed: int = 0, tied: bool = True, hidden: int = 16):
-    """A sharded Qwen2 and its AdamW. 301 rows divide evenly by no world; `odd` has one row, so other ranks hold none."""
+    """A sharded Qwen2 and its AdamW. 301 rows divide evenly by no world; `odd` has one row, so other ranks
+    hold none.
+    """
     config = Qwen2Config(
         vocab_size=301, hidden_size=hidden, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=1, tie_word_embeddings=tied, eos_token_id=TOKENIZER.eos_token_id,
-    )  # fmt: skip
+    )
     torch.manual_seed(seed)
     policy = Qwen2ForCausalLM(config)
     policy.register_parameter("odd", nn.Parameter(torch.ones(1)))
@@ -112,7 +116,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.suffix not in (".store", ".pt"))
 
 
-# ------------------------------------------------------------------------------------------------------------ resume
+# ----------------------------------------------------------------------------------------------------- resume
 
 
 def train_save_train(ranks: Ranks, folder: Path, background: bool) -> None:
@@ -154,9 +158,13 @@ def resume_and_train(ranks: Ranks, folder: Path, exact: bool) -> None:
         assert error == 0 if exact else error < 1e-5, f"{name}: {error}"
 
 
-@pytest.mark.parametrize(("saved", "background", "resumed"), [(1, False, [1, 2]), (2, False, [2, 1, 3]), (2, True, [2])])
+@pytest.mark.parametrize(
+    ("saved", "background", "resumed"), [(1, False, [1, 2]), (2, False, [2, 1, 3]), (2, True, [2])]
+)
 def test_resume_is_bit_identical(saved, background, resumed, tmp_path):
-    """4 steps against 2 + save + load + 2. On another number of ranks sums differ in the last bits, so to 1e-5 there."""
+    """4 steps against 2 + save + load + 2. On another number of ranks sums differ in the last bits, so to
+    1e-5 there.
+    """
     in_ranks(saved, train_save_train, tmp_path, background)
     assert names(tmp_path / "run") == ["latest", "step_2"]
     assert latest_checkpoint(tmp_path / "run")[1] == {"step": 2, "seconds": 1.5}
@@ -194,7 +202,7 @@ def run(written, tmp_path) -> Path:
     return tmp_path / "run"
 
 
-# ------------------------------------------------------------------------------------------------------------ faults
+# ----------------------------------------------------------------------------------------------------- faults
 
 
 def refusal(call, *arguments) -> str:
@@ -277,7 +285,9 @@ def test_a_pickle_is_never_opened(run, tmp_path):
     content = json.loads((run / "step_4" / "manifest.json").read_text())
     content["files"][shard.name] = checkpoint._describe(shard)
     del content["sha256"]
-    (run / "step_4" / "manifest.json").write_text(json.dumps({"sha256": checkpoint._digest(content), **content}))
+    (run / "step_4" / "manifest.json").write_text(
+        json.dumps({"sha256": checkpoint._digest(content), **content})
+    )
     assert "cannot be read" in refusal(full_state, run / "step_4", torch.float32)
     assert not (tmp_path / "exploded").exists()
     pickle.loads(bomb)
@@ -302,7 +312,11 @@ def save_under_faults(ranks: Ranks, folder: Path, background: bool) -> None:
         if ranks.rank == full:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
         sentence = save(2)
-        assert "step_2 was not saved" in sentence and "File too large" in sentence and "complete ones: step_1" in sentence
+        assert (
+            "step_2 was not saved" in sentence
+            and "File too large" in sentence
+            and "complete ones: step_1" in sentence
+        )
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         assert latest_checkpoint(run) == (run / "step_1", {"step": 1})
         check_files(run / "step_1", ranks)
@@ -350,7 +364,9 @@ def save_for_ever(ranks: Ranks, folder: Path, background: bool) -> None:
 
 
 def test_kill_at_any_moment_of_a_save(tmp_path):
-    """kill -9 of one or both ranks, ten times, while they do nothing but save: the newest checkpoint is always whole."""
+    """kill -9 of one or both ranks, ten times, while they do nothing but save: the newest checkpoint is
+    always whole.
+    """
     reached, cut_off = [0], 0
     for attempt in range(10):
         for ready in tmp_path.glob("ready*"):
@@ -360,7 +376,9 @@ def test_kill_at_any_moment_of_a_save(tmp_path):
         while len(list(tmp_path.glob("ready*"))) < 2 and time.monotonic() < began + 30:
             time.sleep(0.01)
         time.sleep(random.Random(attempt).uniform(0.05, 0.4))
-        assert all(process.is_alive() for process in processes.processes), "it must be the kill that ends them"
+        assert all(process.is_alive() for process in processes.processes), (
+            "it must be the kill that ends them"
+        )
         for process in processes.processes[: 1 if attempt % 3 == 0 else 2]:
             os.kill(process.pid, signal.SIGKILL)
         for process in processes.processes:  # the other rank ends by itself, because its partner is gone
@@ -375,7 +393,7 @@ def test_kill_at_any_moment_of_a_save(tmp_path):
     assert cut_off >= 3, "the kills must fall into saves"
 
 
-# ---------------------------------------------------------------------------------------- which checkpoints there are
+# -------------------------------------------------------------------------------- which checkpoints there are
 
 
 def save_many(ranks: Ranks, folder: Path) -> None:
@@ -385,7 +403,9 @@ def save_many(ranks: Ranks, folder: Path) -> None:
     remove = shutil.rmtree
 
     def watched_remove(path: Path, **options) -> None:
-        assert path.suffix == ".tmp", "a kill in the middle would leave half a checkpoint under a name that means complete"
+        assert path.suffix == ".tmp", (
+            "a kill in the middle would leave half a checkpoint under a name that means complete"
+        )
         remove(path, **options)
 
     checkpoint.shutil.rmtree = watched_remove
@@ -397,7 +417,8 @@ def save_many(ranks: Ranks, folder: Path) -> None:
     assert names(run) == ["latest", "step_11", "step_12", "step_9"], "two, and the best; 10 is after 9"
     gather_weights(policy, torch.float32)["odd"].fill_(7)
     assert policy.odd.item() == 1, "gathered weights are copies, with one rank too"
-    # Resumed from step 9: what was saved after it stays until it is replaced, and does not push out the new ones.
+    # Resumed from step 9: what was saved after it stays until it is replaced, and does not push out the new
+    # ones.
     for step in (10, 11):
         assert saver.save({"step": step, "resumed": True}, policy, TOKENIZER, optimizer) == ""
     assert names(run) == ["latest", "step_10", "step_11", "step_12"]
@@ -430,12 +451,14 @@ def test_which_checkpoint_is_the_latest(run, tmp_path):
     assert "older version" in refusal(latest_checkpoint, run)
 
 
-# ------------------------------------------------------------------------------------------------------------ export
+# ----------------------------------------------------------------------------------------------------- export
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_export_gives_equal_logits(dtype, written, tmp_path):
-    """The sharded policy's weights, gathered and by way of a checkpoint, load as a plain model that computes the same."""
+    """The sharded policy's weights, gathered and by way of a checkpoint, load as a plain model that computes
+    the same.
+    """
     state = full_state(written / "run" / "step_4", dtype)
     gathered = load_file(written / "weights.pt")
     assert state.keys() == gathered.keys() and "lm_head.weight" not in state
@@ -462,7 +485,13 @@ def test_an_export_gives_equal_logits(dtype, written, tmp_path):
     assert sorted(defaults.pop("eos_token_id")) == sorted(stop_ids(TOKENIZER)) and "pad_token_id" in defaults
     assert not defaults.keys() & {"top_k", "top_p", "do_sample", "temperature", "repetition_penalty"}
     with pytest.raises(ValueError, match="model.norm.weight"):
-        export_model(config, {k: v for k, v in state.items() if k != "model.norm.weight"}, TOKENIZER, tmp_path / "x", dtype)
+        export_model(
+            config,
+            {k: v for k, v in state.items() if k != "model.norm.weight"},
+            TOKENIZER,
+            tmp_path / "x",
+            dtype,
+        )
 
 
 def test_the_model_card_says_how_the_model_was_made():
@@ -475,14 +504,16 @@ def test_the_model_card_says_how_the_model_was_made():
         "base_model: Qwen/Qwen2.5-7B-Instruct", "# Qwen2.5-7B-Instruct, trained to call tools", "| lr | 3e-06 |",
         "| weight_decay | 0.1 |", "| temperature | 0.7 |", f"| train.json | 900 | {'ab' * 32} |", "| org/set | 10 |  |",
         "| held_out | 0.5 |", "| 140 | 2 | 1.5e+18 |", "commit 238d6d1 with uncommitted changes (see git.txt of the run)",
-    ):  # fmt: skip
+    ):
         assert line in card.splitlines(), line
     assert "run_dir" not in card and "eval_every" not in card, "nothing that says nothing about the model"
     assert "base_model" not in model_card(Config(model="tiny"), state, {}, git, [])
 
 
 def test_a_chosen_step_is_the_latest_from_then_on(tmp_path, monkeypatch):
-    """--resume_step: a second resume, or a restart by torchrun with the old command line, must not choose it again."""
+    """--resume_step: a second resume, or a restart by torchrun with the old command line, must not choose it
+    again.
+    """
     for step in (1, 2, 3):
         (tmp_path / f"step_{step}").mkdir()
         (tmp_path / f"step_{step}" / "manifest.json").write_text("{}")
@@ -492,9 +523,17 @@ def test_a_chosen_step_is_the_latest_from_then_on(tmp_path, monkeypatch):
     assert latest_checkpoint(tmp_path) == (tmp_path / "step_2", {"step": 2})
     with pytest.raises(CheckpointError, match="no complete checkpoint step_7; there are: step_1, step_2$"):
         checkpoint.choose_step(tmp_path, 7, alone)
-    assert checkpoint.complete_steps(tmp_path) == [1, 2] and (tmp_path / "step_3.given_up" / "state.json").exists()
+    assert (
+        checkpoint.complete_steps(tmp_path) == [1, 2]
+        and (tmp_path / "step_3.given_up" / "state.json").exists()
+    )
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    for job, step, then in (("a", 2, 2), ("a", 1, 2), ("a", 0, 2), ("b", 1, 1)):  # a start, its restarts, another start
+    for job, step, then in (
+        ("a", 2, 2),
+        ("a", 1, 2),
+        ("a", 0, 2),
+        ("b", 1, 1),
+    ):  # a start, its restarts, another start
         monkeypatch.setattr(checkpoint, "torchrun_job", lambda job=job: job)
         checkpoint.choose_step(tmp_path, step, alone)
         assert latest_checkpoint(tmp_path)[0].name == f"step_{then}"

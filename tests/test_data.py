@@ -1,4 +1,6 @@
-"""ToolACE's notation; what training makes of examples: repetitions, splits, token ids; and the command line."""
+"""ToolACE's notation; what training makes of examples: repetitions, splits, token ids; and the command
+line.
+"""
 
 import gzip
 import json
@@ -11,23 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from data import (
-    STRICT,
-    DataError,
-    Example,
-    Rules,
-    Splits,
-    load_examples,
-    load_splits,
-    load_unique,
-    read_examples,
-    tokenize_splits,
-    without_repeats,
-)
-from model import build_tiny_tokenizer
+from config import Config
+from corpus.examples import STRICT, Example, Rules, Splits
+from corpus.layouts import load_examples, read_examples, without_repeats
+from corpus.sources import DataError
+from corpus.tiny_model import build_tiny_tokenizer
+from corpus.toolace import parse_toolace_calls
+from data import load_splits, load_unique, tokenize_splits
 from prompts import ToolCall, encode_prompt
-from runtime import Config
-from toolace import parse_toolace_calls
 
 SHARED = Path(__file__).parents[2] / "shared"
 ADD = {"name": "add", "description": "Adds.", "parameters": {"a": {"type": "int"}}}
@@ -63,7 +56,7 @@ def parsed(value: str):
     return None if calls is None else calls[0].arguments["x"]
 
 
-# ------------------------------------------------------------------------------------------------ the notation
+# ----------------------------------------------------------------------------------------------- the notation
 
 
 def test_every_golden_call_string_gives_the_intended_calls():
@@ -97,7 +90,7 @@ def test_values_are_python_or_json_literals(text, value):
     ["007", "1e999", "nan", "Infinity", "word", "1 2", "[1 2]", "'a", "[1}", "[,]", "{1: 2}", "{'a': 1, 'a': 2}",
      '"\\ud83d"', '"\\UFFFFFFFF"', "0x" + "f" * 9999, "9" * 5000, "[" * 9999 + "]" * 9999, "", ":", "(1)", "1, x=2",
      "1, 2", "1]", "g(y=1)"],
-)  # fmt: skip
+)
 def test_what_is_no_json_value_does_not_parse(text):
     assert parsed(text) is None
 
@@ -116,19 +109,23 @@ def test_white_space_and_trailing_commas_do_not_matter():
 
 def test_the_longest_known_name_wins():
     names = ["f", "f(x)", "f(x) V2"]
-    assert [call.name for call in parse_toolace_calls("[f(x) V2(), f(x)(), f(x=1)]", names)] == ["f(x) V2", "f(x)", "f"]
+    assert [call.name for call in parse_toolace_calls("[f(x) V2(), f(x)(), f(x=1)]", names)] == [
+        "f(x) V2",
+        "f(x)",
+        "f",
+    ]
 
 
 def test_the_time_is_linear_whatever_the_text():
     n = 300_000
     start = time.perf_counter()
     for text in (" " * n, "[" * n, "[f(x='" + "\\" * n, "[f(x" + " " * n, "[f" + " " * n, "[f(x='" + "'x" * n,
-                 "[" + "f(), " * n, "[f(x=[" + "[], " * n, "[f(x=" + "1, x" * n):  # fmt: skip
+                 "[" + "f(), " * n, "[f(x=[" + "[], " * n, "[f(x=" + "1, x" * n):
         parse_toolace_calls(text, ["f"], any_name=True)
     assert time.perf_counter() - start < 20  # about 3 s; a quadratic reader needs hours
 
 
-# -------------------------------------------------------------------------------------------------- repetitions
+# ------------------------------------------------------------------------------------------------ repetitions
 
 
 def test_repeated_examples_name_the_first_one(tmp_path):
@@ -168,7 +165,7 @@ def test_an_id_that_repeats_gets_its_line(tmp_path):
     assert ids_of(load_examples(path)[0]) == ["7", "7@2", "7@3"]
 
 
-# ------------------------------------------------------------------------------------------------------ splits
+# ----------------------------------------------------------------------------------------------------- splits
 
 
 def test_a_tenth_is_held_out_by_the_seed_alone(tmp_path):
@@ -189,16 +186,24 @@ def test_several_files_are_joined_and_none_need_be_held_out(tmp_path, capsys):
 
 
 def test_a_test_file_replaces_the_split_up_to_eval_cases(tmp_path):
-    train, test = save_numbered(tmp_path / "a.json", *range(10)), save_numbered(tmp_path / "b.json", 20, 21, 22)
+    train, test = (
+        save_numbered(tmp_path / "a.json", *range(10)),
+        save_numbered(tmp_path / "b.json", 20, 21, 22),
+    )
     splits = load_splits(Config(data=train, test_data=test, eval_cases=2))
-    chosen = ids_of(splits.held_out["held_out"])  # a random part: the first ones would all be of the first file
+    chosen = ids_of(
+        splits.held_out["held_out"]
+    )  # a random part: the first ones would all be of the first file
     assert len(splits.train) == 10 and len(set(chosen)) == 2 and set(chosen) < {"20", "21", "22"}
 
 
 def conversations(path: Path, count: int) -> str:
     """Records in our own layout of 1, 2 or 3 steps each; they are told apart by what stands before #."""
     ids = [f"r{i}#{step}" for i in range(count) for step in range(1 + i % 3)]
-    records = [dict(id=rid, source="x", messages=[{"role": "user", "content": rid}], tools=[], answer=[]) for rid in ids]
+    records = [
+        dict(id=rid, source="x", messages=[{"role": "user", "content": rid}], tools=[], answer=[])
+        for rid in ids
+    ]
     return str(save(path, *records))
 
 
@@ -208,13 +213,17 @@ def part(path: str, start: float, end: float, **settings) -> Splits:
 
 @pytest.mark.parametrize("bounds", [(0, 0.5, 1), (0, 0.3, 0.35, 0.9, 1)])
 def test_parts_of_the_training_data_share_nothing_and_lose_nothing(tmp_path, bounds):
-    """SFT on one half and RL on the other must not see the same question, nor two steps of one conversation."""
+    """SFT on one half and RL on the other must not see the same question, nor two steps of one
+    conversation.
+    """
     path = conversations(tmp_path / "x.json", 40)
     whole = load_splits(Config(data=path))
     parts = [part(path, *pair) for pair in zip(bounds, bounds[1:])]
     assert sorted(rid for one in parts for rid in ids_of(one.train)) == sorted(ids_of(whole.train))
     records = [{rid.split("#")[0] for rid in ids_of(one.train)} for one in parts]
-    assert [len(one) for one in records] == [round(36 * b) - round(36 * a) for a, b in zip(bounds, bounds[1:])]
+    assert [len(one) for one in records] == [
+        round(36 * b) - round(36 * a) for a, b in zip(bounds, bounds[1:])
+    ]
     assert sum(map(len, records)) == len(set().union(*records)) == 36, "no record is cut in two"
     for one in parts:
         assert one.held_out == whole.held_out and one.train == [e for e in whole.train if e in one.train]
@@ -224,7 +233,9 @@ def test_a_part_is_drawn_by_the_seed_alone(tmp_path):
     path = conversations(tmp_path / "x.json", 40)
     half = part(path, 0, 0.5, test_share=0.0)
     assert part(path, 0, 0.5, test_share=0.0) == half
-    assert ids_of(half.train) != ids_of(load_splits(Config(data=path, test_share=0.0)).train)[: len(half.train)]
+    assert (
+        ids_of(half.train) != ids_of(load_splits(Config(data=path, test_share=0.0)).train)[: len(half.train)]
+    )
     assert ids_of(part(path, 0, 0.5, test_share=0.0, seed=1).train) != ids_of(half.train)
 
 
@@ -238,7 +249,9 @@ def test_generated_data_has_parts_too():
 
 def test_a_part_without_a_record_is_refused(tmp_path):
     path = save_numbered(tmp_path / "x.json", 1, 2)
-    with pytest.raises(DataError, match="data_from, data_to: the part from 0 to 0.1 of 2 training records is empty; widen"):
+    with pytest.raises(
+        DataError, match="data_from, data_to: the part from 0 to 0.1 of 2 training records is empty; widen"
+    ):
         part(path, 0, 0.1)
 
 
@@ -257,7 +270,7 @@ def test_without_training_data_there_is_no_run(tmp_path):
         load_splits(Config(data=str(save(tmp_path / "x.json", xlam(answers="[{")))))
 
 
-# ------------------------------------------------------------------------------------------------------ prompts
+# ---------------------------------------------------------------------------------------------------- prompts
 
 
 def example(rid: str, words: int) -> Example:
@@ -276,7 +289,7 @@ def test_prompts_become_the_ids_of_encode_prompt_and_long_ones_are_counted(capsy
         tokenize_splits(splits, tokenizer, template, Config(max_prompt_tokens=9), quiet=True)
 
 
-# ------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------------------- command line
 
 
 def data_py(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
@@ -290,8 +303,11 @@ def test_inspect_shows_counts_reasons_prompts_and_targets(tmp_path):
     assert run.returncode == 0 and run.stderr == ""
     assert "2 examples (2 single)" in run.stdout
     assert "dropped: line 2, id 8: broken_json: answers is not JSON" in run.stdout
-    assert f'<tools>\n{json.dumps({"type": "function", "function": ADD})}\n</tools>' in run.stdout
-    assert '--- user\nAdd 1.\n--- target\n<tool_call>[{"name": "add", "arguments": {"a": 1}}]</tool_call>' in run.stdout
+    assert f"<tools>\n{json.dumps({'type': 'function', 'function': ADD})}\n</tools>" in run.stdout
+    assert (
+        '--- user\nAdd 1.\n--- target\n<tool_call>[{"name": "add", "arguments": {"a": 1}}]</tool_call>'
+        in run.stdout
+    )
     assert "Not shown." not in run.stdout
 
 
@@ -300,8 +316,14 @@ def test_inspect_shows_counts_reasons_prompts_and_targets(tmp_path):
     [
         (["inspect", "missing.json"], "error: missing.json does not exist; check the path\n"),
         (["inspect"], "error: usage: python data.py inspect PATH [COUNT]\n"),
-        (["look"], "error: usage: python data.py inspect, stats, prepare or overlap, each with its arguments or --help\n"),
-        (["stats"], "error: stats: the following arguments are required: file; see python data.py stats --help\n"),
+        (
+            ["look"],
+            "error: usage: python data.py inspect, stats, prepare or overlap, each with its arguments or --help\n",
+        ),
+        (
+            ["stats"],
+            "error: stats: the following arguments are required: file; see python data.py stats --help\n",
+        ),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_sentence(arguments, sentence):

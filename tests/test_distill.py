@@ -1,7 +1,8 @@
-"""distill.py: a file of right replies, from the training examples alone, whatever interrupted the run that made it.
+"""distill.py: a file of right replies, from the training examples alone, whatever interrupted the run that
+made it.
 
-The teacher is the model of test_end_to_end.py, which is right in about a third of its samples: it copies two digits well,
-but writes them as text in two of three cases, as its demonstrations did.
+The teacher is the model of test_end_to_end.py, which is right in about a third of its samples: it copies two
+digits well, but writes them as text in two of three cases, as its demonstrations did.
 """
 
 import os
@@ -15,13 +16,14 @@ import pytest
 import torch
 from test_end_to_end import as_arguments, run_here, sum_example, warmed_up_task
 
-import distill
 import sft
 from config import ConfigError, load_config
-from data import DataError, load_examples, load_splits
-from distill import example_key, with_traces
+from corpus import distill
+from corpus.distill import example_key, with_traces
+from corpus.layouts import load_examples
+from corpus.sources import DataError, read_jsonl
+from data import load_splits
 from reward import score
-from runtime import read_jsonl
 
 torch.set_num_threads(1)
 
@@ -46,9 +48,10 @@ def settings(task) -> dict[str, object]:
 def straight(settings, tmp_path_factory) -> tuple[Path, str]:
     """The file that a user's command writes, and what it prints."""
     out = tmp_path_factory.mktemp("straight") / "traces.jsonl"
-    command = [sys.executable, "distill.py", *as_arguments(settings | {"out": out})]
+    command = [sys.executable, "-m", "corpus.distill", *as_arguments(settings | {"out": out})]
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=180
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=180,
     )
     assert done.returncode == 0, done.stderr
     return out, done.stdout
@@ -71,18 +74,22 @@ def training_examples(settings: dict[str, object]) -> list:
     return load_splits(load_config(as_arguments(own))).train
 
 
-# ----------------------------------------------------------------------------------------------------- the file
+# --------------------------------------------------------------------------------------------------- the file
 
 
 def test_every_trace_is_a_right_reply_to_its_training_example(straight, settings):
     known = {example.id: example for example in training_examples(settings)}
     written, dropped = load_examples(straight[0])
-    assert len(known) == 56 and 10 < len(written) < 56 and not dropped, "in the data's layout, without the held-out cases"
+    assert len(known) == 56 and 10 < len(written) < 56 and not dropped, (
+        "in the data's layout, without the held-out cases"
+    )
     for example in written:
         assert example_key(example) == example_key(known[example.id])
         (trace,) = example.demonstrations
         assert score(trace, example.answer).total == 1.0
-    assert [e.id for e in written] == [rid for rid in known if rid in {e.id for e in written}], "in the data's order"
+    assert [e.id for e in written] == [rid for rid in known if rid in {e.id for e in written}], (
+        "in the data's order"
+    )
 
 
 def test_the_report_is_what_the_samples_say(straight, settings):
@@ -107,25 +114,37 @@ def test_so_many_different_traces_are_kept():
 
 
 def test_sft_on_the_traces_teaches_what_the_teacher_knew_sometimes(straight, task, tmp_path):
-    """Reason-SFT from the file: the teacher's own right replies are imitated, and the habit of its wrong ones goes."""
-    training = task | {"data": straight[0], "run_dir": tmp_path / "sft", "steps": 40, "sft_lr": 1e-3, "sft_batch": 8}
+    """Reason-SFT from the file: the teacher's own right replies are imitated, and the habit of its wrong ones
+    goes.
+    """
+    training = task | {
+        "data": straight[0],
+        "run_dir": tmp_path / "sft",
+        "steps": 40,
+        "sft_lr": 1e-3,
+        "sft_batch": 8,
+    }
     log = read_jsonl(run_here(sft.main, training) / "log.jsonl")
     assert log[-1]["held_out/accuracy"] > log[0]["held_out/accuracy"] + 0.3
     assert log[-1]["held_out/n"] == 30
 
 
-# -------------------------------------------------------------------------------------------------- interruptions
+# ---------------------------------------------------------------------------------------------- interruptions
 
 
 def test_after_a_kill_only_the_missing_prompts_are_tried(straight, settings, tmp_path, monkeypatch):
-    """The kill cut a line in two. Prompts tried in vain count as tried, and the file is the same to the byte."""
+    """The kill cut a line in two. Prompts tried in vain count as tried, and the file is the same to the
+    byte.
+    """
     out, journal = copied(straight, tmp_path)
     whole = out.read_bytes()
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join(lines[:40]) + lines[40][:30])
     out.unlink()
     asked, real = [], distill.sample_groups
-    monkeypatch.setattr(distill, "sample_groups", lambda *args, **more: asked.extend(args[2]) or real(*args, **more))
+    monkeypatch.setattr(
+        distill, "sample_groups", lambda *args, **more: asked.extend(args[2]) or real(*args, **more)
+    )
     distil(settings, out)
     assert len(asked) == 57 - 40 and out.read_bytes() == whole
     assert sorted(journal.read_bytes().splitlines()) == sorted(line.rstrip() for line in lines)
@@ -151,11 +170,15 @@ def test_what_is_found_before_ctrl_c_can_be_used(straight, settings, tmp_path, m
     assert distil(settings, out).read_bytes() == straight[0].read_bytes()
 
 
-@pytest.mark.parametrize("changed", [{"temperature": 0.9}, {"samples": 2}, {"seed": 1}, {"reward": "no_reason"}])
+@pytest.mark.parametrize(
+    "changed", [{"temperature": 0.9}, {"samples": 2}, {"seed": 1}, {"reward": "no_reason"}]
+)
 def test_samples_of_other_settings_are_not_mixed(straight, settings, tmp_path, changed):
     out, journal = copied(straight, tmp_path)
     before = journal.read_bytes()
-    with pytest.raises(ConfigError, match=f"traces.jsonl.tried was made with another {next(iter(changed))}; give another"):
+    with pytest.raises(
+        ConfigError, match=f"traces.jsonl.tried was made with another {next(iter(changed))}; give another"
+    ):
         distil(settings, out, **changed)
     assert journal.read_bytes() == before
 
@@ -166,7 +189,7 @@ def test_a_start_that_tried_nothing_binds_nobody(settings, tmp_path):
     assert load_examples(distil(settings, tmp_path / "traces.jsonl", data_to=0.1))[0]
 
 
-# -------------------------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------------------- refusals
 
 
 def test_a_file_of_someone_else_is_not_overwritten(settings, tmp_path):
@@ -186,7 +209,10 @@ def test_nothing_right_is_an_error_and_writes_no_file(settings, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"samples": 0}, "argument --samples: needs a whole number above 0, not '0'; see python distill.py --help"),
+        (
+            {"samples": 0},
+            "argument --samples: needs a whole number above 0, not '0'; see python distill.py --help",
+        ),
         ({"model": "tiny"}, "model: tiny is not trained yet"),
         ({"out": "x.parquet"}, "out: x.parquet would hold JSON lines, not Parquet"),
         ({"sample": 3}, "unknown setting 'sample'"),

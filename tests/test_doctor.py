@@ -15,16 +15,16 @@ from test_runtime import ONE, OneRank
 from tokenizers import normalizers
 from transformers import GenerationConfig
 
-import checks
-import doctor
-from checks import Check, Start
 from config import Config, ConfigError
-from data import Example, Splits, load_splits, tokenize_splits
-from export import export
-from model import build_tiny_model, build_tiny_tokenizer
+from corpus.examples import Example, Splits
+from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
+from data import load_splits, tokenize_splits
+from distributed.ranks import Ranks
+from ops import checks, doctor
+from ops.checks import Check, Start
+from ops.export import export
 from prompts import ToolCall, load_template, render_prompt
 from reward import Reward, reward_function
-from runtime import Ranks
 
 torch.set_num_threads(1)
 
@@ -34,7 +34,7 @@ SMALL = Config(
     model="tiny", data="synthetic", synthetic_train=60, synthetic_test=8, prompts_per_step=8, minibatch_prompts=8,
     group_size=4, rollout_batch_size=64, steps=20, max_prompt_tokens=400, max_response_tokens=100, save_every=0,
     prompt_template=str(ROOT / "configs" / "tiny_prompt.txt"), tiny_hidden=16, tiny_layers=1, tiny_vocab=600,
-)  # fmt: skip
+)
 
 
 def two_ranks(theirs) -> Ranks:
@@ -54,7 +54,9 @@ def healthy(tmp_path_factory) -> Start:
     config = replace(SMALL, run_dir=str(folder / "run"))
     splits = load_splits(config)
     bare = build_tiny_tokenizer([], 0)
-    tokenizer = build_tiny_tokenizer([render_prompt(bare, e.messages, e.tools, TEMPLATE) for e in splits.train], 600)
+    tokenizer = build_tiny_tokenizer(
+        [render_prompt(bare, e.messages, e.tools, TEMPLATE) for e in splits.train], 600
+    )
     export(build_tiny_model(tokenizer, 16, 1, 0), tokenizer, folder / "model")
     tokenized = tokenize_splits(splits, tokenizer, TEMPLATE, config, quiet=True)
     reward = reward_function("binary")
@@ -81,7 +83,7 @@ def test_a_healthy_start_is_called_healthy(healthy):
     assert len(findings(healthy)) == len(checks.CHECKS), "each check gives one line"
 
 
-# ------------------------------------------------------------------------------------------------ machine and processes
+# -------------------------------------------------------------------------------------- machine and processes
 
 
 def test_old_libraries_are_a_problem(monkeypatch):
@@ -96,14 +98,22 @@ def test_ranks_with_other_code_or_libraries_are_a_problem():
     libraries = f"torch {torch.__version__}, transformers {checks.transformers.__version__}"
     for theirs, said in (
         (("far", "CPU", libraries, "another hash"), "rank 1 has another version of this project's files"),
-        (("far", "CPU", "torch 1", checks.code_hash()), "rank 1 has another version of torch or transformers"),
+        (
+            ("far", "CPU", "torch 1", checks.code_hash()),
+            "rank 1 has another version of torch or transformers",
+        ),
     ):
         found = checks.check_ranks(SMALL, two_ranks(theirs))[0]
         assert found.status == "problem" and said in found.text and "far" in found.remedy
 
 
 def test_processes_without_work_are_a_warning():
-    theirs = ("far", "CPU", f"torch {torch.__version__}, transformers {checks.transformers.__version__}", checks.code_hash())
+    theirs = (
+        "far",
+        "CPU",
+        f"torch {torch.__version__}, transformers {checks.transformers.__version__}",
+        checks.code_hash(),
+    )
     found = checks.check_ranks(replace(SMALL, minibatch_prompts=1), two_ranks(theirs))[0]
     assert found.status == "warning" and "minibatch_prompts to 2" in found.remedy
     assert checks.check_ranks(replace(SMALL, minibatch_prompts=2), two_ranks(theirs))[0].status == "ok"
@@ -121,7 +131,9 @@ def test_more_threads_than_cores_are_a_warning(monkeypatch):
 
 @pytest.mark.parametrize("seconds, status", [(1.0, "warning"), (0.001, "ok")])
 def test_a_slow_link_between_gpus_is_a_warning(monkeypatch, seconds, status):
-    """64 MiB in a second is a network without RDMA. No GPU is needed to be told so: the device is only named."""
+    """64 MiB in a second is a network without RDMA. No GPU is needed to be told so: the device is only
+    named.
+    """
     times = iter([i * seconds for i in range(100)])
     monkeypatch.setattr(checks.time, "perf_counter", lambda: next(times))
     monkeypatch.setattr(checks.dist, "all_reduce", lambda tensor: None)
@@ -131,7 +143,7 @@ def test_a_slow_link_between_gpus_is_a_warning(monkeypatch, seconds, status):
     assert found.status == status and "64 MiB" in found.text
 
 
-# ------------------------------------------------------------------------------------------------ tokenizer and sampling
+# ------------------------------------------------------------------------------------- tokenizer and sampling
 
 
 def test_a_tokenizer_that_drops_tags_is_a_problem(healthy):
@@ -144,14 +156,18 @@ def test_a_tokenizer_that_drops_tags_is_a_problem(healthy):
 
 def test_a_second_system_prompt_is_a_problem(healthy):
     def second_system_prompt(tokenizer):
-        tokenizer.chat_template = "<|im_start|>system\nYou are a helper.<|im_end|>\n" + tokenizer.chat_template
+        tokenizer.chat_template = (
+            "<|im_start|>system\nYou are a helper.<|im_end|>\n" + tokenizer.chat_template
+        )
 
     found = checks.check_template(other_tokenizer(healthy, second_system_prompt))
     assert found.status == "problem" and "second system prompt" in found.text
 
 
 def test_a_turn_that_closes_with_another_token_is_a_warning(healthy):
-    """A model that was taught to close with a token that we do not know never stops: every reply runs to the limit."""
+    """A model that was taught to close with a token that we do not know never stops: every reply runs to the
+    limit.
+    """
 
     def other_end(tokenizer):
         tokenizer.add_tokens(["<|end|>"])
@@ -184,16 +200,19 @@ def test_the_model_s_own_sampling_settings_are_named(healthy, tmp_path):
 
 
 def test_continuous_batching_on_a_cpu_is_a_warning(healthy):
-    assert checks.check_sampling(with_config(healthy, rollout_engine="continuous_batching")).status == "warning"
+    assert (
+        checks.check_sampling(with_config(healthy, rollout_engine="continuous_batching")).status == "warning"
+    )
 
 
-# --------------------------------------------------------------------------------------------------------- the data
+# --------------------------------------------------------------------------------------------------- the data
 
 
 def with_train(start: Start, examples: list[Example]) -> Start:
     splits = replace(start.splits, train=examples)
     return replace(
-        start, splits=splits, tokenized=tokenize_splits(splits, start.tokenizer, TEMPLATE, start.config, quiet=True)
+        start, splits=splits,
+        tokenized=tokenize_splits(splits, start.tokenizer, TEMPLATE, start.config, quiet=True),
     )
 
 
@@ -239,11 +258,15 @@ def test_a_reward_that_pays_silence_is_a_warning(healthy):
     found = checks.check_truth(
         replace(with_config(healthy, reward="tool_n1_llama"), reward=reward_function("tool_n1_llama"))
     )
-    assert found.status == "warning" and "pays an empty reply" in found.text, "the reference's reward for Llama does"
+    assert found.status == "warning" and "pays an empty reply" in found.text, (
+        "the reference's reward for Llama does"
+    )
 
 
 def test_an_own_reward_is_called_less_often_at_a_start(healthy):
-    """It may be slow; what it pays in full is not known, so only an answer that is paid like nothing is wrong."""
+    """It may be slow; what it pays in full is not known, so only an answer that is paid like nothing is
+    wrong.
+    """
     calls = []
 
     def own(completion, answer, tools):
@@ -263,14 +286,16 @@ def test_a_schedule_without_held_out_cases_or_with_too_few_prompts_is_a_warning(
     assert "prompts_per_step to 60" in checks.check_schedule(with_config(healthy, prompts_per_step=64)).remedy
 
 
-# ---------------------------------------------------------------------------------------------------- disk and memory
+# -------------------------------------------------------------------------------------------- disk and memory
 
 
 Usage = namedtuple("Usage", "total used free")
 
 
 def test_a_disk_without_room(healthy, monkeypatch):
-    """Not one checkpoint fits: a problem, unless the run may go on without. Not all of them fit: a warning."""
+    """Not one checkpoint fits: a problem, unless the run may go on without. Not all of them fit: a
+    warning.
+    """
     size = 12 * sum(p.numel() for p in build_tiny_model(healthy.tokenizer, 16, 1, 0).parameters())
     start = with_config(healthy, save_every=5)  # 4 checkpoints in 20 steps, and the model is a third of one
     for share, status in ((0.9, "problem"), (1.1, "warning"), (4.2, "warning"), (4.4, "ok")):
@@ -288,7 +313,9 @@ def test_a_cpu_without_memory_is_a_warning(healthy, monkeypatch):
 
 
 def test_gpu_memory_is_compared_with_the_plan(healthy, monkeypatch):
-    """The plan's advice for a GPU that is too small, and what other processes hold; all figures are made up."""
+    """The plan's advice for a GPU that is too small, and what other processes hold; all figures are made
+    up.
+    """
     on_gpu = replace(healthy, ranks=OneRank(0, 1, torch.device("cuda")))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 0)
     for total, free, status, said in (
@@ -339,13 +366,13 @@ def test_a_disk_that_another_rank_does_not_see_is_a_problem(tmp_path):
     assert checks.check_shared(tmp_path, tmp_path / "run", two_ranks(theirs=True)).status == "ok"
 
 
-# ------------------------------------------------------------------------------------------------------------- a step
+# ----------------------------------------------------------------------------------------------------- a step
 
 
 METRICS = {
     "time/rollout_s": 1.0, "memory/peak_gib": 1.0, "sampling/sampling_logp_difference/mean": 1e-6, "reward": 0.5,
     "format_rate": 0.9, "completions/clipped_ratio": 0.1, "frac_reward_zero_std": 0.5, "updates_skipped_nonfinite": 0,
-}  # fmt: skip
+}
 
 
 def step_statuses(start: Start, **changes) -> dict[str, str]:
@@ -382,8 +409,12 @@ def test_a_model_that_cannot_be_packed_is_a_warning_and_bf16_weights_are_a_probl
 
 
 def test_the_dry_run_gets_the_longest_prompts_and_settings_of_its_own(healthy, tmp_path):
-    """Nothing of it may reach run_dir, a tracker or a benchmark; without a second update nothing is known of the sampler."""
-    start = with_config(healthy, warmup_steps=9, resume=True, trackers="wandb", bfcl="there", prompts_per_step=6)
+    """Nothing of it may reach run_dir, a tracker or a benchmark; without a second update nothing is known of
+    the sampler.
+    """
+    start = with_config(
+        healthy, warmup_steps=9, resume=True, trackers="wandb", bfcl="there", prompts_per_step=6
+    )
     seen = []
 
     def dry_run(config, ranks):
@@ -417,7 +448,7 @@ def test_an_error_of_the_dry_run_is_a_line(healthy, tmp_path, error, said):
     assert found.status == "problem" and found.text.startswith(said) and found.remedy
 
 
-# ---------------------------------------------------------------------------------------------------- the whole doctor
+# ------------------------------------------------------------------------------------------- the whole doctor
 
 
 def test_a_check_that_fails_is_a_line():
@@ -425,7 +456,9 @@ def test_a_check_that_fails_is_a_line():
         return {}[argument]
 
     [found] = doctor.guarded("mine", check, "key")
-    assert found.status == "problem" and found.text.startswith("check failed: KeyError: 'key' (test_doctor.py:")
+    assert found.status == "problem" and found.text.startswith(
+        "check failed: KeyError: 'key' (test_doctor.py:"
+    )
 
 
 def test_brief_says_one_line_when_all_is_well(healthy, capsys):
@@ -450,7 +483,11 @@ def test_brief_prints_warnings_and_stops_at_problems(healthy, capsys, monkeypatc
     monkeypatch.setitem(checks.CHECKS, "labels", lambda start: {}["oh"])
     doctor.brief(with_config(healthy, prompts_per_step=64, minibatch_prompts=64))
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines if line[0] != " "] == ["warning  labels", "warning  schedule", "doctor"]
+    assert [line.split(":")[0] for line in lines if line[0] != " "] == [
+        "warning  labels",
+        "warning  schedule",
+        "doctor",
+    ]
     assert lines[-1] == "doctor: 13 checks ok, warnings: 2, problems: 0"
     with pytest.raises(ConfigError, match="^right replies: .*; raise max_response_tokens"):
         doctor.brief(with_config(healthy, max_response_tokens=5))
@@ -505,16 +542,33 @@ def test_other_ranks_findings_are_printed_too(tmp_path, capsys, monkeypatch):
     assert "warning  peak memory, rank 1: 79 GiB of 80" in capsys.readouterr().out
 
 
-@pytest.mark.skipif("--doctor" not in (ROOT / "grpo.py").read_text(encoding="utf-8"), reason="grpo.py has no --doctor yet")
+@pytest.mark.skipif(
+    "--doctor" not in (ROOT / "grpo.py").read_text(encoding="utf-8"), reason="grpo.py has no --doctor yet"
+)
 def test_a_doctor_run_as_users_start_it(tmp_path):
     """Two processes, one real step of the demo in small: exit code 0, and nothing is left behind."""
     settings = dict(
         synthetic_train=60, synthetic_test=8, prompts_per_step=8, minibatch_prompts=8, group_size=4, steps=3,
         tiny_hidden=32, tiny_layers=1, max_response_tokens=60, threads=1,
-    )  # fmt: skip
+    )
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "grpo.py")]
-    command += ["--config", str(ROOT / "configs" / "tiny.yaml"), "--doctor", "--run_dir", str(tmp_path / "run"), *words]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(ROOT / "grpo.py"),
+    ]
+    command += [
+        "--config",
+        str(ROOT / "configs" / "tiny.yaml"),
+        "--doctor",
+        "--run_dir",
+        str(tmp_path / "run"),
+        *words,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()

@@ -1,8 +1,9 @@
-"""Learning itself: GRPO must raise the reward by far more than noise, and must fail to do so when one line is broken.
+"""Learning itself: GRPO must raise the reward by far more than noise, and must fail to do so when one line is
+broken.
 
-The task is the demo's in miniature: copy two digits from the request into one call. Two of three demonstrations write
-the numbers as text, so the warmed-up model copies well and gets the type right in a third of its samples. Only the
-habit is left for GRPO to learn, which takes it a few seconds.
+The task is the demo's in miniature: copy two digits from the request into one call. Two of three
+demonstrations write the numbers as text, so the warmed-up model copies well and gets the type right in a
+third of its samples. Only the habit is left for GRPO to learn, which takes it a few seconds.
 """
 
 import dataclasses
@@ -19,21 +20,22 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 import grpo
-import minibatches
 import reward
 import sft
-from checkpoint import full_state
-from data import Example, load_examples, write_examples
+from corpus.examples import Example
+from corpus.layouts import load_examples, write_examples
+from corpus.sources import read_jsonl
+from distributed import batches as minibatches
+from distributed.checkpoint import full_state
 from losses import ADVANTAGES
 from prompts import ToolCall, render_completion
 from reward import score
-from runtime import read_jsonl
 
 torch.set_num_threads(1)
 
 TOOL = {"name": "add", "description": "adds", "parameters": {"a": {"type": "int"}, "b": {"type": "int"}}}
-# The mean of one step's 64 samples has a standard error of 0.06. Learning rate and steps are such that Adam's random walk
-# under shuffled rewards, whose steps are as long as those of learning, stays far behind.
+# The mean of one step's 64 samples has a standard error of 0.06. Learning rate and steps are such that Adam's
+# random walk under shuffled rewards, whose steps are as long as those of learning, stays far behind.
 RISE = 0.3
 
 
@@ -57,7 +59,7 @@ def write_task(folder: Path) -> dict[str, object]:
         max_prompt_tokens=200, max_response_tokens=40, gradient_checkpointing="false", threads=1, seed=0,
         prompts_per_step=8, minibatch_prompts=8, group_size=8, temperature=1.0, lr=2e-4, steps=25,
         eval_every=0, save_every=0, log_samples=1000,
-    )  # fmt: skip
+    )
 
 
 def as_arguments(settings: dict[str, object]) -> list[str]:
@@ -65,7 +67,9 @@ def as_arguments(settings: dict[str, object]) -> list[str]:
 
 
 def run_here(main: Callable[[list[str]], None], settings: dict[str, object]) -> Path:
-    """Runs a script's main in this process, so that its lines can be broken; cleans up after it. Returns run_dir."""
+    """Runs a script's main in this process, so that its lines can be broken; cleans up after it. Returns
+    run_dir.
+    """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     environment = dict(os.environ)
     try:
@@ -81,9 +85,13 @@ def run_here(main: Callable[[list[str]], None], settings: dict[str, object]) -> 
 
 
 def warmed_up_task(folder: Path) -> dict[str, object]:
-    """The settings of a GRPO run that starts from a model that can copy, but writes two of three numbers as text."""
+    """The settings of a GRPO run that starts from a model that can copy, but writes two of three numbers as
+    text.
+    """
     settings = write_task(folder)
-    tiny = dict(model="tiny", tiny_hidden=64, tiny_layers=2, tiny_vocab=400, sft_lr=4e-3, sft_batch=4, steps=220)
+    tiny = dict(
+        model="tiny", tiny_hidden=64, tiny_layers=2, tiny_vocab=400, sft_lr=4e-3, sft_batch=4, steps=220
+    )
     return settings | {"model": run_here(sft.main, settings | tiny | {"run_dir": folder / "sft"}) / "model"}
 
 
@@ -98,7 +106,9 @@ def healthy(settings, tmp_path_factory) -> Path:
 
 
 def true_rewards(run_dir: Path, settings: dict[str, object]) -> list[float]:
-    """The mean reward of each step, from the completions in samples.jsonl alone: no broken line can colour it."""
+    """The mean reward of each step, from the completions in samples.jsonl alone: no broken line can colour
+    it.
+    """
     answers = {example.id: example.answer for example in load_examples(settings["data"])[0]}
     by_step: dict[int, list[float]] = {}
     for row in read_jsonl(run_dir / "samples.jsonl"):
@@ -137,13 +147,19 @@ def shifted(pack):
 BROKEN = {
     "the sign of the advantage": (ADVANTAGES, "group_std", lambda real: lambda rewards: -real(rewards)),
     "the position that predicts": (minibatches, "pack", shifted),
-    "advantages of other completions": (ADVANTAGES, "group_std", lambda real: lambda rewards: real(rewards).roll(1, 1)),
+    "advantages of other completions": (
+        ADVANTAGES,
+        "group_std",
+        lambda real: lambda rewards: real(rewards).roll(1, 1),
+    ),
 }
 
 
 @pytest.mark.parametrize("line", BROKEN)
 def test_nothing_is_learnt_with_one_line_broken(line, settings, tmp_path, monkeypatch):
-    """If this fails, test_the_reward_rises says nothing: something else than the broken line raises the reward."""
+    """If this fails, test_the_reward_rises says nothing: something else than the broken line raises the
+    reward.
+    """
     place, name, break_it = BROKEN[line]
     names = place if isinstance(place, dict) else vars(place)
     monkeypatch.setitem(names, name, break_it(names[name]))
@@ -194,7 +210,7 @@ def test_a_learning_rate_of_0_changes_no_bit(settings, tmp_path):
     assert all(row["kl"] == 0 and row["clip_ratio/region_mean"] == 0 for row in log[1:])
 
 
-# ------------------------------------------------------------------------------------------- what a run leaves
+# ------------------------------------------------------------------------------------------ what a run leaves
 
 
 def test_the_summary_is_what_the_log_says(healthy, settings):
@@ -220,7 +236,9 @@ def test_the_log_is_what_the_samples_say(healthy, settings):
         own = [sample for sample in samples if sample["step"] == row["step"]]
         groups = [own[i : i + 8] for i in range(0, 64, 8)]
         assert all(len({sample["prompt_id"] for sample in group}) == 1 for group in groups)
-        totals = torch.tensor([[sample["reward"] for sample in group] for group in groups], dtype=torch.float64)
+        totals = torch.tensor(
+            [[sample["reward"] for sample in group] for group in groups], dtype=torch.float64
+        )
         assert row["reward_std"] == pytest.approx(totals.std(1).mean().item())
         assert row["frac_reward_zero_std"] == (totals.amax(1) == totals.amin(1)).double().mean().item()
         assert row["correct_rate"] == pytest.approx(sum(s["reason"] == "correct" for s in own) / 64)
@@ -232,5 +250,10 @@ def test_the_log_is_what_the_samples_say(healthy, settings):
 
 def test_the_final_model_is_the_last_checkpoint(healthy):
     assert (healthy / "latest").read_text() == "step_25"
-    final, checkpoint = load_file(healthy / "model" / "model.safetensors"), full_state(healthy / "step_25", torch.float32)
-    assert final.keys() == checkpoint.keys() and all(torch.equal(final[name], checkpoint[name]) for name in final)
+    final, checkpoint = (
+        load_file(healthy / "model" / "model.safetensors"),
+        full_state(healthy / "step_25", torch.float32),
+    )
+    assert final.keys() == checkpoint.keys() and all(
+        torch.equal(final[name], checkpoint[name]) for name in final
+    )

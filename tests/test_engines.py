@@ -1,4 +1,6 @@
-"""engines.py: every engine gives the same greedy tokens and samples from the same distribution, after an update too."""
+"""engines.py: every engine gives the same greedy tokens and samples from the same distribution, after an
+update too.
+"""
 
 from collections.abc import Sequence
 
@@ -17,9 +19,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-import engines
-from engines import ENGINES, Prompt, shared_prefix
-from model import ModelError, pack, prepare_model, token_logprobs, use_attention
+from kernel import decode as engines
+from kernel.attention import use_attention
+from kernel.decode import Prompt, shared_prefix
+from kernel.packing import pack
+from model import ModelError, prepare_model, token_logprobs
+from rollout import ENGINES
 
 torch.set_num_threads(1)
 
@@ -29,14 +34,16 @@ SHAPE = dict(
     vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=None, eos_token_id=3,
     pad_token_id=None,
-)  # fmt: skip
+)
 FAMILIES = {
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=16)),  # heads wider than hidden / heads
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
 }
 PROMPTS = [
-    Prompt(f"p{i}", torch.randint(VOCABULARY, (n,), generator=torch.Generator().manual_seed(i)).tolist(), 100 + i)
+    Prompt(
+        f"p{i}", torch.randint(VOCABULARY, (n,), generator=torch.Generator().manual_seed(i)).tolist(), 100 + i
+    )
     for i, n in enumerate([5, 1, 17, 9, 2, 30])
 ]
 
@@ -57,7 +64,9 @@ def model():
     return build("qwen2")
 
 
-def one_by_one(model, prompt: list[int], max_new_tokens: int, stops: Sequence[int] = tuple(STOPS)) -> list[int]:
+def one_by_one(
+    model, prompt: list[int], max_new_tokens: int, stops: Sequence[int] = tuple(STOPS)
+) -> list[int]:
     """Greedy decoding that computes everything anew for each token: nothing can be stale or out of place."""
     use_attention(model, "generate")
     ids = list(prompt)
@@ -76,7 +85,7 @@ def trainer_logprobs(model, rows, copies: int, temperature: float) -> torch.Tens
         return token_logprobs(model, pack(groups, torch.device("cpu")), temperature)[0]
 
 
-# ----------------------------------------------------------------------------------------------------- every engine
+# ----------------------------------------------------------------------------------------------- every engine
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -102,7 +111,9 @@ def test_log_probs_of_samples_are_the_trainers(model, engine):
 
 
 def chi_square(counts: torch.Tensor, distribution: torch.Tensor) -> float:
-    """Pearson's statistic in units of its own standard deviation, over the tokens that are expected 5 times or more."""
+    """Pearson's statistic in units of its own standard deviation, over the tokens that are expected 5 times
+    or more.
+    """
     expected = distribution * counts.sum()
     often = expected >= 5
     chi2 = ((counts - expected)[often] ** 2 / expected[often]).sum()
@@ -112,7 +123,9 @@ def chi_square(counts: torch.Tensor, distribution: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_samples_follow_the_softmax_whatever_the_models_own_defaults_say(model, engine):
-    """Qwen2.5-Instruct brings top_k 20, top_p 0.8 and a repetition penalty, which generate() inherits silently."""
+    """Qwen2.5-Instruct brings top_k 20, top_p 0.8 and a repetition penalty, which generate() inherits
+    silently.
+    """
     prompt, temperature, n = PROMPTS[2], 0.7, 1200
     use_attention(model, "generate")
     with torch.no_grad():
@@ -146,7 +159,7 @@ def test_after_an_update_samples_come_from_the_new_weights(engine):
     assert before != after
 
 
-# ---------------------------------------------------------------------------------------------------- shared_prefix
+# ---------------------------------------------------------------------------------------------- shared_prefix
 
 
 def test_neither_prefill_rows_nor_blocks_nor_dropping_change_a_sample(model, monkeypatch):
@@ -166,7 +179,9 @@ def with_blocks_of(size: int, real):
     def numbers(prompts, copies, device):
         generators = [torch.Generator().manual_seed(p.seed) for p in prompts]
         while True:
-            yield from torch.cat([torch.rand(copies, size, generator=g, dtype=torch.float64) for g in generators]).T
+            yield from torch.cat(
+                [torch.rand(copies, size, generator=g, dtype=torch.float64) for g in generators]
+            ).T
 
     return numbers
 
@@ -201,7 +216,7 @@ def test_a_wrong_cache_is_noticed(model, monkeypatch, name, change):
     assert [ids for ids, _ in rows] != [one_by_one(model, prompt.ids, 20) for prompt in PROMPTS], name
 
 
-# ---------------------------------------------------------------------------------------------- continuous_batching
+# ---------------------------------------------------------------------------------------- continuous_batching
 
 
 def test_a_partial_result_of_continuous_batching_is_an_error(model, monkeypatch):
@@ -212,7 +227,7 @@ def test_a_partial_result_of_continuous_batching_is_an_error(model, monkeypatch)
         ENGINES["continuous_batching"](model, PROMPTS, 2, 1.0, 4, STOPS)
 
 
-# ----------------------------------------------------------------------------------------------------- fallback
+# --------------------------------------------------------------------------------------------------- fallback
 
 
 def test_a_model_with_sliding_windows_is_sampled_by_generate():
@@ -229,13 +244,15 @@ def test_a_model_with_sliding_windows_is_sampled_by_generate():
     prompt = Prompt("long", torch.randint(250, (30,), generator=torch.Generator().manual_seed(1)).tolist())
     (group,) = sample_groups(
         model, build_tiny_tokenizer(["a"], 300), [prompt], group_size=1, temperature=0, max_new_tokens=10, batch_size=4
-    )  # fmt: skip
+    )
     assert group.responses[0][:10] == one_by_one(model, prompt.ids, 10, stops=())
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_that_scales_its_logits_is_sampled_by_generate(monkeypatch):
-    """The default engine applies the head alone: without the scale, samples would follow another distribution."""
+    """The default engine applies the head alone: without the scale, samples would follow another
+    distribution.
+    """
     from test_rollout import build_tiny_tokenizer
 
     from rollout import sample_groups
@@ -245,7 +262,9 @@ def test_a_model_that_scales_its_logits_is_sampled_by_generate(monkeypatch):
     model = prepare_model(model, torch.device("cpu")).eval()
     called = []
     for name, engine in list(ENGINES.items()):
-        monkeypatch.setitem(ENGINES, name, lambda *args, name=name, engine=engine: called.append(name) or engine(*args))
+        monkeypatch.setitem(
+            ENGINES, name, lambda *args, name=name, engine=engine: called.append(name) or engine(*args)
+        )
     tokenizer = build_tiny_tokenizer(["a"], 300)
     sample_groups(model, tokenizer, PROMPTS, group_size=2, temperature=1.0, max_new_tokens=3, batch_size=64)
     assert called == ["generate"]

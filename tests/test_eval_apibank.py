@@ -1,4 +1,6 @@
-"""API-Bank: agreement with the official tools, what the model is shown, the files of `score`, the sentences of errors."""
+"""API-Bank: agreement with the official tools, what the model is shown, the files of `score`, the sentences
+of errors.
+"""
 
 import gzip
 import json
@@ -13,18 +15,20 @@ import pytest
 from test_apibank_check import make_case, reply
 from test_prompts import llama, qwen
 
-import apibank_check
 import eval_apibank
-from apibank_data import EvalError, load_cases
 from eval_apibank import main, prompt_cases, score_predictions
+from evals import apibank_check
+from evals.apibank_data import EvalError, load_cases
 from prompts import build_messages, render_calls, render_prompt
 
 SHARED = Path(__file__).parents[2] / "shared"
 DATA, GOLDEN = SHARED / "data" / "apibank", SHARED / "golden" / "apibank_verdicts.jsonl.gz"
-needs_shared = pytest.mark.skipif(not DATA.is_dir(), reason=f"{DATA} is not there; it holds the cases and verdicts")
+needs_shared = pytest.mark.skipif(
+    not DATA.is_dir(), reason=f"{DATA} is not there; it holds the cases and verdicts"
+)
 
 
-# ------------------------------------------------------------------------------------------------- the official tools
+# ----------------------------------------------------------------------------------------- the official tools
 
 
 @needs_shared
@@ -36,7 +40,8 @@ def test_agrees_with_the_official_tools():
     residual = Counter()
     for row, verdict in zip(rows, verdicts):
         if row["correct"] != verdict["correct"]:
-            # The row's kind says what was done to the gold call; only a database could tell these from the others.
+            # The row's kind says what was done to the gold call; only a database could tell these from the
+            # others.
             residual[row["id"].split("/")[-1].split("-")[0], row["kind"], row["correct"]] += 1
     by_cause = Counter()
     for (_, kind, accepted), count in residual.items():
@@ -72,19 +77,28 @@ def test_gold_calls_score_as_the_official_tools_say():
 def test_table_of_comparisons_is_that_of_the_data():
     """Every parameter that match_rules.json names has a comparison here, and no other has one."""
     rules = json.loads((DATA / "match_rules.json").read_text())
-    named = {f"{api}.{key}" for group in ("level1_2", "level3") for api, keys in rules[group].items() for key in keys}
+    named = {
+        f"{api}.{key}"
+        for group in ("level1_2", "level3")
+        for api, keys in rules[group].items()
+        for key in keys
+    }
     assert set(apibank_check.COMPARISONS) == named
 
 
-# ----------------------------------------------------------------------------------------- what the model is shown
+# ------------------------------------------------------------------------------------ what the model is shown
 
 
 @needs_shared
 @pytest.mark.parametrize("family", [qwen, llama])
 def test_templates_print_every_dialogue_whole(family):
-    """Most dialogues end with the assistant's announcement of its call: two turns of the assistant in a row."""
+    """Most dialogues end with the assistant's announcement of its call: two turns of the assistant in a
+    row.
+    """
     tokenizer = family()
-    prompts = prompt_cases([*load_cases(DATA).values(), *load_cases(DATA / "hammer_apibank_l1.json.gz").values()])
+    prompts = prompt_cases(
+        [*load_cases(DATA).values(), *load_cases(DATA / "hammer_apibank_l1.json.gz").values()]
+    )
     assert sum(p.messages[-1]["role"] == "assistant" for p in prompts[:508]) == 346
     for prompt in prompts:
         text = render_prompt(tokenizer, prompt.messages, prompt.tools)
@@ -97,7 +111,9 @@ def test_templates_print_every_dialogue_whole(family):
 
 @needs_shared
 def test_prompts_say_what_the_official_prompts_say():
-    """45 golds need a year that no turn names; of level 2 only what a search found is known; no order gives hints."""
+    """45 golds need a year that no turn names; of level 2 only what a search found is known; no order gives
+    hints.
+    """
     cases = load_cases(DATA)
     prompts = {prompt.id: prompt for prompt in prompt_cases(cases.values())}
     year = [p.category for p in prompts.values() if "2023" in p.messages[0]["content"]]
@@ -111,17 +127,22 @@ def test_prompts_say_what_the_official_prompts_say():
             assert names == sorted(case.shown) and case.gold.name in names
         else:
             told[case.level][case.gold.name in names] += 1
-    assert told == {2: {True: 106, False: 13}, 3: {True: 131}}  # 13 golds of level 2 call what no search has found
+    assert told == {
+        2: {True: 106, False: 13},
+        3: {True: 131},
+    }  # 13 golds of level 2 call what no search has found
     first = prompts["level-2-toolsearcher/DeleteMeeting-level-3-1.jsonl#2"]
     assert [tool["name"] for tool in first.tools] == ["ToolSearcher"]
 
 
-# ---------------------------------------------------------------------------------------------- files and the scripts
+# -------------------------------------------------------------------------------------- files and the scripts
 
 
 @pytest.fixture
 def data_dir(tmp_path):
-    """The smallest data folder: one case of level 1 and 2, and two of level 3 with their dialogues as ToolRL's prompts."""
+    """The smallest data folder: one case of level 1 and 2, and two of level 3 with their dialogues as
+    ToolRL's prompts.
+    """
     parameter = {"type": "str", "description": "x"}
     add = {"name": "Add", "description": "adds", "input_parameters": {"x": parameter}, "required": ["x"]}
     many = {"xs": {"type": "list(str)", "description": "more"}}
@@ -143,8 +164,12 @@ def data_dir(tmp_path):
     prompt = {"system": "Tools\n1. Add: adds\n\n1. **Think:** now", "user": dialogue, "answer": answer}
     folder = tmp_path / "data"
     folder.mkdir()
-    (folder / "cases.jsonl.gz").write_bytes(gzip.compress("".join(json.dumps(c) + "\n" for c in cases).encode()))
-    (folder / "api_descriptions.json").write_text(json.dumps({"level1_2": [add, look], "level3": [add, look]}))
+    (folder / "cases.jsonl.gz").write_bytes(
+        gzip.compress("".join(json.dumps(c) + "\n" for c in cases).encode())
+    )
+    (folder / "api_descriptions.json").write_text(
+        json.dumps({"level1_2": [add, look], "level3": [add, look]})
+    )
     prompts = [{**prompt, "other": {"sample_id": 7, "api_id": n}} for n in (1, 2)]
     (folder / "toolrl_level-3-api_processed.json").write_text(json.dumps(prompts))
     return folder
@@ -181,7 +206,7 @@ def test_score_writes_verdicts_tables_and_cases(tmp_path, data_dir, capsys):
     ]
     assert verdicts[1] == {
         "id": "a#1", "level": 1, "correct": True, "reason": "correct", "corrected": True, "exact": True, "loose": True,
-    }  # fmt: skip
+    }
     scores = json.loads((out / "scores.json").read_text())["scores"]
     line = scores["level-1"]["official"]
     assert (line["correct"], line["n"], line["cases"], scores["level-1"]["of"]) == (2, 3, 1, 1)
@@ -189,24 +214,43 @@ def test_score_writes_verdicts_tables_and_cases(tmp_path, data_dir, capsys):
     assert scores["level-3"]["official"]["n"] == 0 and scores["level-3"]["official"]["accuracy"] is None
     table = (out / "scores.csv").read_text().splitlines()
     assert table[0] == "group,name,accuracy,low,high,correct,n"
-    assert table[1].startswith("level-1,official,66.6667,") and table[-1].startswith("paper,Llama-3.1-8B,60.41")
+    assert table[1].startswith("level-1,official,66.6667,") and table[-1].startswith(
+        "paper,Llama-3.1-8B,60.41"
+    )
     wrong = read_rows(out / "cases.jsonl")[2]
     assert wrong["came"] == "no" and wrong["expected"] == {"name": "Add", "arguments": {"x": "1"}}
     assert "there is no closed tool-call section" in (out / "failures.txt").read_text()
     printed = capsys.readouterr().out
     assert "81.28" in printed and "not state its denominator" in printed
     heading = next(line for line in printed.splitlines() if "official %" in line).split()
-    assert [word for word in heading if word != "%"] == ["n", "cases", "official", "corrected", "exact", "loose"]
+    assert [word for word in heading if word != "%"] == [
+        "n",
+        "cases",
+        "official",
+        "corrected",
+        "exact",
+        "loose",
+    ]
 
 
 def test_a_scenario_counts_when_all_its_calls_are_right(tmp_path, data_dir, capsys):
     """Sample by sample, in whatever order the rows are. A scenario of which a call has no row is left out."""
-    samples = [("level-3#1", False, 1), ("level-3#0", True, 0), ("level-3#0", False, 1), ("level-3#1", True, 0)]
+    samples = [
+        ("level-3#1", False, 1),
+        ("level-3#0", True, 0),
+        ("level-3#0", False, 1),
+        ("level-3#1", True, 0),
+    ]
     lines = [row(case, right, sample=sample) for case, right, sample in samples]
     assert run_score(tmp_path, data_dir, "\n".join(lines)) == 0
     scores = json.loads((tmp_path / "out" / "scores.json").read_text())["scores"]
     line = scores["level-3 scenarios"]
-    assert (line["official"]["correct"], line["official"]["n"], line["official"]["cases"], line["of"]) == (1, 2, 1, 1)
+    assert (line["official"]["correct"], line["official"]["n"], line["official"]["cases"], line["of"]) == (
+        1,
+        2,
+        1,
+        1,
+    )
     assert (scores["level-3"]["official"]["correct"], scores["level-3"]["official"]["n"]) == (2, 4)
     assert [v["sample"] for v in read_rows(tmp_path / "out" / "verdicts.jsonl")] == [1, 0, 1, 0]
     assert "not the official sample accuracy" in capsys.readouterr().out
@@ -226,8 +270,14 @@ def test_report_says_why_the_gate_closed(tmp_path, data_dir):
 def test_replies_that_cannot_be_written_as_json_are_reported_as_text(tmp_path, data_dir):
     nested = "[" * 400 + "]" * 400
     odd = ['"\\ud800"', nested, "NaN"]
-    lines = [f'<tool_call>[{{"name": "Add", "arguments": {{"x": {value}}}}}]</tool_call>' for value in (*odd, '"\ud800"')]
-    assert run_score(tmp_path, data_dir, "\n".join(json.dumps({"id": "a#1", "output": line}) for line in lines)) == 0
+    lines = [
+        f'<tool_call>[{{"name": "Add", "arguments": {{"x": {value}}}}}]</tool_call>'
+        for value in (*odd, '"\ud800"')
+    ]
+    assert (
+        run_score(tmp_path, data_dir, "\n".join(json.dumps({"id": "a#1", "output": line}) for line in lines))
+        == 0
+    )
     came = [case["came"] for case in read_rows(tmp_path / "out" / "cases.jsonl")]
     assert [type(value).__name__ for value in came] == ["str", "dict", "dict", "str"]
 
@@ -256,8 +306,14 @@ def test_half_written_last_line_is_left_out(tmp_path, data_dir, capsys):
     [
         (f"{GOOD[:20]}\n{GOOD}\n", "predictions.jsonl:1: not JSON"),
         (f"{GOOD}\n[1]\n", 'predictions.jsonl:2: needs to be an object with the strings "id" and "output"'),
-        (f"{GOOD}\n{row('zzz')}\n", "predictions.jsonl:2: unknown id 'zzz'; pass the --data it was made from"),
-        (f"{GOOD}\n{row('a#1', level=4)}\n", "predictions.jsonl:2: unknown level '4', because a#1 is of level 1"),
+        (
+            f"{GOOD}\n{row('zzz')}\n",
+            "predictions.jsonl:2: unknown id 'zzz'; pass the --data it was made from",
+        ),
+        (
+            f"{GOOD}\n{row('a#1', level=4)}\n",
+            "predictions.jsonl:2: unknown level '4', because a#1 is of level 1",
+        ),
         ("", "predictions.jsonl: holds no predictions; run `generate` first"),
     ],
 )
@@ -314,8 +370,12 @@ def test_generate_hands_the_cases_to_the_rollout(tmp_path, data_dir, monkeypatch
     assert "{tools}" in options.pop("template")
     assert options == {
         "batch_size": 4, "max_new_tokens": 1024, "max_prompt_tokens": 8192, "temperature": 0.5, "samples": 3, "seed": 9,
-    }  # fmt: skip
-    assert [(c.id, c.category) for c in cases] == [("a#1", "level-1"), ("b#1", "level-2"), ("level-3#0", "level-3")]
+    }
+    assert [(c.id, c.category) for c in cases] == [
+        ("a#1", "level-1"),
+        ("b#1", "level-2"),
+        ("level-3#0", "level-3"),
+    ]
     built = build_messages(cases[0].messages, cases[0].tools)
     assert built[0]["content"].endswith("\n\nThe current year is 2023. " + eval_apibank.ONE_CALL)
     assert [(m["role"], m["content"]) for m in built[1:]] == [
@@ -338,7 +398,17 @@ def test_script_scores_without_torch(tmp_path, data_dir):
     (tmp_path / "torch.py").write_text("raise ImportError('score must not import torch')\n")
     (tmp_path / "good.jsonl").write_text(GOOD)
     script = Path(eval_apibank.__file__)
-    command = [sys.executable, script, "score", "--predictions", "good.jsonl", "--data", data_dir, "--out", "out"]
+    command = [
+        sys.executable,
+        script,
+        "score",
+        "--predictions",
+        "good.jsonl",
+        "--data",
+        data_dir,
+        "--out",
+        "out",
+    ]
     environment = {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,4 +1,6 @@
-"""eval_bfcl.py: columns and the paper's table, files in and out, what is asked, and errors in one sentence."""
+"""eval_bfcl.py: columns and the paper's table, files in and out, what is asked, and errors in one
+sentence.
+"""
 
 import json
 import subprocess
@@ -9,29 +11,41 @@ from types import ModuleType, SimpleNamespace
 import pytest
 from bfcl_cases import DATA, RIGHT, WRONG, needs_shared, reply, score, write_data, write_jsonl
 
-import bfcl_data
 import eval_bfcl
-from bfcl_data import load_problems
-from eval_bfcl import BfclError, aggregates, main, score_predictions
-from eval_report import interval
+from eval_bfcl import aggregates, main, score_predictions
+from evals import bfcl_data
+from evals.bfcl_check import BfclError
+from evals.bfcl_data import load_problems
+from evals.report import interval
 
 ROOT = Path(__file__).parents[1]
 
 # ------------------------------------------------------------------------------------------------ aggregates
 
-SIZES = dict(zip(bfcl_data.CATEGORIES, (400, 100, 50, 200, 200, 200, 240, 258, 1053, 16, 24, 884, 16), strict=True))
+SIZES = dict(
+    zip(bfcl_data.CATEGORIES, (400, 100, 50, 200, 200, 200, 240, 258, 1053, 16, 24, 884, 16), strict=True)
+)
 LIVE_CASES = {"6": 2251, "4": 1351}
 
 
 def table_2(name):
-    """Categories of one row of Table 2; the languages of "simple" are not given apart, so each gets the mean."""
+    """Categories of one row of Table 2; the languages of "simple" are not given apart, so each gets the
+    mean.
+    """
     row = next(row for row in eval_bfcl.PAPER if row[0] == name)
-    figures = dict(zip((*bfcl_data.NON_LIVE_AST, *bfcl_data.LIVE_AST), (row[1], row[1], *row[1:9]), strict=True))
-    return {name: {"accuracy": figure, "low": 0.0, "high": 100.0, "n": SIZES[name]} for name, figure in figures.items()}
+    figures = dict(
+        zip((*bfcl_data.NON_LIVE_AST, *bfcl_data.LIVE_AST), (row[1], row[1], *row[1:9]), strict=True)
+    )
+    return {
+        name: {"accuracy": figure, "low": 0.0, "high": 100.0, "n": SIZES[name]}
+        for name, figure in figures.items()
+    }
 
 
 def column(categories, group, name):
-    rows = [row for row in aggregates(categories, SIZES) if row["group"] == group and row["name"].startswith(name)]
+    rows = [
+        row for row in aggregates(categories, SIZES) if row["group"] == group and row["name"].startswith(name)
+    ]
     return rows[0]["accuracy"]
 
 
@@ -41,7 +55,9 @@ DEVIATIONS = {("ToolACE-8B", "Overall"): 83.07}
 
 @pytest.mark.parametrize("row", eval_bfcl.PAPER, ids=[row[0] for row in eval_bfcl.PAPER])
 def test_table_2_through_the_aggregation(row):
-    """Live of 4 follows from the columns. Live of 6 has 900 further cases, whose right ones must be a whole number."""
+    """Live of 4 follows from the columns. Live of 6 has 900 further cases, whose right ones must be a whole
+    number.
+    """
     name, non_live, live, overall, live_of = row[0], *row[9:13]
     categories = table_2(name)
     right = sum(round(categories[part]["accuracy"] * SIZES[part] / 100) for part in bfcl_data.LIVE_AST)
@@ -64,7 +80,9 @@ def test_the_two_rows_of_tool_n1_do_not_fit_six_categories():
     """Hence both Lives are printed. 84.10 for the 14B's live simple is a typo, too: 217 of 258 are 84.11."""
     for name, right, live in (("Tool-N1-7B", 1086, 80.385), ("Tool-N1-14B", 1100, 81.421)):
         assert column(table_2(name), "paper", "Live (4") == pytest.approx(live, abs=0.01)
-        assert column(table_2(name), "v4 official", "Live overall") == pytest.approx(100 * right / 1351, abs=0.01)
+        assert column(table_2(name), "v4 official", "Live overall") == pytest.approx(
+            100 * right / 1351, abs=0.01
+        )
         assert column(table_2(name), "paper", "Live (6") is None  # irrelevance did not run
     assert round(100 * 217 / 258, 2) == 84.11
 
@@ -98,7 +116,7 @@ def test_simple_weighs_its_languages_equally():
     assert column(categories, "paper", "Non-live") == pytest.approx((60 + 95.5 + 94 + 83.5) / 4)
 
 
-# --------------------------------------------------------------------------------------------- files and errors
+# ------------------------------------------------------------------------------------------- files and errors
 
 
 def test_score_keeps_the_order_and_counts_every_sample(tmp_path, capsys):
@@ -115,7 +133,10 @@ def test_score_keeps_the_order_and_counts_every_sample(tmp_path, capsys):
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["category", "simple_python", "75.00", f"{low:.2f}", "-", f"{high:.2f}", "3", "4"] in table
     assert ["category", "parallel", "n/a", "0", "0"] in table
-    assert f"category,simple_python,75.0000,{low:.4f},{high:.4f},3,4" in (tmp_path / "o" / "scores.csv").read_text()
+    assert (
+        f"category,simple_python,75.0000,{low:.4f},{high:.4f},3,4"
+        in (tmp_path / "o" / "scores.csv").read_text()
+    )
 
 
 def test_the_interval_is_over_cases_not_samples(tmp_path):
@@ -134,7 +155,7 @@ def test_every_row_says_what_was_expected_what_came_and_why_it_failed(tmp_path):
     assert cases[0] == {
         "id": "simple_python_1", "category": "simple_python", "valid": False, "error_type": "value_error:others",
         "expected": [{"f": {"p": [1]}}], "came": [{"f": {"p": 2}}], "why": "p is 2, but the allowed values are [1]",
-    }  # fmt: skip
+    }
     assert (cases[1]["valid"], cases[1]["why"]) == (True, "")
     assert cases[2]["sample"] == 1 and cases[2]["came"].startswith("no no") and len(cases[2]["came"]) < 500
     failures = (tmp_path / "o" / "failures.txt").read_text()
@@ -142,7 +163,9 @@ def test_every_row_says_what_was_expected_what_came_and_why_it_failed(tmp_path):
 
 
 def test_no_output_stops_the_reports(tmp_path):
-    """Half a surrogate pair is no UTF-8, and JSON that can just be read may be nested too deeply to be written."""
+    """Half a surrogate pair is no UTF-8, and JSON that can just be read may be nested too deeply to be
+    written.
+    """
     outputs = [reply(("f", {"p": "\ud800"})), '<tool_call>[{"name": "\\udfff", "arguments": {}}]</tool_call>']
     outputs += [
         f'<tool_call>[{{"name": "f", "arguments": {{"p": {"[" * depth}{"]" * depth}}}}}]</tool_call>'
@@ -150,10 +173,16 @@ def test_no_output_stops_the_reports(tmp_path):
     ]
     rows = [{"id": "simple_python_0", "output": output} for output in outputs]
     cases = score(tmp_path, rows, write_data(tmp_path / "d"))("cases.jsonl")
-    assert [type(case["came"]) for case in cases] == [list] * 2 + [str] * 60  # what is deep is shown as it came
+    assert [type(case["came"]) for case in cases] == [list] * 2 + [
+        str
+    ] * 60  # what is deep is shown as it came
 
 
-REPLIES = {"explicit []": reply(), "no tool-call section": "Sorry.", "unparsable": "<tool_call>[{]</tool_call>"}
+REPLIES = {
+    "explicit []": reply(),
+    "no tool-call section": "Sorry.",
+    "unparsable": "<tool_call>[{]</tool_call>",
+}
 
 
 def test_refusals_are_split_and_calls_where_none_fits_are_counted(tmp_path):
@@ -170,7 +199,10 @@ def test_refusals_are_split_and_calls_where_none_fits_are_counted(tmp_path):
 
 
 def test_unasked_cases_and_long_prompts_are_told(tmp_path, capsys):
-    score(tmp_path, [RIGHT, {**WRONG, "output": "", "skipped": "prompt_too_long"}], write_data(tmp_path / "d", count=3))
+    score(
+        tmp_path, [RIGHT, {**WRONG, "output": "", "skipped": "prompt_too_long"}],
+        write_data(tmp_path / "d", count=3),
+    )
     out = capsys.readouterr().out
     assert "Not all cases were asked: simple_python 2 of 3." in out
     assert "1 of 2 prompts were too long to be asked" in out
@@ -209,7 +241,14 @@ def test_rows_with_the_repeated_id_are_dealt_to_its_two_cases_in_turn():
 def run_score(tmp_path, text, data=None):
     (tmp_path / "p.jsonl").write_text(text)
     data = data or write_data(tmp_path / "d")
-    arguments = ["--predictions", str(tmp_path / "p.jsonl"), "--data", str(data), "--out", str(tmp_path / "o")]
+    arguments = [
+        "--predictions",
+        str(tmp_path / "p.jsonl"),
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path / "o"),
+    ]
     return main(["score", *arguments])
 
 
@@ -219,13 +258,31 @@ BAD_PREDICTIONS = [
     ('{"id": "simpl', "p.jsonl: holds no predictions"),
     (GOOD_LINE + '{"id": "simpl\n' + GOOD_LINE, "p.jsonl:2: not JSON"),
     (GOOD_LINE + "[]\n", "p.jsonl:2: needs to be an object"),
-    (GOOD_LINE + '{"id": "simple_python_0"}\n', 'p.jsonl:2: needs to be an object with the strings "id" and "output"'),
+    (
+        GOOD_LINE + '{"id": "simple_python_0"}\n',
+        'p.jsonl:2: needs to be an object with the strings "id" and "output"',
+    ),
     ('{"id": "nobody_7", "output": ""}\n', "p.jsonl:1: "),
-    ('{"id": "nobody_7", "output": ""}\n', "no case 'nobody_7'; no category of BFCL's single-turn part has such an id"),
-    ('{"id": "simple_0", "output": ""}\n', "no case 'simple_0'; check that --data has the right version, v3 or v4"),
-    ('{"id": "parallel_0", "output": ""}\n', "no case 'parallel_0'; it has no file of parallel; fetch all of BFCL"),
-    (json.dumps(RIGHT | {"category": "sample"}), "unknown category 'sample', but simple_python_0 is simple_python;"),
-    (json.dumps(RIGHT | {"category": "multiple"}), "category 'multiple', but simple_python_0 is simple_python; repair"),
+    (
+        '{"id": "nobody_7", "output": ""}\n',
+        "no case 'nobody_7'; no category of BFCL's single-turn part has such an id",
+    ),
+    (
+        '{"id": "simple_0", "output": ""}\n',
+        "no case 'simple_0'; check that --data has the right version, v3 or v4",
+    ),
+    (
+        '{"id": "parallel_0", "output": ""}\n',
+        "no case 'parallel_0'; it has no file of parallel; fetch all of BFCL",
+    ),
+    (
+        json.dumps(RIGHT | {"category": "sample"}),
+        "unknown category 'sample', but simple_python_0 is simple_python;",
+    ),
+    (
+        json.dumps(RIGHT | {"category": "multiple"}),
+        "category 'multiple', but simple_python_0 is simple_python; repair",
+    ),
 ]
 
 
@@ -250,7 +307,12 @@ def test_missing_and_damaged_files(tmp_path, capsys):
     assert run_score(tmp_path, GOOD_LINE, tmp_path) == 2
     assert "holds no BFCL_v4_*.json" in capsys.readouterr().err
     data = write_data(tmp_path / "d")
-    assert main(["score", "--predictions", str(tmp_path / "x"), "--data", str(data), "--out", str(tmp_path / "o")]) == 2
+    assert (
+        main(
+            ["score", "--predictions", str(tmp_path / "x"), "--data", str(data), "--out", str(tmp_path / "o")]
+        )
+        == 2
+    )
     assert "x: cannot be read: No such file" in capsys.readouterr().err
     (data / "possible_answer" / "BFCL_v4_simple_python.json").unlink()
     assert run_score(tmp_path, GOOD_LINE, data) == 2
@@ -269,7 +331,15 @@ def test_score_is_a_light_script(tmp_path):
     """Scoring must not need torch, nor wait for it."""
     write_jsonl(tmp_path / "p.jsonl", [RIGHT])
     data = write_data(tmp_path / "d")
-    arguments = ["score", "--predictions", str(tmp_path / "p.jsonl"), "--data", str(data), "--out", str(tmp_path)]
+    arguments = [
+        "score",
+        "--predictions",
+        str(tmp_path / "p.jsonl"),
+        "--data",
+        str(data),
+        "--out",
+        str(tmp_path),
+    ]
     code = f"import sys, eval_bfcl; eval_bfcl.main({arguments!r}); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "False"
@@ -306,14 +376,30 @@ def test_generate_asks_the_chosen_cases(tmp_path, rollout):
 
 
 def test_sampling_options_reach_the_rollout(tmp_path, rollout):
-    arguments = ["generate", "--model", "M", "--data", str(write_data(tmp_path / "d")), "--out", str(tmp_path / "o")]
+    arguments = [
+        "generate",
+        "--model",
+        "M",
+        "--data",
+        str(write_data(tmp_path / "d")),
+        "--out",
+        str(tmp_path / "o"),
+    ]
     assert main([*arguments, "--temperature", "0.7", "--samples", "4", "--seed", "3"]) == 0
     wanted = {"temperature": 0.7, "samples": 4, "seed": 3}
     assert wanted.items() <= rollout["options"].items()
 
 
 def test_generate_errors(tmp_path, rollout, capsys):
-    arguments = ["generate", "--model", "M", "--data", str(write_data(tmp_path)), "--out", str(tmp_path / "o")]
+    arguments = [
+        "generate",
+        "--model",
+        "M",
+        "--data",
+        str(write_data(tmp_path)),
+        "--out",
+        str(tmp_path / "o"),
+    ]
     assert main([*arguments, "--categories", "simpel"]) == 2
     assert "unknown 'simpel'; choose from single_turn" in capsys.readouterr().err
     assert main([*arguments, "--categories", "live"]) == 2
@@ -326,5 +412,3 @@ def test_generate_errors(tmp_path, rollout, capsys):
     assert "--temperature: needs a number of 0 (greedy) or more, not 'warm'" in capsys.readouterr().err
     assert main([*arguments, "--prompt_template", str(tmp_path / "no.txt")]) == 2
     assert "cannot read" in capsys.readouterr().err
-
-

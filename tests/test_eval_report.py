@@ -1,4 +1,6 @@
-"""eval_report.py: intervals and p-values against slow, obvious versions; files, tables, cases, two models compared."""
+"""eval_report.py: intervals and p-values against slow, obvious versions; files, tables, cases, two models
+compared.
+"""
 
 import csv
 import gzip
@@ -9,8 +11,8 @@ from math import comb, erfc, sqrt
 
 import pytest
 
-import eval_report
-from eval_report import ReportError, compare, interval, mcnemar, read_predictions, sampled_interval, tally
+from evals import report as eval_report
+from evals.report import ReportError, compare, interval, mcnemar, read_predictions, sampled_interval, tally
 
 
 def write(path, *rows):
@@ -18,7 +20,7 @@ def write(path, *rows):
     return path
 
 
-# ------------------------------------------------------------------------------------------------- predictions
+# ------------------------------------------------------------------------------------------------ predictions
 
 
 def test_rows_may_share_an_id_and_know_their_place(tmp_path):
@@ -72,7 +74,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         eval_report.make_folder(tmp_path / "file" / "out")
 
 
-# ---------------------------------------------------------------------------------------------------- statistics
+# ------------------------------------------------------------------------------------------------- statistics
 
 
 @pytest.mark.parametrize(("correct", "n"), [(0, 16), (1, 16), (8, 16), (16, 16), (213, 258), (1, 1)])
@@ -121,14 +123,16 @@ def test_samples_that_all_agree_keep_an_honest_interval():
 def test_one_sample_per_case_gives_wilson_and_unequal_samples_keep_the_share_of_rows():
     assert tally([("a", True), ("b", False)]) == {
         "accuracy": 50, "low": interval(1, 2)[0], "high": interval(1, 2)[1], "correct": 1, "n": 2, "cases": 2,
-    }  # fmt: skip
+    }
     unequal = tally([("a", True)] * 3 + [("b", False)] + [("c", True), ("c", False)])
     assert unequal["accuracy"] == pytest.approx(100 * 4 / 6) and unequal["low"] < 66 < unequal["high"]
     assert tally([])["accuracy"] is None and tally([])["n"] == 0
 
 
 def test_sampled_intervals_hold_the_truth_about_95_times_in_100():
-    """40 cases of different difficulty, 4 samples each, 2,000 evaluations: the interval must not be too narrow."""
+    """40 cases of different difficulty, 4 samples each, 2,000 evaluations: the interval must not be too
+    narrow.
+    """
     draw, held = random.Random(0), 0
     for _ in range(2000):
         means = [sum(draw.random() < p for _ in range(4)) / 4 for p in (draw.random() for _ in range(40))]
@@ -160,7 +164,7 @@ def test_mcnemar_of_thousands_of_cases():
     assert 0 <= mcnemar(0, 20_000) < 1e-300  # 2 / 2**20000 is no float
 
 
-# ------------------------------------------------------------------------------------------------ tables and cases
+# ------------------------------------------------------------------------------------------- tables and cases
 
 
 def test_table_csv_and_json_say_the_same(tmp_path, capsys):
@@ -181,17 +185,37 @@ def test_table_csv_and_json_say_the_same(tmp_path, capsys):
 
 
 def test_text_table_lines_up():
-    assert eval_report.text_table(("a", "b"), [("long", 1.0), ("x", None)]) == "a        b\nlong  1.00\nx      n/a"
+    assert (
+        eval_report.text_table(("a", "b"), [("long", 1.0), ("x", None)])
+        == "a        b\nlong  1.00\nx      n/a"
+    )
 
 
 def test_every_case_is_kept_and_the_wrong_ones_are_told(tmp_path):
-    right = {"id": "a_0", "category": "a", "valid": True, "error_type": None, "expected": [], "came": [], "why": ""}
-    wrong = right | {"id": "a_1", "valid": False, "error_type": "bad", "came": "no\ncall", "why": "there is no call"}
+    right = {
+        "id": "a_0",
+        "category": "a",
+        "valid": True,
+        "error_type": None,
+        "expected": [],
+        "came": [],
+        "why": "",
+    }
+    wrong = right | {
+        "id": "a_1",
+        "valid": False,
+        "error_type": "bad",
+        "came": "no\ncall",
+        "why": "there is no call",
+    }
     eval_report.write_cases([right, wrong], tmp_path)
-    assert [json.loads(line) for line in (tmp_path / "cases.jsonl").read_text().splitlines()] == [right, wrong]
+    assert [json.loads(line) for line in (tmp_path / "cases.jsonl").read_text().splitlines()] == [
+        right,
+        wrong,
+    ]
     told = (tmp_path / "failures.txt").read_text()
     assert told.startswith("1 of 2 rows are wrong.\n      1  bad\n")
-    assert "a_1 (a): bad\n  why:      there is no call\n  expected: []\n  came:     \"no\\ncall\"\n" in told
+    assert 'a_1 (a): bad\n  why:      there is no call\n  expected: []\n  came:     "no\\ncall"\n' in told
     assert "a_0" not in told
 
 
@@ -200,7 +224,7 @@ def test_long_replies_keep_both_ends():
     assert eval_report.shorten("a" * 900 + "b" * 100, 20) == "a" * 10 + " [… 980 characters …] " + "b" * 10
 
 
-# ------------------------------------------------------------------------------------------------------ two models
+# ------------------------------------------------------------------------------------------------- two models
 
 
 def verdicts(text, name="c"):
@@ -214,7 +238,7 @@ def test_compare_counts_every_fate_of_a_case():
     assert (result["only_a"], result["only_b"]) == (["c_7"], ["c_6"])
     assert result["groups"]["d"] == {
         "n": 1, "a": 0, "b": 1, "fixed": 1, "broken": 0, "unchanged_right": 0, "unchanged_wrong": 0, "p": 1.0,
-    }  # fmt: skip
+    }
     c = result["groups"]["c"]
     assert (c["n"], c["a"], c["b"], c["unchanged_right"], c["unchanged_wrong"]) == (6, 4, 4, 2, 0)
     assert result["all"]["p"] == mcnemar(2, 3) and result["all"]["n"] == 7

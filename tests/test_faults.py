@@ -1,8 +1,10 @@
-"""bench/faults.py in short: every fault of a long run at least once, on two real processes, and what became of the run.
+"""bench/faults.py in short: every fault of a long run at least once, on two real processes, and what became
+of the run.
 
-The cases are those of the drill, `python bench/faults.py`, which does them more often, under torchrun, and kills at more
-moments. Here the ranks are forked from one process that has imported torch, so that a run takes a second or two. A case
-raises Failed where a fault was not survived; "survived" is defined in the drill's own docstring.
+The cases are those of the drill, `python bench/faults.py`, which does them more often, under torchrun, and
+kills at more moments. Here the ranks are forked from one process that has imported torch, so that a run takes
+a second or two. A case raises Failed where a fault was not survived; "survived" is defined in the drill's own
+docstring.
 """
 
 import shutil
@@ -45,7 +47,7 @@ def test_every_fault_is_here():
     assert {case.split("/")[0] for case in CHEAP} == set(CASES)
 
 
-# ------------------------------------------------------------------- the drill must notice what it claims to rule out
+# ----------------------------------------------------------- the drill must notice what it claims to rule out
 
 
 @pytest.mark.parametrize("name", ["model/model.safetensors", "samples.jsonl"])

@@ -24,22 +24,22 @@ from torch.testing import assert_close
 
 import grpo
 from config import ConfigError
-from data import DataError
+from corpus.sources import DataError, read_jsonl
+from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
+from distributed.batches import Group, make_minibatches
+from distributed.ranks import Ranks, start_ranks
 from grpo import update_policy
+from kernel.packing import pack
 from losses import kl_k3
-from minibatches import make_minibatches
-from model import build_tiny_model, build_tiny_tokenizer, load_model, token_logprobs
-from packing import pack
+from model import load_model, token_logprobs
 from reward import Reward
-from rollout import Group
-from runtime import Ranks, read_jsonl, start_ranks
 
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 
-# --------------------------------------------------------------------------------------------------- one update
+# ------------------------------------------------------------------------------------------------- one update
 
 
 @pytest.fixture
@@ -87,8 +87,12 @@ def assert_same_gradients(one: dict, other: dict, relative: float = 1e-5) -> Non
         assert (one[name] - other[name]).norm() <= relative * other[name].norm() + 1e-9, name
 
 
-def slow_gradient(policy, config, groups: list[Group], advantages: torch.Tensor, beta: float = 0.0, reference=None) -> dict:
-    """The definition, one completion at a time: -mean over all tokens of A * grad log p - beta * grad k3, ratio 1."""
+def slow_gradient(
+    policy, config, groups: list[Group], advantages: torch.Tensor, beta: float = 0.0, reference=None
+) -> dict:
+    """The definition, one completion at a time: -mean over all tokens of A * grad log p - beta * grad k3,
+    ratio 1.
+    """
     policy.zero_grad()
     losses = []
     for group, row in zip(groups, advantages):
@@ -97,7 +101,9 @@ def slow_gradient(policy, config, groups: list[Group], advantages: torch.Tensor,
             logprobs, _ = token_logprobs(policy, packed, config.temperature)
             loss = -advantage * logprobs
             if reference is not None:
-                loss = loss + beta * kl_k3(logprobs, token_logprobs(reference, packed, config.temperature)[0].detach())
+                loss = loss + beta * kl_k3(
+                    logprobs, token_logprobs(reference, packed, config.temperature)[0].detach()
+                )
             losses.append(loss)
     torch.cat(losses).mean().backward()
     gradient = {name: p.grad.clone() for name, p in policy.named_parameters()}
@@ -106,11 +112,18 @@ def slow_gradient(policy, config, groups: list[Group], advantages: torch.Tensor,
 
 
 def test_the_first_update_is_the_policy_gradient(policy, ranks):
-    """The ratio is exactly 1: nothing is clipped, and the gradient is that of -A log p, averaged over all tokens."""
+    """The ratio is exactly 1: nothing is clipped, and the gradient is that of -A log p, averaged over all
+    tokens.
+    """
     config = settings_of(clip_eps=1e-7)
     (gradient,), metrics = updated(policy, config, ranks)
     assert_same_gradients(gradient, slow_gradient(policy, config, random_groups(), ADVANTAGES))
-    assert metrics["clip_ratio/low_mean"] == metrics["clip_ratio/high_mean"] == metrics["clip_ratio/region_mean"] == 0
+    assert (
+        metrics["clip_ratio/low_mean"]
+        == metrics["clip_ratio/high_mean"]
+        == metrics["clip_ratio/region_mean"]
+        == 0
+    )
     assert (metrics["updates"], metrics["updates_skipped_nonfinite"], metrics["kl"]) == (1, 0, 0)
     counts = torch.tensor([[len(r) for r in group.responses] for group in random_groups()])
     assert metrics["loss"] == pytest.approx(float(-(ADVANTAGES * counts).sum() / counts.sum()), rel=1e-5)
@@ -118,11 +131,15 @@ def test_the_first_update_is_the_policy_gradient(policy, ranks):
 
 @pytest.mark.parametrize("update", [0, 1])
 def test_stored_log_probs_are_the_policys_own_to_the_bit(policy, ranks, update):
-    """With several updates per batch the ratio of an unchanged policy is exactly 1 too, even with next to no clip range."""
+    """With several updates per batch the ratio of an unchanged policy is exactly 1 too, even with next to no
+    clip range.
+    """
     config = settings_of(minibatch_prompts=2, clip_eps=1e-7)
     gradients, metrics = updated(policy, config, ranks)
     half = slice(2 * update, 2 * update + 2)
-    assert_same_gradients(gradients[update], slow_gradient(policy, config, random_groups()[half], ADVANTAGES[half]))
+    assert_same_gradients(
+        gradients[update], slow_gradient(policy, config, random_groups()[half], ADVANTAGES[half])
+    )
     assert metrics["clip_ratio/region_mean"] == 0 and metrics["updates"] == 2
 
 
@@ -130,7 +147,9 @@ def test_the_kl_term_pulls_towards_the_reference(policy, ranks):
     config = settings_of(kl_coef=0.3)
     reference = build_tiny_model(build_tiny_tokenizer([], 300), hidden=16, layers=1, seed=1)
     (gradient,), metrics = updated(policy, config, ranks, reference)
-    assert_same_gradients(gradient, slow_gradient(policy, config, random_groups(), ADVANTAGES, 0.3, reference))
+    assert_same_gradients(
+        gradient, slow_gradient(policy, config, random_groups(), ADVANTAGES, 0.3, reference)
+    )
     assert metrics["kl"] > 0.01
     (same,), metrics = updated(policy, config, ranks, policy)
     assert metrics["kl"] == 0, "the reference's log-probs go through the same code at the same temperature"
@@ -138,23 +157,31 @@ def test_the_kl_term_pulls_towards_the_reference(policy, ranks):
 
 @pytest.mark.parametrize(("tokens", "parts"), [(10**6, 1), (70, 2), (1, 12)])
 def test_micro_batches_change_no_gradient(policy, ranks, tokens, parts):
-    """Gradient accumulation that averages per micro-batch gives short completions in small batches too much weight."""
+    """Gradient accumulation that averages per micro-batch gives short completions in small batches too much
+    weight.
+    """
     config = settings_of(kl_coef=0.3, max_tokens_per_micro_batch=tokens)
     assert len(make_minibatches(random_groups(), ADVANTAGES, config, ranks)[0].micros) == parts
     reference = build_tiny_model(build_tiny_tokenizer([], 300), hidden=16, layers=1, seed=1)
     (gradient,), metrics = updated(policy, config, ranks, reference)
-    assert_same_gradients(gradient, slow_gradient(policy, config, random_groups(), ADVANTAGES, 0.3, reference))
+    assert_same_gradients(
+        gradient, slow_gradient(policy, config, random_groups(), ADVANTAGES, 0.3, reference)
+    )
     whole = updated(policy, settings_of(kl_coef=0.3), ranks, reference)[1]
     assert metrics == pytest.approx(whole, rel=1e-4)
 
 
-# ------------------------------------------------------------------------------------- groups that teach nothing
+# ---------------------------------------------------------------------------------- groups that teach nothing
 
-FLAT = torch.tensor([[1.0, 0.0, -1.0], [0.0, 0.0, 0.0], [0.5, -0.5, 0.0], [0.0, 0.0, 0.0]])  # of the four groups
+FLAT = torch.tensor(
+    [[1.0, 0.0, -1.0], [0.0, 0.0, 0.0], [0.5, -0.5, 0.0], [0.0, 0.0, 0.0]]
+)  # of the four groups
 
 
 def test_skipping_flat_groups_is_training_without_them(policy, ranks):
-    """Neither their KL term nor their tokens count; without the KL, only the denominator tells the difference."""
+    """Neither their KL term nor their tokens count; without the KL, only the denominator tells the
+    difference.
+    """
     config = settings_of(kl_coef=0.3, skip_zero_variance=True, minibatch_prompts=4)
     reference = build_tiny_model(build_tiny_tokenizer([], 300), hidden=16, layers=1, seed=1)
     minibatches = make_minibatches(random_groups(), FLAT, config, ranks)
@@ -165,7 +192,9 @@ def test_skipping_flat_groups_is_training_without_them(policy, ranks):
     expected = slow_gradient(policy, config, teaching, FLAT[[0, 2]], 0.3, reference)
     assert_same_gradients(recorder.seen[0], expected)
     kept = make_minibatches(random_groups(), FLAT, settings_of(minibatch_prompts=4), ranks)
-    sizes = [sum(m.packed.ids.numel() for part in batch for m in part.micros) for batch in (minibatches, kept)]
+    sizes = [
+        sum(m.packed.ids.numel() for part in batch for m in part.micros) for batch in (minibatches, kept)
+    ]
     assert sizes[0] == sum(len(g.prompt.ids) + sum(map(len, g.responses)) for g in teaching) < sizes[1]
 
 
@@ -184,7 +213,9 @@ def test_an_update_without_any_group_left_changes_nothing(policy, ranks):
 
 
 def flat_run(monkeypatch, rounds: int, world: int, teaches) -> list[tuple[list, list, list]]:
-    """resample_flat on every rank of `world`, of 4 places; a prompt's rewards differ where `teaches(item, spot)`."""
+    """resample_flat on every rank of `world`, of 4 places; a prompt's rewards differ where `teaches(item,
+    spot)`.
+    """
     results = []
 
     def sample_and_score(run, items, step, spots, clock):
@@ -197,8 +228,12 @@ def flat_run(monkeypatch, rounds: int, world: int, teaches) -> list[tuple[list, 
     for rank in range(world):
         run, places = SimpleNamespace(config=config, train=range(1000)), range(rank, 4, world)
         firsts = [f"first{p}" for p in places]
-        items, *result = grpo.resample_flat(run, firsts, *sample_and_score(run, firsts, 5, places, None), 5, places, None)
-        assert [f"{item}" for item in items] == [group.split("@")[0] for group in result[0]], "what each group was asked"
+        items, *result = grpo.resample_flat(
+            run, firsts, *sample_and_score(run, firsts, 5, places, None), 5, places, None
+        )
+        assert [f"{item}" for item in items] == [group.split("@")[0] for group in result[0]], (
+            "what each group was asked"
+        )
         results.append(result)
     return results
 
@@ -206,9 +241,16 @@ def flat_run(monkeypatch, rounds: int, world: int, teaches) -> list[tuple[list, 
 def test_dynamic_sampling_replaces_flat_groups_only(monkeypatch):
     teaches = lambda item, spot: spot in (0, 3) or spot >= 8  # noqa: E731  (places 1 and 2 need two more rounds)
     ((groups, scores, given_up),) = flat_run(monkeypatch, 3, 1, teaches)
-    assert (groups[0], groups[3]) == ("first0@0", "first3@3") and [g.split("@")[1] for g in groups] == ["0", "9", "10", "3"]
+    assert (groups[0], groups[3]) == ("first0@0", "first3@3") and [g.split("@")[1] for g in groups] == [
+        "0",
+        "9",
+        "10",
+        "3",
+    ]
     assert all(row[0].total != row[1].total for row in scores)
-    assert [g.split("@")[1] for g in given_up] == ["1", "2", "5", "6"], "two rounds were given up, the third was not needed"
+    assert [g.split("@")[1] for g in given_up] == ["1", "2", "5", "6"], (
+        "two rounds were given up, the third was not needed"
+    )
 
 
 def test_dynamic_sampling_stops_after_its_rounds_and_does_not_depend_on_ranks(monkeypatch):
@@ -221,14 +263,18 @@ def test_dynamic_sampling_stops_after_its_rounds_and_does_not_depend_on_ranks(mo
 
 
 def test_the_clip_ratios_count_tokens(policy, ranks):
-    """Old log-probs are moved so that every ratio is e^0.5: clipped where the advantage is positive, and only there."""
+    """Old log-probs are moved so that every ratio is e^0.5: clipped where the advantage is positive, and only
+    there.
+    """
 
     def lower(micro) -> None:
         micro.old_logprobs -= 0.5
 
     _, metrics = updated(policy, settings_of(minibatch_prompts=2), ranks, change=lower)
     counts = torch.tensor([[len(r) for r in group.responses] for group in random_groups()])
-    assert metrics["clip_ratio/high_mean"] == pytest.approx(float(counts[ADVANTAGES > 0].sum() / counts.sum()))
+    assert metrics["clip_ratio/high_mean"] == pytest.approx(
+        float(counts[ADVANTAGES > 0].sum() / counts.sum())
+    )
     assert metrics["clip_ratio/low_mean"] == 0
 
 
@@ -258,12 +304,14 @@ def test_an_update_with_a_bad_gradient_is_skipped_and_counted(policy, ranks, poi
 def test_the_gradient_norm_is_clipped(policy, ranks):
     (free,), metrics = updated(policy, settings_of(), ranks)
     (clipped,), again = updated(policy, settings_of(max_grad_norm=metrics["grad_norm"] / 10), ranks)
-    assert again["grad_norm"] == pytest.approx(metrics["grad_norm"]), "what is logged is the norm before clipping"
+    assert again["grad_norm"] == pytest.approx(metrics["grad_norm"]), (
+        "what is logged is the norm before clipping"
+    )
     for name in free:
         assert_close(clipped[name], free[name] / 10, atol=1e-7, rtol=1e-4)
 
 
-# --------------------------------------------------------------------------------- whole runs, as a user starts them
+# -------------------------------------------------------------------------- whole runs, as a user starts them
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -275,7 +323,7 @@ def start(command: list[str], settings: dict) -> subprocess.CompletedProcess:
     """Runs the script in its own process, or two."""
     return subprocess.run(
         command + as_arguments(settings), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=180
-    )  # fmt: skip
+    )
 
 
 def train_here(settings: dict) -> Path:
@@ -316,11 +364,11 @@ def samples_by_step(run_dir: Path) -> dict[int, list[tuple]]:
 
 @pytest.mark.parametrize("prompts", [4, 3])
 def test_two_processes_do_what_one_does(settings, straight, tmp_path, prompts):
-    """The same samples, and the same weights but for the order of float additions. Three prompts do not divide by two,
-    and are one update; 1 prompt, and other ways of sharding: tests/test_sharding.py.
+    """The same samples, and the same weights but for the order of float additions. Three prompts do not
+    divide by two, and are one update; 1 prompt, and other ways of sharding: tests/test_sharding.py.
 
-    A key bias adds nearly the same to all scores of a query, so its gradient is almost rounding alone, and Adam makes
-    full steps of it: only there may more than 1e-6 differ.
+    A key bias adds nearly the same to all scores of a query, so its gradient is almost rounding alone, and
+    Adam makes full steps of it: only there may more than 1e-6 differ.
     """
     one, two = straight, tmp_path / "two"
     if prompts == 3:
@@ -330,27 +378,41 @@ def test_two_processes_do_what_one_does(settings, straight, tmp_path, prompts):
     assert done.returncode == 0, done.stderr
     assert "2 process(es)" in done.stdout
     assert samples_by_step(two) == samples_by_step(one)
-    assert {step: len(rows) for step, rows in samples_by_step(two).items()} == {step: 4 * prompts for step in (1, 2, 3, 4)}
+    assert {step: len(rows) for step, rows in samples_by_step(two).items()} == {
+        step: 4 * prompts for step in (1, 2, 3, 4)
+    }
     first, second, begin = weights(one / "model"), weights(two / "model"), weights(Path(settings["model"]))
     for name in first:
         assert_close(second[name], first[name], atol=1e-4 if name.endswith("k_proj.bias") else 1e-6, rtol=0)
-    assert max((first[name] - begin[name]).abs().max() for name in first) > 3e-4, "there was something to compare"
+    assert max((first[name] - begin[name]).abs().max() for name in first) > 3e-4, (
+        "there was something to compare"
+    )
     for row, other in zip(read_jsonl(one / "log.jsonl"), read_jsonl(two / "log.jsonl"), strict=True):
-        same = {key for key in row if not key.startswith(("time/", "memory/")) and not key.endswith(("seconds", "per_s"))}
+        same = {
+            key
+            for key in row
+            if not key.startswith(("time/", "memory/")) and not key.endswith(("seconds", "per_s"))
+        }
         assert {k: other[k] for k in same} == pytest.approx({k: row[k] for k in same}, rel=1e-3, abs=1e-5)
 
 
 def test_a_run_that_skips_and_resamples_says_so_in_its_log(settings, tmp_path):
-    run_dir = train_here(settings | {"skip_zero_variance": "true", "resample_rounds": 1, "run_dir": tmp_path / "run"})
+    run_dir = train_here(
+        settings | {"skip_zero_variance": "true", "resample_rounds": 1, "run_dir": tmp_path / "run"}
+    )
     log = read_jsonl(run_dir / "log.jsonl")[1:]
     assert all(0 <= row["update/skipped_token_ratio"] < 1 for row in log)
-    assert all(row["rollout/resampled_ratio"] == row["frac_reward_zero_std"] for row in log), "each flat group, once"
+    assert all(row["rollout/resampled_ratio"] == row["frac_reward_zero_std"] for row in log), (
+        "each flat group, once"
+    )
     assert 0 < sum(row["rollout/resampled_ratio"] for row in log) < 4
     assert all(row["rollout/tokens_per_s"] > 0 and row["memory/peak_gib"] > 0.1 for row in log)
 
 
 def test_a_resumed_run_is_the_straight_run_to_the_bit(settings, straight, tmp_path):
-    """Weights alone would not do: Adam's moments, the data order, the samples' seeds and the reference count too."""
+    """Weights alone would not do: Adam's moments, the data order, the samples' seeds and the reference count
+    too.
+    """
     run_dir = tmp_path / "run"
     train_here(settings | {"run_dir": run_dir, "steps": 2, "save_every": 2})
     # As if it had been killed in step 3, after its log line and before its checkpoint:
@@ -382,10 +444,14 @@ def test_ctrl_c_saves_and_says_how_to_go_on(settings, tmp_path):
     long = settings | {"run_dir": run_dir, "steps": 2000}
     process = subprocess.Popen(
         SINGLE + as_arguments(long), cwd=ROOT, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
+    )
     try:
         deadline = time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline and len(read_jsonl(run_dir / "log.jsonl")) < 3:
+        while (
+            process.poll() is None
+            and time.monotonic() < deadline
+            and len(read_jsonl(run_dir / "log.jsonl")) < 3
+        ):
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
@@ -405,20 +471,24 @@ def test_export_of_a_checkpoint(straight, tmp_path):
     grpo.main(["--export", str(straight / "step_4"), str(tmp_path / "out")])
     exported, trained = weights(tmp_path / "out"), weights(straight / "model")
     assert all(torch.equal(exported[name], trained[name].bfloat16()) for name in trained)
-    assert exported.keys() == trained.keys() and not list((tmp_path / "out").glob("shard-*")), "no optimizer state"
+    assert exported.keys() == trained.keys() and not list((tmp_path / "out").glob("shard-*")), (
+        "no optimizer state"
+    )
     load_model(str(tmp_path / "out"), CPU)
     with pytest.raises(ConfigError, match="exists already"):
         grpo.main(["--export", str(straight / "step_4"), str(tmp_path / "out")])
 
 
-# ------------------------------------------------------------------------------------------------------- bad input
+# -------------------------------------------------------------------------------------------------- bad input
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory) -> dict[str, object]:
     """A run that needs no model file; none of the tests below gets as far as a step."""
     folder = tmp_path_factory.mktemp("bad")
-    return write_task(folder) | dict(model="tiny", tiny_hidden=16, tiny_layers=1, tiny_vocab=300, run_dir=folder / "run")
+    return write_task(folder) | dict(
+        model="tiny", tiny_hidden=16, tiny_layers=1, tiny_vocab=300, run_dir=folder / "run"
+    )
 
 
 BAD = {
@@ -469,11 +539,13 @@ def test_the_sentence_arrives_on_stderr(task, tmp_path):
 
 
 def test_a_resume_with_nothing_left_to_do_evaluates_once(tmp_path):
-    """The last row has no accuracies when fewer steps end a run early: the summary used to fail, and no model came."""
+    """The last row has no accuracies when fewer steps end a run early: the summary used to fail, and no model
+    came.
+    """
     settings = write_task(tmp_path) | dict(
         model="tiny", tiny_hidden=16, tiny_layers=1, tiny_vocab=300, warmup_steps=2, steps=3, prompts_per_step=4,
         minibatch_prompts=4, group_size=2, max_response_tokens=60, eval_every=0, save_every=2, run_dir=tmp_path / "run",
-    )  # fmt: skip
+    )
     run_here(grpo.main, settings)
     for name in ("model", "summary.json", "step_3", "samples.html"):
         path = tmp_path / "run" / name
@@ -483,12 +555,16 @@ def test_a_resume_with_nothing_left_to_do_evaluates_once(tmp_path):
         run_here(grpo.main, settings | {"resume": "true", "steps": 2})
         rows = read_jsonl(tmp_path / "run" / "log.jsonl")
         assert [row["step"] for row in rows] == [0, 1, 2, 2] and "held_out/accuracy" in rows[-1]
-    assert (tmp_path / "run" / "model" / "model.safetensors").exists() and (tmp_path / "run" / "samples.html").exists()
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists() and (
+        tmp_path / "run" / "samples.html"
+    ).exists()
 
 
 def test_an_old_run_stays_where_the_new_one_cannot_start(tmp_path):
     """With --overwrite, what is wrong with prompts or benchmarks must show before the old run is gone."""
-    settings = write_task(tmp_path) | dict(model="tiny", tiny_hidden=16, tiny_layers=1, tiny_vocab=300, warmup_steps=1)
+    settings = write_task(tmp_path) | dict(
+        model="tiny", tiny_hidden=16, tiny_layers=1, tiny_vocab=300, warmup_steps=1
+    )
     settings |= dict(steps=1, prompts_per_step=4, minibatch_prompts=4, group_size=2, max_response_tokens=60)
     settings["run_dir"] = tmp_path / "a"
     run_here(grpo.main, settings)

@@ -1,4 +1,6 @@
-"""losses.py: every formula against a slow loop or the exact value on a small vocabulary; every loss as a whole update."""
+"""losses.py: every formula against a slow loop or the exact value on a small vocabulary; every loss as a
+whole update.
+"""
 
 import math
 
@@ -9,7 +11,11 @@ from test_minibatches import Gradients, random_groups, settings_of
 from torch.testing import assert_close
 
 from config import ConfigError
+from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
+from distributed.batches import make_minibatches
+from distributed.ranks import Ranks
 from grpo import fixed_logprobs, update_policy
+from kernel.packing import pack
 from losses import (
     ADVANTAGES,
     AGGREGATIONS,
@@ -25,16 +31,13 @@ from losses import (
     loss_of,
     policy_loss,
 )
-from minibatches import make_minibatches
-from model import build_tiny_model, build_tiny_tokenizer, token_logprobs
-from packing import pack
-from runtime import Ranks
+from model import token_logprobs
 
 torch.set_num_threads(1)
 
 CPU = torch.device("cpu")
 
-# ------------------------------------------------------------------------------------------------------ advantages
+# ------------------------------------------------------------------------------------------------- advantages
 
 
 def test_advantages_against_a_slow_loop():
@@ -50,7 +53,9 @@ def test_advantages_against_a_slow_loop():
 
 
 def test_one_right_answer_among_four():
-    """0, 0, 0, 1: mean 1/4, sample std 1/2; the others' mean is 1/3 for a wrong answer, 0 for the right one."""
+    """0, 0, 0, 1: mean 1/4, sample std 1/2; the others' mean is 1/3 for a wrong answer, 0 for the right
+    one.
+    """
     rewards = torch.tensor([[0.0, 0, 0, 1]])
     assert group_std(rewards).tolist()[0] == pytest.approx([-0.5, -0.5, -0.5, 1.5], abs=1e-5)
     assert group_mean(rewards).tolist()[0] == pytest.approx([-0.25, -0.25, -0.25, 0.75])
@@ -61,7 +66,9 @@ def test_one_right_answer_among_four():
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 0.1 + 0.2, 1 / 3, 1e-9])
 @pytest.mark.parametrize("size", [2, 5, 7])
 def test_a_flat_group_has_no_advantage_at_all(name, reward, size):
-    """The mean of seven times 0.1 is not 0.1: divided by the small floor under the std, the rounding became a signal."""
+    """The mean of seven times 0.1 is not 0.1: divided by the small floor under the std, the rounding became a
+    signal.
+    """
     advantage, rewards = ADVANTAGES[name], torch.full((2, size), reward)
     assert torch.equal(advantage(rewards), torch.zeros(2, size))
     rewards[1, 0] += 0.5  # another group in the batch does not matter
@@ -77,7 +84,7 @@ def test_advantages_compare_inside_a_group_only(name):
     assert torch.equal(with_easy[0], ADVANTAGES[name](torch.tensor([first]))[0])
 
 
-# --------------------------------------------------------------------------------------------------------------- KL
+# --------------------------------------------------------------------------------------------------------- KL
 
 
 def distributions() -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,12 +113,17 @@ def test_the_mean_of_k1_and_k3_is_the_kl_and_that_of_k2_is_near_it():
 
 
 def test_what_the_gradient_of_each_estimate_is_in_a_loss():
-    """Samples are fixed when their loss is differentiated: the mean is sum p(x) dk(x), not d sum p(x) k(x)."""
+    """Samples are fixed when their loss is differentiated: the mean is sum p(x) dk(x), not d sum p(x)
+    k(x).
+    """
     logits, q = distributions()
     p = logits.log_softmax(-1)
     weight = p.detach().exp()
     mean = {name: gradient((weight * estimate(p, q)).sum(), logits) for name, estimate in KLS.items()}
-    reverse, forward = gradient((p.exp() * (p - q)).sum(), logits), gradient((q.exp() * (q - p)).sum(), logits)
+    reverse, forward = (
+        gradient((p.exp() * (p - q)).sum(), logits),
+        gradient((q.exp() * (q - p)).sum(), logits),
+    )
     assert_close(mean["k1"], torch.zeros(9, dtype=torch.float64), atol=1e-12, rtol=0)
     assert_close(mean["k2"], reverse)
     assert_close(mean["k3"], forward)
@@ -126,11 +138,13 @@ def test_k2_and_k3_are_never_negative_and_zero_only_at_equality():
     assert (kl_k1(p, q) < 0).any()
 
 
-# ----------------------------------------------------------------------------------------------------------- losses
+# ----------------------------------------------------------------------------------------------------- losses
 
 
 def slow_loss(logprobs: list, old: list, advantage: float, loss: Loss) -> list[torch.Tensor]:
-    """The definitions, token by token, of one completion with such log-probs: what is summed with the weights."""
+    """The definitions, token by token, of one completion with such log-probs: what is summed with the
+    weights.
+    """
     ratios = [torch.exp(new - before) for new, before in zip(logprobs, old)]
     if loss.ratio == "sequence_mean":  # GSPO: the geometric mean
         whole = 1.0
@@ -149,7 +163,9 @@ def slow_loss(logprobs: list, old: list, advantage: float, loss: Loss) -> list[t
             values.append(-bounded * advantage * logprob)
         else:
             gains = [ratio * advantage, bounded * advantage]
-            values.append(-gains[0] if gains[0].item() <= gains[1] else -torch.tensor(gains[1], dtype=torch.float64))
+            values.append(
+                -gains[0] if gains[0].item() <= gains[1] else -torch.tensor(gains[1], dtype=torch.float64)
+            )
     return values
 
 
@@ -164,7 +180,9 @@ def test_values_and_gradients_against_a_slow_loop(name):
         advantages = torch.tensor([1.5, -0.7, -0.8], dtype=torch.float64)
         values, ratio = policy_loss(new, old, advantages.repeat_interleave(counts), counts, loss)
         expected = []
-        for one, before, advantage in zip(new.split(counts.tolist()), old.split(counts.tolist()), advantages.tolist()):
+        for one, before, advantage in zip(
+            new.split(counts.tolist()), old.split(counts.tolist()), advantages.tolist()
+        ):
             expected += slow_loss(list(one), list(before), advantage, loss)
         expected = torch.stack(expected)
         assert_close(values, expected)
@@ -179,7 +197,9 @@ def test_where_the_clip_stops_the_gradient():
         for sign in (1.0, -1.0):
             new = ratios.log().requires_grad_()
             advantages = torch.full_like(new, sign)
-            policy_loss(new, torch.zeros_like(new), advantages, torch.tensor([9]), LOSSES[name])[0].sum().backward()
+            policy_loss(new, torch.zeros_like(new), advantages, torch.tensor([9]), LOSSES[name])[
+                0
+            ].sum().backward()
             stopped = ratios > high if sign > 0 else ratios < 0.8
             assert_close(new.grad, torch.where(stopped, 0.0, -ratios * sign))
 
@@ -196,18 +216,27 @@ def test_at_the_first_update_every_loss_is_a_policy_gradient(name):
     """With ratio 1 the gradient of every token's log-prob is -A, but for a weight of its completion."""
     counts, new = torch.tensor([3, 5]), torch.full((8,), -2.0, dtype=torch.float64, requires_grad=True)
     advantages = torch.tensor([2.0, -1.0], dtype=torch.float64)
-    policy_loss(new, new.detach(), advantages.repeat_interleave(counts), counts, LOSSES[name])[0].sum().backward()
-    weight = {"sequence_sum": counts}.get(LOSSES[name].ratio, torch.ones(2))  # once per token, so its mean is one sum
+    policy_loss(new, new.detach(), advantages.repeat_interleave(counts), counts, LOSSES[name])[
+        0
+    ].sum().backward()
+    weight = {"sequence_sum": counts}.get(
+        LOSSES[name].ratio, torch.ones(2)
+    )  # once per token, so its mean is one sum
     assert_close(new.grad, (-advantages * weight).repeat_interleave(counts))
 
 
-# ------------------------------------------------------------------------------------------------- what the mean is over
+# -------------------------------------------------------------------------------------- what the mean is over
 
 
 def test_what_each_mean_is_over():
-    """Completions of 1, 2 and 5 tokens, whose losses per token are 3, 4 and 6; at most 10 tokens are allowed."""
+    """Completions of 1, 2 and 5 tokens, whose losses per token are 3, 4 and 6; at most 10 tokens are
+    allowed.
+    """
     counts, values = torch.tensor([1, 2, 5]), torch.tensor([3.0, 4.0, 6.0])
-    total = {name: (weight(counts, 8, 3, 10) * counts * values).sum().item() for name, weight in AGGREGATIONS.items()}
+    total = {
+        name: (weight(counts, 8, 3, 10) * counts * values).sum().item()
+        for name, weight in AGGREGATIONS.items()
+    }
     assert total["token"] == pytest.approx((3 + 2 * 4 + 5 * 6) / 8)
     assert total["sequence"] == pytest.approx((3 + 4 + 6) / 3)
     assert total["constant"] == pytest.approx((3 + 2 * 4 + 5 * 6) / (3 * 10))
@@ -222,12 +251,15 @@ def test_parts_of_an_update_add_up(aggregation):
     assert_close(torch.cat(parts), whole)
 
 
-# ----------------------------------------------------------------------------------------------------- a whole update
+# --------------------------------------------------------------------------------------------- a whole update
 
 
 @pytest.fixture(scope="module")
 def models():
-    return [build_tiny_model(build_tiny_tokenizer([], 300), hidden=16, layers=1, seed=seed).train() for seed in (0, 1)]
+    return [
+        build_tiny_model(build_tiny_tokenizer([], 300), hidden=16, layers=1, seed=seed).train()
+        for seed in (0, 1)
+    ]
 
 
 class Alone(Ranks):
@@ -238,7 +270,9 @@ class Alone(Ranks):
 
 
 def slow_gradient(policy, reference, groups, advantages, config, moved: float) -> list[torch.Tensor]:
-    """The definition of the loss, one completion at a time: the old log-probs are the policy's own, moved by `moved`."""
+    """The definition of the loss, one completion at a time: the old log-probs are the policy's own, moved by
+    `moved`.
+    """
     loss, total = loss_of(config), 0.0
     lengths = [len(ids) for group in groups for ids in group.responses]
     for group, row in zip(groups, advantages.tolist()):
@@ -273,11 +307,13 @@ def test_an_update_is_its_definition(models, changes, tokens, moved):
         micro.old_logprobs = token_logprobs(policy, micro.packed, config.temperature)[0].detach() + moved
     recorder = Gradients(policy)
     update_policy(policy, recorder, minibatches, config, Alone(0, 1, CPU))
-    for found, expected in zip(recorder.seen[0], slow_gradient(policy, reference, groups, GIVEN, config, moved)):
+    for found, expected in zip(
+        recorder.seen[0], slow_gradient(policy, reference, groups, GIVEN, config, moved)
+    ):
         assert (found - expected).norm() <= 1e-5 * expected.norm() + 1e-9
 
 
-# --------------------------------------------------------------------------------------------------------- the settings
+# ----------------------------------------------------------------------------------------------- the settings
 
 
 def test_settings_change_one_part_of_a_row():
@@ -285,7 +321,9 @@ def test_settings_change_one_part_of_a_row():
     assert loss_of(settings_of(loss="dapo")).clip_high == 0.28
     both = loss_of(settings_of(loss="dapo", clip_eps=0.1))
     assert (both.clip_low, both.clip_high) == (0.1, 0.1)
-    other = loss_of(settings_of(loss="gspo", advantage="group_mean", aggregation="constant", clip_eps_high=0.5))
+    other = loss_of(
+        settings_of(loss="gspo", advantage="group_mean", aggregation="constant", clip_eps_high=0.5)
+    )
     assert other == Loss("group_mean", "sequence_mean", "clipped", "constant", 3e-4, 0.5)
 
 

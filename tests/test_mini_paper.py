@@ -1,4 +1,6 @@
-"""bench/mini_paper.py: intervals, tables, what each of its runs is told, and that all run in the right order."""
+"""bench/mini_paper.py: intervals, tables, what each of its runs is told, and that all run in the right
+order.
+"""
 
 import json
 import math
@@ -15,7 +17,19 @@ from reward import REWARDS
 sys.path.append(str(Path(__file__).parents[1] / "bench"))  # last: it has a rollout.py too
 
 import mini_paper
-from mini_paper import BASELINE, CONDITIONS, Part, PartFailed, command, figures, interval, needed, parts_of, recipe, tables
+from mini_paper import (
+    BASELINE,
+    CONDITIONS,
+    Part,
+    PartFailed,
+    command,
+    figures,
+    interval,
+    needed,
+    parts_of,
+    recipe,
+    tables,
+)
 
 ROOT = Path(__file__).parents[1]
 PARTS = parts_of(steps=140, warmup_steps=1500)
@@ -26,7 +40,9 @@ def told(monkeypatch):
     """{part: the Config that its command line gives}, for seed 5 and a baseline that took 1e12 FLOPs."""
     monkeypatch.chdir(ROOT)
     words = {
-        name: command(part, 5, Path(f"out/{name}_5"), Path(f"out/{part.start}_5") if part.start else None, 1e12)
+        name: command(
+            part, 5, Path(f"out/{name}_5"), Path(f"out/{part.start}_5") if part.start else None, 1e12
+        )
         for name, part in PARTS.items()
     }
     return {name: load_config(line) for name, line in words.items()}
@@ -48,7 +64,7 @@ def test_the_rl_conditions_differ_in_the_reward_alone(told):
     assert rewards == {
         "rl_binary": "binary", "rl_no_reason": "no_reason", "rl_partial_format": "partial_format",
         "rl_partial_names": "partial_names", "sft_then_rl": "binary",
-    }  # fmt: skip
+    }
     assert {told[name].steps for name in rewards} == {140, 70}
 
 
@@ -85,7 +101,11 @@ def finished(tmp_path):
         folder.mkdir()
         evaluated = {}
         for split in ("held_out", "strict"):
-            evaluated |= {f"{split}/correct_rate": accuracy, f"{split}/accuracy": accuracy / 2, f"{split}/n": 150}
+            evaluated |= {
+                f"{split}/correct_rate": accuracy,
+                f"{split}/accuracy": accuracy / 2,
+                f"{split}/n": 150,
+            }
             evaluated[f"{split}/accuracy_single"] = accuracy
         rows = [{"step": 0}, {"step": 9, "flops": flops, **log, **evaluated}]
         (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -125,7 +145,10 @@ def test_a_condition_that_changed_nothing_is_named(finished):
     """Where the start model always writes a thought, no_reason pays for the same completions as binary."""
     results = figures(["rl_binary"], [1, 2], PARTS, finished)
     text = tables(results | {"rl_no_reason": results["rl_binary"]})
-    assert "Equal to RL, binary reward in every accuracy and the FLOPs of every seed: RL, binary, no reasoning" in text
+    assert (
+        "Equal to RL, binary reward in every accuracy and the FLOPs of every seed: RL, binary, no reasoning"
+        in text
+    )
 
 
 def test_the_picture_is_drawn(finished):
@@ -134,7 +157,9 @@ def test_the_picture_is_drawn(finished):
 
 
 def test_only_what_decides_changes_the_recipe(tmp_path, monkeypatch):
-    """Or a comment would void an hour of runs, and a changed reward would be mixed with the old one's results."""
+    """Or a comment would void an hour of runs, and a changed reward would be mixed with the old one's
+    results.
+    """
     monkeypatch.setattr(mini_paper, "ROOT", tmp_path)
     monkeypatch.setattr(mini_paper, "DECIDES", ("a.py", "b.yaml"))
     (tmp_path / "b.yaml").write_text("x: 1\n")
@@ -153,7 +178,7 @@ def test_only_what_decides_changes_the_recipe(tmp_path, monkeypatch):
     assert of("def f():\n    return 1\n") != code
 
 
-# ------------------------------------------------------------------- running: with a script in place of the real ones
+# ----------------------------------------------------------- running: with a script in place of the real ones
 
 SCRIPT = """
 import json, pathlib, sys
@@ -188,7 +213,9 @@ def calls(folder: Path) -> list[str]:
 
 
 def test_parts_run_in_order_and_finished_ones_are_not_run_again(scripts):
-    mini_paper.run_all(list(FAKE), [1, 2], FAKE, scripts, jobs=8)  # all at once: each must wait for what it needs
+    mini_paper.run_all(
+        list(FAKE), [1, 2], FAKE, scripts, jobs=8
+    )  # all at once: each must wait for what it needs
     first = calls(scripts)
     assert len(first) == 8 and "sft_half_2 500000000.0" in first
     (scripts / "sft_then_rl_1" / "summary.json").unlink()  # as an interrupted run is
@@ -199,7 +226,9 @@ def test_parts_run_in_order_and_finished_ones_are_not_run_again(scripts):
 
 def test_a_failure_names_the_part_and_its_log(scripts):
     broken = FAKE | {"sft_half": Part("s.py", ("fail", "yes"), "start", 0.5)}
-    with pytest.raises(PartFailed, match=r"sft_half, seed 1, ended with code 1; see .*sft_half_1.log: broken on purpose"):
+    with pytest.raises(
+        PartFailed, match=r"sft_half, seed 1, ended with code 1; see .*sft_half_1.log: broken on purpose"
+    ):
         mini_paper.run_all(list(broken), [1], broken, scripts, jobs=1)
     assert not (scripts / "sft_then_rl_1").exists()
 

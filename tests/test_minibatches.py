@@ -1,4 +1,5 @@
-"""minibatches.py: every rank works out the same plan, and what the ranks compute adds up to what one alone would.
+"""minibatches.py: every rank works out the same plan, and what the ranks compute adds up to what one alone
+would.
 
 Ranks are played one after the other in this process: none of this needs to talk, but for `gather_groups`.
 """
@@ -10,11 +11,19 @@ import pytest
 import torch
 
 from config import Config
+from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
+from distributed.batches import (
+    Group,
+    Minibatch,
+    gather_groups,
+    make_minibatches,
+    own_places,
+    share_out,
+    shuffled,
+)
+from distributed.ranks import Ranks
 from grpo import fixed_logprobs, update_policy
-from minibatches import Minibatch, gather_groups, make_minibatches, own_places, share_out, shuffled
-from model import build_tiny_model, build_tiny_tokenizer
-from rollout import Group, Prompt
-from runtime import Ranks
+from kernel.decode import Prompt
 
 torch.set_num_threads(1)
 
@@ -23,7 +32,9 @@ ADVANTAGES = torch.tensor([[-1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [1.2, -0.6, -0.6],
 
 
 def settings_of(**changes) -> Config:
-    base = dict(prompts_per_step=4, minibatch_prompts=4, group_size=3, temperature=0.8, max_grad_norm=1e9, kl_coef=0.0)
+    base = dict(
+        prompts_per_step=4, minibatch_prompts=4, group_size=3, temperature=0.8, max_grad_norm=1e9, kl_coef=0.0
+    )
     return Config(**(base | changes))
 
 
@@ -39,10 +50,13 @@ def random_groups(seed: int = 0) -> list[Group]:
     return groups
 
 
-def plans(world: int, config: Config, advantages: torch.Tensor = ADVANTAGES, **others) -> list[list[Minibatch]]:
+def plans(
+    world: int, config: Config, advantages: torch.Tensor = ADVANTAGES, **others
+) -> list[list[Minibatch]]:
     """The minibatches of every rank."""
     return [
-        make_minibatches(random_groups(), advantages, config, Ranks(rank, world, CPU), **others) for rank in range(world)
+        make_minibatches(random_groups(), advantages, config, Ranks(rank, world, CPU), **others)
+        for rank in range(world)
     ]
 
 
@@ -51,7 +65,7 @@ def targets(minibatch: Minibatch) -> list[int]:
     return [token for micro in minibatch.micros if not micro.idle for token in micro.packed.target.tolist()]
 
 
-# ------------------------------------------------------------------------------------------------- who takes what
+# --------------------------------------------------------------------------------------------- who takes what
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
@@ -63,7 +77,9 @@ def test_the_busiest_rank_has_at_most_4_3_of_the_best_possible(ranks):
         assert sorted(i for share in shares for i in share) == list(range(len(tokens))), "each once"
         busiest = max(sum(tokens[i] for i in share) for share in shares)
         ways = itertools.product(range(ranks), repeat=len(tokens))
-        best = min(max(sum(t for t, r in zip(tokens, way) if r == rank) for rank in range(ranks)) for way in ways)
+        best = min(
+            max(sum(t for t, r in zip(tokens, way) if r == rank) for rank in range(ranks)) for way in ways
+        )
         assert busiest <= 4 / 3 * best
 
 
@@ -74,19 +90,29 @@ def test_equal_lengths_are_shared_out_the_same_way_everywhere():
     assert share_out([7], 3) == [[0], [], []] and share_out([], 2) == [[], []]
 
 
-# --------------------------------------------------------------------------------------------- what each computes
+# ----------------------------------------------------------------------------------------- what each computes
 
 
 @pytest.mark.parametrize("world", [2, 3, 7])
 @pytest.mark.parametrize("tokens", [1, 40, 10**6])
 def test_the_ranks_share_the_batch_in_equally_many_micro_batches(world, tokens):
-    """Sharded weights are gathered by all ranks together: one with fewer micro-batches would leave the others hanging."""
-    everything = sorted(token for group in random_groups() for response in group.responses for token in response)
+    """Sharded weights are gathered by all ranks together: one with fewer micro-batches would leave the others
+    hanging.
+    """
+    everything = sorted(
+        token for group in random_groups() for response in group.responses for token in response
+    )
     (alone,) = plans(1, settings_of(max_tokens_per_micro_batch=tokens))[0]
     ranks = [minibatch for (minibatch,) in plans(world, settings_of(max_tokens_per_micro_batch=tokens))]
     assert len({len(minibatch.micros) for minibatch in ranks}) == 1 and ranks[0].micros
-    assert sorted(token for minibatch in ranks for token in targets(minibatch)) == sorted(targets(alone)) == everything
-    assert {minibatch.tokens for minibatch in [*ranks, alone]} == {len(everything)}, "the mean is over all ranks' tokens"
+    assert (
+        sorted(token for minibatch in ranks for token in targets(minibatch))
+        == sorted(targets(alone))
+        == everything
+    )
+    assert {minibatch.tokens for minibatch in [*ranks, alone]} == {len(everything)}, (
+        "the mean is over all ranks' tokens"
+    )
     idle = [all(micro.idle for micro in minibatch.micros) for minibatch in ranks]
     assert sum(idle) == max(0, world - len(random_groups())), "there is work for as many ranks as groups"
 
@@ -119,7 +145,7 @@ def test_rows_are_for_models_that_take_no_packed_groups_and_the_budget_can_be_an
     assert len(plans(1, settings_of(max_tokens_per_micro_batch=1))[0][0].micros) == 12
 
 
-# -------------------------------------------------------------------------------------------- what it adds up to
+# ----------------------------------------------------------------------------------------- what it adds up to
 
 
 class Alone(Ranks):
@@ -144,10 +170,15 @@ class Gradients:
 
 @pytest.fixture(scope="module")
 def models():
-    return [build_tiny_model(build_tiny_tokenizer([], 300), hidden=16, layers=1, seed=seed).train() for seed in (0, 1)]
+    return [
+        build_tiny_model(build_tiny_tokenizer([], 300), hidden=16, layers=1, seed=seed).train()
+        for seed in (0, 1)
+    ]
 
 
-def computed(models, minibatches: list[Minibatch], config: Config) -> tuple[list[list[torch.Tensor]], dict[str, float]]:
+def computed(
+    models, minibatches: list[Minibatch], config: Config
+) -> tuple[list[list[torch.Tensor]], dict[str, float]]:
     """The gradients of every update, and the metrics, of one rank."""
     policy, reference = models
     fixed_logprobs(policy, reference, minibatches, config)
@@ -156,14 +187,21 @@ def computed(models, minibatches: list[Minibatch], config: Config) -> tuple[list
     return recorder.seen, metrics
 
 
-SUMS = ("loss", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean")  # each rank's part over all ranks' tokens
+SUMS = (
+    "loss",
+    "kl",
+    "entropy",
+    "clip_ratio/low_mean",
+    "clip_ratio/high_mean",
+)  # each rank's part over all ranks' tokens
 
 
 @pytest.mark.parametrize("world", [2, 3, 7])
 @pytest.mark.parametrize("tokens", [1, 10**6])
 def test_the_gradients_of_all_ranks_add_up_to_that_of_one(models, world, tokens):
-    """Two updates of two prompts each; 7 ranks have 2 prompts to share, so most only keep in step. A mean over each
-    rank's own tokens, or over ranks, would be another gradient."""
+    """Two updates of two prompts each; 7 ranks have 2 prompts to share, so most only keep in step. A mean
+    over each rank's own tokens, or over ranks, would be another gradient.
+    """
     config = settings_of(kl_coef=0.3, minibatch_prompts=2, max_tokens_per_micro_batch=tokens)
     whole = settings_of(kl_coef=0.3, minibatch_prompts=2)
     (expected, log), parts = computed(models, *plans(1, whole), whole), plans(world, config)
@@ -187,7 +225,7 @@ def test_idle_micro_batches_change_neither_gradient_nor_metrics(models):
     assert all(torch.equal(one, other) for one, other in zip(gradients, expected)) and again == log
 
 
-# ------------------------------------------------------------------------------------------------- the whole batch
+# -------------------------------------------------------------------------------------------- the whole batch
 
 
 class Told(Ranks):
@@ -203,14 +241,18 @@ def gathered(places: int, world: int) -> tuple[list[Group], torch.Tensor]:
     for rank in range(world):
         own = own_places(places, Ranks(rank, world, CPU))
         groups = [Group(Prompt(str(place), [place]), [[1]], [[0.0]], [], [False]) for place in own]
-        rows.append((groups, torch.tensor([[place, -place] for place in own], dtype=torch.float32).view(-1, 2)))
+        rows.append(
+            (groups, torch.tensor([[place, -place] for place in own], dtype=torch.float32).view(-1, 2))
+        )
     last = rows[-1]
     return gather_groups(*last, Told(world - 1, world, CPU, rows))
 
 
 @pytest.mark.parametrize("places, world", [(6, 1), (6, 2), (7, 3), (1, 2), (2, 5)])
 def test_the_batch_comes_together_in_its_order(places, world):
-    """Also where ranks have different numbers of groups, or none: the order decides minibatches and shuffling."""
+    """Also where ranks have different numbers of groups, or none: the order decides minibatches and
+    shuffling.
+    """
     groups, rewards = gathered(places, world)
     assert [group.prompt.ids for group in groups] == [[place] for place in range(places)]
     assert rewards.tolist() == [[place, -place] for place in range(places)]
@@ -233,7 +275,10 @@ def test_texts_stay_at_home():
 def test_shuffled_rewards_are_a_permutation_that_no_number_of_ranks_changes():
     rewards = gathered(6, 1)[1]
     mixed = shuffled(rewards, seed=3, step=5)
-    assert sorted(mixed.flatten().tolist()) == sorted(rewards.flatten().tolist()) and mixed.shape == rewards.shape
+    assert (
+        sorted(mixed.flatten().tolist()) == sorted(rewards.flatten().tolist())
+        and mixed.shape == rewards.shape
+    )
     assert any(abs(a) != abs(b) for a, b in mixed.tolist()), "not groups are permuted, but all completions"
     assert all(torch.equal(shuffled(gathered(6, world)[1], 3, 5), mixed) for world in (2, 3, 5))
     others = [shuffled(rewards, 3, 6), shuffled(rewards, 4, 5)]

@@ -10,27 +10,22 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 import model as model_module
-from export import export
-from model import (
-    Abilities,
-    ModelError,
-    build_tiny_model,
-    build_tiny_tokenizer,
-    count_parameters,
-    load_model,
-    load_tokenizer,
-    prepare_model,
-    use_attention,
-)
+from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
+from kernel.attention import use_attention
+from model import Abilities, ModelError, count_parameters, load_model, load_tokenizer, prepare_model
+from ops.export import export
 from prompts import END_TOKENS, TAGS, render_completion, stop_ids
 
 torch.set_num_threads(1)
 
 CPU = torch.device("cpu")
 
-# ------------------------------------------------------------------------------------- tokenizer, export, loading
+# --------------------------------------------------------------------------------- tokenizer, export, loading
 
-TEXTS = ['weather in Paris for 3 days {"name": "get_weather", "arguments": {"city": "Paris"}}', "a taxi in Rome"] * 5
+TEXTS = [
+    'weather in Paris for 3 days {"name": "get_weather", "arguments": {"city": "Paris"}}',
+    "a taxi in Rome",
+] * 5
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +36,10 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def exported(tokenizer, tmp_path_factory):
     """(folder, model) of an export whose model had Qwen2.5-Instruct's sampling defaults."""
-    folder, model = tmp_path_factory.mktemp("exported"), build_tiny_model(tokenizer, hidden=32, layers=2, seed=0)
+    folder, model = (
+        tmp_path_factory.mktemp("exported"),
+        build_tiny_model(tokenizer, hidden=32, layers=2, seed=0),
+    )
     defaults = dict(do_sample=True, top_k=20, top_p=0.8, temperature=0.7, repetition_penalty=1.05)
     for name, value in defaults.items():
         setattr(model.generation_config, name, value)
@@ -101,13 +99,17 @@ def test_an_export_is_a_complete_hugging_face_folder(exported, tokenizer):
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))], "nothing is pickled"
     assert json.loads((folder / "config.json").read_text())["architectures"] == ["Qwen2ForCausalLM"]
     chat = [{"role": "user", "content": "hello"}]
-    theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(
+        chat, tokenize=False, add_generation_prompt=True
+    )
     assert theirs == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     assert theirs == tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
 
 
 def test_sampling_defaults_are_not_exported(exported, tokenizer):
-    """Qwen2.5-Instruct brings top_k 20, top_p 0.8 and a repetition penalty, which would colour every later evaluation."""
+    """Qwen2.5-Instruct brings top_k 20, top_p 0.8 and a repetition penalty, which would colour every later
+    evaluation.
+    """
     written = json.loads((exported[0] / "generation_config.json").read_text())
     assert not {"do_sample", "top_k", "top_p", "temperature", "repetition_penalty"} & set(written)
     assert written["eos_token_id"] == stop_ids(tokenizer) and len(stop_ids(tokenizer)) == 2
@@ -128,23 +130,33 @@ def test_a_bf16_export_leaves_the_policy_in_fp32(tokenizer, tmp_path):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     export(model, tokenizer, tmp_path, torch.bfloat16)
     assert {weight.dtype for weight in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
-    assert all(w.dtype == torch.float32 and torch.equal(w, before[name]) for name, w in model.state_dict().items())
+    assert all(
+        w.dtype == torch.float32 and torch.equal(w, before[name]) for name, w in model.state_dict().items()
+    )
     rounded = load_model(str(tmp_path), CPU).state_dict()
-    assert all(w.dtype == torch.float32 and torch.equal(w, before[name].bfloat16().float()) for name, w in rounded.items())
+    assert all(
+        w.dtype == torch.float32 and torch.equal(w, before[name].bfloat16().float())
+        for name, w in rounded.items()
+    )
 
 
 def test_load_tokenizer_gives_back_the_tokenizer_that_was_exported(exported, tokenizer):
-    """AutoTokenizer went by the model type, silently gave our BPE the word splitting of Qwen2, and nothing was learnt.
+    """AutoTokenizer went by the model type, silently gave our BPE the word splitting of Qwen2, and nothing
+    was learnt.
 
     The ids of a text changed between the warm-up and GRPO, while every round trip of text still worked.
     """
     loaded = load_tokenizer(str(exported[0]))
     assert loaded.get_vocab() == tokenizer.get_vocab()
     parts = [json.loads(one.backend_tokenizer.to_str()) for one in (loaded, tokenizer)]
-    assert parts[0]["pre_tokenizer"] == parts[1]["pre_tokenizer"] and parts[0]["decoder"] == parts[1]["decoder"]
+    assert (
+        parts[0]["pre_tokenizer"] == parts[1]["pre_tokenizer"] and parts[0]["decoder"] == parts[1]["decoder"]
+    )
     texts = [*TEXTS, ' Paris "Paris" 2024 don\'t', render_completion([], "no tool fits"), "naïve 🙂"]
     for text in texts:
-        assert loaded.encode(text, add_special_tokens=False) == tokenizer.encode(text, add_special_tokens=False), text
+        assert loaded.encode(text, add_special_tokens=False) == tokenizer.encode(
+            text, add_special_tokens=False
+        ), text
     assert (loaded.eos_token_id, loaded.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
     assert loaded.chat_template == tokenizer.chat_template
 
@@ -184,7 +196,6 @@ def test_damaged_weights_are_one_sentence(exported, tmp_path):
         load_model(str(tmp_path), CPU)
 
 
-
 # ---------------------------------------------------------------------------------------- what a model can do
 
 
@@ -194,7 +205,7 @@ def small_qwen2() -> Qwen2ForCausalLM:
         Qwen2Config(
             vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
             num_key_value_heads=2, initializer_range=0.3,
-        )  # fmt: skip
+        )
     )
 
 
@@ -205,7 +216,10 @@ def test_an_ordinary_model_is_prepared_without_a_word(gradient_checkpointing):
         warnings.simplefilter("error")
         model = prepare_model(small_qwen2(), CPU, gradient_checkpointing)
     assert model.abilities == Abilities(attention="sdpa", shared_prefix=True, head_only=True)
-    assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules()) == gradient_checkpointing
+    assert (
+        any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        == gradient_checkpointing
+    )
     assert model.training, "as it came"
 
 
@@ -213,7 +227,9 @@ def test_the_older_name_of_gradient_checkpointing_is_used_where_the_new_one_is_m
     """transformers 5.17."""
     called, model = [], small_qwen2()
     monkeypatch.delattr(type(model).__mro__[2], "activation_checkpointing_enable", raising=False)
-    monkeypatch.setattr(type(model), "gradient_checkpointing_enable", lambda self, **options: called.append(options))
+    monkeypatch.setattr(
+        type(model), "gradient_checkpointing_enable", lambda self, **options: called.append(options)
+    )
     prepare_model(model, CPU, gradient_checkpointing=True)
     assert called == [{"gradient_checkpointing_kwargs": {"use_reentrant": False}}]
 

@@ -1,4 +1,6 @@
-"""monitor.py: what a person is told, when an alarm speaks and when it is silent, and that nothing in it ends a run."""
+"""monitor.py: what a person is told, when an alarm speaks and when it is silent, and that nothing in it ends
+a run.
+"""
 
 import dataclasses
 import math
@@ -8,19 +10,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import monitor
 from config import Config, ConfigError
-from monitor import alarms, evaluation_line, step_line
-from runtime import Ranks, append_jsonl
+from corpus.sources import append_jsonl
+from distributed.ranks import Ranks
+from ops import monitor
+from ops.monitor import alarms, evaluation_line, step_line
 
 RECORD = {
     "step": 12, "reward": 0.534, "correct_rate": 0.55, "format_rate": 0.98, "kl": 0.0123, "entropy": 0.42,
     "completions/mean_length": 28.4, "completions/clipped_ratio": 0.0, "frac_reward_zero_std": 0.125,
     "time/rollout_s": 0.4, "time/reward_s": 0.01, "time/update_s": 0.3,
-}  # fmt: skip
+}
 NONE = frozenset()
 
-# ------------------------------------------------------------------------------------------------------------ lines
+# ------------------------------------------------------------------------------------------------------ lines
 
 
 def test_the_line_of_a_step():
@@ -29,7 +32,9 @@ def test_the_line_of_a_step():
         "flat groups 12% · 0.7 s: rollout 0.4, update 0.3"
     )
     assert len(step_line(RECORD, 140)) < 150
-    assert step_line(RECORD | {"time/evaluate_s": 9.0}, 140).endswith(" · 9.7 s: evaluate 9.0"), "what takes long is named"
+    assert step_line(RECORD | {"time/evaluate_s": 9.0}, 140).endswith(" · 9.7 s: evaluate 9.0"), (
+        "what takes long is named"
+    )
 
 
 @pytest.mark.parametrize("missing", [key for key in RECORD if key != "step"])
@@ -51,11 +56,14 @@ def test_the_line_shows_what_is_tiny_not_finite_or_skipped():
 def test_an_evaluation_has_a_line_of_its_own_with_the_numbers_of_cases():
     results = {"held_out/accuracy": 0.86, "held_out/n": 150, "held_out/accuracy_single": 1.0}
     results |= {"bfcl/accuracy": 0.4, "bfcl/n": 70}
-    assert evaluation_line(RECORD | results) == "step 12, greedy accuracy: held_out 86.0% of 150, bfcl 40.0% of 70"
+    assert (
+        evaluation_line(RECORD | results)
+        == "step 12, greedy accuracy: held_out 86.0% of 150, bfcl 40.0% of 70"
+    )
     assert evaluation_line(RECORD) == ""
 
 
-# ----------------------------------------------------------------------------------------------------------- alarms
+# ----------------------------------------------------------------------------------------------------- alarms
 
 CASES = [  # setting, key, good, bad, a bit better than the threshold: not good enough to end the alarm
     ("alarm_entropy", "entropy", 0.3, 0.009, 0.0105),
@@ -64,6 +72,7 @@ CASES = [  # setting, key, good, bad, a bit better than the threshold: not good 
     ("alarm_empty", "empty_rate", 0.1, 0.91, 0.89),
     ("alarm_kl", "kl", 0.1, 1.1, 0.95),
 ]
+
 
 class Alone(Ranks):
     """A rank that has nobody to talk to."""
@@ -120,7 +129,7 @@ def test_a_nan_neither_begins_nor_ends_another_alarm():
     assert not any("entropy in nats" in sentence for sentence in said[1] + said[2])
 
 
-# --------------------------------------------------------------------------------------------------------- trackers
+# --------------------------------------------------------------------------------------------------- trackers
 
 
 class FakeWandb(SimpleNamespace):
@@ -222,15 +231,22 @@ def test_tensorboard_reads_back_what_was_reported_and_forgets_steps_that_are_don
     first = monitor.open_monitor(with_trackers("tensorboard"), tmp_path, 0, ALONE)
     for step in (1, 2, 3):
         monitor.report(first, {"step": step, "reward": 0.25 * step}, 140)
-    assert [event.step for event in read(tmp_path)] == [1, 2, 3], "readable at once: a process may die without a close"
+    assert [event.step for event in read(tmp_path)] == [1, 2, 3], (
+        "readable at once: a process may die without a close"
+    )
     second = monitor.open_monitor(with_trackers("tensorboard"), tmp_path, 2, ALONE)
     for step in (3, 4):
         monitor.report(second, {"step": step, "reward": 0.5}, 140)
     monitor.close_monitor(second)
-    assert [(event.step, event.value) for event in read(tmp_path)] == [(1, 0.25), (2, 0.5), (3, 0.5), (4, 0.5)]
+    assert [(event.step, event.value) for event in read(tmp_path)] == [
+        (1, 0.25),
+        (2, 0.5),
+        (3, 0.5),
+        (4, 0.5),
+    ]
 
 
-# ---------------------------------------------------------------------------------------------------------- monitor
+# ---------------------------------------------------------------------------------------------------- monitor
 
 
 def test_what_is_printed_and_where(tmp_path, capsys):
@@ -242,11 +258,13 @@ def test_what_is_printed_and_where(tmp_path, capsys):
     assert said.out.splitlines() == [
         step_line(RECORD | {"entropy": 0.001}, 140), evaluation_line(RECORD | results),
         step_line(RECORD | {"entropy": 0.001, "step": 13}, 140),
-    ]  # fmt: skip
+    ]
     assert said.err.count("ALARM") == said.err.count("\n") == 1
     monitor.report(watching, {"step": 14, "loss": math.nan}, 140, lines=False)
     said = capsys.readouterr()
-    assert said.out == "" and "NaN" in said.err, "a warm-up has a bar instead of lines, but its alarms are heard"
+    assert said.out == "" and "NaN" in said.err, (
+        "a warm-up has a bar instead of lines, but its alarms are heard"
+    )
 
 
 def test_the_picture_is_drawn_when_it_is_due_and_at_the_end(tmp_path, monkeypatch):
@@ -274,7 +292,9 @@ def test_the_picture_is_drawn_when_it_is_due_and_at_the_end(tmp_path, monkeypatc
     assert len(drawn) == 5
 
 
-def test_a_picture_that_cannot_be_drawn_warns_once_and_is_tried_again_at_the_end(tmp_path, monkeypatch, capsys):
+def test_a_picture_that_cannot_be_drawn_warns_once_and_is_tried_again_at_the_end(
+    tmp_path, monkeypatch, capsys
+):
     def full(runs, target):
         raise OSError(28, "No space left on device")
 

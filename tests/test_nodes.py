@@ -1,7 +1,8 @@
 """Several nodes: two torchrun agents on this machine, over loopback, do what one process does.
 
-Each agent has one process, so with `hsdp` nothing is sharded and all is replicated, and with `full` the other way round.
-The model is as it was initialised and the reward counts digits: two runs that part by one sampled token never meet again.
+Each agent has one process, so with `hsdp` nothing is sharded and all is replicated, and with `full` the other
+way round. The model is as it was initialised and the reward counts digits: two runs that part by one sampled
+token never meet again.
 """
 
 import os
@@ -18,9 +19,9 @@ from safetensors.torch import load_file
 from test_end_to_end import as_arguments, run_here, write_task
 
 import grpo
-from export import export
-from model import build_tiny_model, build_tiny_tokenizer
-from runtime import read_jsonl
+from corpus.sources import read_jsonl
+from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
+from ops.export import export
 
 torch.set_num_threads(1)
 
@@ -40,7 +41,9 @@ def settings(tmp_path_factory) -> dict[str, object]:
     tokenizer = build_tiny_tokenizer([task["data"].read_text()], 400)
     export(build_tiny_model(tokenizer, hidden=64, layers=2, seed=0), tokenizer, folder / "model")
     (folder / "own.py").write_text(DIGITS)
-    own = dict(model=folder / "model", reward=f"{folder / 'own.py'}:digits", lr=1e-4, steps=STEPS, timeout_minutes=2)
+    own = dict(
+        model=folder / "model", reward=f"{folder / 'own.py'}:digits", lr=1e-4, steps=STEPS, timeout_minutes=2
+    )
     return task | own
 
 
@@ -63,7 +66,7 @@ def start_agent(rendezvous: list[str], settings: dict[str, object], log: Path) -
         return subprocess.Popen(
             [*command, "grpo.py", *as_arguments(settings)], stdout=out, stderr=out, cwd=ROOT, env=environment,
             start_new_session=True,
-        )  # fmt: skip
+        )
 
 
 def end(agents: list[subprocess.Popen]) -> None:
@@ -121,7 +124,9 @@ def test_two_nodes_match_one_process(sharding, meet, settings, alone, tmp_path):
 
 
 def test_a_signal_to_one_agent_stops_both_and_one_process_goes_on(settings, tmp_path):
-    """Slurm ends a job node by node. Whoever hears of it first must not leave the other waiting for an hour."""
+    """Slurm ends a job node by node. Whoever hears of it first must not leave the other waiting for an
+    hour.
+    """
     endless = settings | {"steps": 1000, "run_dir": tmp_path / "run"}
     logs = [tmp_path / f"agent{node}.txt" for node in (0, 1)]
     agents = [start_agent(rendezvous, endless, log) for rendezvous, log in zip(by_c10d(), logs)]
@@ -138,7 +143,9 @@ def test_a_signal_to_one_agent_stops_both_and_one_process_goes_on(settings, tmp_
     assert 0 not in codes and f"interrupted after step {steps[-1]}, all is saved" in said, said
     assert (tmp_path / "run" / "latest").read_text() == f"step_{steps[-1]}"
 
-    short = settings | {"steps": steps[-1] + 1}  # on one process, and compared with a run that was never disturbed
+    short = settings | {
+        "steps": steps[-1] + 1
+    }  # on one process, and compared with a run that was never disturbed
     gone_on = run_here(grpo.main, short | {"run_dir": tmp_path / "run", "resume": "true"})
     undisturbed = run_here(grpo.main, short | {"run_dir": tmp_path / "undisturbed"})
     assert [row["step"] for row in read_jsonl(gone_on / "log.jsonl")] == list(range(steps[-1] + 2))

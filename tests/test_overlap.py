@@ -1,4 +1,6 @@
-"""Contamination: planted copies of benchmark queries and tools are found under the right ids, and nothing else is."""
+"""Contamination: planted copies of benchmark queries and tools are found under the right ids, and nothing
+else is.
+"""
 
 import json
 import random
@@ -9,13 +11,19 @@ from pathlib import Path
 
 import pytest
 
-import overlap
-from data import DataError, Example, load_examples, write_examples
-from overlap import BenchmarkCase, normalise, records, tabulate, without_queries
+from corpus import overlap
+from corpus.examples import Example
+from corpus.layouts import load_examples, write_examples
+from corpus.overlap import BenchmarkCase, normalise, records, tabulate, without_queries
+from corpus.sources import DataError
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-QUERY = "Please find the cheapest direct flight from Oslo to Rome on 2024-05-03, and book two seats by the window."  # 19
-FLIGHT = {"name": "flights.find_cheapest", "parameters": {"type": "dict", "properties": {"from": {}, "to": {}}}}
+# 19
+QUERY = "Please find the cheapest direct flight from Oslo to Rome on 2024-05-03, and book two seats by the window."
+FLIGHT = {
+    "name": "flights.find_cheapest",
+    "parameters": {"type": "dict", "properties": {"from": {}, "to": {}}},
+}
 
 
 def shared(name: str) -> Path:
@@ -28,7 +36,9 @@ def example(*texts: str, rid: str = "7", tools: tuple[dict, ...] = ()) -> Exampl
     return Example(rid, "xlam", [{"role": "user", "content": text} for text in texts], list(tools), [])
 
 
-def case(*texts: str, rid: str = "b1", category: str = "multiple", tools: tuple[dict, ...] = ()) -> BenchmarkCase:
+def case(
+    *texts: str, rid: str = "b1", category: str = "multiple", tools: tuple[dict, ...] = ()
+) -> BenchmarkCase:
     return BenchmarkCase(rid, category, texts, tools)
 
 
@@ -40,15 +50,19 @@ def first_words(count: int) -> str:
     return " ".join(QUERY.split()[:count])
 
 
-# ------------------------------------------------------------------------------------------------------ queries
+# ---------------------------------------------------------------------------------------------------- queries
 
 
 def test_letter_case_punctuation_and_white_space_do_not_hide_a_copy():
-    disguised = QUERY.upper().replace(",", " -\n").replace("2024-05-03", "20240503").replace("DIRECT FL", "directfl")
+    disguised = (
+        QUERY.upper().replace(",", " -\n").replace("2024-05-03", "20240503").replace("DIRECT FL", "directfl")
+    )
     [match] = overlap.overlap([example("Hello there!", disguised, disguised)], [case(QUERY)])
     assert (match.example, match.train_id, match.kind, match.cases) == (0, "7", "identical", ("b1",))
     assert (match.words, match.ngrams) == (18, 6)  # "directfl ight" is two words as well
-    full_width = "".join(chr(ord(letter) + 0xFEE0) if letter.isascii() and letter.isalnum() else letter for letter in QUERY)
+    full_width = "".join(
+        chr(ord(letter) + 0xFEE0) if letter.isascii() and letter.isalnum() else letter for letter in QUERY
+    )
     assert kinds(example(full_width), case(QUERY)) == ["identical"]
 
 
@@ -97,7 +111,9 @@ def test_the_fast_search_finds_what_the_obvious_one_finds():
             hits = [gram in windows(theirs, 5) for gram in windows(ours, 5)]
             longest = max(map(len, "".join("x" if hit else " " for hit in hits).split()), default=0)
             expected = (sum(hits), longest + 4) if longest else None
-        found = overlap.overlap([example(" ".join(ours), "another")], [case(" ".join(theirs), "different")], ngram=5)
+        found = overlap.overlap(
+            [example(" ".join(ours), "another")], [case(" ".join(theirs), "different")], ngram=5
+        )
         assert [(match.ngrams, match.words) for match in found] == ([expected] if expected else [])
         compared += expected is not None
     assert compared > 50
@@ -108,19 +124,24 @@ def test_text_of_many_cases_lists_them_all():
     found = overlap.overlap([example(QUERY)], cases)
     assert sorted((match.kind, match.cases) for match in found) == [
         ("identical", ("b3",)), ("ngram", ("b0",)), ("ngram", ("b1",)), ("ngram", ("b2",)),
-    ]  # fmt: skip
-    repeated = [case(QUERY, "Thanks!", rid=f"d{n}") for n in range(3)]  # API-Bank: a case per call of one dialogue
+    ]
+    repeated = [
+        case(QUERY, "Thanks!", rid=f"d{n}") for n in range(3)
+    ]  # API-Bank: a case per call of one dialogue
     [match] = overlap.overlap([example(QUERY)], repeated)
     assert match.cases == ("d0", "d1", "d2")
 
 
-# -------------------------------------------------------------------------------------------------------- tools
+# ------------------------------------------------------------------------------------------------------ tools
 
 
 @pytest.mark.parametrize(
     ("tool", "kind"),
     [
-        ({"name": "FlightsFind_Cheapest", "parameters": {"From": {"type": "str"}, "to": {"type": "str"}}}, ["tool"]),
+        (
+            {"name": "FlightsFind_Cheapest", "parameters": {"From": {"type": "str"}, "to": {"type": "str"}}},
+            ["tool"],
+        ),
         ({"name": "flights find cheapest", "parameters": {"from": {}}}, ["tool_name"]),
         ({"name": "flights.find_cheapest"}, ["tool_name"]),
         ({"name": "flights.find", "parameters": {"from": {}, "to": {}}}, []),
@@ -135,12 +156,20 @@ def test_tools_without_parameters_can_share_their_name_only():
     assert kinds(example("x", tools=(clock,)), case("y", tools=(clock,))) == ["tool_name"]
 
 
-# ---------------------------------------------------------------------------------------- tables and clean records
+# ----------------------------------------------------------------------------------- tables and clean records
 
 
 def test_the_table_counts_cases_and_examples_once():
-    cases = [case(QUERY, rid="b1", tools=(FLIGHT,)), case(QUERY, rid="b2", category="parallel"), case(rid="b3")]
-    trained = [example(QUERY, QUERY.lower(), tools=(FLIGHT,)), example("Add 1.", rid="8"), example(QUERY, rid="9")]
+    cases = [
+        case(QUERY, rid="b1", tools=(FLIGHT,)),
+        case(QUERY, rid="b2", category="parallel"),
+        case(rid="b3"),
+    ]
+    trained = [
+        example(QUERY, QUERY.lower(), tools=(FLIGHT,)),
+        example("Add 1.", rid="8"),
+        example(QUERY, rid="9"),
+    ]
     table = tabulate(overlap.overlap(trained, cases), cases)
     none = {"ngram": [0, 0], "tool_name": [0, 0]}
     assert table == {
@@ -151,7 +180,11 @@ def test_the_table_counts_cases_and_examples_once():
 
 
 def test_a_record_goes_with_all_its_steps_but_not_its_namesake_in_another_file():
-    trained = [example("Add 1.", rid="5#1"), example("Add 1.", QUERY, rid="5#3"), example("Add 2.", rid="5#1")]
+    trained = [
+        example("Add 1.", rid="5#1"),
+        example("Add 1.", QUERY, rid="5#3"),
+        example("Add 2.", rid="5#1"),
+    ]
     trained.append(replace(trained[0], source="toolace"))
     files = ["a.json", "a.json", "b.json", "a.json"]
     clean, bad = without_queries(trained, overlap.overlap(trained, [case(QUERY)]), records(trained, files))
@@ -165,14 +198,20 @@ def test_shared_tools_alone_do_not_remove_a_record():
     assert without_queries(trained, matches, records(trained, ["a"])) == (trained, 0)
 
 
-# ------------------------------------------------------------------------------------------ genuine files, command
+# ------------------------------------------------------------------------------------- genuine files, command
 
 
 def test_the_benchmarks_give_the_words_of_the_user_and_the_tools_of_the_case():
     cases = {c.id: c for c in overlap.load_bfcl(shared("bfcl")) + overlap.load_apibank(shared("apibank"))}
-    assert sum(len(c.queries) > 1 for c in cases.values() if c.category.startswith("live")) == 9  # 91 have a system text
+    assert (
+        sum(len(c.queries) > 1 for c in cases.values() if c.category.startswith("live")) == 9
+    )  # 91 have a system text
     dialogue = cases["level-1-given-desc/AddAgenda-AddAlarm-GetUserToken-level-2-1.jsonl#6"]
-    assert [query[:14] for query in dialogue.queries] == ["Can you add a ", "Can you remind", "My username is"]
+    assert [query[:14] for query in dialogue.queries] == [
+        "Can you add a ",
+        "Can you remind",
+        "My username is",
+    ]
     assert [tool["name"] for tool in dialogue.tools] == ["GetUserToken", "AddAgenda", "AddAlarm"]
     assert any(tool["name"] == "QueryMeeting" for tool in cases["level-3#0"].tools)
 
@@ -181,10 +220,16 @@ def test_every_benchmark_case_is_found_when_it_is_trained_on():
     cases = overlap.load_bfcl(shared("bfcl")) + overlap.load_apibank(shared("apibank"))
     assert len(cases) == 3641 + 639
     leaked = [Example(c.id, "leak", example(*c.queries).messages, list(c.tools), []) for c in cases]
-    hits = {(match.train_id, match.kind) for match in overlap.overlap(leaked, cases) if match.train_id in match.cases}
+    hits = {
+        (match.train_id, match.kind)
+        for match in overlap.overlap(leaked, cases)
+        if match.train_id in match.cases
+    }
     missed = [c for c in cases if any(map(normalise, c.queries)) and (c.id, "identical") not in hits]
     # Dialogues of nothing but small talk, such as "hi", "bye".
-    assert len(missed) < 20 and all(len(normalise(text)) < overlap.MIN_WORDS for c in missed for text in c.queries)
+    assert len(missed) < 20 and all(
+        len(normalise(text)) < overlap.MIN_WORDS for c in missed for text in c.queries
+    )
     assert all((c.id, "tool") in hits or (c.id, "tool_name") in hits for c in cases if c.tools)
 
 
@@ -193,9 +238,13 @@ def test_planted_copies_are_found_among_genuine_training_records(tmp_path, capsy
     cases = {c.id: c for c in overlap.load_bfcl(shared("bfcl")) + overlap.load_apibank(shared("apibank"))}
     question, long, dialogue = cases["simple_python_27"], cases["parallel_multiple_95"], next(
         c for c in cases.values() if c.category == "level-1" and len(normalise(c.queries[0])) >= 13
-    )  # fmt: skip
+    )
     excerpt = " ".join(normalise(long.queries[0])[20:33])
-    texts = {3: question.queries[0].upper().replace(" ", "  ") + "?!", 4: f"Now, {excerpt}.", 5: dialogue.queries[0]}
+    texts = {
+        3: question.queries[0].upper().replace(" ", "  ") + "?!",
+        4: f"Now, {excerpt}.",
+        5: dialogue.queries[0],
+    }
     for at, text in texts.items():
         trained[at] = replace(trained[at], messages=[{"role": "user", "content": text}])
     trained[6] = replace(trained[6], tools=[*trained[6].tools, *question.tools])
@@ -205,7 +254,7 @@ def test_planted_copies_are_found_among_genuine_training_records(tmp_path, capsy
     overlap.main([
         *files, "--bfcl", str(shared("bfcl")), "--apibank", str(shared("apibank")),
         "--out", str(tmp_path / "matches.jsonl"), "--write", str(tmp_path / "clean.jsonl"),
-    ])  # fmt: skip
+    ])
     rows = [json.loads(line) for line in (tmp_path / "matches.jsonl").read_text().splitlines()]
     queries = [row for row in rows if row["kind"] in overlap.QUERY_KINDS]
     expected = [(at, trained[at].id, files[at >= 5]) for at in texts]
@@ -214,12 +263,16 @@ def test_planted_copies_are_found_among_genuine_training_records(tmp_path, capsy
     assert all(c.id in row["cases"] for c, row in zip((question, long, dialogue), queries))
     assert (queries[1]["words"], queries[1]["text"]) == (13, excerpt)
     assert any(row["example"] == 6 and row["kind"] == "tool" and question.id in row["cases"] for row in rows)
-    assert load_examples(tmp_path / "clean.jsonl")[0] == [e for at, e in enumerate(trained) if at not in texts]
+    assert load_examples(tmp_path / "clean.jsonl")[0] == [
+        e for at, e in enumerate(trained) if at not in texts
+    ]
     printed = capsys.readouterr().out
     assert "3 of 100 training examples, in 3 of 100 records, share a query" in printed and excerpt in printed
 
 
-@pytest.mark.parametrize("name", ["xlam_rawformat_repacked.json", "toolace_first100_rawformat_reconstructed.json"])
+@pytest.mark.parametrize(
+    "name", ["xlam_rawformat_repacked.json", "toolace_first100_rawformat_reconstructed.json"]
+)
 def test_the_genuine_training_files_share_no_query_with_the_benchmarks(name):
     trained = load_examples(shared(f"train/{name}"))[0]
     cases = overlap.load_bfcl(shared("bfcl")) + overlap.load_apibank(shared("apibank"))
@@ -271,7 +324,10 @@ def test_dropped_records_are_counted_and_a_wholly_shared_file_is_not_written(tmp
     train.write_text(train.read_text() + '{"messages": 1}\n')
     with pytest.raises(DataError, match="every training record shares a query"):
         overlap.main([str(train), "--bfcl", "there", "--write", str(clean)])
-    assert "1 examples, dropped and not compared: 1 missing_field" in capsys.readouterr().out and not clean.exists()
+    assert (
+        "1 examples, dropped and not compared: 1 missing_field" in capsys.readouterr().out
+        and not clean.exists()
+    )
     train.write_text('{"messages": 1, "answer": 2}\n')
     with pytest.raises(DataError, match="train.jsonl: no usable example to compare"):
         overlap.main([str(train), "--bfcl", "there"])
@@ -283,8 +339,19 @@ def test_the_report_needs_no_torch():
 
 
 def test_data_py_runs_it_and_prints_errors_in_one_line(tmp_path):
-    # Run as a script, data.py is __main__, and a DataError of its own would not be the one that overlap.py raises.
-    command = [sys.executable, str(Path(__file__).parents[1] / "data.py"), "overlap", "missing.json", "--bfcl", "missing"]
+    # Run as a script, data.py is __main__, and a DataError of its own would not be the one that overlap.py
+    # raises.
+    command = [
+        sys.executable,
+        str(Path(__file__).parents[1] / "data.py"),
+        "overlap",
+        "missing.json",
+        "--bfcl",
+        "missing",
+    ]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert ran.returncode == 1 and ran.stdout == ""
-    assert ran.stderr.startswith("error: missing: no such folder; --bfcl must be a folder") and ran.stderr.count("\n") == 1
+    assert (
+        ran.stderr.startswith("error: missing: no such folder; --bfcl must be a folder")
+        and ran.stderr.count("\n") == 1
+    )

@@ -1,4 +1,6 @@
-"""The plan of a run: its arithmetic against measured bytes and FLOPs of a small model, and advice that works."""
+"""The plan of a run: its arithmetic against measured bytes and FLOPs of a small model, and advice that
+works.
+"""
 
 import dataclasses
 import json
@@ -14,10 +16,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-import engines
-import plan
 from config import Config, ConfigError
-from estimate import (
+from distributed.ranks import start_ranks
+from kernel import decode as engines
+from kernel.attention import use_attention
+from kernel.packing import pack
+from model import prepare_model, token_logprobs
+from ops import plan
+from ops.estimate import (
     GB,
     USABLE,
     Assumptions,
@@ -32,16 +38,14 @@ from estimate import (
     rows_that_fit,
     shape_of,
     state_bytes,
-)  # fmt: skip
-from model import prepare_model, token_logprobs, use_attention
-from packing import pack
-from runtime import start_ranks
+)
 
-# About 6 million parameters, one in six of them in embeddings and head; an MLP as wide as that of Qwen2.5-7B (5.3).
+# About 6 million parameters, one in six of them in embeddings and head; an MLP as wide as that of Qwen2.5-7B
+# (5.3).
 SIZES = dict(
     vocab_size=2048, hidden_size=256, intermediate_size=1376, num_hidden_layers=4, num_attention_heads=8,
     num_key_value_heads=2, head_dim=32, tie_word_embeddings=False,
-)  # fmt: skip
+)
 KEYS_OF = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size".split()
 LARGE = {  # public facts of three models
     name: kind(**dict(zip(KEYS_OF, sizes)), tie_word_embeddings=False)
@@ -60,7 +64,9 @@ TOKENS, KEYS = GROUPS * (PROMPT + COPIES * RESPONSE), GROUPS * (PROMPT + COPIES 
 
 def small_model(dtype=torch.float32, checkpointing=False, kind="qwen2"):
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(**SIZES)) if kind == "qwen2" else Qwen3ForCausalLM(Qwen3Config(**SIZES))
+    model = (
+        Qwen2ForCausalLM(Qwen2Config(**SIZES)) if kind == "qwen2" else Qwen3ForCausalLM(Qwen3Config(**SIZES))
+    )
     return prepare_model(model, torch.device("cpu"), checkpointing).train().to(dtype)
 
 
@@ -73,7 +79,7 @@ def close(measured, expected):
     return pytest.approx(measured, rel=0.1) == expected
 
 
-# ---------------------------------------------------------------------------------------------- measured and planned
+# --------------------------------------------------------------------------------------- measured and planned
 
 
 def test_state_is_what_fsdp_and_adamw_hold():
@@ -106,8 +112,9 @@ def test_state_is_what_fsdp_and_adamw_hold():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind, kv_heads", [("qwen2", 2), ("qwen2", 8), ("qwen3", 2)])
 def test_activations_are_what_autograd_keeps(monkeypatch, checkpointing, dtype, kind, kv_heads):
-    """Distinct storages saved in a packed forward, weights left out. The CPU's attention keeps a little more than planned:
-    copies of the responses' queries and of the output, and masks."""
+    """Distinct storages saved in a packed forward, weights left out. The CPU's attention keeps a little more
+    than planned: copies of the responses' queries and of the output, and masks.
+    """
     monkeypatch.setitem(SIZES, "num_key_value_heads", kv_heads)
     model, storages = small_model(dtype, checkpointing, kind), {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -183,7 +190,9 @@ def test_rows_that_fit_are_those_of_the_engine(monkeypatch):
     weight = SimpleNamespace(device=torch.device("cuda"))
     config = LARGE["8B"]
     model = SimpleNamespace(config=config, get_output_embeddings=lambda: SimpleNamespace(weight=weight))
-    for name, value in dict(mem_get_info=(30 * 10**9, 0), memory_reserved=5 * 10**9, memory_allocated=2 * 10**9).items():
+    for name, value in dict(
+        mem_get_info=(30 * 10**9, 0), memory_reserved=5 * 10**9, memory_allocated=2 * 10**9
+    ).items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     for prompt, copies, new in ((1000, 5, 8192), (300, 1, 100)):
         expected = rows_that_fit(SHAPES["8B"], 33e9, prompt, copies, new)
@@ -191,25 +200,36 @@ def test_rows_that_fit_are_those_of_the_engine(monkeypatch):
 
 
 def test_flops_are_those_of_the_matrix_products():
-    """One forward pass, counted by torch: of the products outside the attention, whose counter knows no masks."""
-    model, config = small_model(), settings(prompts_per_step=GROUPS, minibatch_prompts=GROUPS, group_size=COPIES)
+    """One forward pass, counted by torch: of the products outside the attention, whose counter knows no
+    masks.
+    """
+    model, config = (
+        small_model(),
+        settings(prompts_per_step=GROUPS, minibatch_prompts=GROUPS, group_size=COPIES),
+    )
     use_attention(model, "generate")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(torch.arange(TOKENS)[None] % 100, use_cache=False, logits_to_keep=REPLIES)
-    products = sum(n for name, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(name))
+    products = sum(
+        n for name, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(name)
+    )
     phases = phases_of_step(config, SMALL, lengths(1, prompt_tokens=PROMPT, response_tokens=RESPONSE), 12)
     flops = {phase.name: phase.flops for phase in phases}
     assert close(products, flops["reference"]), products / flops["reference"]
     assert flops["prefill"] + flops["decode"] == pytest.approx(flops["reference"], rel=0.01)
     head = 2 * REPLIES * SMALL.vocab * SMALL.hidden
-    assert flops["update"] == pytest.approx(4 * flops["reference"] - head)  # a head of one chunk is not computed again
+    assert flops["update"] == pytest.approx(
+        4 * flops["reference"] - head
+    )  # a head of one chunk is not computed again
     # the attention's part: two products of [tokens, heads x size], for every pair that is not masked
     pairs = GROUPS * sum([*range(1, PROMPT + 1), *[PROMPT + i for i in range(1, RESPONSE + 1)] * COPIES])
     attention = 4 * pairs * SMALL.hidden * SMALL.layers
-    assert flops["reference"] - products == pytest.approx(attention, rel=1e-4)  # some versions multiply rotary angles too
+    assert flops["reference"] - products == pytest.approx(
+        attention, rel=1e-4
+    )  # some versions multiply rotary angles too
 
 
-# ---------------------------------------------------------------------------------------------------- real models
+# ------------------------------------------------------------------------------------------------ real models
 
 
 def settings(**changes):
@@ -262,11 +282,17 @@ def test_settings_move_the_parts_they_are_for():
     assert "reference" not in [phase.name for phase in without.phases]
     nodes = lengths(16)
     inside = estimate(settings(sharding="hsdp"), shape, nodes).moments["layers"]["AdamW"]
-    assert inside == 2 * estimate(settings(), shape, nodes).moments["layers"]["AdamW"] == base.moments["layers"]["AdamW"]
+    assert (
+        inside
+        == 2 * estimate(settings(), shape, nodes).moments["layers"]["AdamW"]
+        == base.moments["layers"]["AdamW"]
+    )
 
 
 def test_traffic_is_what_each_phase_must_move():
-    """24 micro-batches a step: the weights come twice for each, 2 bytes a parameter, and gradients go, 4 bytes."""
+    """24 micro-batches a step: the weights come twice for each, 2 bytes a parameter, and gradients go, 4
+    bytes.
+    """
     shape, weights = SHAPES["7B"], SHAPES["7B"].parameters
 
     def phases(a, **changes):
@@ -274,18 +300,23 @@ def test_traffic_is_what_each_phase_must_move():
 
     plain = phases(lengths())
     assert plain["update"].network == pytest.approx(24 * 7 / 8 * 8 * weights) and plain["update"].between == 0
-    assert plain["update"].flops == pytest.approx(4 * plain["reference"].flops)  # layers for checkpointing, head by chunks
+    assert plain["update"].flops == pytest.approx(
+        4 * plain["reference"].flops
+    )  # layers for checkpointing, head by chunks
     assert plain["update"].host == plain["reference"].host == 0
     crossing = phases(lengths(16))["update"]
     assert crossing.network == 0 and crossing.between == pytest.approx(12 * 15 / 16 * 8 * weights)
     inside = phases(lengths(16), sharding="hsdp")["update"]
     assert inside.network == pytest.approx(12 * 7 / 8 * 8 * weights)
-    assert inside.between == pytest.approx(12 * 4 * weights / 8)  # an all-reduce of a shard between two machines
+    assert inside.between == pytest.approx(
+        12 * 4 * weights / 8
+    )  # an all-reduce of a shard between two machines
     low = phases(lengths(), low_memory=True)
     assert low["update"].host == pytest.approx(24 * 3 * 4 * weights / 8)
     assert low["reference"].host == pytest.approx(24 * 2 * weights / 8) and low["optimizer"].memory == 0
 
-    # 640 sequences of a GPU in 2 batches: at every token the weights, each prompt once, and all responses so far
+    # 640 sequences of a GPU in 2 batches: at every token the weights, each prompt once, and all responses so
+    # far
     used, kv = 2 * (shape.matrices * 28 + shape.vocab * shape.hidden), 56 * 1024
     read = sum(2 * (used + kv * (64 * 1000 + 320 * (token + 0.5))) for token in range(300))
     assert plain["decode"].memory == pytest.approx(read)
@@ -303,7 +334,7 @@ def test_groups_larger_than_the_micro_batch_repeat_their_prompt():
     assert split["reference"] > whole["reference"] and split["decode"] == whole["decode"]
 
 
-# ---------------------------------------------------------------------------------------------------------- advice
+# ----------------------------------------------------------------------------------------------------- advice
 
 
 @pytest.mark.parametrize(
@@ -317,7 +348,11 @@ def test_groups_larger_than_the_micro_batch_repeat_their_prompt():
     ],
 )
 def test_following_the_advice_makes_it_fit(name, changes, gpus, advised):
-    config, a, shape = settings(**changes), lengths(gpus, gpus_per_node=min(gpus, 8) if gpus < 16 else 4), SHAPES[name]
+    config, a, shape = (
+        settings(**changes),
+        lengths(gpus, gpus_per_node=min(gpus, 8) if gpus < 16 else 4),
+        SHAPES[name],
+    )
     line = plan.verdict(config, shape, a)
     found, more = plan.advise(config, shape, a)
     assert line.startswith("does not fit") and "\n" not in line
@@ -334,10 +369,17 @@ def test_following_the_advice_makes_it_fit(name, changes, gpus, advised):
 
 def test_gpus_that_are_too_small_for_everything_are_said_to_be():
     """14B in bf16 is 29.5 GB on every GPU during the rollout, whatever the settings."""
-    size = int(plan.verdict(settings(), SHAPES["14B"], lengths(gpu_memory=24.0)).split("take GPUs of ")[1].split(" GB")[0])
+    size = int(
+        plan.verdict(settings(), SHAPES["14B"], lengths(gpu_memory=24.0))
+        .split("take GPUs of ")[1]
+        .split(" GB")[0]
+    )
     assert 31 < size < 50
     low = settings(low_memory=True, max_tokens_per_micro_batch=12288)
-    fitting = [plan.verdict(low, SHAPES["14B"], lengths(8, gpu_memory=gb)).startswith("fits") for gb in (size, size - 2.0)]
+    fitting = [
+        plan.verdict(low, SHAPES["14B"], lengths(8, gpu_memory=gb)).startswith("fits")
+        for gb in (size, size - 2.0)
+    ]
     assert fitting == [True, False]
 
 
@@ -346,16 +388,20 @@ def test_a_rollout_batch_that_is_too_large_is_named():
     line = plan.verdict(settings(rollout_batch_size=5000, prompts_per_step=8192), SHAPES["7B"], lengths())
     rows = int(line.split("rollout_batch_size ")[1].split()[0])
     assert line.startswith("fits") and 200 < rows < 1000
-    assert "rollout_batch_size" not in plan.verdict(settings(rollout_batch_size=rows), SHAPES["7B"], lengths())
+    assert "rollout_batch_size" not in plan.verdict(
+        settings(rollout_batch_size=rows), SHAPES["7B"], lengths()
+    )
 
 
 def test_peak_leaves_room_for_the_allocator():
     """A GPU whose memory the plan would fill to the last byte is too small."""
     update = sum(estimate(settings(), SHAPES["7B"], lengths()).moments["layers"].values()) / GB
-    assert plan.verdict(settings(), SHAPES["7B"], lengths(gpu_memory=update / USABLE - 0.5)).startswith("does not fit")
+    assert plan.verdict(settings(), SHAPES["7B"], lengths(gpu_memory=update / USABLE - 0.5)).startswith(
+        "does not fit"
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------------------- command line
 
 
 def test_main_needs_a_config_json_only(tmp_path, capsys):

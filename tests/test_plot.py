@@ -1,4 +1,6 @@
-"""plot.py: what the curves are, which runs share one, and that a picture comes out of whatever a log holds so far."""
+"""plot.py: what the curves are, which runs share one, and that a picture comes out of whatever a log holds so
+far.
+"""
 
 import json
 import math
@@ -10,24 +12,33 @@ import numpy as np
 import pytest
 import yaml
 
-import plot
 from config import ConfigError
-from runtime import append_jsonl
+from corpus.sources import append_jsonl
+from ops import plot
 
-HELD_OUT = {"held_out/accuracy": 0.5, "held_out/n": 20, "held_out/accuracy_single": 0.5, "held_out/n_single": 20}
+HELD_OUT = {
+    "held_out/accuracy": 0.5,
+    "held_out/n": 20,
+    "held_out/accuracy_single": 0.5,
+    "held_out/n_single": 20,
+}
 GRPO_ROW = {
     "reward": 0.4, "reward_std": 0.2, "correct_rate": 0.4, "format_rate": 0.9, "kl": 0.01, "entropy": 0.3,
     "completions/mean_length": 30.0, "completions/max_length": 60.0, "completions/clipped_ratio": 0.1,
     "frac_reward_zero_std": 0.2, "grad_norm": 0.5, "loss": -0.01, "time/rollout_s": 2.0, "time/update_s": 1.0,
-}  # fmt: skip
+}
 SFT_ROW = {"loss": 1.0, "grad_norm": 2.0}
 
 
 def make_run(path: Path, row: dict, steps: int, before: dict | None = None, **settings) -> Path:
-    """A run folder as the training scripts leave it: a log with these steps, and config.yaml where settings are given."""
+    """A run folder as the training scripts leave it: a log with these steps, and config.yaml where settings
+    are given.
+    """
     path.mkdir(parents=True)
     first = [{"step": 0, **before}] if before else []
-    append_jsonl(path / "log.jsonl", first + [{"step": i, **row, "seconds": 3.0 * i} for i in range(1, steps + 1)])
+    append_jsonl(
+        path / "log.jsonl", first + [{"step": i, **row, "seconds": 3.0 * i} for i in range(1, steps + 1)]
+    )
     if settings:
         (path / "config.yaml").write_text(yaml.safe_dump(settings | {"run_dir": str(path)}))
     return path
@@ -36,7 +47,9 @@ def make_run(path: Path, row: dict, steps: int, before: dict | None = None, **se
 def titles(*runs: Path) -> list[str]:
     logs = {label: [plot.read_log(run) for run in seeds] for label, seeds in plot.group_seeds(runs).items()}
     panels = plot.choose_panels(runs, logs)
-    return [arguments[1] if painter is plot.draw_curves else painter.__name__ for painter, arguments in panels]
+    return [
+        arguments[1] if painter is plot.draw_curves else painter.__name__ for painter, arguments in panels
+    ]
 
 
 def is_png(path: Path) -> bool:
@@ -44,7 +57,7 @@ def is_png(path: Path) -> bool:
     return data.startswith(b"\x89PNG") and data.endswith(b"IEND\xaeB`\x82")
 
 
-# ------------------------------------------------------------------------------------------------ logs and curves
+# -------------------------------------------------------------------------------------------- logs and curves
 
 
 @pytest.mark.parametrize("count", [1, 2, 8, 100, 400])
@@ -66,7 +79,9 @@ def test_the_band_spans_the_seeds_and_the_line_is_their_mean():
 def test_where_one_seed_has_ended_the_others_go_on():
     logs = [[{"step": 1, "reward": 0.0}], [{"step": 1, "reward": 1.0}, {"step": 2, "reward": 1.0}]]
     assert list(plot.curve(logs, "reward").mean) == [0.5, 1.0]
-    assert plot.lengths("GRPO (2 seeds)", logs) == "GRPO (2 seeds), 1 to 2 steps", "the mean changes where one ends"
+    assert plot.lengths("GRPO (2 seeds)", logs) == "GRPO (2 seeds), 1 to 2 steps", (
+        "the mean changes where one ends"
+    )
 
 
 def test_rows_without_a_finite_number_are_left_out():
@@ -79,7 +94,12 @@ def test_rows_without_a_finite_number_are_left_out():
 
 
 def test_seconds_per_step_come_from_rows_that_follow_each_other(tmp_path):
-    rows = [{"step": 0}, {"step": 1, "seconds": 5.0}, {"step": 2, "seconds": 7.0}, {"step": 4, "seconds": 13.0}]
+    rows = [
+        {"step": 0},
+        {"step": 1, "seconds": 5.0},
+        {"step": 2, "seconds": 7.0},
+        {"step": 4, "seconds": 13.0},
+    ]
     rows.append({"step": 4, "seconds": 14.0})  # whatever else a script may log after a step
     append_jsonl(tmp_path / "log.jsonl", rows)
     assert [row.get("seconds_per_step") for row in plot.read_log(tmp_path)] == [None, None, 2.0, 3.0, None]
@@ -99,7 +119,9 @@ def test_a_setting_that_is_newer_than_a_run_had_its_default(tmp_path):
 
 
 def test_two_recipes_with_the_same_name_keep_two_labels(tmp_path):
-    runs = [make_run(tmp_path / f"a_{i}", GRPO_ROW, 2, seed=i, lr=1e-6 if i < 3 else 1e-5) for i in (1, 2, 3, 4)]
+    runs = [
+        make_run(tmp_path / f"a_{i}", GRPO_ROW, 2, seed=i, lr=1e-6 if i < 3 else 1e-5) for i in (1, 2, 3, 4)
+    ]
     assert plot.group_seeds(runs) == {"a (2 seeds)": runs[:2], "a_3 … a_4 (2 seeds)": runs[2:]}
 
 
@@ -108,7 +130,7 @@ def test_runs_without_a_config_stand_alone(tmp_path):
     assert plot.group_seeds(runs) == {"x": [runs[0]], "y": [runs[1]]}
 
 
-# --------------------------------------------------------------------------------------------------- the picture
+# ------------------------------------------------------------------------------------------------ the picture
 
 
 def test_a_grpo_run_has_all_panels_and_an_sft_run_those_it_has_data_for(tmp_path):
@@ -117,13 +139,15 @@ def test_a_grpo_run_has_all_panels_and_an_sft_run_those_it_has_data_for(tmp_path
         "reward", "greedy accuracy", "draw_accuracy", "completions: share that is …", "KL to the start model",
         "entropy of the policy", "completion length", "equal rewards, truncation", "gradient norm before clipping",
         "loss", "draw_phases",
-    ]  # fmt: skip
+    ]
     evaluated = make_run(tmp_path / "sft_evaluated", SFT_ROW | HELD_OUT, 3, before=HELD_OUT)
     assert titles(evaluated)[:2] == ["greedy accuracy", "draw_accuracy"]
     sft = make_run(tmp_path / "sft", SFT_ROW, 3)
     assert titles(sft) == ["gradient norm before clipping", "loss", "time"]
     both = titles(grpo, sft)
-    assert both[-2:] == ["loss", "time"] and not {"draw_accuracy", "draw_phases"} & {*both}, "these are of one run alone"
+    assert both[-2:] == ["loss", "time"] and not {"draw_accuracy", "draw_phases"} & {*both}, (
+        "these are of one run alone"
+    )
 
 
 def test_several_colours_leave_room_for_two_quantities_in_a_panel(tmp_path):
@@ -132,7 +156,11 @@ def test_several_colours_leave_room_for_two_quantities_in_a_panel(tmp_path):
 
     def shown(*runs):
         logs = {run.name: [plot.read_log(run)] for run in runs}
-        return next(list(arguments[3]) for _, arguments in plot.choose_panels(runs, logs) if "correct_rate" in arguments[3])
+        return next(
+            list(arguments[3])
+            for _, arguments in plot.choose_panels(runs, logs)
+            if "correct_rate" in arguments[3]
+        )
 
     assert shown(a) == ["correct_rate", "format_rate", "think_rate", "empty_rate"]
     assert shown(a, b) == ["correct_rate", "format_rate"]
@@ -141,7 +169,9 @@ def test_several_colours_leave_room_for_two_quantities_in_a_panel(tmp_path):
 def test_an_accuracy_is_shown_with_its_number_of_cases():
     rows = [{"held_out/accuracy": 0.5, "held_out/n": 150}, {"step": 1}]
     assert plot.split_label("held_out/accuracy", rows) == "held_out (n = 150)"
-    assert plot.split_label("held_out/accuracy", [*rows, {"held_out/n": 20}]) == "held_out", "two runs that differ in it"
+    assert plot.split_label("held_out/accuracy", [*rows, {"held_out/n": 20}]) == "held_out", (
+        "two runs that differ in it"
+    )
 
 
 @pytest.mark.filterwarnings("error")  # matplotlib warns of an axis without any length
@@ -150,12 +180,17 @@ def test_a_picture_comes_out_of_a_log_of_any_length(tmp_path, steps):
     run = make_run(tmp_path / "run", GRPO_ROW, steps, before=HELD_OUT)
     plot.draw([run], run / "curves.png")
     assert is_png(run / "curves.png")
-    assert sorted(path.name for path in run.iterdir()) == ["curves.png", "log.jsonl"], "no temporary file stays"
+    assert sorted(path.name for path in run.iterdir()) == ["curves.png", "log.jsonl"], (
+        "no temporary file stays"
+    )
 
 
 def test_runs_of_different_length_and_kind_fit_into_one_picture(tmp_path):
     runs = [make_run(tmp_path / f"s_{i}", GRPO_ROW | HELD_OUT, 3 * i, HELD_OUT, seed=i) for i in (1, 2)]
-    runs += [make_run(tmp_path / "sft", SFT_ROW, 5), make_run(tmp_path / "broken", {"loss": math.nan, "kl": math.inf}, 2)]
+    runs += [
+        make_run(tmp_path / "sft", SFT_ROW, 5),
+        make_run(tmp_path / "broken", {"loss": math.nan, "kl": math.inf}, 2),
+    ]
     plot.draw(runs, tmp_path / "all.svg")
     text = (tmp_path / "all.svg").read_text()
     assert text.rstrip().endswith("</svg>")
@@ -174,7 +209,9 @@ def test_phases_are_stacked_over_the_steps_that_have_them():
     from matplotlib.figure import Figure
 
     axis = Figure().add_subplot()
-    rows = [{"step": 0}] + [{"step": i, "time/rollout_s": 2.0, "time/update_s": 1.0, "time/tiny_s": 0.01} for i in (1, 2, 3)]
+    rows = [{"step": 0}] + [
+        {"step": i, "time/rollout_s": 2.0, "time/update_s": 1.0, "time/tiny_s": 0.01} for i in (1, 2, 3)
+    ]
     plot.draw_phases(axis, rows)
     corners = [area.get_paths()[0].get_extents() for area in axis.collections]
     assert [(box.x0, box.x1) for box in corners] == [(1, 3)] * 3
@@ -205,18 +242,22 @@ def test_drawing_leaves_the_process_as_it_was(tmp_path):
         "import sys, pathlib, plot; before = 'matplotlib' in sys.modules; run = pathlib.Path(sys.argv[1]); "
         "plot.draw([run], run / 'x.png'); print(before, 'matplotlib.pyplot' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code, run], cwd=Path(plot.__file__).parent, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, run], cwd=Path(plot.__file__).parents[1], capture_output=True, text=True
+    )
     assert done.stdout.split() == ["False", "False"], done.stderr
 
 
-# ------------------------------------------------------------------------------------------------------- the text
+# --------------------------------------------------------------------------------------------------- the text
 
 
 def test_one_finished_run_is_reported_with_its_accuracies_and_samples(tmp_path, capsys):
     run = make_run(tmp_path / "run", GRPO_ROW | HELD_OUT | {"held_out/accuracy": 0.75}, 3, before=HELD_OUT)
     (run / "summary.json").write_text(json.dumps({"steps": 3, "reward_first5": 0.4, "reward_last10": 0.9}))
     sample = {"reward": 1.0, "reason": "correct", "completion": "[]"}
-    append_jsonl(run / "samples.jsonl", [{"step": 2, **sample}, {"step": 3, **sample, "completion": "the last one"}])
+    append_jsonl(
+        run / "samples.jsonl", [{"step": 2, **sample}, {"step": 3, **sample, "completion": "the last one"}]
+    )
     plot.main([str(run)])
     text = capsys.readouterr().out
     assert ["all", "20", "0.500", "0.750"] in [line.split() for line in text.splitlines()]
@@ -233,7 +274,10 @@ def test_a_finished_sft_run_is_reported_too(tmp_path, capsys):
 
 
 def test_the_accuracies_of_a_run_are_called_by_what_was_done(tmp_path):
-    grpo, sft = (make_run(tmp_path / name, row | HELD_OUT, 2, HELD_OUT) for name, row in (("g", GRPO_ROW), ("s", SFT_ROW)))
+    grpo, sft = (
+        make_run(tmp_path / name, row | HELD_OUT, 2, HELD_OUT)
+        for name, row in (("g", GRPO_ROW), ("s", SFT_ROW))
+    )
     (grpo / "sft").mkdir()
     (grpo / "sft" / "summary.json").write_text(json.dumps(HELD_OUT | {"steps": 9}))
     assert plot.accuracies(grpo) == {"before": HELD_OUT, "after RL": HELD_OUT, "after SFT": HELD_OUT}
@@ -250,7 +294,9 @@ def test_several_runs_or_a_folder_of_them_go_into_one_overlay(tmp_path, capsys):
     assert capsys.readouterr().out.count("picture of 2 run(s)") == 3
 
 
-@pytest.mark.parametrize("arguments, words", [(["empty"], "empty has no log.jsonl"), (["run", "--out", "x.jpg"], ".svg")])
+@pytest.mark.parametrize(
+    "arguments, words", [(["empty"], "empty has no log.jsonl"), (["run", "--out", "x.jpg"], ".svg")]
+)
 def test_what_cannot_be_drawn_is_said_in_one_sentence(tmp_path, monkeypatch, arguments, words):
     make_run(tmp_path / "run", GRPO_ROW, 2)
     (tmp_path / "empty").mkdir()

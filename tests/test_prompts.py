@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, processors
 from transformers import PreTrainedTokenizerFast
 
-from model import build_tiny_tokenizer
+from corpus.tiny_model import build_tiny_tokenizer
 from prompts import (
     SYSTEM_TEMPLATE,
     TAGS,
@@ -36,7 +36,8 @@ QWEN = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ "<|im_start|>assistant\n" }}{%- endif -%}"""
 
-# Llama 3.1's way: a token before all, headers, the date in the system message, trimmed texts, results as "ipython".
+# Llama 3.1's way: a token before all, headers, the date in the system message, trimmed texts, results as
+# "ipython".
 LLAMA = """\
 {%- set ns = namespace(system="", rest=messages) -%}
 {%- if messages[0].role == "system" -%}
@@ -52,18 +53,29 @@ LLAMA = """\
 {%- if add_generation_prompt -%}{{ "<|start_header_id|>assistant<|end_header_id|>\n\n" }}{%- endif -%}"""
 
 BEGIN = "<|begin_of_text|>"
-LLAMA_TOKENS = [BEGIN, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"]
+LLAMA_TOKENS = [
+    BEGIN,
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+]
 
 
 def qwen(template: str = QWEN):
-    """A tokenizer of single bytes: the ids 0 to 2 are special, 3 to 258 are the bytes, then come the four tags."""
+    """A tokenizer of single bytes: the ids 0 to 2 are special, 3 to 258 are the bytes, then come the four
+    tags.
+    """
     tokenizer = build_tiny_tokenizer([], 259)
     tokenizer.chat_template = template
     return tokenizer
 
 
 def llama(template: str = LLAMA):
-    """The same bytes with Llama's special tokens from 263 on, the first of which it puts before all that it encodes."""
+    """The same bytes with Llama's special tokens from 263 on, the first of which it puts before all that it
+    encodes.
+    """
     tokenizer = qwen(template)
     tokenizer.add_tokens(LLAMA_TOKENS, special_tokens=True)
     tokenizer.eos_token = "<|eot_id|>"
@@ -80,7 +92,9 @@ def slow_ids(tokenizer, text: str) -> list[int]:
     ids = []
     for part in re.split(r"(<\|\w+\|>|</?think>|</?tool_call>)", text):
         named = re.fullmatch(r"<.*>", part)
-        ids += [tokenizer.get_vocab()[part]] if named else [3 + alphabet.index(byte) for byte in part.encode()]
+        ids += (
+            [tokenizer.get_vocab()[part]] if named else [3 + alphabet.index(byte) for byte in part.encode()]
+        )
     return ids
 
 
@@ -94,12 +108,10 @@ TALK = [
     {"role": "user", "content": "Again?"},
 ]
 TEMPLATE = "Tools:\n{tools}"
-TOOL_LINE = (
-    '{"type": "function", "function": {"name": "add", "description": "é", "parameters": {"a": {"type": "int"}}}}'
-)
+TOOL_LINE = '{"type": "function", "function": {"name": "add", "description": "é", "parameters": {"a": {"type": "int"}}}}'
 PAST_CALL = '<tool_call>[{"name": "add", "arguments": {"a": 1}}]</tool_call>'
 
-# -------------------------------------------------------------------------------------------------- to the model
+# ----------------------------------------------------------------------------------------------- to the model
 
 
 def test_golden_qwen_prompt():
@@ -141,7 +153,14 @@ def test_golden_ids_literally():
 def test_one_system_message_ours_first_then_those_of_the_data():
     late = {"role": "system", "content": "Later."}
     messages = build_messages([*TALK, late], [ADD], TEMPLATE)
-    assert [message["role"] for message in messages] == ["system", "user", "assistant", "tool", "assistant", "user"]
+    assert [message["role"] for message in messages] == [
+        "system",
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+        "user",
+    ]
     assert messages[0]["content"] == f"Tools:\n{TOOL_LINE}\n\nBe brief.\n\nLater."
 
 
@@ -178,7 +197,7 @@ def test_own_template_file(tmp_path):
         load_template(str(tmp_path / "missing.txt"))
 
 
-# ------------------------------------------------------------------------------------------------ start-up checks
+# -------------------------------------------------------------------------------------------- start-up checks
 
 
 @pytest.mark.parametrize("family", [qwen, llama])
@@ -197,7 +216,14 @@ def test_good_tokenizers_pass(family):
         (qwen, QWEN + "{{ messages[1].content }}", "adds to the conversation"),
         (qwen, QWEN.replace('messages[0].role != "system"', "true"), "adds a second system prompt"),
     ],
-    ids=["none", "no system prompt", "system prompt twice", "tools twice", "question twice", "own system prompt"],
+    ids=[
+        "none",
+        "no system prompt",
+        "system prompt twice",
+        "tools twice",
+        "question twice",
+        "own system prompt",
+    ],
 )
 def test_chat_templates_that_spoil_the_prompt_are_refused(family, template, complaint):
     with pytest.raises(PromptError, match=complaint):
@@ -211,7 +237,7 @@ def test_tokenizer_that_loses_the_tags_is_refused():
         check_tokenizer(tokenizer)
 
 
-# --------------------------------------------------------------------------------------------------------- tokens
+# ----------------------------------------------------------------------------------------------------- tokens
 
 
 def test_every_token_that_ends_a_turn_stops():
@@ -236,15 +262,20 @@ def test_a_reply_to_imitate_is_closed_by_one_end_token():
 
 def test_decoding_cuts_one_stop_token_and_shows_the_rest():
     tokenizer = llama()
-    stops, reply = stop_ids(tokenizer), render_completion([ToolCall("add", {"a": 1})], "so , it 's") + "<|eot_id|>"
+    stops, reply = (
+        stop_ids(tokenizer),
+        render_completion([ToolCall("add", {"a": 1})], "so , it 's") + "<|eot_id|>",
+    )
     ids = tokenizer.encode(reply, add_special_tokens=False)
     assert decode_reply(tokenizer, ids, stops) == reply.removesuffix("<|eot_id|>")
     assert decode_reply(tokenizer, [*ids, ids[-1]], stops) == reply
-    assert decode_reply(tokenizer, ids[:-1], stops) == reply.removesuffix("<|eot_id|>")  # cut off at the length limit
+    assert decode_reply(tokenizer, ids[:-1], stops) == reply.removesuffix(
+        "<|eot_id|>"
+    )  # cut off at the length limit
     assert decode_reply(tokenizer, [], stops) == ""
 
 
-# ------------------------------------------------------------------------------------------------- from the model
+# --------------------------------------------------------------------------------------------- from the model
 
 
 @pytest.mark.parametrize(
@@ -252,8 +283,11 @@ def test_decoding_cuts_one_stop_token_and_shows_the_rest():
     [
         [],
         [ToolCall("f", {})],
-        [ToolCall("get 天气 (2)", {"città": "Malmö 😀 \u2028"}), ToolCall("f", {"x": [1, 1.0, True, None, {"": "1"}]})],
-        [ToolCall("quote", {"text": "it's \"quoted\"\n\t\\ \x00"})],
+        [
+            ToolCall("get 天气 (2)", {"città": "Malmö 😀 \u2028"}),
+            ToolCall("f", {"x": [1, 1.0, True, None, {"": "1"}]}),
+        ],
+        [ToolCall("quote", {"text": 'it\'s "quoted"\n\t\\ \x00'})],
         [ToolCall("html", {"body": "</tool_call><tool_call> <think></think> <|im_end|>"})],
     ],
     ids=["no call", "no argument", "unicode and types", "quotes", "tags in a value"],
@@ -279,7 +313,10 @@ GOOD = '<think>so</think><tool_call>[{"name": "f", "arguments": {}}]</tool_call>
 @pytest.mark.parametrize(
     "text",
     [GOOD, f" \n{GOOD}\r\n", GOOD.replace("><", ">\n\n<"), GOOD.replace("[", "\n[\t").replace("]", " ]\n")]
-    + [f"{GOOD}\n{end}\n" for end in ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")],
+    + [
+        f"{GOOD}\n{end}\n"
+        for end in ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
+    ],
 )
 def test_white_space_and_one_end_token_are_accepted(text):
     parsed = parse_completion(text)

@@ -1,7 +1,8 @@
-"""Every command of the pages is run, or said to be for other machines: README.md, bench/README.md and REFERENCE.md.
+"""Every command of the pages is run, or said to be for other machines: README.md, bench/README.md and
+REFERENCE.md.
 
-How a command is found and run is in pages.py. The demo's config is made small in the copy of the tree in which all runs
-take place; what else must be smaller is a replacement in RUN.
+How a command is found and run is in pages.py. The demo's config is made small in the copy of the tree in
+which all runs take place; what else must be smaller is a replacement in RUN.
 """
 
 import re
@@ -13,7 +14,7 @@ import torch
 from pages import ROOT, commands, execute, make_environment
 from test_reference import documented
 
-from runtime import read_jsonl
+from corpus.sources import read_jsonl
 
 torch.set_num_threads(1)
 
@@ -40,7 +41,10 @@ DISTILL = {
     "TEACHER --data train.jsonl": "runs/demo/model --data synthetic --synthetic_train 4 --max_response_tokens 8 "
     "--prompt_template configs/tiny_prompt.txt --reward always.py:one",
 }
-SFT_THEN_RL = {"configs/qwen2.5-7b.yaml": "configs/tiny.yaml --run_dir runs/sft_then_rl", "train.jsonl": "synthetic"}
+SFT_THEN_RL = {
+    "configs/qwen2.5-7b.yaml": "configs/tiny.yaml --run_dir runs/sft_then_rl",
+    "train.jsonl": "synthetic",
+}
 
 # Run here -> what is replaced before: placeholders by names, large numbers by small ones.
 RUN: dict[str, dict[str, str]] = {
@@ -117,9 +121,10 @@ RUN: dict[str, dict[str, str]] = {
     "python grpo.py --config configs/tiny.yaml --doctor": {},
     "python data.py inspect FILE": {"FILE": "runs/prepared/train.jsonl"},
     "python data.py overlap FILE --bfcl DIR": {"FILE": "runs/prepared/test.jsonl", "DIR": "../shared/data/bfcl"},
-}  # fmt: skip
+}
 
-# Not run here -> why not, or the test that runs it. The page must say why; the options are checked all the same.
+# Not run here -> why not, or the test that runs it. The page must say why; the options are checked all the
+# same.
 SAYS = {
     "GPUs": r"needs? (\S+ ){0,3}GPU|on an NVIDIA GPU",
     "packages": r"pip install",
@@ -168,14 +173,20 @@ NOT_RUN = {
 }
 
 COMMANDS = [command for page in PAGES for command in commands(page)]
-COMMANDS = [c for c in COMMANDS if not (c.language == "python" and c.place.startswith("REFERENCE"))]  # test_reference.py's
+COMMANDS = [
+    c for c in COMMANDS if not (c.language == "python" and c.place.startswith("REFERENCE"))
+]  # test_reference.py's
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A copy of the tree beside ../shared, with the small demo, and an environment whose python is this process."""
+    """A copy of the tree beside ../shared, with the small demo, and an environment whose python is this
+    process.
+    """
     copy = tmp_path_factory.mktemp("site") / "copy"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("runs", ".venv", ".git", "__pycache__", ".*_cache"))
+    shutil.copytree(
+        ROOT, copy, ignore=shutil.ignore_patterns("runs", ".venv", ".git", "__pycache__", ".*_cache")
+    )
     if SHARED.exists():
         (copy.parent / "shared").symlink_to(SHARED)
     (copy / "configs" / "tiny.yaml").rename(copy / "configs" / "full.yaml")
@@ -186,7 +197,11 @@ def place(tmp_path_factory) -> Path:
 
 
 # A command is run once, wherever it stands. What is in ../shared, or made from it, may be absent.
-ONCE = [command for i, command in enumerate(COMMANDS) if command.text not in [other.text for other in COMMANDS[:i]]]
+ONCE = [
+    command
+    for i, command in enumerate(COMMANDS)
+    if command.text not in [other.text for other in COMMANDS[:i]]
+]
 OF_SHARED = ("$DATA", "../shared", "runs/prepared", "runs/a", "runs/eval")
 
 
@@ -197,7 +212,9 @@ def is_absent(command) -> bool:
 
 @pytest.fixture(scope="module")
 def outcome(place):
-    """A function: place among ONCE -> what went wrong there, or "". Each runs once, after those before it in the pages."""
+    """A function: place among ONCE -> what went wrong there, or "". Each runs once, after those before it in
+    the pages.
+    """
     outcomes: list[str] = []
 
     def of(index: int) -> str:
@@ -210,7 +227,7 @@ def outcome(place):
     return of
 
 
-# ------------------------------------------------------------------------------------------------------- the tests
+# -------------------------------------------------------------------------------------------------- the tests
 
 
 @pytest.mark.parametrize("command", ONCE, ids=[f"{command.place} {command.text[:50]}" for command in ONCE])

@@ -1,4 +1,6 @@
-"""Every record becomes an example or is listed with a reason, and the rows for other tools come back as they were."""
+"""Every record becomes an example or is listed with a reason, and the rows for other tools come back as they
+were.
+"""
 
 import json
 import sys
@@ -7,14 +9,25 @@ from pathlib import Path
 
 import pytest
 
-from data import STRICT, DataError, Example, Rules, load_examples, load_toolace, load_xlam, read_examples, write_rows
+from corpus.examples import STRICT, Example, Rules
+from corpus.layouts import (
+    load_examples,
+    load_toolace,
+    load_xlam,
+    read_examples,
+    trl_row,
+    verl_row,
+    write_rows,
+)
+from corpus.sources import DataError
 from prompts import SYSTEM_TEMPLATE, ToolCall
-from records import trl_row, verl_row
 
 SHARED = Path(__file__).parents[2] / "shared"
 ADD = {"name": "add", "description": "Adds.", "parameters": {"a": {"type": "int"}}}
 FEED = {"name": "Feed (Video) V2", "description": "", "parameters": {"type": "dict", "properties": {}}}
-SYSTEM = f"Use [these], e.g. [func1(x=1)]:\n{json.dumps([ADD, FEED])}. \nPut it in the format of [func1(params)]"
+SYSTEM = (
+    f"Use [these], e.g. [func1(x=1)]:\n{json.dumps([ADD, FEED])}. \nPut it in the format of [func1(params)]"
+)
 
 
 def shared(name: str) -> Path:
@@ -30,7 +43,10 @@ def xlam(**changes) -> dict:
 
 
 def toolace(*turns: tuple[str, str], **changes) -> dict:
-    return {"system": SYSTEM, "conversations": [{"from": who, "value": text} for who, text in turns]} | changes
+    return {
+        "system": SYSTEM,
+        "conversations": [{"from": who, "value": text} for who, text in turns],
+    } | changes
 
 
 def save(path: Path, *records: dict) -> Path:
@@ -42,7 +58,7 @@ def ids_of(examples) -> list[str]:
     return [example.id for example in examples]
 
 
-# ----------------------------------------------------------------------------------------------------- records
+# ---------------------------------------------------------------------------------------------------- records
 
 
 def test_xlam_record_becomes_one_example(tmp_path):
@@ -75,7 +91,12 @@ def test_xlam_record_becomes_one_example(tmp_path):
 def test_unusable_xlam_record_is_listed_with_its_reason(tmp_path, changes, reason):
     examples, [dropped] = load_xlam(save(tmp_path / "x.json", xlam(), xlam(id=8, **changes)))
     assert len(examples) == 1
-    assert (dropped.source, dropped.id, dropped.line, dropped.reason) == ("xlam", "8", 2, reason) and dropped.detail
+    assert (dropped.source, dropped.id, dropped.line, dropped.reason) == (
+        "xlam",
+        "8",
+        2,
+        reason,
+    ) and dropped.detail
 
 
 @pytest.mark.parametrize("roles", [("user", "assistant", "tool"), ("human", "gpt", "observation")])
@@ -84,11 +105,19 @@ def test_trajectory_is_cut_at_every_call_turn(tmp_path, roles):
     record = toolace(
         (user, "go"), (assistant, "[add(a=1)]"), (tool, "2"), (assistant, "It is 2."),
         (user, "feed"), (assistant, '[Feed (Video) V2(q="(x)"), add(a=2)]'),
-    )  # fmt: skip
+    )
     [first, second], dropped = load_toolace(save(tmp_path / "t.json", record))
     assert dropped == [] and (first.id, second.id) == ("0#1", "0#5") and first.tools == [ADD, FEED]
-    assert first.messages == [{"role": "user", "content": "go"}] and first.answer == [ToolCall("add", {"a": 1})]
-    assert [message["role"] for message in second.messages] == ["user", "assistant", "tool", "assistant", "user"]
+    assert first.messages == [{"role": "user", "content": "go"}] and first.answer == [
+        ToolCall("add", {"a": 1})
+    ]
+    assert [message["role"] for message in second.messages] == [
+        "user",
+        "assistant",
+        "tool",
+        "assistant",
+        "user",
+    ]
     assert second.messages[1] == {"role": "assistant", "content": "", "calls": first.answer}
     assert second.answer == [ToolCall("Feed (Video) V2", {"q": "(x)"}), ToolCall("add", {"a": 2})]
 
@@ -133,7 +162,7 @@ def test_toolace_records_without_tools_or_calls_are_listed(tmp_path):
         ),
         ("toolrl_rlla_test", 0, {"foreign_row": 80}),  # verl's layout, but not ours
     ],
-)  # fmt: skip
+)
 def test_genuine_files(name, kept, reasons):
     examples, dropped = load_examples(shared(f"data/train/{name}.json"))
     assert len(examples) == kept and Counter(drop.reason for drop in dropped) == reasons
@@ -164,9 +193,15 @@ def test_reasons_that_are_kept_drop_nothing(tmp_path):
 
 
 def test_a_past_call_of_the_wrong_type_is_context_all_the_same(tmp_path):
-    record = toolace(("user", "go"), ("assistant", '[add(a="1")]'), ("tool", "2"), ("assistant", "[add(a=1)]"))
+    record = toolace(
+        ("user", "go"), ("assistant", '[add(a="1")]'), ("tool", "2"), ("assistant", "[add(a=1)]")
+    )
     [example], [dropped] = load_toolace(save(tmp_path / "t.json", record))
-    assert (dropped.id, dropped.reason, dropped.detail) == ("0#1", "wrong_type", "add: a: integer declared, str given")
+    assert (dropped.id, dropped.reason, dropped.detail) == (
+        "0#1",
+        "wrong_type",
+        "add: a: integer declared, str given",
+    )
     assert example.messages[1]["calls"] == [ToolCall("add", {"a": "1"})]
 
 
@@ -174,20 +209,30 @@ def test_text_turns_become_empty_answers_on_request(tmp_path):
     record = toolace(
         ("user", "add"), ("assistant", "Which number?"), ("user", "1"), ("assistant", "[add(a=1)]"), ("tool", "2"),
         ("assistant", "It is 2."), ("user", "Thanks"), ("assistant", "You are welcome."),
-    )  # fmt: skip
+    )
     path = save(tmp_path / "t.json", record)
     assert ids_of(read_with(STRICT, path)[0]) == ["0#3"]
     examples, dropped = read_with(Rules(no_call_turns=True), path)
     assert ids_of(examples) == ["0#1", "0#3", "0#5", "0#7"] and dropped == []
     assert [len(example.answer) for example in examples] == [0, 1, 0, 0]
-    assert [message["role"] for message in examples[2].messages] == ["user", "assistant", "user", "assistant", "tool"]
+    assert [message["role"] for message in examples[2].messages] == [
+        "user",
+        "assistant",
+        "user",
+        "assistant",
+        "tool",
+    ]
 
 
 @pytest.mark.parametrize(
     "turns",
     [
         [("user", "go"), ("assistant", " ")],  # says nothing
-        [("user", "go"), ("assistant", "One moment."), ("assistant", "[add(a=1)]")],  # a call was right after all
+        [
+            ("user", "go"),
+            ("assistant", "One moment."),
+            ("assistant", "[add(a=1)]"),
+        ],  # a call was right after all
         [("user", "go"), ("assistant", "I would run [add(a=1)].")],  # so here
         [("user", "go"), ("assistant", "[add(a=oops)]")],  # calls that cannot be read
         [("assistant", "Hello!"), ("user", "go")],  # answers nobody
@@ -199,9 +244,13 @@ def test_text_turns_that_do_not_show_that_no_call_was_right(tmp_path, turns):
     assert reasons in (["unclear_turn"], ["unparsable_calls"])
 
 
-# ----------------------------------------------------------------------------------------- layouts of other tools
+# ------------------------------------------------------------------------------------- layouts of other tools
 
-PAST = {"role": "assistant", "content": "", "calls": [ToolCall("gone", {"x": [1, 1.0, None, {"é": "\u2028"}]})]}
+PAST = {
+    "role": "assistant",
+    "content": "",
+    "calls": [ToolCall("gone", {"x": [1, 1.0, None, {"é": "\u2028"}]})],
+}
 ASKED = {"role": "user", "content": "天气 😀"}
 NUMBERS = [ToolCall("add", {"a": 1}), ToolCall("add", {"a": 1.0})]
 NESTED = [ToolCall("add", {"a": {"b": [True, "1", -0.5]}})]
@@ -237,7 +286,16 @@ def test_rows_for_other_tools_have_what_these_ask_for():
             truth = row["ground_truth"] if layout == "trl" else row["reward_model"]["ground_truth"]
             assert [ToolCall(**call) for call in json.loads(truth)] == example.answer
     # TRL would hand `tools` to the chat template, or take one of the others for a column of its own.
-    special = {"tools", "messages", "completion", "chosen", "rejected", "prompts", "completions", "completion_ids"}
+    special = {
+        "tools",
+        "messages",
+        "completion",
+        "chosen",
+        "rejected",
+        "prompts",
+        "completions",
+        "completion_ids",
+    }
     assert all(not set(row) & special for row in rows_of("trl"))
     assert [row["extra_info"]["index"] for row in rows_of("verl")] == [0, 1, 2]
     assert {row["reward_model"]["style"] for row in rows_of("verl")} == {"rule"}
@@ -256,7 +314,9 @@ def test_rows_that_another_program_wrote_are_dropped(tmp_path, layout):
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "x.parquet").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(DataError, match="x.parquet: reading Parquet needs pyarrow; run: python -m pip install pyarrow"):
+    with pytest.raises(
+        DataError, match="x.parquet: reading Parquet needs pyarrow; run: python -m pip install pyarrow"
+    ):
         load_examples(tmp_path / "x.parquet")
 
 

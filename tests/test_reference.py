@@ -1,4 +1,6 @@
-"""REFERENCE.md keeps up with the code: settings, keys of the logs, messages that it quotes, and diffs that apply."""
+"""REFERENCE.md keeps up with the code: settings, keys of the logs, messages that it quotes, and diffs that
+apply.
+"""
 
 import ast
 import inspect
@@ -11,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-import benchmarks
 import grpo
 import rollout
 import sft
 from config import settings_table
+from evals import in_training as benchmarks
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "REFERENCE.md").read_text(encoding="utf-8")
@@ -28,7 +30,9 @@ def section(title: str) -> str:
 
 
 def documented(title: str) -> dict[str, str]:
-    """{key: pattern} of the code spans in the first column of a section's tables; what is UPPERCASE may be any word."""
+    """{key: pattern} of the code spans in the first column of a section's tables; what is UPPERCASE may be
+    any word.
+    """
     rows = re.findall(r"(?m)^\| (`[^|]*) \|", section(title))
     keys = [key for row in rows for key in re.findall(r"`([^`]*)`", row)]
     return {key: re.sub(r"[A-Z]+", r"\\w+", re.escape(key)) for key in keys}
@@ -38,7 +42,7 @@ def test_the_table_of_settings_is_the_one_in_the_code():
     assert settings_table() in PAGE, "REFERENCE.md is out of date: run python config.py REFERENCE.md"
 
 
-# ------------------------------------------------------------------------------------------------------ keys of the log
+# -------------------------------------------------------------------------------------------- keys of the log
 
 # Of a checkpoint's state, of the optimizer, what becomes `flops`, of a call.
 NOT_LOGGED = {"best", "score", "lr", "step_flops", "name", "arguments"}
@@ -49,14 +53,18 @@ WRITERS = {  # section: the functions whose dict keys end up there
     ),
     "### sft.py": (sft.sft_update, sft.sft_step, sft.finish_step, rollout.evaluate),
     "## samples.jsonl": (rollout.sample_rows,),
-}  # fmt: skip
+}
 
 
 def written(function) -> set[str]:
-    """Keys of the dicts that a function makes, and those that it assigns to; X for what an f-string fills in."""
+    """Keys of the dicts that a function makes, and those that it assigns to; X for what an f-string fills
+    in.
+    """
     found = set()
     for node in ast.walk(ast.parse(inspect.getsource(function))):
-        keys = node.keys if isinstance(node, ast.Dict) else [node.key] if isinstance(node, ast.DictComp) else []
+        keys = (
+            node.keys if isinstance(node, ast.Dict) else [node.key] if isinstance(node, ast.DictComp) else []
+        )
         if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
             keys = [node.slice]
         found |= {text_of(key) for key in keys if isinstance(key, (ast.Constant, ast.JoinedStr))}
@@ -71,7 +79,9 @@ def text_of(node: ast.Constant | ast.JoinedStr, filled_in: str = "X") -> str:
 @pytest.mark.parametrize("title", WRITERS)
 def test_the_page_has_the_keys_that_the_code_writes_and_no_others(title):
     """Also those that only an option, a GPU or a benchmark brings about."""
-    keys = documented(title) | (documented("### grpo.py, now and then") if title.startswith("### grpo") else {})
+    keys = documented(title) | (
+        documented("### grpo.py, now and then") if title.startswith("### grpo") else {}
+    )
     made = set().union(*map(written, WRITERS[title])) - NOT_LOGGED
     missing = {key for key in made if not any(re.fullmatch(pattern, key) for pattern in keys.values())}
     assert not missing, f"REFERENCE.md, {title}: document {missing}"
@@ -80,7 +90,7 @@ def test_the_page_has_the_keys_that_the_code_writes_and_no_others(title):
     assert not gone, f"REFERENCE.md, {title}: nothing writes {gone}"
 
 
-# --------------------------------------------------------------------------------------------- messages and file names
+# ------------------------------------------------------------------------------------ messages and file names
 
 
 def literals() -> list[str]:
@@ -88,7 +98,11 @@ def literals() -> list[str]:
     found = []
     for path in ROOT.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.JoinedStr) or isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if (
+                isinstance(node, ast.JoinedStr)
+                or isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+            ):
                 found.append(text_of(node, "…"))
     return found
 
@@ -97,7 +111,9 @@ def test_quoted_messages_are_what_the_code_says():
     said = literals()
     for quote in re.findall("“([^”]*)”", section("## Troubleshooting")):
         pattern = ".*".join(re.escape(part.strip()) for part in quote.split("…"))
-        assert any(re.search(pattern, text, re.DOTALL) for text in said), f"REFERENCE.md: no message says “{quote}”"
+        assert any(re.search(pattern, text, re.DOTALL) for text in said), (
+            f"REFERENCE.md: no message says “{quote}”"
+        )
 
 
 def test_the_files_of_a_run_are_named_in_the_code():
@@ -106,7 +122,7 @@ def test_the_files_of_a_run_are_named_in_the_code():
         assert any(name.replace("N", "…") in text for text in said), f"REFERENCE.md: nothing writes {name}"
 
 
-# ------------------------------------------------------------------------------------------------- adding something
+# ------------------------------------------------------------------------------------------- adding something
 
 DIFFS = dict(re.findall(r"(?s)### (A[^\n]*)\n[^#]*?```diff\n(.*?)```", section("## Adding something")))
 CHECKS = dict(re.findall(r"(?s)### (A[^\n]*)\n.*?```python\n(.*?)```", section("## Adding something")))
@@ -123,10 +139,14 @@ def test_a_diff_applies_and_does_what_it_says(title, tmp_path):
         shutil.copy(path, tmp_path)
 
     def check() -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "-c", CHECKS[title]], cwd=tmp_path, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "-c", CHECKS[title]], cwd=tmp_path, capture_output=True, text=True
+        )
 
     assert check().returncode, "the tree has this already: show something else"
-    outside = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}  # or git looks for these files in a repository
+    outside = os.environ | {
+        "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)
+    }  # or git looks for these files in a repository
     done = subprocess.run(
         ["git", "apply", "-"], input=DIFFS[title], cwd=tmp_path, env=outside, capture_output=True, text=True
     )

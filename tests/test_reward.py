@@ -11,15 +11,7 @@ from pathlib import Path
 import pytest
 
 from prompts import ToolCall, parse_completion, render_calls, render_completion
-from reward import (
-    REWARDS,
-    RewardError,
-    compute_score,
-    main,
-    reward_function,
-    score,
-    trl_reward,
-)
+from reward import REWARDS, RewardError, compute_score, main, reward_function, score, trl_reward
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "reward_verdicts.jsonl.gz"
 
@@ -58,13 +50,13 @@ def with_value(value: str) -> str:
     ],
     ids=["format", "white space and end token", "no call is right", "order of keys", "a call twice", "order of calls",
          "closing tag in a value", "header in a value", "escapes"],
-)  # fmt: skip
+)
 def test_right_calls_with_a_thought_pay_one(completion, answer):
     reward = score(completion, answer)
     assert (reward.total, reward.format_ok, reward.correct, reward.reason) == (1.0, True, True, "correct")
 
 
-# ------------------------------------------------------------------------------- holes of the reference, closed
+# ----------------------------------------------------------------------------- holes of the reference, closed
 
 HOLES = [
     ("empty thought", f"<think></think>{BLOCK}", "empty_think"),
@@ -134,10 +126,12 @@ HOLES = [
     ("bytes", GOOD.encode(), "not_text"),
     ("a number", 5, "not_text"),
     ("a list", [GOOD], "not_text"),
-]  # fmt: skip
+]
 
 
-@pytest.mark.parametrize(("completion", "reason"), [hole[1:] for hole in HOLES], ids=[hole[0] for hole in HOLES])
+@pytest.mark.parametrize(
+    ("completion", "reason"), [hole[1:] for hole in HOLES], ids=[hole[0] for hole in HOLES]
+)
 def test_hole_pays_nothing(completion, reason):
     reward = score(completion, ANSWER)
     assert (reward.total, reward.reason) == (0.0, reason)
@@ -145,17 +139,28 @@ def test_hole_pays_nothing(completion, reason):
 
 @pytest.mark.parametrize(("opening", "closing"), ["[]", ('{"a":', "}")])
 def test_no_depth_of_nesting_raises(opening, closing):
-    """Just below the depth that the parser refused, comparing took a few stack frames more than parsing, and raised."""
+    """Just below the depth that the parser refused, comparing took a few stack frames more than parsing, and
+    raised.
+    """
     for depth in [*range(1100), *range(1100, 60_000, 997)]:
-        score(with_value(opening * depth + "1" * (opening != "[") + closing * depth), [ToolCall("f", {"x": 1})])
+        score(
+            with_value(opening * depth + "1" * (opening != "[") + closing * depth), [ToolCall("f", {"x": 1})]
+        )
 
 
 def test_silence_does_not_pay_when_no_call_is_right():
-    for completion in ("", THINK, f"{THINK}I cannot help.", with_calls(""), with_calls("null"), with_calls("{}")):
+    for completion in (
+        "",
+        THINK,
+        f"{THINK}I cannot help.",
+        with_calls(""),
+        with_calls("null"),
+        with_calls("{}"),
+    ):
         assert score(completion, []).total == 0.0
 
 
-# -------------------------------------------------------------------------------------------- when calls are equal
+# --------------------------------------------------------------------------------------- when calls are equal
 
 
 @pytest.mark.parametrize(
@@ -198,13 +203,13 @@ def test_when_values_are_equal(truth, value, equal):
     ("answered", "truth", "reason"),
     [("a", "", "called_without_need"), ("", "a", "no_call"), ("aa", "a", "wrong_number"), ("a", "aa", "wrong_number"),
      ("aab", "abb", "wrong_name"), ("ab", "ac", "wrong_name"), ("A", "a", "wrong_name"), ("ab", "ba", "correct")],
-)  # fmt: skip
+)
 def test_calls_are_compared_as_a_multiset(answered, truth, reason):
     calls = [ToolCall(name, {}) for name in answered]
     assert score(render_completion(calls, "so"), [ToolCall(name, {}) for name in truth]).reason == reason
 
 
-# ------------------------------------------------------------------------------------------------------ variants
+# --------------------------------------------------------------------------------------------------- variants
 
 # Right with a thought, right without, names right with, wrong with, wrong without, unreadable with a thought:
 TABLE = {
@@ -220,7 +225,14 @@ TABLE = {
     "tool_n1_llama": (1.0, 0.0, 0.0, 0.0, 0.0, 0.0),
 }
 OURS = [name for name in REWARDS if not REWARDS[name].marker]
-COMPLETIONS = (GOOD, BLOCK, GOOD.replace("2", "3"), with_calls("[]"), "<tool_call>[]</tool_call>", with_calls("oops"))
+COMPLETIONS = (
+    GOOD,
+    BLOCK,
+    GOOD.replace("2", "3"),
+    with_calls("[]"),
+    "<tool_call>[]</tool_call>",
+    with_calls("oops"),
+)
 
 
 @pytest.mark.parametrize("variant", TABLE)
@@ -244,14 +256,14 @@ def test_bare_tags_pay_in_no_variant_of_ours(variant):
         assert score(completion, ANSWER, variant).total == 0.0
 
 
-# -------------------------------------------------------------------------------------------- errors of the data
+# ----------------------------------------------------------------------------------------- errors of the data
 
 
 @pytest.mark.parametrize(
     "answer",
     [None, 5, "", b"", "[]", {}, ANSWER[0], [None], [[]], ["book"], [{}], [{"name": "f"}], [{"arguments": {}}],
      [{"name": None, "arguments": {}}], [{"name": "f", "arguments": "{}"}]],
-)  # fmt: skip
+)
 def test_a_broken_ground_truth_raises(answer):
     with pytest.raises(ValueError, match="answer"):
         score(GOOD, answer)
@@ -262,7 +274,7 @@ def test_an_unknown_variant_raises():
         score(GOOD, ANSWER, "v0")
 
 
-# ------------------------------------------------------------------------------------------------ the reference
+# ---------------------------------------------------------------------------------------------- the reference
 
 needs_golden = pytest.mark.skipif(
     not GOLDEN.exists(), reason="shared/golden is not beside this checkout; it holds the verdicts"
@@ -301,7 +313,9 @@ REFERENCE_HOLES = [  # what v0 pays for, and the strict default does not: FAILUR
 ]
 
 
-@pytest.mark.parametrize("completion", [hole[1] for hole in REFERENCE_HOLES], ids=[hole[0] for hole in REFERENCE_HOLES])
+@pytest.mark.parametrize(
+    "completion", [hole[1] for hole in REFERENCE_HOLES], ids=[hole[0] for hole in REFERENCE_HOLES]
+)
 def test_the_reference_pays_for_what_the_strict_default_refuses(completion):
     assert (score(completion, ANSWER, "tool_n1_v0").total, score(completion, ANSWER).total) == (1.0, 0.0)
 
@@ -323,8 +337,20 @@ def test_the_reference_pays_for_what_the_strict_default_refuses(completion):
         ("Sorry, no.", "[]", "tool_n1_llama", 1.0, "no_block"),  # pays for silence
         ("Sorry, no.", ANSWER, "tool_n1_llama", 0.0, "no_block"),
         (THINK, ANSWER, "tool_n1_v4", 0.2, "no_block"),  # pays for bare tags
-        (f"{GOOD}<|im_start|>assistant", ANSWER, "tool_n1_v2", 0.0, "no_block"),  # the marker hides what is before it
-        (f"{GOOD}<|im_start|>assistant", ANSWER, "tool_n1_llama", 1.0, "correct"),  # only its own family's marker does
+        (
+            f"{GOOD}<|im_start|>assistant",
+            ANSWER,
+            "tool_n1_v2",
+            0.0,
+            "no_block",
+        ),  # the marker hides what is before it
+        (
+            f"{GOOD}<|im_start|>assistant",
+            ANSWER,
+            "tool_n1_llama",
+            1.0,
+            "correct",
+        ),  # only its own family's marker does
         (None, ANSWER, "tool_n1_v0", 0.0, "not_text"),
     ],
 )
@@ -335,7 +361,9 @@ def test_quirks_of_the_reference(completion, answer, variant, total, reason):
 
 @needs_golden
 def test_against_the_verdicts_of_the_reference():
-    """We pay less often, for reasons of the format; more often only where a tag in a value misled the reference."""
+    """We pay less often, for reasons of the format; more often only where a tag in a value misled the
+    reference.
+    """
     with gzip.open(GOLDEN, "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     agreed, fewer, more = 0, Counter(), []
@@ -353,25 +381,28 @@ def test_against_the_verdicts_of_the_reference():
     assert set(fewer) <= {
         "empty_think", "tag_in_think", "no_think", "text_before_think", "text_before_tool_call",
         "text_after_tool_call", "several_tool_calls", "bad_json", "not_a_list", "bad_call",
-    }  # fmt: skip
+    }
     assert more and all("</tool_call>" in truth or "<|im_start|>" in truth for truth in more)
     assert agreed > 4000
 
 
-# ---------------------------------------------------------------------------------------------- properties, fuzz
+# ------------------------------------------------------------------------------------------- properties, fuzz
 
 
 def random_value(rng: random.Random, depth: int = 2):
     makers = [lambda: rng.randint(-9, 9), rng.random, lambda: rng.random() < 0.5, lambda: None,
               lambda: "".join(rng.choices('ab"\\é😀\n<>', k=3)),
               lambda: [random_value(rng, depth - 1) for _ in range(rng.randint(0, 3))],
-              lambda: {key: random_value(rng, depth - 1) for key in "xy"}]  # fmt: skip
+              lambda: {key: random_value(rng, depth - 1) for key in "xy"}]
     return rng.choice(makers if depth else makers[:5])()
 
 
 def random_calls(rng: random.Random) -> list[ToolCall]:
     names = ["f", "g", "get it (v2)"]
-    return [ToolCall(rng.choice(names), {key: random_value(rng) for key in "abc"}) for _ in range(rng.randint(1, 4))]
+    return [
+        ToolCall(rng.choice(names), {key: random_value(rng) for key in "abc"})
+        for _ in range(rng.randint(1, 4))
+    ]
 
 
 def shuffled(value, rng: random.Random):
@@ -414,8 +445,36 @@ def test_any_single_change_pays_nothing():
 _TAG = r"</?(?:think|tool_call)>"
 _END = r"<\|(?:im_end|endoftext|eot_id|eom_id|end_of_text)\|>"
 FORM = re.compile(rf"(?s)\s*<think>((?:(?!{_TAG}).)+)</think>\s*<tool_call>(.*)</tool_call>\s*(?:{_END})?\s*")
-PIECES = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<|im_end|>", "[", "]", "{", "}", '"', ",", ":", "\\",
-          "2", "-", ".0", "e9", "NaN", "null", " ", "\n", "\x00", "\ud800", "é", CALL, BLOCK, THINK, '"name": "book"']
+PIECES = [
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<|im_end|>",
+    "[",
+    "]",
+    "{",
+    "}",
+    '"',
+    ",",
+    ":",
+    "\\",
+    "2",
+    "-",
+    ".0",
+    "e9",
+    "NaN",
+    "null",
+    " ",
+    "\n",
+    "\x00",
+    "\ud800",
+    "é",
+    CALL,
+    BLOCK,
+    THINK,
+    '"name": "book"',
+]
 
 
 def mutated(text: str, rng: random.Random) -> str:
@@ -433,14 +492,23 @@ REFERENCE_REASONS = {"raises", "unread", "no_block", "wrong_calls"}
 
 def test_twenty_thousand_broken_completions():
     rng, rewards = random.Random(0), Counter()
-    known = set(re.findall(r"\w+", parse_completion.__doc__)) | {"correct", "no_call", "wrong_number", "wrong_name"}
+    known = set(re.findall(r"\w+", parse_completion.__doc__)) | {
+        "correct",
+        "no_call",
+        "wrong_number",
+        "wrong_name",
+    }
     known |= {"wrong_arguments"}
     for _ in range(20_000):
         completion = mutated(GOOD, rng)
         for variant in REWARDS:
             reward = score(completion, ANSWER, variant)
             assert reward.total in PAID[variant], completion
-            assert reward.reason in known or variant not in OURS and reward.reason.split()[0] in REFERENCE_REASONS
+            assert (
+                reward.reason in known
+                or variant not in OURS
+                and reward.reason.split()[0] in REFERENCE_REASONS
+            )
             if variant in OURS and reward.total == 1.0 and reward.format_ok:
                 form = FORM.fullmatch(completion)
                 assert form and form[1].strip() and json.loads(form[2]) == ANSWER, completion
@@ -475,7 +543,7 @@ def test_time_is_linear_in_the_length(completion):
     assert time.perf_counter() - start < 15  # well below 1 s; a quadratic reader needs minutes
 
 
-# ------------------------------------------------------------------------------------------------- lenient types
+# ---------------------------------------------------------------------------------------------- lenient types
 
 TOOL = {
     "name": "f",
@@ -520,7 +588,10 @@ TOOL = {
     ],
 )
 def test_lenient_compares_numbers_by_the_declared_type(name, truth, given, equal):
-    completion, answer = render_completion([ToolCall("f", {name: given})], "so"), [ToolCall("f", {name: truth})]
+    completion, answer = (
+        render_completion([ToolCall("f", {name: given})], "so"),
+        [ToolCall("f", {name: truth})],
+    )
     assert score(completion, answer, lenient=True, tools=[TOOL]).correct == equal
 
 
@@ -532,7 +603,7 @@ def test_lenient_closes_no_more_and_no_fewer_holes():
         score(GOOD, ANSWER, "tool_n1_v0", lenient=True)
 
 
-# ------------------------------------------------------------------------------------- functions for trainers, files
+# ------------------------------------------------------------------------------ functions for trainers, files
 
 
 def test_trl_reward_takes_texts_and_messages():
@@ -540,7 +611,7 @@ def test_trl_reward_takes_texts_and_messages():
     rewards = trl_reward(
         prompts=["p"] * 3, completions=[GOOD, [{"role": "assistant", "content": GOOD}], [{"role": "assistant"}]],
         ground_truth=[truth, ANSWER, truth], id=["a", "b", "c"], trainer_state=None,
-    )  # fmt: skip
+    )
     assert rewards == [1.0, 1.0, 0.0] and all(isinstance(reward, float) for reward in rewards)
     assert trl_reward(["p"], [THINK], ground_truth=["[]"], variant="tool_n1_v3") == [0.2]
     with pytest.raises(ValueError, match="answer is not JSON"):
@@ -562,7 +633,11 @@ def test_a_reward_function_of_the_users_own(tmp_path):
         "def nothing(completion, answer, tools):\n    pass\n"
     )
     reward = reward_function(f"{path}:length")("x" * 10, [ToolCall("f", {})], [TOOL])
-    assert (reward.total, reward.correct, reward.reason) == (3.0, False, "no_think")  # the log's rates stay meaningful
+    assert (reward.total, reward.correct, reward.reason) == (
+        3.0,
+        False,
+        "no_think",
+    )  # the log's rates stay meaningful
     with pytest.raises(RewardError, match="raised TypeError"):
         reward_function(f"{path}:broken")("x", [], [])
     with pytest.raises(RewardError, match="must return a finite number, not None"):
@@ -596,8 +671,7 @@ def write_rows(path: Path, *rows: dict) -> Path:
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
 def test_a_file_is_rescored(tmp_path, capsys, name):
     path = write_rows(
-        tmp_path / name,
-        {"id": "a", "completion": GOOD, "ground_truth": ANSWER},
+        tmp_path / name, {"id": "a", "completion": GOOD, "ground_truth": ANSWER},
         {"id": "b", "completion": THINK, "ground_truth": json.dumps(ANSWER)},
     )
     main([str(path), "--out", str(tmp_path / "scored.jsonl")])
@@ -613,7 +687,11 @@ def test_a_file_is_rescored(tmp_path, capsys, name):
 
 def test_a_file_is_rescored_leniently_by_the_tools_of_its_rows(tmp_path, capsys):
     completion = render_completion([ToolCall("f", {"price": 2})], "so")
-    row = {"completion": completion, "ground_truth": [{"name": "f", "arguments": {"price": 2.0}}], "tools": [TOOL]}
+    row = {
+        "completion": completion,
+        "ground_truth": [{"name": "f", "arguments": {"price": 2.0}}],
+        "tools": [TOOL],
+    }
     path = write_rows(tmp_path / "rows.jsonl", row)
     main([str(path), "--lenient"])
     main([str(path)])

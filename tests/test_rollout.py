@@ -1,5 +1,6 @@
-"""rollout.py: the decoding loop gives what plain generate() gives, samples follow softmax(logits / T), and no sample
-depends on anything but its own prompt and seed."""
+"""rollout.py: the decoding loop gives what plain generate() gives, samples follow softmax(logits / T), and no
+sample depends on anything but its own prompt and seed.
+"""
 
 import json
 import re
@@ -12,24 +13,20 @@ from tokenizers import Tokenizer, decoders, models, normalizers
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
-import engines
 import rollout
-from data import Example, Tokenized, example_kind
-from engines import ENGINES
-from export import export
-from model import ModelError, build_tiny_model, build_tiny_tokenizer, pack, token_logprobs, use_attention
+from corpus.examples import Example, Tokenized, example_kind
+from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
+from distributed.batches import prompt_seed
+from evals.predict import Case, write_predictions
+from kernel import decode as engines
+from kernel.attention import use_attention
+from kernel.decode import Prompt
+from kernel.packing import pack
+from model import ModelError, token_logprobs
+from ops.export import export
 from prompts import ToolCall, encode_prompt, encode_reply, stop_ids
 from reward import Reward, score
-from rollout import (
-    Case,
-    Prompt,
-    prompt_seed,
-    rollout_metrics,
-    sample_groups,
-    sample_rows,
-    token_texts,
-    write_predictions,
-)
+from rollout import ENGINES, rollout_metrics, sample_groups, sample_rows, token_texts
 
 torch.set_num_threads(1)
 
@@ -44,7 +41,9 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    """A random model whose distributions are peaked and depend on every token before; end tokens come up now and then."""
+    """A random model whose distributions are peaked and depend on every token before; end tokens come up now
+    and then.
+    """
     model = build_tiny_model(tokenizer, hidden=32, layers=2, seed=0)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(0)
@@ -67,7 +66,7 @@ def sample(model, tokenizer, prompts, **settings):
 
 LENGTHS = [5, 1, 17, 9, 2, 30, 9, 12, 3, 4, 21, 8]
 
-# ---------------------------------------------------------------------------------------------------------- greedy
+# ----------------------------------------------------------------------------------------------------- greedy
 
 
 @pytest.fixture
@@ -85,7 +84,7 @@ def plain_greedy(model, prompt: list[int], stops: list[int], max_new_tokens: int
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops,
         pad_token_id=0,
-    )  # fmt: skip
+    )
     use_attention(model, "train")
     return out[0, len(prompt) :].tolist()
 
@@ -97,7 +96,9 @@ def test_greedy_equals_plain_generate(model, tokenizer, many_stops, batch_size):
     slow = [plain_greedy(model, prompt.ids, many_stops, 24) for prompt in prompts]
     assert [group.responses for group in groups] == [[ids] for ids in slow]
     assert [group.prompt for group in groups] == prompts, "in the order in which they came"
-    assert len({len(ids) for ids in slow}) >= 4 and max(map(len, slow)) == 24, "rows do finish at different times"
+    assert len({len(ids) for ids in slow}) >= 4 and max(map(len, slow)) == 24, (
+        "rows do finish at different times"
+    )
 
 
 def test_copies_of_a_greedy_prompt_are_equal(model, tokenizer, many_stops):
@@ -123,11 +124,13 @@ def test_the_model_is_left_as_it_came(model, tokenizer):
         assert model.training is mode and model.config._attn_implementation == "shared_prefix"
 
 
-# -------------------------------------------------------------------------------------------------------- sampling
+# --------------------------------------------------------------------------------------------------- sampling
 
 
 def deviation(counts: torch.Tensor, distribution: torch.Tensor) -> float:
-    """Pearson's chi-square in units of its own standard deviation, over the tokens that are expected 5 times or more."""
+    """Pearson's chi-square in units of its own standard deviation, over the tokens that are expected 5 times
+    or more.
+    """
     expected = distribution * counts.sum()
     often = expected >= 5
     chi2 = ((counts - expected)[often] ** 2 / expected[often]).sum()
@@ -170,7 +173,9 @@ def test_samples_depend_on_their_own_seed_only(model, tokenizer, many_stops):
     variants = {
         "another batch size": sample(model, tokenizer, prompts, **settings | {"batch_size": 9}),
         "another order": sample(model, tokenizer, prompts[::-1], **settings),
-        "other company": sample(model, tokenizer, prompts[3:5] + prompts_of([40, 3], seed=9)[:1], **settings)[:2],
+        "other company": sample(model, tokenizer, prompts[3:5] + prompts_of([40, 3], seed=9)[:1], **settings)[
+            :2
+        ],
         "alone": sample(model, tokenizer, prompts[5:6], **settings),
     }
     for name, groups in variants.items():
@@ -182,7 +187,7 @@ def test_another_seed_gives_other_samples_and_copies_differ(model, tokenizer):
     ids = prompts_of([6])[0].ids
     first, second = sample(
         model, tokenizer, [Prompt("a", ids, 1), Prompt("b", ids, 2)], group_size=8, temperature=1.0
-    )  # fmt: skip
+    )
     texts = [tuple(response) for group in (first, second) for response in group.responses]
     assert len(set(texts)) == 16
 
@@ -196,10 +201,14 @@ def test_long_samples_do_not_repeat_their_random_numbers(model):
 
 
 def test_generation_config_does_not_leak_into_samples(model, tokenizer):
-    """transformers' generate() obeys top_k = 1 even where the caller asks to sample: all completions would be equal."""
+    """transformers' generate() obeys top_k = 1 even where the caller asks to sample: all completions would be
+    equal.
+    """
     settings = dict(group_size=6, temperature=1.0)
     clean = sample(model, tokenizer, prompts_of(LENGTHS), **settings)
-    leaky = dict(top_k=1, top_p=0.1, repetition_penalty=5.0, temperature=0.1, max_new_tokens=2, eos_token_id=[7])
+    leaky = dict(
+        top_k=1, top_p=0.1, repetition_penalty=5.0, temperature=0.1, max_new_tokens=2, eos_token_id=[7]
+    )
     saved = {name: getattr(model.generation_config, name) for name in leaky}
     try:
         for name, value in leaky.items():
@@ -211,13 +220,15 @@ def test_generation_config_does_not_leak_into_samples(model, tokenizer):
     assert coloured == clean
 
 
-# ------------------------------------------------------------------------------------- log-probs, stop tokens, texts
+# ------------------------------------------------------------------------------ log-probs, stop tokens, texts
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
 def test_sampler_and_trainer_agree_on_log_probs(model, tokenizer, many_stops, temperature):
     """If the temperature is forgotten on one side, ratios start far from 1 and nothing crashes."""
-    groups = sample(model, tokenizer, prompts_of(LENGTHS), group_size=3, temperature=temperature, batch_size=12)
+    groups = sample(
+        model, tokenizer, prompts_of(LENGTHS), group_size=3, temperature=temperature, batch_size=12
+    )
     packed = pack([(group.prompt.ids, group.responses) for group in groups], CPU)
     sampler = torch.tensor([x for group in groups for row in group.logprobs for x in row])
     with torch.no_grad():
@@ -229,7 +240,9 @@ def test_sampler_and_trainer_agree_on_log_probs(model, tokenizer, many_stops, te
 def test_a_stop_token_ends_a_response_and_stays_in_it(model, tokenizer, many_stops):
     """The end token is a decision of the policy: without it in the loss, the policy never learns to stop."""
     groups = sample(model, tokenizer, prompts_of(LENGTHS), group_size=6, temperature=1.0, max_new_tokens=7)
-    rows = [row for group in groups for row in zip(group.responses, group.truncated, group.texts, group.logprobs)]
+    rows = [
+        row for group in groups for row in zip(group.responses, group.truncated, group.texts, group.logprobs)
+    ]
     for ids, truncated, text, logprobs in rows:
         assert 1 <= len(ids) <= 7 and len(logprobs) == len(ids)
         assert not set(ids[:-1]) & set(many_stops), "nothing follows a stop token"
@@ -250,7 +263,7 @@ def test_no_prompts_no_groups(model, tokenizer):
     assert sample(model, tokenizer, []) == []
 
 
-# ----------------------------------------------------------------------------------------------------------- seeds
+# ------------------------------------------------------------------------------------------------------ seeds
 
 
 def test_prompt_seeds_never_change():
@@ -268,14 +281,16 @@ def test_prompt_seeds_never_change():
 
 def test_prompt_seeds_are_distinct():
     """Neither neighbours nor swapped numbers may share their random numbers."""
-    seeds = {prompt_seed(*key) for key in ((s, t, i) for s in range(12) for t in range(12) for i in range(-1, 12))}
+    seeds = {
+        prompt_seed(*key) for key in ((s, t, i) for s in range(12) for t in range(12) for i in range(-1, 12))
+    }
     assert len(seeds) == 12 * 12 * 13
     assert all(0 <= seed < 2**63 for seed in seeds)
     generators = [torch.Generator().manual_seed(seed) for seed in sorted(seeds)[:50]]
     assert len({torch.rand(1, generator=g).item() for g in generators}) == 50
 
 
-# -------------------------------------------------------------------------------------------------- logging of a step
+# ------------------------------------------------------------------------------------------ logging of a step
 
 
 ALONE = SimpleNamespace(world=1, gather=lambda item: [item], sum=list)  # one process, without a process group
@@ -283,7 +298,9 @@ ALONE = SimpleNamespace(world=1, gather=lambda item: [item], sum=list)  # one pr
 
 @pytest.mark.parametrize("text", ["weather in Paris", "東京 é 👩‍👩‍👧 x", "", "ends in 東"])
 def test_token_texts_join_to_the_response(tokenizer, text):
-    """This tokenizer has learnt no character beyond ASCII, so one of them is two to four tokens; a cut may fall inside."""
+    """This tokenizer has learnt no character beyond ASCII, so one of them is two to four tokens; a cut may
+    fall inside.
+    """
     ids = encode_reply(tokenizer, text)
     rows = token_texts(tokenizer, [ids[:end] for end in range(1, len(ids) + 1)])
     for end, texts in enumerate(rows, 1):
@@ -297,29 +314,41 @@ def test_a_character_of_several_tokens_stands_at_the_last(tokenizer):
 
 
 def test_token_texts_of_noise(tokenizer, monkeypatch):
-    """A policy that has broken down writes bytes that are no characters: nothing may fail, or be decoded again and again."""
+    """A policy that has broken down writes bytes that are no characters: nothing may fail, or be decoded
+    again and again.
+    """
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(0, len(tokenizer), (200,), generator=generator).tolist() for _ in range(20)]
     rows.append([tokenizer.convert_tokens_to_ids("Ģ")] * 5000)  # the byte 0x80
     decode, decoded = tokenizer.decode, []
-    monkeypatch.setattr(tokenizer, "decode", lambda ids, **options: decoded.append(len(ids)) or decode(ids, **options))
+    monkeypatch.setattr(
+        tokenizer, "decode", lambda ids, **options: decoded.append(len(ids)) or decode(ids, **options)
+    )
     for ids, texts in zip(rows, token_texts(tokenizer, rows)):
         assert len(texts) == len(ids) and "".join(texts) == decode(ids)
     assert sum(decoded) < 5 * sum(map(len, rows))
 
 
 def test_token_texts_where_spaces_belong_to_words():
-    """Llama 2's kind of tokenizer takes the space from the first word of whatever it decodes, also of one word alone."""
+    """Llama 2's kind of tokenizer takes the space from the first word of whatever it decodes, also of one
+    word alone.
+    """
     words = ["<unk>", "<|im_end|>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a"]
-    bpe = Tokenizer(models.BPE(dict(zip(words, range(300))), [("▁", "a")], unk_token="<unk>", byte_fallback=True))
+    bpe = Tokenizer(
+        models.BPE(dict(zip(words, range(300))), [("▁", "a")], unk_token="<unk>", byte_fallback=True)
+    )
     bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     bpe.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", clean_up_tokenization_spaces=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", clean_up_tokenization_spaces=False
+    )
     texts, noise = token_texts(tokenizer, [encode_reply(tokenizer, "a a b東 a"), [2 + 0x41, 2 + 0xFF]])
     assert texts == ["a", " a", " ", "b", "", "", "東", " a", "<|im_end|>"]
-    assert noise == ["\ufffd\ufffd", ""], "an A beside a broken byte is broken too: then the first has all of the text"
+    assert noise == ["\ufffd\ufffd", ""], (
+        "an A beside a broken byte is broken too: then the first has all of the text"
+    )
 
 
 def groups_of(tokenizer, replies: list[list[str]]) -> list[rollout.Group]:
@@ -338,8 +367,14 @@ def test_rows_for_samples_jsonl(tokenizer):
     """Each completion beside the query and the answer of its own prompt, and no more rows than asked for."""
     groups = groups_of(tokenizer, [["Paris é", "3 days"], ["Rome", "taxi"]])
     call = ToolCall("f", {"x": 1})
-    turns = [{"role": role, "content": text} for role, text in (("user", "before"), ("assistant", "?"), ("user", "q" * 501))]
-    examples = [Example("p0", "xlam", turns, [{"name": "f"}, {"name": "g"}], [call]), Example("p1", "xlam", [], [], [])]
+    turns = [
+        {"role": role, "content": text}
+        for role, text in (("user", "before"), ("assistant", "?"), ("user", "q" * 501))
+    ]
+    examples = [
+        Example("p0", "xlam", turns, [{"name": "f"}, {"name": "g"}], [call]),
+        Example("p1", "xlam", [], [], []),
+    ]
     rewards = [[Reward(1.0, True, True, "correct"), Reward(0.0, True, False, "no_call")]] * 2
     advantages = torch.tensor([[0.70712, -0.70712], [0.5, -0.5]])
     arguments = 7, groups, [Tokenized(one, []) for one in examples], rewards, advantages, tokenizer
@@ -348,8 +383,11 @@ def test_rows_for_samples_jsonl(tokenizer):
         "step": 7, "prompt_id": "p0", "completion": "Paris é", "reward": 1.0, "reason": "correct", "advantage": 0.7071,
         "truncated": False, "kind": "choice", "query": "q" * 500 + "…", "answer": [{"name": "f", "arguments": {"x": 1}}],
         "tokens": ["Paris", " ", "", "é", "<|im_end|>"], "logprobs": [-0.123, -0.247, -0.37, -0.494, -0.617],
-    }  # fmt: skip
-    assert [(row["kind"], row["query"], row["truncated"]) for row in rows[2:]] == [("none", "", False), ("none", "", True)]
+    }
+    assert [(row["kind"], row["query"], row["truncated"]) for row in rows[2:]] == [
+        ("none", "", False),
+        ("none", "", True),
+    ]
     assert [row["completion"] for row in rows] == ["Paris é", "3 days", "Rome", "taxi"]
     assert [(row["reason"], row["advantage"]) for row in rows[2:]] == [("correct", 0.5), ("no_call", -0.5)]
     assert sample_rows(*arguments, 3, ALONE) == rows[:3] and sample_rows(*arguments, 0, ALONE) == []
@@ -358,18 +396,27 @@ def test_rows_for_samples_jsonl(tokenizer):
 
 
 def test_think_rate_and_empty_rate(tokenizer):
-    """A thought counts where it is closed and not blank, whatever follows; empty is what says [], and nothing else."""
+    """A thought counts where it is closed and not blank, whatever follows; empty is what says [], and nothing
+    else.
+    """
     calls, none = '<tool_call>[{"name": "f", "arguments": {}}]</tool_call>', "<tool_call>[]</tool_call>"
-    thought = ["<think>x</think>" + calls, "<think>x</think>" + none, "<think>x</think><tool_call>[", "<think>x</think>"]
+    thought = [
+        "<think>x</think>" + calls,
+        "<think>x</think>" + none,
+        "<think>x</think><tool_call>[",
+        "<think>x</think>",
+    ]
     others = ["<think> </think>" + none, none, "<think>x", "[]"]
     groups = groups_of(tokenizer, [thought, others])
-    metrics = rollout_metrics(groups, [[score(text, []) for text in texts] for texts in (thought, others)], ALONE)
+    metrics = rollout_metrics(
+        groups, [[score(text, []) for text in texts] for texts in (thought, others)], ALONE
+    )
     assert metrics["think_rate"] == 4 / 8 and metrics["empty_rate"] == 3 / 8
     assert metrics["correct_rate"] == 3 / 8 and metrics["format_rate"] == 2 / 8 and metrics["reward"] == 1 / 8
     assert metrics["completions/clipped_ratio"] == 1 / 8
 
 
-# ----------------------------------------------------------------------------------------------------- predictions
+# ------------------------------------------------------------------------------------------------ predictions
 
 
 @pytest.fixture(scope="module")
@@ -393,7 +440,8 @@ def predict(exported, cases, path, **settings) -> list[dict]:
 
 def without_latency(rows: list[dict]) -> dict:
     return {
-        (row["id"], row["sample"]): {key: value for key, value in row.items() if key != "latency"} for row in rows
+        (row["id"], row["sample"]): {key: value for key, value in row.items() if key != "latency"}
+        for row in rows
     }
 
 
@@ -405,8 +453,15 @@ def test_predictions_are_greedy_replies_one_line_each(exported, model, tokenizer
         ids = encode_prompt(tokenizer, case.messages, case.tools, TEMPLATE)
         reply = plain_greedy(model.eval(), ids, stop_ids(tokenizer), 6)
         row = by_id[case.id]
-        assert (row["category"], row["input_tokens"], row["output_tokens"]) == (case.category, len(ids), len(reply))
-        assert row["output"] == rollout.decode_reply(tokenizer, reply, stop_ids(tokenizer)) and row["latency"] > 0
+        assert (row["category"], row["input_tokens"], row["output_tokens"]) == (
+            case.category,
+            len(ids),
+            len(reply),
+        )
+        assert (
+            row["output"] == rollout.decode_reply(tokenizer, reply, stop_ids(tokenizer))
+            and row["latency"] > 0
+        )
 
 
 def test_a_killed_evaluation_goes_on_where_it_was(exported, tmp_path, monkeypatch):
@@ -444,13 +499,17 @@ def test_samples_of_a_case_are_numbered_and_depend_on_seed_and_case_alone(export
     }
     other = predict(exported, CASES, tmp_path / "c" / "c.jsonl", seed=1, **SAMPLED)
     assert without_latency(other) != without_latency(rows)
-    same = [Case(name, "simple", CASES[4].messages, []) for name in ("x", "y", "y")]  # equal prompts, different cases
+    same = [
+        Case(name, "simple", CASES[4].messages, []) for name in ("x", "y", "y")
+    ]  # equal prompts, different cases
     outputs = [row["output"] for row in predict(exported, same, tmp_path / "d" / "d.jsonl", **SAMPLED)]
     assert len({tuple(outputs[i : i + 3]) for i in (0, 3, 6)}) == 3
 
 
 def test_a_killed_evaluation_misses_and_repeats_no_sample(exported, tmp_path):
-    """The kill may fall between two samples of one case: exactly the others are added, and they come out the same."""
+    """The kill may fall between two samples of one case: exactly the others are added, and they come out the
+    same.
+    """
     path = tmp_path / "predictions.jsonl"
     whole = predict(exported, CASES, path, **SAMPLED)
     lines = path.read_bytes().splitlines(keepends=True)
@@ -460,17 +519,22 @@ def test_a_killed_evaluation_misses_and_repeats_no_sample(exported, tmp_path):
 
 
 def test_greedy_samples_are_refused(exported, tmp_path):
-    with pytest.raises(ModelError, match="greedy decoding would give 3 equal replies; set a temperature above 0, or 1"):
+    with pytest.raises(
+        ModelError, match="greedy decoding would give 3 equal replies; set a temperature above 0, or 1"
+    ):
         predict(exported, CASES, tmp_path / "p.jsonl", samples=3)
 
 
 @pytest.mark.parametrize(
-    ("changed", "name"), [({"seed": 1}, "seed"), ({"samples": 2}, "samples"), ({"temperature": 0.5}, "temperature")]
+    ("changed", "name"),
+    [({"seed": 1}, "seed"), ({"samples": 2}, "samples"), ({"temperature": 0.5}, "temperature")],
 )
 def test_replies_of_other_settings_are_not_mixed(exported, tmp_path, changed, name):
     path = tmp_path / "predictions.jsonl"
     before = predict(exported, CASES[:1], path, **SAMPLED)
-    with pytest.raises(ModelError, match=f"with another model or other settings .{name}; see .*generated_with.json"):
+    with pytest.raises(
+        ModelError, match=f"with another model or other settings .{name}; see .*generated_with.json"
+    ):
         predict(exported, CASES, path, **(SAMPLED | changed))
     assert predict(exported, CASES[:1], path, **SAMPLED) == before, "the refusal changes nothing"
 
@@ -479,9 +543,13 @@ def test_predictions_from_before_sampling_existed_are_kept(exported, tmp_path):
     """Older files have no "sample", and their note no temperature: both mean greedy."""
     path = tmp_path / "predictions.jsonl"
     whole = predict(exported, CASES, path)
-    path.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "sample"}) + "\n" for row in whole[:3]))
+    path.write_text(
+        "".join(json.dumps({k: v for k, v in row.items() if k != "sample"}) + "\n" for row in whole[:3])
+    )
     note = tmp_path / "generated_with.json"
-    kept = {k: v for k, v in json.loads(note.read_text()).items() if k not in ("temperature", "samples", "seed")}
+    kept = {
+        k: v for k, v in json.loads(note.read_text()).items() if k not in ("temperature", "samples", "seed")
+    }
     note.write_text(json.dumps(kept))
     with pytest.raises(ModelError, match="other settings .temperature;"):
         predict(exported, CASES, path, temperature=0.5)
@@ -491,7 +559,14 @@ def test_predictions_from_before_sampling_existed_are_kept(exported, tmp_path):
 def test_a_kill_inside_a_character_does_not_stop_the_next_start(exported, tmp_path):
     """Replies are written as UTF-8, so a line can break off between the bytes of one letter."""
     path = tmp_path / "predictions.jsonl"
-    row = {"id": "c0", "category": "multiple", "output": "東", "input_tokens": 1, "output_tokens": 1, "latency": 1.0}
+    row = {
+        "id": "c0",
+        "category": "multiple",
+        "output": "東",
+        "input_tokens": 1,
+        "output_tokens": 1,
+        "latency": 1.0,
+    }
     line = json.dumps(row, ensure_ascii=False).encode()
     path.write_bytes(line[: line.index("東".encode()) + 1])
     assert len(predict(exported, CASES[:1], path)) == 1
@@ -499,7 +574,9 @@ def test_a_kill_inside_a_character_does_not_stop_the_next_start(exported, tmp_pa
 
 @pytest.mark.parametrize("character", ["\u2028", "\u0085", "\u001c"])
 def test_unusual_line_ends_in_a_reply_do_not_stop_the_next_start(exported, tmp_path, character):
-    """str.splitlines() also cuts at U+2028 and U+0085, which JSON leaves as they are, and half a line is no JSON."""
+    """str.splitlines() also cuts at U+2028 and U+0085, which JSON leaves as they are, and half a line is no
+    JSON.
+    """
     path = tmp_path / "predictions.jsonl"
     row = {"id": "c0", "category": "multiple", "output": character, "input_tokens": 1, "output_tokens": 1}
     path.write_text(json.dumps(row | {"latency": 1.0}, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -522,7 +599,9 @@ def test_an_id_that_occurs_twice_is_answered_twice(exported, tmp_path):
     path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])  # killed between the two
     assert len(predict(exported, [CASES[0], CASES[0]], path)) == 2
     other = Case("c0", "other", CASES[0].messages, [])
-    assert len(predict(exported, [CASES[0], CASES[0], other], path)) == 3, "the same id in another category is another"
+    assert len(predict(exported, [CASES[0], CASES[0], other], path)) == 3, (
+        "the same id in another category is another"
+    )
 
 
 def test_prompts_beyond_the_limit_are_skipped_and_say_so(exported, tokenizer, tmp_path):
@@ -538,9 +617,11 @@ def test_prompts_beyond_the_limit_are_skipped_and_say_so(exported, tokenizer, tm
 
 def test_evaluate_counts_hits_by_kind(model, tokenizer, monkeypatch):
     """The slow version: hits and cases counted by hand, over two ranks whose sums are added."""
-    from synthetic import synthetic
+    from corpus.synthetic import synthetic
 
-    examples = [Tokenized(e, encode_prompt(tokenizer, e.messages, e.tools, TEMPLATE)) for e in synthetic(11, 0)]
+    examples = [
+        Tokenized(e, encode_prompt(tokenizer, e.messages, e.tools, TEMPLATE)) for e in synthetic(11, 0)
+    ]
     hit = lambda text, answer: SimpleNamespace(total=float(len(answer) == 1), correct=bool(answer))  # noqa: E731
     monkeypatch.setattr(rollout, "score", hit)
     config = SimpleNamespace(max_response_tokens=2, rollout_batch_size=4, rollout_engine="shared_prefix")
@@ -549,9 +630,13 @@ def test_evaluate_counts_hits_by_kind(model, tokenizer, monkeypatch):
     for rank in range(2):
         ranks = SimpleNamespace(rank=rank, sum=lambda values: sums.append(list(values)) or sums[-1], **both)
         rollout.evaluate(model, tokenizer, examples, config, ranks, "test")
-    ranks = SimpleNamespace(rank=0, sum=lambda values: list(values) and [a + b for a, b in zip(*sums[:2])], **both)
+    ranks = SimpleNamespace(
+        rank=0, sum=lambda values: list(values) and [a + b for a, b in zip(*sums[:2])], **both
+    )
     entries = rollout.evaluate(model, tokenizer, examples, config, ranks, "test")
-    assert entries["test/n"] == 11 and len(beats) == 2 + 2 + 2, "one for every batch of 4 of a rank's 6 or 5 examples"
+    assert entries["test/n"] == 11 and len(beats) == 2 + 2 + 2, (
+        "one for every batch of 4 of a rank's 6 or 5 examples"
+    )
     assert entries["test/accuracy"] == pytest.approx(sum(len(t.example.answer) == 1 for t in examples) / 11)
     assert entries["test/correct_rate"] == pytest.approx(sum(bool(t.example.answer) for t in examples) / 11)
     for kind in {example_kind(t.example) for t in examples}:

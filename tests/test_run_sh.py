@@ -1,4 +1,6 @@
-"""The front door's own mistakes; what needs an environment is tried by CI itself, which comes in through it."""
+"""The front door's own mistakes; what needs an environment is tried by CI itself, which comes in through
+it.
+"""
 
 import subprocess
 from pathlib import Path
@@ -8,7 +10,8 @@ ROOT = Path(__file__).parents[1]
 
 def call(*arguments, **environment):
     return subprocess.run(
-        ["bash", "run.sh", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60, env=environment or None
+        ["bash", "run.sh", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        env=environment or None,
     )
 
 

@@ -1,5 +1,6 @@
-"""runtime.py and watch.py: one config with clear precedence, run directories that cannot be lost by accident, data order
-by step, and what happens when one of several processes dies or hangs."""
+"""runtime.py and watch.py: one config with clear precedence, run directories that cannot be lost by accident,
+data order by step, and what happens when one of several processes dies or hangs.
+"""
 
 import dataclasses
 import os
@@ -16,11 +17,13 @@ import torch
 import torch.distributed as dist
 import yaml
 
-import runtime
-import watch
 from config import Config, ConfigError, load_config
-from runtime import Ranks, append_jsonl, batch_for_step, cut_log, open_run, read_jsonl, run_script, whole_folder
-from watch import Clock, Watchdog, lost_processes, note_out_of_memory, phase_of, take_out_of_memory
+from corpus.sources import append_jsonl, read_jsonl
+from distributed import ranks as runtime
+from distributed import ranks as watch
+from distributed.batches import batch_for_step
+from distributed.ranks import Clock, Ranks, Watchdog, lost_processes, phase_of, run_script
+from ops.run_dir import cut_log, open_run, whole_folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,7 +51,7 @@ def refusal(arguments: list[str]) -> str:
     return str(caught.value)
 
 
-# ---------------------------------------------------------------------------------------------------------- config
+# ----------------------------------------------------------------------------------------------------- config
 
 
 def test_default_then_yaml_then_command_line(tmp_path):
@@ -84,7 +87,9 @@ def test_every_config_of_the_repository_loads():
 
 
 def test_what_was_saved_loads_again(tmp_path):
-    config = load_config(["--run_dir", str(tmp_path / "run"), "--lr", "1e-6", "--data", "a b.json", "--overwrite"])
+    config = load_config(
+        ["--run_dir", str(tmp_path / "run"), "--lr", "1e-6", "--data", "a b.json", "--overwrite"]
+    )
     open_run(config, ONE)
     saved = load_config(["--config", str(tmp_path / "run" / "config.yaml")])
     assert saved == dataclasses.replace(config, overwrite=False)
@@ -123,7 +128,9 @@ def test_every_value_has_the_type_of_its_default(tmp_path):
 
 
 def test_a_key_without_its_value_is_refused_where_it_is_no_switch():
-    assert refusal(["--lr"]).startswith("--lr needs a value") and refusal(["--run_dir", "--resume"]).startswith("--run_dir")
+    assert refusal(["--lr"]).startswith("--lr needs a value") and refusal(
+        ["--run_dir", "--resume"]
+    ).startswith("--run_dir")
     assert load_config(["--resume"]).resume
 
 
@@ -141,7 +148,7 @@ def test_wrong_numbers_are_refused(value):
         ("overwrite: 2", "bool"), ("overwrite: ja", "bool"), ("overwrite: [true]", "bool"),
         ("model: [a, b]", "str"), ("data:", "str"),
     ],
-)  # fmt: skip
+)
 def test_wrong_types_in_yaml_are_refused(line, kind, tmp_path):
     message = refusal(["--config", write(tmp_path / "c.yaml", line + "\n")])
     names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
@@ -165,7 +172,10 @@ def test_stray_words_are_refused():
     [
         ("group_size=1", "group_size must be at least 2"),
         ("group_size=0", "group_size must be greater than 0"),
-        ("prompts_per_step=10 minibatch_prompts=4", "prompts_per_step (10) must be a multiple of minibatch_prompts (4)"),
+        (
+            "prompts_per_step=10 minibatch_prompts=4",
+            "prompts_per_step (10) must be a multiple of minibatch_prompts (4)",
+        ),
         ("minibatch_prompts=0", "minibatch_prompts must be greater than 0"),
         ("temperature=0", "temperature must be greater than 0"),
         ("temperature=nan", "temperature"),
@@ -212,7 +222,7 @@ def test_an_unreadable_config_file_is_one_sentence(tmp_path):
     assert "latin.yaml" in refusal(["--config", str(tmp_path / "latin.yaml")])
 
 
-# --------------------------------------------------------------------------------------------------- run directory
+# ---------------------------------------------------------------------------------------------- run directory
 
 
 def opened(path: Path, **settings) -> Path:
@@ -324,7 +334,7 @@ def start(*command: object, **environment: object) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={k: v for k, v in os.environ.items() if k != "RANK"} | {k: str(v) for k, v in variables.items()},
-    )  # fmt: skip
+    )
 
 
 def test_two_runs_in_one_directory(run):
@@ -348,7 +358,9 @@ def test_two_runs_in_one_directory(run):
 
 def test_the_same_moment_is_not_early_enough(tmp_path, monkeypatch):
     """The second of two that both found an empty folder must not delete what the first has begun."""
-    monkeypatch.setattr(runtime, "take_lock", lambda path, sign=False: (False, "process 7 on h since then\njob none\n"))
+    monkeypatch.setattr(
+        runtime, "take_lock", lambda path, sign=False: (False, "process 7 on h since then\njob none\n")
+    )
     assert "in use by process 7 on h since then;" in refused(tmp_path / "run")
     assert not (tmp_path / "run" / "config.yaml").exists()
 
@@ -364,12 +376,16 @@ def test_processes_that_torchrun_starts_again_go_on(tmp_path, monkeypatch, capsy
     write(path / "latest", "step_2")
     opened(path, overwrite=True)
     assert "from the last checkpoint" in capsys.readouterr().out
-    assert (path / "log.jsonl").exists() and (path / "latest").exists(), "--overwrite was meant for the first start"
+    assert (path / "log.jsonl").exists() and (path / "latest").exists(), (
+        "--overwrite was meant for the first start"
+    )
     assert "group_size 5 -> 6" in refused(path, group_size=6)
 
 
 def test_a_refused_start_does_not_pass_as_a_restart(run, monkeypatch):
-    """--max-restarts starts a refused run again: that must not make it go on with the run that was there before."""
+    """--max-restarts starts a refused run again: that must not make it go on with the run that was there
+    before.
+    """
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "b2")
     for restarts in (0, 1):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
@@ -382,7 +398,9 @@ def test_a_second_run_by_hand_is_no_restart(run):
 
 
 def test_restarts_need_a_store_that_forgets(monkeypatch):
-    """With torchrun's default, half of the restarts failed: the new processes looked for the addresses of the dead ones."""
+    """With torchrun's default, half of the restarts failed: the new processes looked for the addresses of the
+    dead ones.
+    """
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: 1 / 0)
@@ -402,16 +420,7 @@ def test_a_start_that_died_while_it_overwrote_is_done_over(run, monkeypatch):
     assert not (run / "step_2").exists()
 
 
-def test_the_note_of_a_run_that_was_out_of_memory(tmp_path):
-    assert take_out_of_memory(tmp_path) is None
-    note_out_of_memory(tmp_path, "update", 12)
-    note_out_of_memory(tmp_path, "update", 13)
-    assert take_out_of_memory(tmp_path) == {"phase": "update", "step": 13, "rank": 0}
-    assert not any(tmp_path.iterdir()), "it is taken once"
-    note_out_of_memory(tmp_path / "missing", "update", 12)  # must not hide the error that is being reported
-
-
-# --------------------------------------------------------------------------------------------------- data by step
+# ----------------------------------------------------------------------------------------------- data by step
 
 
 def slow_batches(count: int, size: int, seed: int, steps: int) -> list[list[int]]:
@@ -449,7 +458,7 @@ def test_the_order_depends_on_seed_and_pass_alone():
     assert all(60 < firsts[index] < 140 for index in range(4)), "no example is always first"
 
 
-# ------------------------------------------------------------------------------------------- log and whole folders
+# -------------------------------------------------------------------------------------- log and whole folders
 
 
 def test_cut_log_drops_the_steps_that_will_be_done_again(tmp_path):
@@ -466,7 +475,9 @@ def test_cut_log_drops_the_steps_that_will_be_done_again(tmp_path):
 
 @pytest.mark.parametrize("character", ["\u2028", "\u2029", "\u0085", "\u000b", "\n", "\r"])
 def test_unusual_line_ends_in_a_completion_survive(character, tmp_path):
-    """str.splitlines() also cuts at U+2028 and U+0085: a run whose samples contain one could not be resumed."""
+    """str.splitlines() also cuts at U+2028 and U+0085: a run whose samples contain one could not be
+    resumed.
+    """
     rows = [{"step": 1, "completion": f"a{character}b"}, {"step": 2, "completion": ""}]
     append_jsonl(tmp_path / "samples.jsonl", rows)
     assert read_jsonl(tmp_path / "samples.jsonl") == rows
@@ -492,7 +503,9 @@ def test_a_whole_folder_appears_at_once(tmp_path):
 
 
 def test_a_folder_that_fails_half_way_leaves_the_old_one(tmp_path):
-    """Disk full while a checkpoint is written: the one before must still be whole, and the next attempt starts clean."""
+    """Disk full while a checkpoint is written: the one before must still be whole, and the next attempt
+    starts clean.
+    """
     target = tmp_path / "model"
     with whole_folder(target) as folder:
         write(folder / "a", "old")
@@ -504,14 +517,18 @@ def test_a_folder_that_fails_half_way_leaves_the_old_one(tmp_path):
     with whole_folder(target) as folder:
         assert not any(folder.iterdir())
         write(folder / "a", "new")
-    assert {p.name: p.read_text() for p in target.iterdir()} == {"a": "new"} and os.listdir(tmp_path) == ["model"]
+    assert {p.name: p.read_text() for p in target.iterdir()} == {"a": "new"} and os.listdir(tmp_path) == [
+        "model"
+    ]
 
 
-# ------------------------------------------------------------------------------------- processes that die or hang
+# --------------------------------------------------------------------------------- processes that die or hang
 
 
 def watched(monkeypatch, seconds: int, **events) -> tuple[float, str, int]:
-    """Runs a watchdog of one minute on a false time, with calls at given seconds -> (when it bit, its words, exit code)."""
+    """Runs a watchdog of one minute on a false time, with calls at given seconds -> (when it bit, its words,
+    exit code).
+    """
     now, said = [0.0], []
 
     def sleep(duration: float) -> None:
@@ -526,7 +543,9 @@ def watched(monkeypatch, seconds: int, **events) -> tuple[float, str, int]:
         raise InterruptedError
 
     monkeypatch.setattr(watch, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
-    monkeypatch.setattr(watch, "os", SimpleNamespace(write=lambda _, text: said.append(text.decode()), _exit=leave))
+    monkeypatch.setattr(
+        watch, "os", SimpleNamespace(write=lambda _, text: said.append(text.decode()), _exit=leave)
+    )
     monkeypatch.setattr(watch.threading.Thread, "start", lambda self: None)
     dog = Watchdog(1.0, 3)
     try:
@@ -538,9 +557,14 @@ def watched(monkeypatch, seconds: int, **events) -> tuple[float, str, int]:
 
 
 def test_the_watchdog_bites_when_a_phase_stands_still(monkeypatch, capfd):
-    when, said, code = watched(monkeypatch, 200, at_10=[("enter", "rollout", 12), ("leave",), ("enter", "update", 12)])
+    when, said, code = watched(
+        monkeypatch, 200, at_10=[("enter", "rollout", 12), ("leave",), ("enter", "update", 12)]
+    )
     assert (when, code) == (71, 1)
-    assert said.startswith("rank 3: no progress for 1 minutes in phase update of step 12; ") and "--resume true" in said
+    assert (
+        said.startswith("rank 3: no progress for 1 minutes in phase update of step 12; ")
+        and "--resume true" in said
+    )
     assert "most recent call first" in capfd.readouterr().err, "the stack says where"
 
 
@@ -548,7 +572,9 @@ def test_the_watchdog_leaves_in_peace_what_moves_or_is_not_watched(monkeypatch):
     slow = [("enter", "rollout", 1)]
     assert watched(monkeypatch, 160, at_10=slow, at_60=[("beat",)], at_110=[("beat",)]) == (0.0, "", 0)
     assert watched(monkeypatch, 200, at_10=slow, at_60=[("leave",)]) == (0.0, "", 0)
-    assert watched(monkeypatch, 100, at_50=slow) == (0.0, "", 0), "the minutes count from the start of the phase"
+    assert watched(monkeypatch, 100, at_50=slow) == (0.0, "", 0), (
+        "the minutes count from the start of the phase"
+    )
 
 
 def test_the_watchdog_knows_phases_inside_phases(monkeypatch):
@@ -559,7 +585,9 @@ def test_the_watchdog_knows_phases_inside_phases(monkeypatch):
 
 
 def test_ranks_that_meet_make_progress(monkeypatch):
-    """An evaluation of many cases is one long phase: that all ranks took part in a sum shows that none hangs."""
+    """An evaluation of many cases is one long phase: that all ranks took part in a sum shows that none
+    hangs.
+    """
     beats: list[int] = []
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: None)
     monkeypatch.setattr(dist, "all_gather_object", lambda items, item: None)
@@ -585,19 +613,28 @@ BUFFER = "[/build/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78]"
 @pytest.mark.parametrize(
     "error",
     [
-        RuntimeError(f"{PAIR} Read error [127.0.0.1]:59049: Connection reset by peer. This is typically caused by …"),
+        RuntimeError(
+            f"{PAIR} Read error [127.0.0.1]:59049: Connection reset by peer. This is typically caused by …"
+        ),
         RuntimeError(f"{PAIR} Connection closed by peer [127.0.0.1]:64644. This is typically caused by …"),
         RuntimeError(f"{BUFFER} Timed out waiting 4000ms for recv operation to complete"),
-        dist.DistBackendError("NCCL error in: x.cpp:1, remote process exited\nncclRemoteError: A call failed possibly …"),
+        dist.DistBackendError(
+            "NCCL error in: x.cpp:1, remote process exited\nncclRemoteError: A call failed possibly …"
+        ),
         dist.DistBackendError("NCCL communicator was aborted on rank 1."),
-        dist.DistNetworkError("The client socket has timed out after 60000ms while trying to connect to (a, 29500)."),
+        dist.DistNetworkError(
+            "The client socket has timed out after 60000ms while trying to connect to (a, 29500)."
+        ),
         dist.DistStoreError("wait timeout after 60000ms, keys: /x"),
     ],
 )
 def test_lost_processes_are_named(error):
     error.add_note("in phase update of step 12")
     said = lost_processes(error)
-    assert said.startswith("rank 0 lost the other processes in phase update of step 12: ") and "--resume true" in said
+    assert (
+        said.startswith("rank 0 lost the other processes in phase update of step 12: ")
+        and "--resume true" in said
+    )
     assert "/build" not in said and "\n" not in said
 
 
@@ -606,8 +643,12 @@ def test_lost_processes_are_named(error):
     [
         RuntimeError("Connection closed by peer"),  # of the user's own reward function, for example
         TimeoutError("timed out"),
-        RuntimeError(f"[enforce fail at {PAIR[1:-1]}] op.preamble.length <= op.nbytes. 100 vs 4. Received data size …"),
-        dist.DistBackendError("NCCL error in: x.cpp:1\nncclInvalidUsage: This usually reflects invalid usage of NCCL"),
+        RuntimeError(
+            f"[enforce fail at {PAIR[1:-1]}] op.preamble.length <= op.nbytes. 100 vs 4. Received data size …"
+        ),
+        dist.DistBackendError(
+            "NCCL error in: x.cpp:1\nncclInvalidUsage: This usually reflects invalid usage of NCCL"
+        ),
         dist.DistNetworkError("The server socket has failed to listen: EADDRINUSE"),
     ],
 )
@@ -642,9 +683,13 @@ def test_how_a_script_ends(monkeypatch, capsys):
     code, said, _ = ending(monkeypatch, capsys, RuntimeError("a bug"), 1, 2)
     assert code == 1 and said.startswith("Traceback") and "a bug\nin phase update of step 4" in said
     code, said, _ = ending(monkeypatch, capsys, torch.OutOfMemoryError("1 GiB"), 1, 2)
-    assert code == 1 and said.startswith("error: out of GPU memory on rank 1 in phase update of step 4; lower ")
+    assert code == 1 and said.startswith(
+        "error: out of GPU memory on rank 1 in phase update of step 4; lower "
+    )
     assert ending(monkeypatch, capsys, ConfigError("x"), 0, 2) == (1, "error: x\n", [])
-    assert ending(monkeypatch, capsys, ConfigError("x"), 1, 2) == (1, "error: x\n", [5]), "rank 0 said it, or did not fail"
+    assert ending(monkeypatch, capsys, ConfigError("x"), 1, 2) == (1, "error: x\n", [5]), (
+        "rank 0 said it, or did not fail"
+    )
 
 
 def test_a_bug_in_a_single_process_is_raised(monkeypatch):
@@ -682,7 +727,9 @@ run_script(main, (ConfigError,))
 
 
 def test_a_rank_that_hangs_ends_the_others(tmp_path):
-    """SIGSTOP stands for any hang: no error, no closed connection. The watchdog of the rank that waits must bite."""
+    """SIGSTOP stands for any hang: no error, no closed connection. The watchdog of the rank that waits must
+    bite.
+    """
     script = write(tmp_path / "worker.py", WORKER)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -691,7 +738,10 @@ def test_a_rank_that_hangs_ends_the_others(tmp_path):
     ranks = [start(script, "SIGSTOP", tmp_path / "run", RANK=r, LOCAL_RANK=r, **shared) for r in (0, 1)]
     try:
         said, _ = ranks[0].communicate(timeout=50)
-        assert "rank 0: no progress for 0.05 minutes in phase update of step 2;" in said and "in all_reduce" in said
+        assert (
+            "rank 0: no progress for 0.05 minutes in phase update of step 2;" in said
+            and "in all_reduce" in said
+        )
         assert ranks[0].returncode == 1 and ranks[1].poll() is None
     finally:
         for process in ranks:
@@ -700,22 +750,30 @@ def test_a_rank_that_hangs_ends_the_others(tmp_path):
 
 
 def test_a_rank_that_is_killed_ends_the_others_and_torchrun_goes_on(tmp_path):
-    """With the long grace of run.sh, which must not delay the end. The second start has the lock, and the checkpoint."""
+    """With the long grace of run.sh, which must not delay the end. The second start has the lock, and the
+    checkpoint.
+    """
     script = write(tmp_path / "worker.py", WORKER)
     agent = start(
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1", script, "SIGKILL",
         tmp_path / "run", TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1,
-    )  # fmt: skip
+    )
     try:
         said, _ = agent.communicate(timeout=100)
     finally:
         agent.send_signal(signal.SIGTERM)  # it ends its workers, which kill() would leave behind
     assert "rank 0 lost the other processes in phase update of step 2" in said
-    assert "going on from the last checkpoint" in said and said.rstrip().endswith("done") and agent.returncode == 0
+    assert (
+        "going on from the last checkpoint" in said
+        and said.rstrip().endswith("done")
+        and agent.returncode == 0
+    )
 
 
 def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
-    """Slurm signals torchrun's processes, and torchrun signals them too: the second one must not cost the checkpoint."""
+    """Slurm signals torchrun's processes, and torchrun signals them too: the second one must not cost the
+    checkpoint.
+    """
     now = [100.0]
     monkeypatch.setattr(runtime.signal, "signal", lambda number, handler: None)
     monkeypatch.setattr(runtime.time, "monotonic", lambda: now[0])

@@ -1,4 +1,6 @@
-"""samples_page.py: the page holds the rows, all of them or an even choice, and nothing that a model wrote can act in it."""
+"""samples_page.py: the page holds the rows, all of them or an even choice, and nothing that a model wrote can
+act in it.
+"""
 
 import base64
 import hashlib
@@ -12,27 +14,46 @@ from pathlib import Path
 
 import pytest
 
-import samples_page
 from config import ConfigError
-from runtime import append_jsonl
-from samples_page import TEMPLATE, Line, main, thin, write_page
+from corpus.sources import append_jsonl
+from ops import samples_page
+from ops.samples_page import TEMPLATE, Line, main, thin, write_page
 
 HOSTILE = [
     "</script><script>document.title = 'taken'</script>", "<img src=x onerror=\"document.title = 'taken'\">", "<!--<script>",
     "line\u2028paragraph\u2029end", "half a pair \ud800", "\u202eturned round", "a\x00b", "&lt;b&gt; ]]>", "__ROWS__",
-]  # fmt: skip
+]
 
 
 def row(step: int = 1, text: str = "ab", **changes) -> dict:
     """A row as rollout.sample_rows writes it."""
-    made = {"step": step, "prompt_id": f"p{step}", "completion": text, "reward": 0.0, "reason": "no_call", "advantage": -0.5}
-    made |= {"truncated": False, "kind": "single", "query": "rain?", "answer": [{"name": "f", "arguments": {"x": 1.0}}]}
+    made = {
+        "step": step,
+        "prompt_id": f"p{step}",
+        "completion": text,
+        "reward": 0.0,
+        "reason": "no_call",
+        "advantage": -0.5,
+    }
+    made |= {
+        "truncated": False,
+        "kind": "single",
+        "query": "rain?",
+        "answer": [{"name": "f", "arguments": {"x": 1.0}}],
+    }
     return made | {"tokens": [*text, "<end>"], "logprobs": [-0.25] * (len(text) + 1)} | changes
 
 
 def old_row(text: str) -> dict:
     """A row from before tokens were logged."""
-    return {"step": 1, "prompt_id": "p", "completion": text, "reward": 1.0, "reason": "correct", "advantage": 1.0}
+    return {
+        "step": 1,
+        "prompt_id": "p",
+        "completion": text,
+        "reward": 1.0,
+        "reason": "correct",
+        "advantage": 1.0,
+    }
 
 
 def run_of(folder: Path, rows: list[dict], rest: str = "") -> Path:
@@ -52,7 +73,13 @@ def unpacked(data: dict) -> list[dict]:
     rows = []
     for step, prompt, reason, reward, advantage, truncated, body, surprise in data["rows"]:
         pid, kind, query, answer = data["prompts"][prompt]
-        one = {"step": step, "prompt_id": pid, "reward": reward, "reason": data["reasons"][reason], "advantage": advantage}
+        one = {
+            "step": step,
+            "prompt_id": pid,
+            "reward": reward,
+            "reason": data["reasons"][reason],
+            "advantage": advantage,
+        }
         one |= {"kind": kind, "query": query, "truncated": truncated}
         if isinstance(body, str):
             rows.append(one | {"completion": body})
@@ -63,11 +90,15 @@ def unpacked(data: dict) -> list[dict]:
     return rows
 
 
-# -------------------------------------------------------------------------------------------------------- the rows
+# --------------------------------------------------------------------------------------------------- the rows
 
 
 def test_the_page_holds_the_rows(tmp_path):
-    rows = [row(1, "ab"), row(1, "東京", reason="correct", reward=1.0, answer=[]), row(2, "b", truncated=True, kind="none")]
+    rows = [
+        row(1, "ab"),
+        row(1, "東京", reason="correct", reward=1.0, answer=[]),
+        row(2, "b", truncated=True, kind="none"),
+    ]
     page = write_page(run_of(tmp_path / "r", rows))
     assert page == tmp_path / "r" / "samples.html"
     expected = [{key: value for key, value in one.items() if key != "completion"} for one in rows]
@@ -102,7 +133,7 @@ def test_a_run_without_samples_yet(tmp_path):
     assert embedded(write_page(run_of(tmp_path, [])))["rows"] == []
 
 
-# -------------------------------------------------------------------------------------------------------- thinning
+# --------------------------------------------------------------------------------------------------- thinning
 
 
 def steps_shown(page: Path) -> list[int]:
@@ -114,8 +145,10 @@ def test_every_step_keeps_equally_many_of_its_first_rows(tmp_path):
     data = embedded(write_page(run_of(tmp_path, rows), limit=11))
     assert [(one["step"], one["tokens"][0]) for one in unpacked(data)] == [
         (1, "0"), (1, "1"), (2, "0"), (3, "0"), (3, "1"), (4, "0"), (4, "1"), (5, "0"), (5, "1"),
-    ]  # fmt: skip
-    assert data["logged"] == 17 and [n for n, _ in data["curves"]["single"]] == [4, 1, 4, 4, 4], "the curve is of all rows"
+    ]
+    assert data["logged"] == 17 and [n for n, _ in data["curves"]["single"]] == [4, 1, 4, 4, 4], (
+        "the curve is of all rows"
+    )
 
 
 def test_of_more_steps_than_rows_every_third_is_shown(tmp_path):
@@ -140,20 +173,24 @@ def test_no_more_bytes_are_read_than_a_page_may_need():
     assert thin(lines, 100, 600) == [lines[k] for k in (0, 1, 4, 5, 8, 9)]
 
 
-# ------------------------------------------------------------------------------------------------- alone and harmless
+# ----------------------------------------------------------------------------------------- alone and harmless
 
 
 def hostile_page(folder: Path, texts: list[str]) -> Path:
     """Each text in every place that the page shows, and in an old row."""
     rows = []
     for text in texts:
-        rows.append(row(1, text, reason=text, kind=text, query=text, prompt_id=text, tokens=[text], logprobs=[-1.0]))
+        rows.append(
+            row(1, text, reason=text, kind=text, query=text, prompt_id=text, tokens=[text], logprobs=[-1.0])
+        )
         rows.append(row(1, "-", answer=[{"name": text, "arguments": {text: text}}]))
     return write_page(run_of(folder, rows + [old_row(text) for text in texts]))
 
 
 def test_what_a_model_writes_stays_text(tmp_path):
-    """Inside a script element `</script>` ends it and `<!--<script>` hides its end; the rest of the page would be HTML."""
+    """Inside a script element `</script>` ends it and `<!--<script>` hides its end; the rest of the page
+    would be HTML.
+    """
     path = hostile_page(tmp_path, HOSTILE)
     assert [one["completion"] for one in unpacked(embedded(path))[-len(HOSTILE) :]] == HOSTILE
     page, template = path.read_text(encoding="utf-8"), TEMPLATE.read_text(encoding="utf-8")
@@ -172,11 +209,15 @@ def test_only_the_pages_own_script_may_run(tmp_path):
 
 
 def test_the_page_asks_for_nothing_else():
-    text = TEMPLATE.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")  # a name, not an address
+    text = TEMPLATE.read_text(encoding="utf-8").replace(
+        "http://www.w3.org/2000/svg", ""
+    )  # a name, not an address
     assert not re.search(r"https?:|\bsrc=|\bhref=|url\(|@import|fetch\(|<link", text)
 
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), "")
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), ""
+)
 
 
 @pytest.mark.skipif(not BROWSER, reason="no Chromium is installed; the page's script is tried in it")
@@ -192,10 +233,21 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 def test_in_a_browser(tmp_path, view, count):
     texts = [text for text in HOSTILE if "\ud800" not in text]  # which Chromium shows, but cannot print
     page = hostile_page(tmp_path / "hostile", texts)
-    some = ("Paris", "single", "correct"), ("Paris", "single", "no"), ("Rome", "none", "correct"), ("Rome", "none", "no")
+    some = (
+        ("Paris", "single", "correct"),
+        ("Paris", "single", "no"),
+        ("Rome", "none", "correct"),
+        ("Rome", "none", "no"),
+    )
     rows = [row(2, city, kind=kind, reason=reason) for city, kind, reason in some]
     append_jsonl(page.with_name("samples.jsonl"), rows)
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command = [
+        BROWSER,
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+    ]
     command += ["--dump-dom", f"{write_page(page.parent).as_uri()}#{view}"]
     shown = subprocess.run(command, capture_output=True, timeout=60).stdout.decode()
     assert f'<p id="count" role="status">{count}</p>' in shown
@@ -204,7 +256,7 @@ def test_in_a_browser(tmp_path, view, count):
         assert f">{html.escape(texts[0], quote=False)}</span>" in shown, "it is shown as it is"
 
 
-# ---------------------------------------------------------------------------------------------------- command line
+# ----------------------------------------------------------------------------------------------- command line
 
 
 def test_command_line(tmp_path, capsys):

@@ -1,8 +1,10 @@
-"""What a tool declares, in every dialect of the known data: JSON Schema, ToolACE, BFCL's type names, xLAM's flat one."""
+"""What a tool declares, in every dialect of the known data: JSON Schema, ToolACE, BFCL's type names, xLAM's
+flat one.
+"""
 
 import pytest
 
-from schema import json_type, lenient_arguments, missing_arguments, properties, required, wrong_types
+from corpus.schema import json_type, lenient_arguments, missing_arguments, properties, required, wrong_types
 
 FLAT = {  # xLAM
     "name": "f",
@@ -16,7 +18,11 @@ NESTED = {  # ToolACE: the list of required parameters may stand inside or besid
     "name": "f",
     "parameters": {
         "type": "dict",
-        "properties": {"city": {"type": "string"}, "days": {"type": "int"}, "unit": {"type": ["string", "null"]}},
+        "properties": {
+            "city": {"type": "string"},
+            "days": {"type": "int"},
+            "unit": {"type": ["string", "null"]},
+        },
         "required": ["city"],
     },
     "required": ["days", "ghost"],
@@ -58,11 +64,24 @@ def test_properties_and_required_of_both_dialects():
 
 @pytest.mark.parametrize(
     "parameters",
-    [None, [], "text", {}, {"type": "object"}, {"properties": None, "type": "dict"}, {"properties": {}, "required": ["x"]}],
+    [
+        None,
+        [],
+        "text",
+        {},
+        {"type": "object"},
+        {"properties": None, "type": "dict"},
+        {"properties": {}, "required": ["x"]},
+    ],
 )
 def test_a_tool_without_readable_parameters_declares_nothing(parameters):
     tool = {"name": "f", "parameters": parameters}
-    assert (properties(tool), required(tool), missing_arguments({}, tool), wrong_types({"x": 1}, tool)) == ({}, [], [], [])
+    assert (properties(tool), required(tool), missing_arguments({}, tool), wrong_types({"x": 1}, tool)) == (
+        {},
+        [],
+        [],
+        [],
+    )
 
 
 def test_flat_parameters_may_be_called_type_or_properties():
@@ -108,7 +127,7 @@ def test_lenient_arguments_change_declared_numbers_only():
         "parameters": {
             "a": {"type": "float"}, "b": {"type": "int"}, "c": {"type": "List[float]"}, "d": {"type": "Tuple[int, float]"},
         },
-    }  # fmt: skip
+    }
     arguments = {"a": 1, "b": 1, "c": [1, "1", None], "d": [1, 1], "e": 1}
     changed = lenient_arguments(arguments, tool)
     assert repr(changed) == repr({"a": 1.0, "b": 1, "c": [1.0, "1", None], "d": [1, 1], "e": 1})

@@ -1,4 +1,6 @@
-"""sft.py: the loss is the mean cross-entropy of the reply tokens alone, and a run stops, resumes and refuses as it says."""
+"""sft.py: the loss is the mean cross-entropy of the reply tokens alone, and a run stops, resumes and refuses
+as it says.
+"""
 
 import json
 import math
@@ -20,11 +22,15 @@ from test_end_to_end import TOOL, as_arguments, run_here, sum_example, write_tas
 import grpo
 import sft
 from config import Config
-from data import Example, Tokenized, load_splits
-from model import build_tiny_model, build_tiny_tokenizer, count_parameters, use_attention
-from packing import pack
+from corpus.examples import Example, Tokenized
+from corpus.sources import read_jsonl
+from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
+from data import load_splits
+from distributed.ranks import Ranks, start_ranks
+from kernel.attention import use_attention
+from kernel.packing import pack
+from model import count_parameters
 from prompts import ToolCall, encode_reply, parse_completion, render_calls
-from runtime import Ranks, read_jsonl, start_ranks
 from sft import encode_replies, replies_to_imitate, sft_steps, sft_update
 
 torch.set_num_threads(1)
@@ -49,11 +55,13 @@ def policy():
 
 GROUPS = [([5, 6, 7], [[8, 9, 10, 11], [12]]), ([20], [[21, 22]]), ([30, 31, 32, 33, 34], [[35] * 9])]
 
-# ------------------------------------------------------------------------------------------------------ one update
+# ------------------------------------------------------------------------------------------------- one update
 
 
 def slow_loss(policy, groups) -> torch.Tensor:
-    """Cross-entropy of every reply token, one plain forward pass per reply; the prompt's own tokens do not count."""
+    """Cross-entropy of every reply token, one plain forward pass per reply; the prompt's own tokens do not
+    count.
+    """
     use_attention(policy, "generate")
     losses = []
     for prompt, replies in groups:
@@ -105,11 +113,13 @@ def test_a_bad_gradient_changes_nothing(policy, ranks):
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     metrics = sft_update(policy, torch.optim.SGD(policy.parameters(), lr=1.0), GROUPS, Config(), ranks)
     assert not math.isfinite(metrics["grad_norm"])
-    assert all(torch.equal(p.nan_to_num(7), before[name].nan_to_num(7)) for name, p in policy.named_parameters())
+    assert all(
+        torch.equal(p.nan_to_num(7), before[name].nan_to_num(7)) for name, p in policy.named_parameters()
+    )
     assert all(p.grad is None for p in policy.parameters())
 
 
-# ---------------------------------------------------------------------------------------------- what is imitated
+# ------------------------------------------------------------------------------------------- what is imitated
 
 
 def test_demonstrations_are_imitated_as_they_are():
@@ -159,7 +169,7 @@ def test_steps_or_epochs():
     assert sft_steps(Config(steps=7, sft_flops=1.0), 100) > 10**6, "the budget decides, not the steps"
 
 
-# ------------------------------------------------------------------------------------------------------ whole runs
+# ------------------------------------------------------------------------------------------------- whole runs
 
 
 @pytest.fixture
@@ -181,7 +191,7 @@ def test_a_run_as_a_user_starts_it(settings):
     done = subprocess.run(
         [sys.executable, "sft.py", *as_arguments(settings)], cwd=ROOT, env=environment | {"OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=180,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     assert "greedy accuracy" in done.stdout
     log = read_jsonl(settings["run_dir"] / "log.jsonl")
@@ -192,7 +202,9 @@ def test_a_run_as_a_user_starts_it(settings):
 
 
 def test_a_resumed_run_is_the_straight_run_to_the_bit(settings, monkeypatch):
-    """Stopped after step 4 of 6 by a signal. The learning rate, which falls over the run, goes on where it was."""
+    """Stopped after step 4 of 6 by a signal. The learning rate, which falls over the run, goes on where it
+    was.
+    """
     straight = run_here(sft.main, settings)
     broken = settings | {"run_dir": settings["run_dir"].with_name("broken")}
     calls = []
@@ -237,13 +249,19 @@ def test_a_finished_run_that_is_resumed_tells_its_accuracy_again(settings):
 
 
 def test_sft_on_one_half_then_rl_on_the_other(settings):
-    """The paper's fifth recipe in two commands: RL begins with SFT's weights and meets none of its questions."""
+    """The paper's fifth recipe in two commands: RL begins with SFT's weights and meets none of its
+    questions.
+    """
     first, second = {"data_to": 0.5, "sft_reason": "false"}, {"data_from": 0.5, "lr": 0, "steps": 2}
     start = run_here(sft.main, settings | first)
-    run_dir = run_here(grpo.main, settings | second | {"model": start / "model", "run_dir": start.with_name("rl")})
+    run_dir = run_here(
+        grpo.main, settings | second | {"model": start / "model", "run_dir": start.with_name("rl")}
+    )
     one, other = weights(start), weights(run_dir)
     assert all(torch.equal(one[name], other[name]) for name in one), "with a learning rate of 0"
-    taught = load_splits(Config(data=str(settings["data"]), test_data=str(settings["test_data"]), data_to=0.5)).train
+    taught = load_splits(
+        Config(data=str(settings["data"]), test_data=str(settings["test_data"]), data_to=0.5)
+    ).train
     asked = {row["prompt_id"] for row in read_jsonl(run_dir / "samples.jsonl")}
     assert len(taught) == 35 and len(asked) == 16 and not asked & {example.id for example in taught}
 
@@ -259,7 +277,9 @@ def test_the_learning_rate_rises_and_falls(settings):
     for row in log:
         ramp, decay = min(1, row["step"] / 20), 1 - (row["step"] - 1) / 40
         assert row["learning_rate"] == pytest.approx(1e-2 * ramp * decay)
-    flat = read_jsonl(run_here(sft.main, settings | {"steps": 25, "sft_decay": "false", "overwrite": "true"}) / "log.jsonl")
+    flat = read_jsonl(
+        run_here(sft.main, settings | {"steps": 25, "sft_decay": "false", "overwrite": "true"}) / "log.jsonl"
+    )
     assert [row["learning_rate"] for row in flat[1:]][19:] == [1e-2] * 6
 
 

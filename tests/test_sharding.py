@@ -1,7 +1,7 @@
 """sharding.py: a model in pieces computes what the whole one does, on 1, 2 and 3 ranks.
 
-Ranks are processes of a fork server that has imported torch once; they talk over gloo on the CPU. One start runs all
-CHECKS of a number of ranks, each a plain function; what it found is a test of its own below.
+Ranks are processes of a fork server that has imported torch once; they talk over gloo on the CPU. One start
+runs all CHECKS of a number of ranks, each a plain function; what it found is a test of its own below.
 """
 
 import functools
@@ -27,31 +27,41 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import grpo
-import sharding
 from config import Config, ConfigError, load_config
+from corpus.sources import read_jsonl
+from corpus.tiny_model import build_tiny_tokenizer
 from data import load_splits, tokenize_splits
-from engines import ENGINES, Prompt
-from export import export
+from distributed import fsdp as sharding
+from distributed.batches import Group, batch_for_step, prompt_seed
+from distributed.fsdp import full_tensor, load_sharded, make_mesh, skeleton, whole
+from distributed.ranks import Ranks, start_ranks
+from kernel.attention import use_attention
+from kernel.decode import Prompt
+from kernel.packing import pack
 from losses import group_std, kl_k3, loss_of, policy_loss
-from model import build_tiny_tokenizer, load_model, load_tokenizer, prepare_model, token_logprobs, use_attention
-from packing import pack
+from model import ModelError, load_model, load_tokenizer, prepare_model, token_logprobs
+from ops.export import export
 from prompts import load_template
-from rollout import Group, prompt_seed, sample_groups
-from runtime import Ranks, batch_for_step, read_jsonl, start_ranks
+from rollout import ENGINES, sample_groups
 from sft import sft_update
-from sharding import ModelError, full_tensor, load_sharded, make_mesh, skeleton, whole
 
 torch.set_num_threads(1)
-PRELOAD = "torch.distributed.fsdp transformers.models.qwen2.modeling_qwen2 transformers.models.llama.modeling_llama"
+PRELOAD = (
+    "torch.distributed.fsdp transformers.models.qwen2.modeling_qwen2 transformers.models.llama.modeling_llama"
+)
 multiprocessing.set_forkserver_preload(PRELOAD.split())
 CPU = torch.device("cpu")
 
-SHAPE = dict(vocab_size=301, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1)
+SHAPE = dict(
+    vocab_size=301, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1
+)
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8)
 
 
 def build_models(folder: Path) -> None:
-    """Models whose rows divide by no number of ranks; qwen2's key heads have 2 rows, fewer than three ranks."""
+    """Models whose rows divide by no number of ranks; qwen2's key heads have 2 rows, fewer than three
+    ranks.
+    """
     torch.manual_seed(0)
     llama3 = LlamaConfig(**SHAPE, hidden_size=16, tie_word_embeddings=False)
     llama3.rope_parameters = {"rope_type": "llama3", "rope_theta": 100.0, **LLAMA3}
@@ -74,7 +84,11 @@ def build_models(folder: Path) -> None:
 
 
 NAMES = ("qwen2", "llama3", "bf16", "old")
-GROUPS = [([5, 6, 7], [[8, 9, 10, 11], [12]]), ([20], [[21, 22]]), ([30, 31, 250, 33, 34], [[35] * 9, [300, 1], [7]])]
+GROUPS = [
+    ([5, 6, 7], [[8, 9, 10, 11], [12]]),
+    ([20], [[21, 22]]),
+    ([30, 31, 250, 33, 34], [[35] * 9, [300, 1], [7]]),
+]
 PROMPTS = [Prompt(str(i), prompt, i) for i, (prompt, _) in enumerate(GROUPS)]
 IDLE = [([0], [[0]])]
 
@@ -83,7 +97,7 @@ def load(ranks: Ranks, path: Path, name: str = "full", **options) -> nn.Module:
     return load_sharded(str(path), make_mesh(ranks, name), CPU, **options)
 
 
-# --------------------------------------------------------------------------- checks that every rank runs: (ranks, folder)
+# --------------------------------------------------------------- checks that every rank runs: (ranks, folder)
 
 
 def logits_are_those_of_the_whole_model(ranks: Ranks, folder: Path) -> None:
@@ -100,7 +114,9 @@ def logits_are_those_of_the_whole_model(ranks: Ranks, folder: Path) -> None:
 
 
 def every_rank_reads_its_own_rows_alone(ranks: Ranks, folder: Path) -> None:
-    """Neither a tensor read nor one made while loading is larger than a rank's share of the largest weight."""
+    """Neither a tensor read nor one made while loading is larger than a rank's share of the largest
+    weight.
+    """
     share = -(-301 // ranks.world) * 16
     real, read = sharding.safe_open, []
 
@@ -131,7 +147,9 @@ def every_rank_reads_its_own_rows_alone(ranks: Ranks, folder: Path) -> None:
         def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
             out = function(*arguments, **(keywords or {}))
             local = out.to_local() if isinstance(out, DTensor) else out
-            fresh = all(one.alias_info is None for one in function._schema.returns)  # no view: of a mapped file, say
+            fresh = all(
+                one.alias_info is None for one in function._schema.returns
+            )  # no view: of a mapped file, say
             if fresh and isinstance(local, torch.Tensor) and local.device.type == "cpu":
                 self.largest = max(self.largest, local.numel())
             return out
@@ -165,7 +183,9 @@ def backward(model: nn.Module, ranks: Ranks) -> None:
 
 
 def gradients_are_the_sum_over_ranks(ranks: Ranks, folder: Path) -> None:
-    """Not the mean, and a tied head's once; with layers freed after the forward pass (large models), and without."""
+    """Not the mean, and a tied head's once; with layers freed after the forward pass (large models), and
+    without.
+    """
     for name in ("qwen2", "llama3"):
         expected = plain_gradients(folder, name)
         for checkpointing in (False, True):
@@ -177,7 +197,10 @@ def gradients_are_the_sum_over_ranks(ranks: Ranks, folder: Path) -> None:
                 gradients = {key: full_tensor(p.grad) for key, p in model.named_parameters()}
                 assert gradients.keys() == expected.keys()
                 for key, gradient in gradients.items():
-                    assert (gradient - expected[key]).norm() <= 1e-5 * expected[key].norm() + 1e-6, (name, key)
+                    assert (gradient - expected[key]).norm() <= 1e-5 * expected[key].norm() + 1e-6, (
+                        name,
+                        key,
+                    )
 
 
 def steps(model: nn.Module, ranks: Ranks, between=lambda: None, count: int = 3) -> dict[str, torch.Tensor]:
@@ -192,14 +215,18 @@ def steps(model: nn.Module, ranks: Ranks, between=lambda: None, count: int = 3) 
     return {name: full_tensor(p.detach()).clone() for name, p in model.named_parameters()}
 
 
-def reply(model: nn.Module, prompts: list[Prompt], engine: str = "shared_prefix", temperature: float = 0.8) -> list:
+def reply(
+    model: nn.Module, prompts: list[Prompt], engine: str = "shared_prefix", temperature: float = 0.8
+) -> list:
     rows = ENGINES[engine](model, prompts, 2 if temperature else 1, temperature, 6, [301])
     use_attention(model, "train")
     return rows
 
 
 def rollouts_between_change_no_bit(ranks: Ranks, folder: Path) -> None:
-    """Ranks that sample different numbers of tokens, one of them none, wait for nobody: a hook would gather weights."""
+    """Ranks that sample different numbers of tokens, one of them none, wait for nobody: a hook would gather
+    weights.
+    """
     for keep in (0, 2**30):
         sharding.KEEP_BYTES = keep
         without = steps(load(ranks, folder / "qwen2").train(), ranks)
@@ -230,7 +257,9 @@ def samples_come_from_the_new_weights(ranks: Ranks, folder: Path) -> None:
                 packed = pack([(prompt.ids, [ids for ids, _ in pair])], CPU)
                 expected = token_logprobs(plain, packed, 0.8)[0]
                 chances = torch.tensor([x for _, logprobs in pair for x in logprobs])
-                assert_close(chances, expected.detach(), atol=1e-5, rtol=0, msg=lambda text, e=engine: f"{e}: {text}")
+                assert_close(
+                    chances, expected.detach(), atol=1e-5, rtol=0, msg=lambda text, e=engine: f"{e}: {text}"
+                )
         with whole(model) as twin:
             again = reply(twin, PROMPTS)
         assert max(abs(a - b) for (_, one), (_, two) in zip(before, again) for a, b in zip(one, two)) > 1e-3
@@ -247,7 +276,9 @@ def the_twin_is_plain_tied_and_freed(ranks: Ranks, folder: Path) -> None:
                 weights = list(twin.parameters())
                 assert not any(isinstance(weight, DTensor) or weight.requires_grad for weight in weights)
                 head, table = twin.get_output_embeddings().weight, twin.get_input_embeddings().weight
-                assert (head.data_ptr() == table.data_ptr()) == (name == "qwen2"), "a tied head takes no memory of its own"
+                assert (head.data_ptr() == table.data_ptr()) == (name == "qwen2"), (
+                    "a tied head takes no memory of its own"
+                )
                 assert all(weight.untyped_storage().size() > 0 for weight in weights)
             assert all(weight.untyped_storage().size() == 0 for weight in weights), "nothing is left of it"
             assert all(isinstance(p, DTensor) for p in model.parameters())
@@ -288,7 +319,9 @@ def a_frozen_model_has_no_gradients(ranks: Ranks, folder: Path) -> None:
 
 
 def fine_tuning_is_the_same_on_all_numbers_of_ranks(ranks: Ranks, folder: Path) -> None:
-    """Three ranks share three groups; with a budget of 1 token, one has two micro-batches more than another."""
+    """Three ranks share three groups; with a budget of 1 token, one has two micro-batches more than
+    another.
+    """
     plain = load_model(str(folder / "llama3"), CPU).train()
     loss = -token_logprobs(plain, pack(GROUPS, CPU), 1.0)[0].mean()
     loss.backward()
@@ -298,7 +331,9 @@ def fine_tuning_is_the_same_on_all_numbers_of_ranks(ranks: Ranks, folder: Path) 
         metrics = sft_update(model, torch.optim.SGD(model.parameters(), lr=1.0), GROUPS, config, ranks)
         assert abs(metrics["loss"] - loss.item()) < 1e-5
         for (name, now), before in zip(model.named_parameters(), plain.parameters()):
-            assert_close(full_tensor(now.detach()), (before - before.grad).detach(), atol=1e-5, rtol=0, msg=name)
+            assert_close(
+                full_tensor(now.detach()), (before - before.grad).detach(), atol=1e-5, rtol=0, msg=name
+            )
 
 
 def copies_across_nodes_train_like_shards(ranks: Ranks, folder: Path) -> None:
@@ -317,8 +352,13 @@ def copies_across_nodes_train_like_shards(ranks: Ranks, folder: Path) -> None:
 
 
 def bad_sharding_is_one_sentence(ranks: Ranks, folder: Path) -> None:
-    """Two ranks on the first node, one on the second: all must refuse, also those whose own number would do."""
-    for name, inside, words in (("hybrid", 1, "must be full or hsdp"), ("hsdp", 2 if ranks.rank < 2 else 1, "every node")):
+    """Two ranks on the first node, one on the second: all must refuse, also those whose own number would
+    do.
+    """
+    for name, inside, words in (
+        ("hybrid", 1, "must be full or hsdp"),
+        ("hsdp", 2 if ranks.rank < 2 else 1, "every node"),
+    ):
         os.environ["LOCAL_WORLD_SIZE"] = str(inside)
         with pytest.raises(ConfigError, match=words):
             make_mesh(ranks, name)
@@ -326,7 +366,7 @@ def bad_sharding_is_one_sentence(ranks: Ranks, folder: Path) -> None:
     del os.environ["LOCAL_WORLD_SIZE"]
 
 
-# ------------------------------------------------------------------------------------------------- whole runs of GRPO
+# ----------------------------------------------------------------------------------------- whole runs of GRPO
 
 REWARD = """
 def rewards_of(completion, answer, tools):
@@ -343,19 +383,23 @@ RUNS = {  # name: (numbers of ranks, settings)
 
 
 def build_task(folder: Path) -> None:
-    """The settings of a run of 5 steps with 2 updates of 3 prompts each, and two random models to start from."""
+    """The settings of a run of 5 steps with 2 updates of 3 prompts each, and two random models to start
+    from.
+    """
     (folder / "own.py").write_text(REWARD)
     tokenizer = build_tiny_tokenizer(["add 1 and 2"], 301)
     torch.manual_seed(1)
     shape = SHAPE | dict(vocab_size=len(tokenizer), hidden_size=16, num_key_value_heads=2)
-    models = {"qwen2": Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=True, initializer_range=0.2))}
+    models = {
+        "qwen2": Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=True, initializer_range=0.2))
+    }
     models["llama"] = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False, initializer_range=0.2))
     for name, model in models.items():
         export(prepare_model(model, CPU), tokenizer, folder / f"start-{name}")
     settings = write_task(folder) | dict(
         reward=f"{folder / 'own.py'}:rewards_of", model="qwen2", steps=5, prompts_per_step=6, minibatch_prompts=3,
         group_size=4, max_response_tokens=10, lr=1e-3, kl_coef=0.1, eval_cases=3,
-    )  # fmt: skip
+    )
     (folder / "task.json").write_text(json.dumps({key: str(value) for key, value in settings.items()}))
 
 
@@ -370,16 +414,22 @@ def grpo_runs(ranks: Ranks, folder: Path) -> None:
     os.environ["LOCAL_WORLD_SIZE"] = "1"  # hsdp: every rank a node
     for name, (worlds, _) in RUNS.items():
         if ranks.world in worlds:
-            grpo.main(as_arguments(run_settings(folder, name) | {"run_dir": folder / f"{name}-{ranks.world}"}))
+            grpo.main(
+                as_arguments(run_settings(folder, name) | {"run_dir": folder / f"{name}-{ranks.world}"})
+            )
 
 
 def slow_grpo(settings: dict) -> tuple[list[list[str]], dict[str, torch.Tensor]]:
-    """The same without anything that shards or packs: one completion at a time, on whole models. -> (texts, weights)."""
+    """The same without anything that shards or packs: one completion at a time, on whole models. -> (texts,
+    weights).
+    """
     config = load_config(as_arguments(settings | {"run_dir": "unused"}))
     tokenizer = load_tokenizer(config.model)
     policy, reference = (load_model(config.model, CPU) for _ in range(2))
     splits = load_splits(config)
-    train = tokenize_splits(splits, tokenizer, load_template(config.prompt_template), config, quiet=True).train
+    train = tokenize_splits(
+        splits, tokenizer, load_template(config.prompt_template), config, quiet=True
+    ).train
     optimizer, texts = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0), []
 
     def logprobs(model, group: Group, response: list[int]) -> torch.Tensor:
@@ -394,7 +444,7 @@ def slow_grpo(settings: dict) -> tuple[list[list[str]], dict[str, torch.Tensor]]
             policy, tokenizer, [Prompt(str(i), train[i].ids, seed) for i, seed in zip(batch, seeds)],
             group_size=config.group_size, temperature=config.temperature, max_new_tokens=config.max_response_tokens,
             batch_size=config.group_size,
-        )  # fmt: skip
+        )
         texts.append([text for group in groups for text in group.texts])
         rewards = torch.tensor([[sum(map(ord, text)) % 5 / 4 for text in group.texts] for group in groups])
         assert (rewards.std(1) > 0).any(), "there is something to learn"
@@ -407,7 +457,9 @@ def slow_grpo(settings: dict) -> tuple[list[list[str]], dict[str, torch.Tensor]]
             losses = []
             for i, k in ((i, k) for i, k in fixed if start <= i < start + config.minibatch_prompts):
                 now, (old, ref) = logprobs(policy, groups[i], groups[i].responses[k]), fixed[i, k]
-                loss, _ = policy_loss(now, old, advantages[i, k].expand_as(now), torch.tensor([len(now)]), loss_of(config))
+                loss, _ = policy_loss(
+                    now, old, advantages[i, k].expand_as(now), torch.tensor([len(now)]), loss_of(config)
+                )
                 losses.append(loss + config.kl_coef * kl_k3(now, ref))
             torch.cat(losses).mean().backward()
             nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
@@ -416,7 +468,7 @@ def slow_grpo(settings: dict) -> tuple[list[list[str]], dict[str, torch.Tensor]]
     return texts, {name: p.detach() for name, p in policy.named_parameters()}
 
 
-# ----------------------------------------------------------------------------------------------------- the start of ranks
+# ----------------------------------------------------------------------------------------- the start of ranks
 
 CHECKS = {  # what runs on which numbers of ranks
     logits_are_those_of_the_whole_model: (1, 2, 3),
@@ -439,7 +491,9 @@ def rank_main(rank: int, world: int, folder: Path, store: str) -> None:
     """Runs the checks of this number of ranks; writes what went wrong to a file of this rank."""
     torch.set_num_threads(1)
     # A rank that waits for one that went another way fails after this time instead of hanging.
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=20))
+    dist.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=20)
+    )
     problems = {}
     for check, worlds in CHECKS.items():
         if world in worlds:
@@ -475,12 +529,14 @@ def problems(folder) -> dict[tuple[str, int], list[str]]:
     return found
 
 
-@pytest.mark.parametrize("check, world", [(check.__name__, world) for check, worlds in CHECKS.items() for world in worlds])
+@pytest.mark.parametrize(
+    "check, world", [(check.__name__, world) for check, worlds in CHECKS.items() for world in worlds]
+)
 def test_on_ranks(check, world, problems):
     assert not any(problems[check, world]), "\n".join(problems[check, world])
 
 
-# ---------------------------------------------------------------------------------------- what the runs of GRPO have done
+# ---------------------------------------------------------------------------- what the runs of GRPO have done
 
 
 @pytest.fixture(scope="module")
@@ -497,9 +553,13 @@ def slow(folder, problems):
     return run
 
 
-@pytest.mark.parametrize("name, world", [(name, world) for name, (worlds, _) in RUNS.items() for world in worlds])
+@pytest.mark.parametrize(
+    "name, world", [(name, world) for name, (worlds, _) in RUNS.items() for world in worlds]
+)
 def test_a_run_does_what_the_definition_says(name, world, folder, slow):
-    """The same samples; and the same weights, but for the order of float additions: 2e-7 where they moved by 9e-3."""
+    """The same samples; and the same weights, but for the order of float additions: 2e-7 where they moved by
+    9e-3.
+    """
     texts, expected = slow(name)
     rows = read_jsonl(folder / f"{name}-{world}" / "samples.jsonl")
     for step, own in enumerate(texts, 1):
@@ -509,10 +569,12 @@ def test_a_run_does_what_the_definition_says(name, world, folder, slow):
     assert trained.keys() == expected.keys()
     for key in expected:
         assert_close(trained[key], expected[key], atol=2e-6, rtol=0)
-    assert max((expected[key] - begin[key]).abs().max() for key in expected) > 1e-3, "there was something to compare"
+    assert max((expected[key] - begin[key]).abs().max() for key in expected) > 1e-3, (
+        "there was something to compare"
+    )
 
 
-# ------------------------------------------------------------------------------------------------- what is refused, alone
+# ------------------------------------------------------------------------------------- what is refused, alone
 
 
 @pytest.fixture
@@ -551,9 +613,15 @@ REFUSED = {
     "pickled weights": (only_pickled, "has no .safetensors files; convert it"),
     "a weight is missing": ({NORM: None}, f"lacks weights that its config asks for: {NORM}"),
     "a weight of another shape": ({NORM: torch.ones(5)}, rf"{NORM} has the shape \(5,\), its config \(16,\)"),
-    "a file cut off": (lambda path: os.truncate(path / "model.safetensors", 5000), "model.safetensors could not be read"),
+    "a file cut off": (
+        lambda path: os.truncate(path / "model.safetensors", 5000),
+        "model.safetensors could not be read",
+    ),
     "no config": (lambda path: (path / "config.json").unlink(), "could not be loaded"),
-    "a config of nothing known": (lambda path: (path / "config.json").write_text("{}"), "could not be loaded"),
+    "a config of nothing known": (
+        lambda path: (path / "config.json").write_text("{}"),
+        "could not be loaded",
+    ),
     "a config that is no JSON": (lambda path: (path / "config.json").write_text("{"), "could not be loaded"),
 }
 
@@ -602,12 +670,17 @@ class Evil(LlamaForCausalLM):
 
 @pytest.mark.parametrize("kind", ["llama", "evil"])
 def test_code_that_comes_with_a_model_does_not_run(kind, ranks, folder, tmp_path, monkeypatch):
-    """Only trust_remote_code runs it; a model that transformers knows is then loaded by transformers' own code."""
+    """Only trust_remote_code runs it; a model that transformers knows is then loaded by transformers' own
+    code.
+    """
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     path = copied(folder, tmp_path / "model")
     (path / "evil.py").write_text(EVIL.format(here=str(path)))
     config = json.loads((path / "config.json").read_text())
-    config |= {"model_type": kind, "auto_map": {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil"}}
+    config |= {
+        "model_type": kind,
+        "auto_map": {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil"},
+    }
     (path / "config.json").write_text(json.dumps(config))
     if kind == "llama":
         assert type(load(ranks, path)).__name__ == "FSDPLlamaForCausalLM"
@@ -624,4 +697,6 @@ def test_rotary_frequencies_keep_their_precision(folder):
     model = skeleton(config, torch.bfloat16)
     assert model.lm_head.weight.dtype == torch.bfloat16 and model.lm_head.weight.is_meta
     assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
-    assert config.dtype == torch.float32, "from_config changes the config that it is given: it must have its own"
+    assert config.dtype == torch.float32, (
+        "from_config changes the config that it is given: it must have its own"
+    )

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from data import DataError, Example, load_examples, load_splits, write_examples
+from config import Config
+from corpus.examples import Example
+from corpus.layouts import load_examples, write_examples
+from corpus.sources import DataError, read_records
+from data import load_splits
 from prompts import ToolCall
-from runtime import Config
-from sources import read_records
 
 ADD = {"name": "add", "description": "Adds.", "parameters": {"a": {"type": "int"}}}
 
@@ -28,7 +30,7 @@ def ids_of(examples) -> list[str]:
     return [example.id for example in examples]
 
 
-# ------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------------ files
 
 
 @pytest.mark.parametrize("name", ["e.jsonl", "e.jsonl.gz"])
@@ -77,7 +79,10 @@ def test_broken_lines_are_dropped_with_their_numbers(tmp_path):
         (b" \n", "is empty"),
         (b"[]", "no records"),
         (b"id,query\n1,hello\n", "x.json:1: .*JSON object per line"),
-        (b'[{"query": "", "tools": "", "answers": ""},\n oops]', "not a JSON array: Expecting value in line 2"),
+        (
+            b'[{"query": "", "tools": "", "answers": ""},\n oops]',
+            "not a JSON array: Expecting value in line 2",
+        ),
         (b'[{"query": "", "tools": "", "answers": ""}', "not a JSON array: .* line 1"),
         (b'[{"query": "", "tools": "", "answers": ""}] x', "not a JSON array: text after its end"),
         (b'{"prompt": 1, "chosen": 2}', "x.json:1: .*prompt, chosen.*conversations"),
@@ -93,7 +98,9 @@ def test_a_file_that_is_no_data_says_what_is_wrong(tmp_path, content, complaint)
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 64, 1 << 20])
-@pytest.mark.parametrize("items", [[], [1, -2.5, "a]", None], [{"a": [{"b": "],"}, []]}, [], {}], [12345678] * 3])
+@pytest.mark.parametrize(
+    "items", [[], [1, -2.5, "a]", None], [{"a": [{"b": "],"}, []]}, [], {}], [12345678] * 3]
+)
 def test_an_array_is_read_alike_whatever_the_chunks(tmp_path, monkeypatch, chunk, items):
     """A number at the end of a chunk is whole by itself: 123|45."""
     monkeypatch.setattr("sources.CHUNK", chunk)
@@ -121,7 +128,7 @@ def test_a_file_that_is_cut_off_gives_nothing_away(tmp_path):
             load_examples(tmp_path / name)
 
 
-# --------------------------------------------------------------------------------------------------------- hub
+# -------------------------------------------------------------------------------------------------------- hub
 
 
 @pytest.fixture
@@ -134,7 +141,10 @@ def hub(monkeypatch, tmp_path):
         return str(save(tmp_path / "downloaded.json", xlam()))
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    files = {"me/one": ["README.md", "data/train.json", "dataset_infos.json"], "me/two": ["a.jsonl", "b.parquet"]}
+    files = {
+        "me/one": ["README.md", "data/train.json", "dataset_infos.json"],
+        "me/two": ["a.jsonl", "b.parquet"],
+    }
     files["me/none"] = ["README.md"]
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda self, name, repo_type: files[name])
     monkeypatch.chdir(tmp_path)
@@ -144,7 +154,11 @@ def hub(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("source", "repository", "name"),
     [
-        ("Salesforce/xlam-function-calling-60k", "Salesforce/xlam-function-calling-60k", "xlam_function_calling_60k.json"),
+        (
+            "Salesforce/xlam-function-calling-60k",
+            "Salesforce/xlam-function-calling-60k",
+            "xlam_function_calling_60k.json",
+        ),
         ("Team-ACE/ToolACE", "Team-ACE/ToolACE", "data.json"),
         ("me/one", "me/one", "data/train.json"),
         ("me/two/sub/b.json", "me/two", "sub/b.json"),
@@ -183,11 +197,23 @@ def test_a_data_set_must_have_one_file(hub, source, complaint):
 @pytest.mark.parametrize(
     ("error", "complaint"),
     [
-        ("GatedRepoError", "me/x is a gated data set: accept its licence at https://.*/datasets/me/x and set HF_TOKEN"),
-        ("RepositoryNotFoundError", "me/x is neither a file here nor a data set .*; check the path or the id"),
-        ("LocalEntryNotFoundError", "me/x is no file here, and the .* hub is out of reach .*; .* give its path"),
+        (
+            "GatedRepoError",
+            "me/x is a gated data set: accept its licence at https://.*/datasets/me/x and set HF_TOKEN",
+        ),
+        (
+            "RepositoryNotFoundError",
+            "me/x is neither a file here nor a data set .*; check the path or the id",
+        ),
+        (
+            "LocalEntryNotFoundError",
+            "me/x is no file here, and the .* hub is out of reach .*; .* give its path",
+        ),
         ("EntryNotFoundError", "me/x on the Hugging Face hub has no file y.json"),
-        ("HfHubHTTPError", "me/x could not be fetched from the Hugging Face hub: 503; download .* give its path"),
+        (
+            "HfHubHTTPError",
+            "me/x could not be fetched from the Hugging Face hub: 503; download .* give its path",
+        ),
     ],
 )
 def test_a_hub_that_refuses_is_one_sentence(monkeypatch, error, complaint):

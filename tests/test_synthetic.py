@@ -10,11 +10,13 @@ from statistics import mean
 import pytest
 
 from config import Config, load_config
-from data import KINDS, DataError, example_kind, load_xlam
-from model import build_tiny_tokenizer
+from corpus.examples import KINDS, example_kind
+from corpus.layouts import load_xlam
+from corpus.sources import DataError
+from corpus.synthetic import FLAWS, SHARES, synthetic, synthetic_splits
+from corpus.tiny_model import build_tiny_tokenizer
 from prompts import parse_completion, render_completion
 from reward import score
-from synthetic import FLAWS, SHARES, synthetic, synthetic_splits
 
 CONFIG = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 
@@ -36,12 +38,14 @@ def demonstrated(example) -> list[list]:
     return [parse_completion(text).calls for text in example.demonstrations]
 
 
-# --------------------------------------------------------------------------------------------------- the examples
+# ----------------------------------------------------------------------------------------------- the examples
 
 
 def test_the_arguments_decide_everything():
     assert synthetic(50, 0) == synthetic(50, 0)
-    assert {query(example) for example in synthetic(50, 0)} != {query(example) for example in synthetic(50, 1)}
+    assert {query(example) for example in synthetic(50, 0)} != {
+        query(example) for example in synthetic(50, 1)
+    }
     assert all(example.demonstrations == () for example in synthetic(50, 0, copies=0))
 
 
@@ -80,7 +84,9 @@ def test_records_are_in_the_layout_of_xlam(splits, tmp_path):
             "id": example.id,
             "query": query(example),
             "tools": json.dumps(example.tools),
-            "answers": json.dumps([{"name": call.name, "arguments": call.arguments} for call in example.answer]),
+            "answers": json.dumps(
+                [{"name": call.name, "arguments": call.arguments} for call in example.answer]
+            ),
         }
         for example in splits.train
     ]
@@ -93,7 +99,7 @@ def test_records_are_in_the_layout_of_xlam(splits, tmp_path):
         assert all(set(tool) == {"name", "description", "parameters"} for tool in example.tools)
 
 
-# ----------------------------------------------------------------------------------------------------- the splits
+# ------------------------------------------------------------------------------------------------- the splits
 
 
 def test_no_query_appears_twice(splits):
@@ -126,7 +132,7 @@ def test_more_queries_than_there_are_is_an_error(splits, monkeypatch):
         synthetic(9, 0)
 
 
-# ---------------------------------------------------------------------------------------------- the demonstrations
+# ----------------------------------------------------------------------------------------- the demonstrations
 
 
 def test_demonstrations_have_the_format_and_calls_of_listed_tools(splits):
@@ -157,7 +163,9 @@ def test_demonstrations_have_flaws_at_their_rates(splits):
             elif len(calls) == 1 and {tool["name"] for tool in example.tools} - right:
                 struck["wrong_tool"].append(calls[0].name not in right)
     for flaw, rate in FLAWS.items():
-        assert len(struck[flaw]) > 300 and sum(struck[flaw]) / len(struck[flaw]) == pytest.approx(rate, abs=0.06), flaw
+        assert len(struck[flaw]) > 300 and sum(struck[flaw]) / len(struck[flaw]) == pytest.approx(
+            rate, abs=0.06
+        ), flaw
 
 
 def test_without_flaws_every_demonstration_is_right():
@@ -180,7 +188,9 @@ def test_the_factor_scales_the_rates_up_to_always():
         return mean(score(text, e.answer).total for e in examples for text in e.demonstrations)
 
     assert 1.0 > right(0.1) > right(0.5) > right(1.0) > right(1.5)
-    assert right(3.0) == 0.0 and right(100.0) == 0.0  # from 1 / 0.35 on, every flaw but wrong_tool always strikes
+    assert (
+        right(3.0) == 0.0 and right(100.0) == 0.0
+    )  # from 1 / 0.35 on, every flaw but wrong_tool always strikes
 
 
 def test_the_config_reaches_the_training_set_alone():
@@ -190,22 +200,27 @@ def test_the_config_reaches_the_training_set_alone():
 
 
 def test_the_demo_learns_from_the_same_bytes_as_ever(splits):
-    """The figures in the README and in bench/RESULTS.md were made with these; a new hash needs new figures."""
+    """The figures in the README and in bench/RESULTS.md were made with these; a new hash needs new
+    figures.
+    """
     text = "\n".join(part for example in splits.train for part in (query(example), *example.demonstrations))
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "19d15e6a12858f02"
 
 
-# ---------------------------------------------------------------------------------------------- the tiny tokenizer
+# ----------------------------------------------------------------------------------------- the tiny tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer(splits):
     texts = [query(example) + "".join(example.demonstrations) for example in splits.train]
-    return build_tiny_tokenizer([*texts, "2047 " * 9000], 800)  # frequent enough to become one token, if digits could
+    return build_tiny_tokenizer(
+        [*texts, "2047 " * 9000], 800
+    )  # frequent enough to become one token, if digits could
 
 
 @pytest.mark.parametrize(
-    "text", ["", " a  b\n\t", "<think>é</think>", "天气 😀 \u2028\x00", "don 't , [1 , 2] .", "\ufeff<|im_end|>"]
+    "text",
+    ["", " a  b\n\t", "<think>é</think>", "天气 😀 \u2028\x00", "don 't , [1 , 2] .", "\ufeff<|im_end|>"],
 )
 def test_any_text_survives_the_tiny_tokenizer(tokenizer, text):
     ids = tokenizer.encode(text, add_special_tokens=False)
@@ -213,7 +228,9 @@ def test_any_text_survives_the_tiny_tokenizer(tokenizer, text):
 
 
 def test_a_value_has_the_same_tokens_in_the_query_and_in_the_call(tokenizer, splits):
-    """After a space as after a quote: what a small model reads in the query, it can copy into a JSON string."""
+    """After a space as after a quote: what a small model reads in the query, it can copy into a JSON
+    string.
+    """
 
     def ids(text: str) -> str:
         return ",".join(["", *map(str, tokenizer.encode(text, add_special_tokens=False)), ""])
@@ -231,9 +248,15 @@ def test_digits_stay_single(tokenizer):
 def test_a_share_of_the_demonstrations_thinks():
     """Which ones is drawn for each; neither queries nor calls change, and the default changes nothing."""
     shares = (1.0, 0.5, 0.0)
-    splits = {share: synthetic_splits(Config(synthetic_train=60, synthetic_thoughts=share)).train for share in shares}
+    splits = {
+        share: synthetic_splits(Config(synthetic_train=60, synthetic_thoughts=share)).train
+        for share in shares
+    }
     assert splits[1.0] == synthetic(60, 0)
-    parsed = {share: [parse_completion(d) for e in train for d in e.demonstrations] for share, train in splits.items()}
+    parsed = {
+        share: [parse_completion(d) for e in train for d in e.demonstrations]
+        for share, train in splits.items()
+    }
     assert all(p.error is None for p in parsed[1.0]) and all(p.error == "no_think" for p in parsed[0.0])
     assert 0.4 < sum(p.error is None for p in parsed[0.5]) / len(parsed[0.5]) < 0.6
     assert len({e.demonstrations[0].startswith("<think>") for e in splits[0.5]}) == 2

@@ -1,0 +1,154 @@
+"""What a tool declares of its parameters, in the dialects of xLAM, ToolACE, BFCL and JSON Schema: one reader
+for all.
+
+Two uses: data.py drops records whose answer contradicts its own tool, and the lenient reward compares numbers
+by it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+# Declared names -> JSON types. What is not here (Callable, any, Union, ...) is unclear, and nothing is judged
+# by it.
+TYPES = {
+    "str": "string", "string": "string",
+    "int": "integer", "integer": "integer",
+    "float": "number", "number": "number", "double": "number",
+    "bool": "boolean", "boolean": "boolean",
+    "list": "array", "array": "array", "tuple": "array", "set": "array",
+    "dict": "object", "object": "object",
+}
+
+# JSON type -> the Python types of its values; bool is a subclass of int, so types are compared exactly
+FITS = {
+    "string": (str,),
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "array": (list,),
+    "object": (dict,),
+}
+
+
+def properties(tool: dict) -> dict[str, Any]:
+    """Parameter name -> declaration: JSON Schema's `properties`, or xLAM's flat parameters. {} where none are
+    readable.
+    """
+    parameters = tool.get("parameters")
+    if not isinstance(parameters, dict):
+        return {}
+    inner = parameters.get("properties")
+    # xLAM's flat parameters may include one that is called "properties" or "type".
+    if isinstance(inner, dict) and not isinstance(parameters.get("type"), dict):
+        if all(isinstance(declaration, dict) for declaration in inner.values()):
+            return inner
+    return {} if isinstance(parameters.get("type"), str) else parameters
+
+
+def is_optional(declared: Any) -> bool:
+    """Whether a declaration itself says that the argument may be left out or null: a default, or "str,
+    optional".
+    """
+    if not isinstance(declared, dict):
+        return True
+    kind = declared.get("type")
+    nullable = isinstance(kind, list) and "null" in kind
+    return nullable or "default" in declared or "optional" in str(kind).lower()
+
+
+def required(tool: dict) -> list[str]:
+    """Names of the parameters that every call must give.
+
+    With JSON Schema they are listed, inside `parameters` or, as in ToolACE, beside it; with xLAM's flat
+    parameters they are those without a default and without "optional".
+    """
+    parameters, declared = tool.get("parameters"), properties(tool)
+    if isinstance(parameters, dict) and declared is parameters:
+        return [name for name, declaration in declared.items() if not is_optional(declaration)]
+    listed = [tool.get("required"), parameters.get("required") if isinstance(parameters, dict) else None]
+    names = [name for one in listed if isinstance(one, list) for name in one if isinstance(name, str)]
+    return [name for name in dict.fromkeys(names) if name in declared]
+
+
+def json_type(declared: Any) -> str | None:
+    """The JSON type that a declaration clearly asks for: "str, optional" -> string, List[int] -> array; else
+    None.
+    """
+    kind = declared.get("type") if isinstance(declared, dict) else None
+    if isinstance(kind, list):  # JSON Schema's ["string", "null"]
+        kinds = [one for one in kind if one != "null"]
+        kind = kinds[0] if len(kinds) == 1 else None
+    if not isinstance(kind, str):
+        return None
+    kind = re.sub(r",?\s*optional\s*$", "", kind.strip(), flags=re.IGNORECASE)
+    wrapped = re.fullmatch(r"Optional\[(.*)\]", kind)
+    head, bracket, rest = (wrapped[1] if wrapped else kind).partition("[")
+    if bracket and not rest.endswith("]"):
+        return None
+    return TYPES.get(head.strip().lower())
+
+
+def missing_arguments(arguments: dict[str, Any], tool: dict) -> list[str]:
+    """Required parameters that a call leaves out."""
+    return [name for name in required(tool) if name not in arguments]
+
+
+def wrong_types(arguments: dict[str, Any], tool: dict) -> list[str]:
+    """Arguments whose JSON type is clearly another than declared, as "name: integer declared, str given".
+
+    An integer fits where a number is declared, null where the declaration says optional. Only the top level
+    is judged: declarations of what lists and objects hold are too often wrong in the known data.
+    """
+    found, needed = [], None
+    for name, declared in properties(tool).items():
+        kind = json_type(declared) if name in arguments else None
+        if kind is None or type(arguments[name]) in FITS[kind]:
+            continue
+        needed = required(tool) if needed is None else needed
+        if arguments[name] is None and (name not in needed or is_optional(declared)):
+            continue
+        found.append(f"{name}: {kind} declared, {type(arguments[name]).__name__} given")
+    return found
+
+
+def _item_declared(declared: dict) -> dict | None:
+    """The declaration of a list's items: JSON Schema's `items`, or the float of "List[float]"."""
+    if isinstance(declared.get("items"), dict):
+        return declared["items"]
+    inner = re.fullmatch(
+        r"(?i:list|array|set|tuple)\[(.*)\](?i:,?\s*optional)?", str(declared.get("type")).strip()
+    )
+    kinds = {part.strip() for part in inner[1].split(",")} if inner else set()
+    return (
+        {"type": kinds.pop()} if len(kinds) == 1 else None
+    )  # Tuple[int, float] and Dict[...] have no single type
+
+
+def _as_declared(value: Any, declared: Any) -> Any:
+    kind = json_type(declared)
+    if kind == "number" and type(value) in (int, float):
+        try:
+            number = float(value) + 0.0  # -0.0 + 0.0 is 0.0
+        except OverflowError:
+            return value
+        # Beyond 2**53 floats would make unequal integers equal.
+        return number if math.isfinite(number) and number == value else value
+    if kind == "array" and isinstance(value, list):
+        item = _item_declared(declared)
+        return value if item is None else [_as_declared(one, item) for one in value]
+    if kind == "object" and isinstance(value, dict) and isinstance(declared.get("properties"), dict):
+        return {name: _as_declared(one, declared["properties"].get(name)) for name, one in value.items()}
+    return value
+
+
+def lenient_arguments(arguments: dict[str, Any], tool: dict) -> dict[str, Any]:
+    """The arguments with every number that is declared `number` as a float, inside declared lists and objects
+    too.
+
+    Then 2 equals 2.0 where a number is declared, and nowhere else; numeric strings stay strings.
+    """
+    declared = properties(tool)
+    return {name: _as_declared(value, declared.get(name)) for name, value in arguments.items()}

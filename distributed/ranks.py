@@ -1,0 +1,312 @@
+"""What every script needs around the method: ranks, the run directory and its log, checkpoints."""
+
+from __future__ import annotations
+
+import errno
+import faulthandler
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from config import ConfigError
+
+
+class Interrupted(Exception):
+    """A run that was asked to stop and has saved a checkpoint."""
+
+    def __init__(self, run_dir: str, step: int) -> None:
+        script, saved = Path(sys.argv[0]).name, Path(run_dir) / "config.yaml"
+        start = "bash run.sh train" if script == "grpo.py" else f"python {script} --config"
+        super().__init__(
+            f"interrupted after step {step}, all is saved; to go on: {start} {saved} --resume true"
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ ranks
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: rank of world, and its device. Always a process group, also with one
+    process.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+    watchdog: Watchdog | None = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes logs and files."""
+        return self.rank == 0
+
+    def sum(self, values: Iterable[float]) -> list[float]:
+        """Collective. Element-wise sums over all ranks, in float64."""
+        tensor = torch.tensor(list(values), dtype=torch.float64)
+        dist.all_reduce(tensor)
+        self.beat()
+        return tensor.tolist()
+
+    def gather(self, item: Any) -> list[Any]:
+        """Collective. The items of all ranks, in rank order, on every rank."""
+        items: list[Any] = [None] * self.world
+        dist.all_gather_object(items, item)
+        self.beat()
+        return items
+
+    def beat(self) -> None:
+        """Tells the watchdog that something got done: for phases that may take longer than
+        timeout_minutes.
+        """
+        if self.watchdog:
+            self.watchdog.beat()
+
+
+def start_ranks(timeout_minutes: float = 60.0, threads: int = 0) -> Ranks:
+    """Collective. Joins torchrun's process group, or makes one of a single process: one path for 1 and N."""
+    single = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=0)
+    if "RANK" not in os.environ:
+        os.environ.update({key: str(value) for key, value in single.items()})
+    if threads:
+        torch.set_num_threads(threads)
+    if (
+        int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
+        and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    ):
+        # github.com/pytorch/pytorch/issues/135712; seen in half of the restarts with torch 2.13
+        raise ConfigError(
+            "torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment, and --standalone or "
+            "--rdzv-backend=c10d; without them, restarted processes look for the dead ones"
+        )
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    # Gradients travel by NCCL, small counts and objects by gloo.
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    # A little longer than the watchdog's patience: that one names the phase, while NCCL just kills the
+    # process.
+    dist.init_process_group(backend, timeout=timedelta(minutes=1.05 * timeout_minutes))
+    rank, world = dist.get_rank(), dist.get_world_size()
+    # Nobody waits for a single process, and its steps may be slow.
+    return Ranks(rank, world, device, Watchdog(timeout_minutes, rank) if world > 1 else None)
+
+
+def first_problem(problem: str, ranks: Ranks) -> str:
+    """Collective. The first rank's problem, or "" if none has one: so no rank goes on alone and waits for
+    ever.
+    """
+    return next(filter(None, ranks.gather(problem)), "")
+
+
+def _prints() -> bool:
+    """Whether this process speaks for its machine, so that eight ranks do not say the same eight times."""
+    return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
+
+class StopFlag:
+    """Set by SIGINT or SIGTERM; a second one ends the process at once. `agreed` makes all ranks stop at one
+    step.
+
+    A terminal or a scheduler may signal processes that torchrun signals too: what comes within a second is
+    the same.
+    """
+
+    def __init__(self) -> None:
+        self.signal, self.since = 0, 0.0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self.signal and time.monotonic() - self.since < 1:
+            return
+        if self.signal:
+            raise SystemExit(128 + number)
+        self.signal, self.since = number, time.monotonic()
+        if _prints():
+            os.write(
+                2, b"\nstopping after this step; a second signal stops at once\n"
+            )  # print() may not be re-entered
+
+    def agreed(self, ranks: Ranks) -> bool:
+        """Collective. Whether any rank was asked to stop."""
+        return ranks.sum([float(self.signal)])[0] > 0
+
+
+def run_script(main: Callable[[list[str]], None], errors: tuple[type[Exception], ...]) -> None:
+    """Runs a script's main; the named errors, lost processes and full memory end it with one sentence, not a
+    traceback.
+    """
+    message, lost, code = "", "", 1
+    many = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    try:
+        main(sys.argv[1:])
+        code = 0
+    except errors as error:
+        message = f"error: {error}"
+        if many and not _prints():  # the machine's first process may say the same
+            _let_torchrun_end_us(5)
+    except Interrupted as stopped:
+        message, code = str(stopped) if _prints() else "", 130
+    except KeyboardInterrupt:
+        message, code = "interrupted" if _prints() else "", 130
+    except torch.OutOfMemoryError as error:
+        message = f"error: out of GPU memory on rank {os.environ.get('RANK', 0)}{phase_of(error)}; "
+        message += "lower rollout_batch_size (rollout) or max_tokens_per_micro_batch (update)"
+    except SystemExit as stopped:  # --help, or a second signal
+        code = stopped.code or 0
+    except BaseException as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+        if not many and not full:
+            raise
+        message, lost = traceback.format_exc().rstrip(), lost_processes(error)
+        if full:  # met by a log: checkpoints have their own sentence
+            message = f"error: {error.filename}: {error.strerror}; make room, and go on with --resume true"
+    if message:
+        print(lost or message, file=sys.stderr, flush=True)
+    if lost:  # so that torchrun's table shows the process that died, and not this one
+        _let_torchrun_end_us(1)
+    if many and code not in (0, 130):
+        # The others may sit in a collective that an orderly end would wait for; torchrun ends them once this
+        # one is gone.
+        sys.stdout.flush()
+        os._exit(code)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if code:
+        sys.exit(code)
+
+
+def _let_torchrun_end_us(seconds: float) -> None:
+    """Waits in case torchrun is about to end this process, because of another one that spoke or died before
+    it.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    time.sleep(seconds)
+
+
+class Watchdog(threading.Thread):
+    """Ends this process when a phase goes on for `minutes` without a beat: torchrun then ends the others.
+
+    A rank that hangs raises no error, and the ranks that wait for it cannot be asked. Says on stderr which
+    rank hung in which phase, with the Python stack. Watches nothing between leave() and the next enter().
+    """
+
+    def __init__(self, minutes: float, rank: int) -> None:
+        super().__init__(name="watchdog", daemon=True)
+        self.minutes, self.rank = minutes, rank
+        self._phases: list[str] = []  # the inner one last
+        self._beat = time.monotonic()
+        self.start()
+
+    def enter(self, phase: str, step: int) -> None:
+        """A phase begins; phases may be nested."""
+        self.beat()
+        self._phases.append(f"phase {phase} of step {step}")
+
+    def beat(self) -> None:
+        """Something got done: the minutes count from now. For phases that may take longer than that."""
+        self._beat = time.monotonic()
+
+    def leave(self) -> None:
+        """The innermost phase is over."""
+        self._phases.pop()
+        self.beat()
+
+    def run(self) -> None:
+        """The thread itself: looks every second."""
+        limit = 60 * self.minutes
+        while True:
+            time.sleep(min(1.0, limit / 20))
+            phases = list(self._phases)  # before the time: enter() beats before it adds a phase
+            if phases and time.monotonic() - self._beat > limit:
+                break
+        text = (
+            f"rank {self.rank}: no progress for {self.minutes:g} minutes in {phases[-1]}; this process hangs, or one that "
+            "it waits for; go on with --resume true, and a larger timeout_minutes if all were at work; the stack follows\n"
+        )
+        os.write(2, text.encode())  # not print(): the main thread may hold its lock
+        faulthandler.dump_traceback(2)
+        os._exit(1)  # sys.exit() would end this thread alone
+
+
+class Clock:
+    """Seconds by phase: `with clock("rollout"): …` adds to clock.seconds["rollout"].
+
+    Tells the watchdog which phase of which step it is, and notes it on every error that passes.
+    """
+
+    def __init__(self, watchdog: Watchdog | None = None, step: int = 0) -> None:
+        self.seconds: dict[str, float] = {}
+        self._watchdog, self._step = watchdog, step
+        self._stack: list[tuple[str, float]] = []
+
+    def __call__(self, phase: str) -> Clock:
+        self._stack.append((phase, time.perf_counter()))
+        return self
+
+    def __enter__(self) -> None:
+        if self._watchdog:
+            self._watchdog.enter(self._stack[-1][0], self._step)
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if (
+            torch.cuda.is_available() and error is None
+        ):  # after an error, it might wait for a rank that is gone
+            torch.cuda.synchronize()
+        phase, start = self._stack.pop()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+        if error is not None:
+            error.add_note(f"in phase {phase} of step {self._step}")
+        if self._watchdog:
+            self._watchdog.leave()
+
+
+# How gloo, NCCL and the store say that another process is gone or silent; every other error of theirs is a
+# bug of ours.
+LOST = re.compile(
+    r"connection (was )?(closed|reset|refused|aborted)|broken pipe|timed out|timeout|socket closed"
+    r"|ncclRemoteError|communicator was aborted",
+    re.IGNORECASE,
+)
+
+
+def lost_processes(error: BaseException) -> str:
+    """One sentence if this error of a collective means that other processes died or hang; "" for any other
+    error.
+    """
+    collective = isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    )
+    if not collective or not LOST.search(str(error)):
+        return ""
+    said = re.sub(r"^\[\S*/gloo/transport/", "[", str(error).splitlines()[0])[:100]
+    return (
+        f"rank {os.environ.get('RANK', 0)} lost the other processes{phase_of(error)}: one died, or was silent for longer "
+        f"than timeout_minutes: see the first error above and torchrun's table below; go on with --resume true ({said})"
+    )
+
+
+def phase_of(error: BaseException) -> str:
+    """What Clock noted on an error, like " in phase update of step 12"; "" if it came from no phase."""
+    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith("in phase ")]
+    return f" {notes[0]}" if notes else ""  # the first is the innermost
+
+
+def torchrun_job() -> str:
+    """What stays the same when torchrun starts its processes again, and differs in every other start."""
+    return f"job {os.environ.get('TORCHELASTIC_RUN_ID', 'none')} of process {os.getppid()} on {socket.gethostname()}"

@@ -1,0 +1,243 @@
+"""Judges one API-Bank reply in four modes, without running any tool.
+
+The official scorer runs the predicted call on a toy database and lets the API compare the results; the table
+COMPARED_AS says the same of the arguments alone. Sources: API-Bank (arXiv 2304.08244), ToolRL (arXiv
+2504.13958).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import datetime
+from operator import eq
+from typing import Any
+
+from evals.apibank_data import GoldCall
+from prompts import CALL, END_CALL, ToolCall
+
+Comparison = Callable[[Any, Any], bool]  # (predicted value, gold value) -> do they count as the same?
+MODES = ("official", "corrected", "exact", "loose")  # see `judge`
+
+WHY = {
+    "no_tool_call": "there is no closed tool-call section",
+    "bad_json": "the first tool-call section is not JSON",
+    "not_one_call": "the first tool-call section does not hold exactly one call",
+    "bad_call": "the call has no name that is a text, or no arguments that are an object",
+    "wrong_name": "another API is called",
+    "unknown_argument": "an argument that the API does not have",
+    "missing_argument": "a required argument is missing",
+    "wrong_type": "a value does not fit the type of its argument",
+    "wrong_value": "the values of this argument differ",
+    "official_rejects_gold": "the official tools reject the gold call itself",
+}
+
+
+def after(normalise: Callable[[str], Any], same: Comparison = eq) -> Comparison:
+    """Compares two texts after `normalise`. What is no text or cannot be normalised (ValueError) differs."""
+
+    def compare_texts(predicted: Any, gold: Any) -> bool:
+        try:
+            return (
+                isinstance(predicted, str)
+                and isinstance(gold, str)
+                and same(normalise(predicted), normalise(gold))
+            )
+        except ValueError:
+            return False
+
+    return compare_texts
+
+
+def share_words(ours: str, theirs: str) -> bool:
+    """More than half of all words (split at single spaces) that occur in either text occur in both."""
+    left, right = set(ours.split(" ")), set(theirs.split(" "))
+    return len(left & right) > 0.5 * len(left | right)
+
+
+def month_and_day(text: str) -> tuple[int, int]:
+    """Of MM-DD or YYYY-MM-DD. A leap year stands in where none is given, or 02-29 would not exist."""
+    return datetime.strptime(text if text.count("-") == 2 else f"2000-{text}", "%Y-%m-%d").timetuple()[1:3]
+
+
+def named_items(predicted: Any, gold: Any) -> bool:
+    """A non-empty list of {"name", "value"} objects with different names. The official API looks no
+    further.
+    """
+    items = predicted if isinstance(predicted, list) else []
+    names = [item["name"] for item in items if isinstance(item, dict) and {"name", "value"} <= item.keys()]
+    return (
+        0 < len(items) == len(names)
+        and all(isinstance(n, str) for n in names)
+        and len(set(names)) == len(names)
+    )
+
+
+# What the APIs do with their input before they look into their databases. Parameters not listed here: equal
+# values.
+COMPARED_AS: dict[Comparison, str] = {
+    # more than half of the words in common
+    after(str, share_words): "AddAgenda.content AddMeeting.meeting_topic ModifyMeeting.meeting_topic "
+    "QueryMeeting.meeting_topic",
+    after(str.lower, share_words): "AddReminder.content ModifyReminder.content QueryReminder.content",
+    # not compared, or hardly
+    lambda predicted, gold: True: "DeleteAgenda.location",
+    after(str.strip, lambda ours, theirs: ours != ""): "DeleteReminder.content EmailReminder.content",
+    named_items: "RecordHealthData.health_data",
+    # equal but for spaces or letter case
+    after(str.strip): "AppointmentRegistration.patient_name AppointmentRegistration.doctor_name "
+    "ModifyRegistration.appointment_id ModifyRegistration.new_appointment_doctor QueryRegistration.patient_name "
+    "CancelRegistration.appointment_id DocumentQA.url DocumentQA.question SendEmail.subject SendEmail.content",
+    after(str.lower): "Translate.src_lang Translate.tgt_lang",
+    after(lambda text: text.strip().lower()): "DeleteScene.name QueryScene.name TimedSwitch.name "
+    "CancelTimedSwitch.name EmergencyKnowledge.symptom SymptomSearch.symptom SendEmail.receiver "
+    "PlayMusic.music_name SearchEngine.keyword",
+    after(
+        lambda text: text.strip().upper()
+    ): "QueryHealthData.user_id RecordHealthData.user_id QueryStock.stock_code",
+    after(lambda text: text.replace(" ", "")): "Calculator.formula",
+    after(lambda text: text.replace("_", " ").strip().lower()): "Dictionary.keyword Wiki.keyword",
+    # equal points in time; strptime takes unpadded months and days, but no slashes, no ISO T, no date alone
+    after(
+        lambda text: datetime.strptime(text.strip(), "%Y-%m-%d")
+    ): "AppointmentRegistration.date QueryStock.date "
+    "ModifyRegistration.new_appointment_date QueryRegistration.date",
+    after(lambda text: datetime.strptime(text.strip(), "%Y-%m-%d %H:%M:%S")): "QueryHealthData.start_time "
+    "QueryHealthData.end_time RecordHealthData.time TimedSwitch.time CancelTimedSwitch.time",
+    after(lambda text: month_and_day(text.strip())): "QueryHistoryToday.date",
+}
+COMPARISONS = {
+    parameter: same for same, parameters in COMPARED_AS.items() for parameter in parameters.split()
+}
+
+# These golds name the device `device_id`, but the schema that the model is shown says `name`: officially such
+# a gold is rejected, and so is every answer. The other modes take either name.
+RENAMED = {"TimedSwitch": {"device_id": "name"}, "CancelTimedSwitch": {"device_id": "name"}}
+
+
+def coerce(value: Any, kind: str) -> Any:
+    """A value as the official tool manager hands it on; ValueError, TypeError or OverflowError if it
+    refuses.
+    """
+    if kind in (
+        "int",
+        "float",
+    ):  # strings must consist of digits (and one point, for a float): no "-3", no " 3"
+        if isinstance(value, str) and not value.replace(".", "", kind == "float").isdigit():
+            raise ValueError("not an unsigned number")
+        return int(value) if kind == "int" else float(value)
+    if kind == "bool":
+        # Officially `value == "True"`; but there all golds with a truth value are rejected, so only other
+        # modes differ.
+        return {"True": True, "False": False}.get(value, value) if isinstance(value, str) else value
+    return value
+
+
+def call_block(output: Any) -> str | None:
+    """The text of the first closed tool-call section, in linear time however many tags there are; None
+    without one.
+    """
+    inside, closed, _ = (
+        output.partition(CALL)[2].partition(END_CALL) if isinstance(output, str) else ("", "", "")
+    )
+    return inside.strip() if closed else None
+
+
+def json_items(text: str) -> list | None:
+    """A JSON list, or another JSON value as a list of one; None for what is unreadable."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, list) else [value]
+
+
+def one_call(block: str | None, items: list | None) -> tuple[ToolCall | None, str]:
+    """The one call of the text and JSON items of a tool-call section -> (call, "") or (None, reason)."""
+    if items is None:
+        return None, "no_tool_call" if block is None else "bad_json"
+    if len(items) != 1:
+        return None, "not_one_call"
+    name, arguments = (
+        items[0].get(key) if isinstance(items[0], dict) else None for key in ("name", "arguments")
+    )
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        return None, "bad_call"
+    return ToolCall(name, arguments), ""
+
+
+def read_call(output: Any) -> tuple[ToolCall | None, str]:
+    """The one call of a reply -> (call, "") or (None, reason). Laxer than the reward: thoughts are not looked
+    at.
+    """
+    block = call_block(output)
+    return one_call(block, None if block is None else json_items(block))
+
+
+def compare(call: ToolCall, case: GoldCall, comparisons: dict[str, Comparison]) -> str:
+    """Says "correct", or the first reason why `call` is not the gold call of `case`."""
+    if call.name != case.gold.name:
+        return "wrong_name"
+    api, renamed = case.apis[call.name], RENAMED.get(call.name, {})
+    kinds = {key: parameter["type"] for key, parameter in api["input_parameters"].items()}
+    predicted = {renamed.get(key, key): value for key, value in call.arguments.items()}
+    gold = {renamed.get(key, key): value for key, value in case.gold.arguments.items()}
+    if not predicted.keys() <= kinds.keys() or len(predicted) < len(call.arguments):
+        return "unknown_argument"
+    if not set(api["required"]) <= predicted.keys():
+        return "missing_argument"
+    try:
+        predicted = {key: coerce(value, kinds[key]) for key, value in predicted.items()}
+    except (ValueError, TypeError, OverflowError):
+        return "wrong_type"
+    try:
+        gold = {key: coerce(value, kinds[key]) for key, value in gold.items()}
+    except (ValueError, TypeError, OverflowError):
+        pass  # a gold value that the official code refuses is compared as it stands
+    for key in sorted(predicted.keys() | gold.keys()):
+        ours, theirs = predicted.get(key), gold.get(key)
+        both_blank = key not in api["required"] and ours in (None, "") and theirs in (None, "")
+        if not both_blank and not comparisons.get(f"{call.name}.{key}", eq)(ours, theirs):
+            return f"wrong_value:{key}"
+    return "correct"
+
+
+def compare_loosely(case: GoldCall, block: str | None, items: list | None) -> str:
+    """ToolRL's protocol: any of several calls, a missing name filled in, but values equal to the gold's
+    strings.
+    """
+    lines = block.splitlines() if block else []  # one JSON value, or one object per line
+    more = [item for line in lines for item in json_items(line) or []] if len(lines) > 1 else []
+    for call in (item for item in (*(items or ()), *more) if isinstance(item, dict)):
+        arguments = call.get("arguments", call.get("parameters"))  # ToolRL's own prompt says "parameters"
+        if call.get("name", case.gold.name) == case.gold.name and arguments == case.written:
+            return "correct"
+    return "no_call_equals_gold"
+
+
+def judge(case: GoldCall, output: Any) -> dict[str, str]:
+    """Mode -> "correct" or the first reason why not, for the reply `output`. Nothing in it can raise.
+
+    official: as the official tools judge, which accept no answer where they reject the gold call itself;
+    corrected: the same without that gate; exact: equal values after type coercion; loose: see
+    compare_loosely. Reasons: those of WHY, wrong_value with a colon and the argument's name, and for loose
+    no_call_equals_gold. Source: api-bank/evaluator.py, tool_manager.py and the APIs at 483554ea, without
+    execution.
+    """
+    block = call_block(output)
+    items = None if block is None else json_items(block)
+    call, reason = one_call(block, items)
+    official = corrected = exact = reason or compare(call, case, COMPARISONS)
+    if corrected == "correct" or corrected.startswith(
+        "wrong_value"
+    ):  # the other reasons do not depend on the table
+        exact = compare(call, case, {})
+    if corrected == "correct" and case.rejected:
+        official = "official_rejects_gold"
+    return dict(zip(MODES, (official, corrected, exact, compare_loosely(case, block, items))))
+
+
+def check(case: GoldCall, output: Any, mode: str = "official") -> tuple[bool, str]:
+    """(correct, reason) of one reply in one mode, see judge."""
+    reason = judge(case, output)[mode]
+    return reason == "correct", reason

@@ -1,0 +1,441 @@
+"""The BFCL checker: one case and one model output -> the official verdict and error type.
+
+The verdicts are those of the official checker (bfcl-eval 2026.3.23; the cases of April 2025, "v3", are judged
+the same way), oddities included: comments marked "Oddity" name rules that nobody would invent. eval_bfcl.py
+is the command.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from evals.report import ReportError, shorten
+from prompts import CALL, END_CALL
+
+LANGUAGES = {"simple_java": "java", "simple_javascript": "javascript"}  # every other category is Python
+
+# Declared type -> type of the value. The three languages agree wherever they share a name.
+TYPES = {
+    **dict.fromkeys(("string", "any", "String", "char"), str),
+    **dict.fromkeys(("integer", "long"), int),
+    **dict.fromkeys(("float", "double"), float),
+    **dict.fromkeys(("boolean", "Boolean"), bool),
+    **dict.fromkeys(("array", "tuple", "Array", "ArrayList"), list),
+    **dict.fromkeys(("dict", "HashMap"), dict),
+}
+
+
+class BfclError(ReportError):
+    """Benchmark data or a row that a person must repair; the message says where and how."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One test case. answer: per expected call {name: {parameter: allowed values}}; [] where none is
+    defined.
+    """
+
+    id: str
+    category: str
+    messages: list[dict]
+    functions: list[dict]
+    answer: list[dict]
+
+
+# ------------------------------------------------------------------------------ Java and JavaScript literals
+
+WHOLE, DECIMAL, EXPONENT = r"-?\d+", r"-?\d+(?:\.\d+)?", r"(?:[eE][+-]?\d+)?"
+# Language -> declared type -> (what its literals look like, how they are read); text that looks different,
+# and other types, stay text. Oddity: one line break after a number is accepted, hence `$` and not `\Z`.
+NUMBERS: dict[str, dict[str, tuple[re.Pattern, Callable]]] = {
+    "java": {
+        "integer": (re.compile(WHOLE + "$"), int),
+        "long": (re.compile(WHOLE + "[lL]$"), lambda text: int(text.rstrip("lL\n"))),
+        "float": (re.compile(DECIMAL + EXPONENT + "[fF]$"), lambda text: float(text.rstrip("fF\n"))),
+        "double": (re.compile(DECIMAL + EXPONENT + "$"), float),
+    },
+    "javascript": {"integer": (re.compile(WHOLE + "$"), int), "float": (re.compile(DECIMAL + "$"), float)},
+}
+TRUTH = {"true": True, "false": False}
+QUOTES = "\"'"
+
+# Oddity: all of these stop at the first closing bracket, so collections inside collections and brackets
+# inside strings come out broken, just as they do in the official checker.
+JAVA_ARRAY = re.compile(r"new\s+\w+\[\]\s*\{(.*?)\}")
+JAVA_AS_LIST = re.compile(r"new\s+ArrayList<\w*>\(Arrays\.asList\((.+?)\)\)")
+JAVA_LIST = re.compile(r"new\s+ArrayList<\w*>\(\)")
+JAVA_LIST_BODY = re.compile(JAVA_LIST.pattern + r"\s*\{\{(.*?)\}\}", re.DOTALL)
+JAVA_ADD = re.compile(r"add\((.+?)\)")
+JAVA_MAP = re.compile(r"new\s+HashMap<.*?>\s*\(\)")
+JAVA_MAP_BODY = re.compile(JAVA_MAP.pattern + r"\s*\{(.*?)\}", re.DOTALL)
+JAVA_PUT = re.compile(r'put\("(.*?)",\s*(.*?)\)')
+JS_ARRAYS = (  # each as (array of arrays, flat array)
+    (re.compile(r"new\s+Array\(\s*\[?\s*(\[.*?\])\s*\]?\s*\)"), re.compile(r"new\s+Array\((.*?)\)")),
+    (re.compile(r"\[\s*(\[.*?\])\s*\]"), re.compile(r"\[(.*?)\]")),
+)
+JS_ROW = re.compile(r"\[(.*?)\]")
+JS_BETWEEN_ROWS = re.compile(r"\]\s*,\s*\[")
+JS_OBJECT = re.compile(r"\{(.*?)\}")
+JS_ENTRY = re.compile(r"([^:]+):(.*?)(?:,\s*(?=[^,]+:)|$)")  # a comma ends an entry if a key follows it
+
+
+def read_literal(text: str, declared: str, item: str | None, language: str) -> Any:
+    """A Java or JavaScript literal as a Python value; text that is no literal of the declared type stays
+    text.
+
+    declared, item: the documentation's names for the type and, for lists, the type of the elements. Never
+    raises.
+    """
+    if declared in COLLECTIONS:
+        return COLLECTIONS[declared](text, item)
+    if declared in ("boolean", "Boolean"):
+        return TRUTH.get(text, text)
+    if declared == "String" and language == "javascript":
+        return _unquote(text, QUOTES)  # a Java String is given without quotes
+    pattern, read = NUMBERS[language].get(declared, (None, str))
+    try:
+        return read(text) if pattern and pattern.match(text) else text
+    except ValueError:  # Python refuses to read more than 4,300 digits
+        return text
+
+
+def _unquote(text: str, quotes: str) -> str:
+    return text[1:-1] if text and text[0] in quotes and text[-1] == text[0] else text
+
+
+def _guess(text: str, quotes: str = QUOTES) -> Any:
+    """A value whose type is not declared: truth value, quoted string, number, else the text."""
+    text = text.strip()
+    if text in TRUTH:
+        return TRUTH[text]
+    if (inside := _unquote(text, quotes)) != text:
+        return inside
+    for read in (int, float):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _java_array(text: str, item: str | None) -> Any:
+    # Oddity: quotes stay part of the strings here, but not in an ArrayList.
+    found = JAVA_ARRAY.search(text)
+    parts = [part.strip() for part in found[1].split(",")] if found else []
+    return [read_literal(part, item, None, "java") for part in parts if part] if found else text
+
+
+def _java_list(text: str, item: str | None) -> Any:
+    if found := JAVA_AS_LIST.search(text):
+        parts = [part.strip() for part in found[1].split(",")]
+    elif found := JAVA_LIST_BODY.search(text):
+        parts = [part.strip() for part in JAVA_ADD.findall(found[1])]
+    else:
+        return [] if JAVA_LIST.search(text) else text
+    if item in ("String", "char"):
+        return [part[1:-1] for part in parts]  # Oddity: the quotes are taken for granted
+    return [read_literal(part, item, None, "java") for part in parts]
+
+
+def _java_map(text: str, _: None) -> Any:
+    if not JAVA_MAP.search(text):
+        return text
+    # Without the cut, a text of unclosed maps would be searched in cubic time.
+    body = JAVA_MAP_BODY.search(text[: text.rfind("}") + 1])
+    return {key: _java_map_value(value.strip()) for key, value in JAVA_PUT.findall(body[1])} if body else {}
+
+
+def _java_map_value(text: str) -> Any:
+    for declared in ("long", "float"):
+        if (value := read_literal(text, declared, None, "java")) is not text:
+            return value
+    return _guess(text, '"')
+
+
+def _javascript_array(text: str, item: str | None) -> Any:
+    """item: declared type of the elements; None inside an object, where it must be guessed."""
+    text = text.strip()
+    closed_up = JS_BETWEEN_ROWS.sub("],[", text)  # line breaks are accepted between rows and nowhere else
+    for nested, flat in JS_ARRAYS:
+        if found := nested.match(closed_up):
+            return [[_guess(part) for part in row.split(",")] for row in JS_ROW.findall(found[1])]
+        if found := flat.match(text):
+            parts = [part.strip() for part in found[1].split(",")] if found[1].strip() else []
+            return [read_literal(part, item, None, "javascript") if item else _guess(part) for part in parts]
+    return text
+
+
+def _javascript_object(text: str, _: None) -> Any:
+    text = text.strip()
+    if not (found := JS_OBJECT.match(text)):
+        return text
+    return {
+        key.strip().strip(QUOTES): _javascript_entry(value.strip())
+        for key, value in JS_ENTRY.findall(found[1])
+    }
+
+
+def _javascript_entry(text: str) -> Any:
+    if text.startswith("[") and text.endswith("]"):
+        return _javascript_array(text, None)
+    return _guess(text.strip(QUOTES))  # Oddity: "5" and 5 are the same in an object
+
+
+COLLECTIONS: dict[str, Callable[[str, str | None], Any]] = {
+    "Array": _java_array,
+    "ArrayList": _java_list,
+    "HashMap": _java_map,
+    "array": _javascript_array,
+    "dict": _javascript_object,
+}
+
+
+# ----------------------------------------------------------------------------------------- checking one value
+
+IGNORED = str.maketrans("'", '"', " ,./-_*^")
+
+
+def _std(value: Any) -> Any:
+    """A string as it is compared: without IGNORED, in lower case, with one kind of quote. Other values
+    unchanged.
+    """
+    return value.translate(IGNORED).lower() if isinstance(value, str) else value
+
+
+def _first_type(allowed: list) -> type | None:
+    """Type of the first allowed value that is not "" (which means: may be left out)."""
+    return next((type(value) for value in allowed if value != ""), None)
+
+
+def _type_error(value: Any, allowed: Any, expected: type, item: type | None) -> str | None:
+    """Types are exact (True is no integer), but the type of the first allowed value is accepted as well."""
+    if type(value) is not expected:
+        return None if type(value) is _first_type(allowed) else "type_error:simple"
+    if item is None:
+        return None
+    # Oddity: an allowed value that is no list vouches for the elements of every list.
+    fits = (
+        not isinstance(wanted, list)
+        or all(_type_error(element, wanted, item, None) is None for element in value)
+        for wanted in allowed
+    )
+    if any(fits):
+        return None
+    return "type_error:nested" if allowed else "type_error:simple"  # a few answers allow nothing at all
+
+
+def _dict_error(value: dict, allowed: list) -> str | None:
+    """The allowed dicts list allowed values per key. The error is that of the last one tried."""
+    error = "dict_checker:unclear"
+    for wanted in (wanted for wanted in allowed if wanted != ""):
+        # Oddity: a bare string instead of a list of allowed values allows each of its characters.
+        faults = (
+            "value_error:dict_value" if key in wanted else "value_error:dict_key"
+            for key, given in value.items()
+            if key not in wanted or _std(given) not in [_std(choice) for choice in wanted[key]]
+        )
+        missing = any(key not in value and "" not in choices for key, choices in wanted.items())
+        error = "value_error:dict_key" if missing else next(faults, None)
+        if not error:
+            return None
+    return error
+
+
+def _dicts_error(value: list[dict], allowed: list) -> str | None:
+    error = "list_dict_checker:unclear"
+    for wanted in allowed:
+        pairs = zip(value, wanted)
+        same_length = len(value) == len(wanted)
+        faults = (fault for given, choice in pairs if (fault := _dict_error(given, [choice])))
+        error = next(faults, None) if same_length else "value_error:list_dict_count"
+        if not error:
+            return None
+    return error
+
+
+def _value_error(value: Any, allowed: list, details: dict, language: str) -> str | None:
+    """Error type of one argument, or None. details: its documentation; allowed: the answer's list for it."""
+    declared, item_name = details["type"], details.get("items", {}).get("type")
+    if language != "python":
+        if not isinstance(value, str):
+            return "type_error:java" if language == "java" else "type_error:js"
+        value = read_literal(value, declared, item_name, language)
+    expected = TYPES[declared]
+    item = TYPES[item_name] if expected is list else None
+    if language == "python" and expected is float and type(value) is int:
+        try:
+            value = float(value)
+        except OverflowError:
+            pass  # stays an integer and is refused as one; the official checker would crash
+    if error := _type_error(value, allowed, expected, item):
+        return error
+    if _first_type(allowed) not in (None, expected):
+        return None if value in allowed else "value_error:others"  # the name of a variable: no leniency
+    if expected is dict:
+        return _dict_error(value, allowed)
+    if item is dict:
+        return _dicts_error(value, allowed)
+    if expected is list:
+        given = [_std(element) for element in value]
+        # Oddity: list("") is [], so an optional list may be given as [].
+        return (
+            None
+            if any(given == [_std(e) for e in wanted] for wanted in allowed)
+            else "value_error:list/tuple"
+        )
+    if expected is str:
+        return None if _std(value) in [_std(choice) for choice in allowed] else "value_error:string"
+    return None if value in allowed else "value_error:others"
+
+
+# ---------------------------------------------------------------------------------- checking one model output
+
+
+Fault = tuple[str, str]  # (official error type, the same in words)
+
+
+def _show(value: Any) -> str:
+    try:
+        return shorten(repr(value), 200)
+    except RecursionError:
+        return "a deeply nested value"
+
+
+def _call_fault(function: dict, call: dict, wanted: dict, language: str) -> Fault | None:
+    """What is wrong with one call {name: arguments}: name, required parameters, each argument, omitted
+    ones.
+    """
+    properties, allowed = function["parameters"]["properties"], next(iter(wanted.values()))
+    if function["name"] not in call:
+        return (
+            "simple_function_checker:wrong_func_name",
+            f"{_show(next(iter(call)))} is called, not {function['name']!r}",
+        )
+    arguments = call[function["name"]]
+    for name in function["parameters"].get("required", ()):
+        if name not in arguments:
+            return "simple_function_checker:missing_required", f"the required parameter {name!r} is missing"
+    for name, value in arguments.items():
+        if name not in properties or name not in allowed:
+            where = "answer" if name in properties else "function's documentation"
+            return (
+                "simple_function_checker:unexpected_param",
+                f"the parameter {_show(name)} is not in the {where}",
+            )
+        if error := _value_error(value, allowed[name], properties[name], language):
+            expected = f"the allowed values are {_show(allowed[name])}"
+            if error.startswith("type_error"):
+                expected = (
+                    f"{properties[name]['type']} is expected{' as text' * (language != 'python')}; {expected}"
+                )
+            return error, f"{name} is {_show(value)}, but {expected}"
+    for name, choices in allowed.items():
+        if name not in arguments and "" not in choices:
+            return "simple_function_checker:missing_optional", f"the answer does not let {name!r} be left out"
+    return None
+
+
+def _calls_fault(problem: Problem, calls: list[dict]) -> Fault | None:
+    """What is wrong with a list of calls. The category's name decides how they are matched with the
+    answer.
+    """
+    language, n = LANGUAGES.get(problem.category, "python"), len(problem.answer)
+    if "multiple" in problem.category or "parallel" in problem.category:
+        by_name = {function["name"]: function for function in problem.functions}
+    if "parallel" in problem.category:
+        if len(calls) != n:
+            return (
+                "parallel_function_checker_no_order:wrong_count",
+                f"the number of calls is {len(calls)}, not {n}",
+            )
+        unused = list(calls)
+        for wanted in problem.answer:
+            function, faults = by_name[next(iter(wanted))], []
+            # Oddity: the first fitting call is taken, even where only another choice would let all answers
+            # match.
+            for index, call in enumerate(unused):
+                if not (fault := _call_fault(function, call, wanted, language)):
+                    del unused[index]
+                    break
+                faults.append(fault[1])
+            else:
+                words = f"no call that is left fits the expected {_show(wanted)}: {'; '.join(faults)}"
+                return "parallel_function_checker_no_order:cannot_find_match", words
+        return None
+    if "multiple" in problem.category:
+        if len(calls) != n:
+            return "multiple_function_checker:wrong_count", f"the number of calls is {len(calls)}, not {n}"
+        return _call_fault(by_name[next(iter(problem.answer[0]))], calls[0], problem.answer[0], language)
+    if len(calls) != 1:
+        return "simple_function_checker:wrong_count", f"the number of calls is {len(calls)}, not 1"
+    return _call_fault(problem.functions[0], calls[0], problem.answer[0], language)
+
+
+def find_block(output: str) -> str | None:
+    """What stands between the first <tool_call> and the first </tool_call> after it; None without such a
+    pair.
+    """
+    inside, closed, _ = output.partition(CALL)[2].partition(END_CALL)
+    return inside.strip() if closed else None
+
+
+def decode(output: str) -> list[dict] | None:
+    """The calls of a model output as [{name: arguments}], or None. Laxer than prompts.parse_completion on
+    purpose: this is the decoding under which the official verdicts, and the paper's figures, come about.
+    """
+    block = find_block(output)
+    try:
+        return None if block is None else [{item["name"]: item["arguments"]} for item in json.loads(block)]
+    except (ValueError, RecursionError, TypeError, KeyError):
+        return None  # no JSON, JSON too deep or with too long a number, or not a list of calls
+
+
+def _well_formed(calls: list[dict] | None) -> bool:
+    return calls is not None and all(isinstance(*call.values(), dict) for call in calls)
+
+
+def reply_kind(output: str, calls: list[dict] | None) -> str:
+    """Says "called", "empty_list" (an explicit []), "no_block" (no closed tool-call section) or "unparsable".
+
+    calls: decode(output). Officially all but the first are correct where no function fits.
+    """
+    if calls:
+        return "called" if _well_formed(calls) else "unparsable"
+    block = find_block(output)
+    if block is None:
+        return "no_block"
+    return "empty_list" if calls is not None and block.startswith("[") else "unparsable"
+
+
+def find_fault(case: Problem, calls: list[dict] | None) -> Fault | None:
+    """(official error type, the same in words) of the decoded calls (see decode), or None if they are
+    right.
+    """
+    well_formed = _well_formed(calls)
+    if "relevance" in case.category:
+        called = bool(well_formed and calls)
+        if called == (case.category == "live_relevance"):
+            return None
+        if called:
+            return "irrelevance_error:decoder_success", "a call is made, though no function fits"
+        return "relevance_error:decoder_failed", "no readable call is made, though a function fits"
+    if calls is None:
+        return (
+            "ast_decoder:decoder_failed",
+            "there is no closed tool-call section, or no JSON list of calls in it",
+        )
+    if not well_formed:
+        return "ast_decoder:decoder_wrong_output_format", "the arguments of a call are not an object"
+    return _calls_fault(case, calls)
+
+
+def check(case: Problem, output: str) -> tuple[bool, str | None]:
+    """(valid, error type or None) of one model output, as the official checker has it. No output makes it
+    raise.
+    """
+    fault = find_fault(case, decode(output))
+    return fault is None, fault[0] if fault else None

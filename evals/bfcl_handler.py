@@ -1,0 +1,69 @@
+"""The official `bfcl` command with this project's prompt and format; needs the full bfcl-eval package.
+
+    python bfcl_handler.py MODEL generate --test-category single_turn --backend vllm
+    python bfcl_handler.py MODEL evaluate --test-category single_turn
+
+MODEL is a folder or hub id. Everything after it goes to the official command, in which MODEL is registered
+for this one run, so no file of the package is edited. Folders result/ and score/ appear in BFCL_PROJECT_ROOT.
+"""
+
+import os
+import sys
+
+from bfcl_eval.constants.model_config import MODEL_CONFIG_MAPPING, ModelConfig
+from bfcl_eval.model_handler.local_inference.base_oss_handler import OSSHandler
+from bfcl_eval.model_handler.utils import decoded_output_to_execution_list
+from overrides import override
+
+from evals.bfcl_check import decode
+from prompts import render_prompt
+
+
+class ToolN1Handler(OSSHandler):
+    """Asks as `eval_bfcl.py generate` does, and decodes as `eval_bfcl.py score` does."""
+
+    def __init__(self, model_name, temperature, registry_name, is_fc_model, **kwargs) -> None:
+        super().__init__(model_name, temperature, registry_name, is_fc_model, **kwargs)
+        self.skip_special_tokens = False  # in some vocabularies <tool_call> is a special token
+
+    @override
+    def _pre_query_processing_prompting(self, test_entry: dict) -> dict:
+        return {"message": [], "function": test_entry["function"]}  # without the package's own system prompt
+
+    @override
+    def _format_prompt(self, messages, function) -> str:
+        return render_prompt(self.tokenizer, messages, function)
+
+    @override
+    def decode_ast(self, result, language, has_tool_call_tag):
+        """[{name: arguments}]. Raises ValueError where there is none: to the official runner that is no
+        call.
+        """
+        calls = decode(result)
+        if calls is None:
+            raise ValueError("no closed tool-call section with a JSON list of calls")
+        return calls
+
+    @override
+    def decode_execute(self, result, has_tool_call_tag):
+        return decoded_output_to_execution_list(self.decode_ast(result, None, has_tool_call_tag))
+
+
+def main(model: str, command: str, *options: str) -> None:
+    """Registers `model` and hands `command` (generate or evaluate) to the official command line."""
+    from bfcl_eval.__main__ import cli
+
+    # The official runner reads "_" in a folder's name as "/", so the name must have no "_" of its own.
+    name = "Tool-N1/" + os.path.basename(model.rstrip("/")).replace("_", "-")
+    MODEL_CONFIG_MAPPING[name] = ModelConfig(
+        model_name=model, display_name=name, url="", org="", license="", model_handler=ToolN1Handler,
+        input_price=None, output_price=None, is_fc_model=False, underscore_to_dot=False,
+    )
+    local = ["--local-model-path", model] if command == "generate" and os.path.isdir(model) else []
+    cli([command, "--model", name, *local, *options])
+
+
+if __name__ == "__main__":
+    if len(sys.argv) < 3:
+        sys.exit(f"usage: python {sys.argv[0]} MODEL generate|evaluate [options of the bfcl command]")
+    main(*sys.argv[1:])

@@ -1,0 +1,270 @@
+"""Attention over packed groups, and which attention a model runs with."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernel.packing import Layout, Span
+
+# Keywords that models hand to every attention function and that change nothing here: the layout says who
+# attends to whom, and dropout would make the ratio of two passes noise.
+HARMLESS = {
+    "dropout",
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "output_attentions",
+    "output_hidden_states",
+}
+
+
+CAUSAL_BLOCK = 128  # queries at a time on a CPU
+
+
+class UnsupportedAttention(ValueError):
+    """A model asks its attention for something that shared_prefix_attention does not do."""
+
+
+# ------------------------------------------------------------------------------------------------- last layer
+
+
+def trim_last_layer(model: nn.Module) -> None:
+    """Registers hooks that leave out what nobody reads. No layer follows the last one, so of its output only
+    the `used` tokens count, those that predict a response token: of a prompt the last, of a response all but
+    the last. The others serve as keys and values there; o_proj and MLP are computed for the used ones alone,
+    and add 0 to the others.
+
+    Exact, and with L layers nearly 1/L of a prompt's work less. `used` comes with the `shared` of a pass: a
+    Layout's, or in the rollout a Prefill's; a pass without is as it was, and a model without o_proj or a
+    dense gated MLP gets no hooks. The attention itself leaves out prompts in causal_attention (only_last),
+    but not where variable-length kernels run.
+    """
+    layer = next(reversed(getattr(model.get_decoder(), "layers", [None])), None)
+    parts = [getattr(getattr(layer, "self_attn", None), "o_proj", None), getattr(layer, "mlp", None)]
+    if parts[0] is None or not hasattr(parts[1], "down_proj"):
+        return
+    now: dict = {}  # about the pass at hand
+
+    def note(_, inputs, keywords):  # at every call of the layer, also when checkpointing calls it again
+        now["used"] = getattr(keywords.get("shared"), "used", None)
+
+    def take(_, inputs):
+        now["tokens"] = inputs[0].shape[1]
+        return inputs if now["used"] is None else (inputs[0].index_select(1, now["used"]),)
+
+    def put(_, inputs, output):
+        if now["used"] is None:
+            return output
+        return output.new_zeros(1, now["tokens"], output.shape[-1]).index_copy(1, now["used"], output)
+
+    layer.register_forward_pre_hook(note, with_kwargs=True)
+    for part in parts:
+        part.register_forward_pre_hook(take)
+        part.register_forward_hook(put)
+
+
+def is_last_layer(attention: nn.Module) -> bool:
+    """Whether an attention module is its model's last: there a prompt's output is read at its last token
+    only.
+    """
+    config = getattr(attention, "config", None)
+    return config is not None and attention.layer_idx == config.num_hidden_layers - 1
+
+
+# -------------------------------------------------------------------------------------------------- attention
+
+
+def attention_backend(device: torch.device) -> str:
+    """Which kernels run: "flash_attn" (the package) or "torch_varlen" on CUDA, "sdpa" on CPU."""
+    if device.type != "cuda":
+        return "sdpa"
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    except ImportError:
+        return "torch_varlen"
+    return "flash_attn"
+
+
+def shared_prefix_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, scaling: float, shared: Layout,
+    **others,
+) -> tuple[Tensor, None]:
+    """Attention over packed groups. query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D].
+
+    Equal to one causal pass per prompt + response (tests/test_packing.py), with the prompt's part computed
+    once. Raises UnsupportedAttention where the model asks for more: a window, soft-capped scores, sinks, a
+    bias.
+    """
+    unknown = [name for name, x in others.items() if x is not None and name not in HARMLESS]
+    if unknown:
+        raise UnsupportedAttention(f"its attention uses {', '.join(unknown)}")
+    half = torch.is_autocast_enabled("cuda") or query.dtype in (torch.float16, torch.bfloat16)
+    if query.is_cuda and half:  # the variable-length kernels know nothing else
+        rows = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
+        return _varlen_attention(*rows, scaling, shared)[None], None
+    sizes = [size for span in shared.spans for size in (span.prompt, len(span.real))]
+    query, key, value = (x[0].split(sizes, 1) for x in (query, key, value))
+    parts = []
+    for i, span in enumerate(shared.spans):
+        q, k, v = (x[2 * i][None] for x in (query, key, value))
+        prompt = causal_attention(q, k, v, scaling, is_last_layer(module))
+        rows = (x[2 * i + 1] for x in (query, key, value))
+        parts += [prompt[0], _response_attention(*rows, k[0], v[0], scaling, span)]
+    return torch.cat(parts, 1).transpose(0, 1)[None], None
+
+
+def causal_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, only_last: bool = False
+) -> Tensor:
+    """Causal attention of one prompt: query [1, H, P, D], key and value [1, Hkv, P, D] -> [1, H, P, D].
+
+    only_last: nobody will read the output but at the last token, and it is 0 elsewhere.
+    """
+    sdpa, length, grouped = F.scaled_dot_product_attention, query.shape[2], query.shape[1] != key.shape[1]
+    if only_last:
+        last = sdpa(query[:, :, -1:], key, value, scale=scaling, enable_gqa=grouped)
+        return F.pad(last, (0, 0, length - 1, 0))
+    if query.is_cuda or length <= CAUSAL_BLOCK:
+        return sdpa(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
+    # The CPU kernel's backward works on the whole square; with a block of queries at a time most of the upper
+    # half is never touched: a quarter less time at 512 tokens.
+    parts = []
+    for start in range(0, length, CAUSAL_BLOCK):
+        end = min(start + CAUSAL_BLOCK, length)
+        q, k, v = query[:, :, start:end], key[:, :, :end], value[:, :, :end]
+        mask = causal_mask(end - start, end, query)
+        parts.append(sdpa(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped))
+    return torch.cat(parts, 2)
+
+
+def causal_mask(queries: int, keys: int, like: Tensor) -> Tensor:
+    """[queries, keys] of 0 and -inf, in the dtype and on the device of `like`: the last query sees all keys,
+    the one before it all but one, and so on. A view of a larger mask that is kept, because every layer and
+    pass asks for nearly the same.
+    """
+    rows, past = (
+        1 << max(n - 1, CAUSAL_BLOCK - 1).bit_length() for n in (queries, keys - queries)
+    )  # few sizes
+    first = past - (keys - queries)
+    return _kept_mask(rows, past, like.dtype, like.device)[:queries, first : first + keys]
+
+
+@functools.lru_cache(maxsize=16)
+def _kept_mask(rows: int, past: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[rows, past + rows]: row i sees columns up to past + i."""
+    return torch.full((rows, past + rows), -torch.inf, dtype=dtype, device=device).triu(past + 1)
+
+
+def _response_attention(
+    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, scaling: float, span: Span
+) -> Tensor:
+    """A group's responses, q [H, N, D], k, v [Hkv, N, D], over the prompt's K/V [Hkv, P, D] and their own ->
+    [H, N, D].
+    """
+    q, k, v = (_padded(x, span) for x in (q, k, v))  # [H or Hkv, G, R, D]
+    k, v = (
+        torch.cat([p[:, None].expand(-1, len(x[0]), -1, -1), x], 2) for p, x in ((prompt_k, k), (prompt_v, v))
+    )
+    # Heads that share keys become more queries: no copies of the keys, and larger blocks for the kernel.
+    repeats = len(q) // len(k)
+    q = q.unflatten(0, (-1, repeats)).transpose(1, 2).flatten(2, 3)  # [Hkv, G, heads per key · R, D]
+    mask = causal_mask(span.longest, span.prompt + span.longest, q).repeat(repeats, 1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+    return _real(out.unflatten(2, (repeats, -1)).transpose(1, 2).flatten(0, 1), span)
+
+
+def _padded(x: Tensor, span: Span) -> Tensor:
+    """[H, N, X] -> [H, G, R, X], with zeros behind the shorter responses."""
+    if len(span.real) < span.responses * span.longest:
+        full = x.new_zeros(len(x), span.responses * span.longest, x.shape[-1])
+        full[:, span.real] = x
+        x = full
+    return x.reshape(len(x), span.responses, span.longest, -1)
+
+
+def _real(x: Tensor, span: Span) -> Tensor:
+    """[H, G, R, X] -> [H, N, X]: undoes _padded."""
+    x = x.flatten(1, 2)
+    return x[:, span.real] if len(span.real) < x.shape[1] else x
+
+
+def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, shared: Layout) -> Tensor:
+    """[T, H, D], [T, Hkv, D] twice -> [T, H, D]: every segment is causal, aligned to the bottom right of its
+    K/V.
+    """
+    # Rotary embeddings leave fp32 behind under autocast, and flash kernels take 16 bits only.
+    dtype = (
+        torch.get_autocast_dtype("cuda") if query.dtype == torch.float32 and query.is_cuda else query.dtype
+    )
+    query = query.to(dtype)
+    key, value = (
+        _GatherSegments.apply(x, dtype, shared.kv_index, shared.by_source, shared.uses) for x in (key, value)
+    )
+    lengths = (shared.cu_q, shared.cu_k, shared.max_q, shared.max_k)
+    if attention_backend(query.device) == "flash_attn":
+        from flash_attn import flash_attn_varlen_func
+
+        exact = torch.are_deterministic_algorithms_enabled()
+        return flash_attn_varlen_func(
+            query, key, value, *lengths, softmax_scale=scaling, causal=True, deterministic=exact
+        )
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = {"enable_gqa": True}
+    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11 and 2.12
+        repeats, options = query.shape[1] // key.shape[1], {}
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    return varlen_attn(query, key, value, *lengths, scale=scaling, window_size=(-1, 0), **options)
+
+
+class _GatherSegments(torch.autograd.Function):
+    """x [T, Hkv, D] -> its rows in `dtype`, by segment. A prompt's rows serve G + 1 segments.
+
+    The backward adds their gradients in fp32 and always in the same order: no atomics, no rounding in
+    between.
+    """
+
+    @staticmethod
+    def forward(ctx, x, dtype, rows, by_source, uses):
+        ctx.save_for_backward(by_source, uses)
+        ctx.dtype = x.dtype
+        return x.to(dtype).index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        by_source, uses = ctx.saved_tensors
+        grad = grad.index_select(0, by_source).to(torch.promote_types(grad.dtype, torch.float32))
+        grad = torch.segment_reduce(grad, "sum", lengths=uses, axis=0, unsafe=True)
+        return grad.to(ctx.dtype), None, None, None, None
+
+
+SHARED_PREFIX = "shared_prefix"
+
+
+def uses_shared_prefix(model: nn.Module) -> bool:
+    """Whether a prepared model runs on packed groups; else it needs `pack(..., shared=False)`."""
+    return model.abilities.shared_prefix
+
+
+def use_attention(model: nn.Module, phase: str) -> None:
+    """Switches a model between "train" (packed groups) and "generate" (transformers' own attention with a
+    cache).
+    """
+    packed = phase == "train" and uses_shared_prefix(model)
+    model.set_attn_implementation(SHARED_PREFIX if packed else model.abilities.attention)
+
+
+def decoder_inputs(ids: Tensor, positions: Tensor, shared: object) -> dict:
+    """A forward pass's arguments; `shared` is what an attention of ours is told about rows and groups, or
+    None.
+    """
+    inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+    if shared is None:
+        return inputs
+    # A ready 4-d mask makes transformers build none of its own.
+    return inputs | {"attention_mask": torch.zeros(1, 1, 1, 1, device=ids.device), "shared": shared}

@@ -1,0 +1,352 @@
+"""Rollout engines: prompts -> sampled token ids and their log-probs. Three ways with one signature; see
+ENGINES.
+
+shared_prefix stores the K/V of a prompt once per group, whatever the number of copies, so a decode step reads
+and multiplies it once. generate is plain Hugging Face, the slow reference; continuous_batching is
+transformers' own scheduler. Every sampling rule is explicit here, so nothing of a model's generation_config
+(top_k, top_p, repetition penalty) can leak into the samples.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from kernel.attention import causal_attention, decoder_inputs, is_last_layer
+
+KEEP_SHARE = 0.75  # finished rows are dropped when fewer than this share of the rows is still alive
+BLOCK = 64  # response K/V grow by at least so many tokens, random numbers are drawn for so many
+PREFILL_TOKENS = 16384  # prompts are prefilled in rows of about so many tokens
+PLANNED_TOKENS = 1024  # how long responses are expected to become when the batch size is chosen
+CUDA_STEPS_PER_CHECK = (
+    16  # asking whether rows have finished waits for the GPU, so it is not asked at every step
+)
+PREFILL, DECODE = "group_prefill", "group_decode"  # entries of transformers' attention interface
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt to be answered. seed: of its own samples, so they depend on neither batch nor number of
+    ranks.
+    """
+
+    id: str
+    ids: list[int]
+    seed: int = 0
+
+
+# (model, prompts, copies of each (1 if greedy), temperature (0: greedy), max_new_tokens, stop ids) ->
+# (response ids, log-probs) of prompt 1 copy 1, prompt 1 copy 2, … The ids end with a stop id unless
+# max_new_tokens came first.
+Replies = list[tuple[list[int], list[float]]]
+Engine = Callable[[nn.Module, Sequence[Prompt], int, float, int, list[int]], Replies]
+
+
+# ---------------------------------------------------------------------------------------------- shared prefix
+
+
+@dataclass
+class GroupCache:
+    """K/V of n groups while they are decoded: each prompt once, each of the B responses on its own. Hkv heads
+    of size D.
+
+    prompt_k, prompt_v: per layer [n, Hkv, P, D], padded on the right; hidden [n, 1, 1, P] adds -inf there. k,
+    v: per layer [B, Hkv, R, D] with room for R tokens, of which later [R] hides those to come. group [B],
+    slot [B]: the group of each row and its place among the group's rows, at most `slots`. at [1]: where the
+    current token is written.
+    """
+
+    prompt_k: list[Tensor]
+    prompt_v: list[Tensor]
+    hidden: Tensor
+    k: list[Tensor]
+    v: list[Tensor]
+    later: Tensor
+    group: Tensor
+    slot: Tensor
+    slots: int
+    at: Tensor
+
+
+@dataclass
+class Prefill:
+    """What the prefill pass fills in: the cache's prompts, from `first` on, which lie in the row at (start,
+    length).
+
+    used: where each prompt's last token is (packing.trim_last_layer).
+    """
+
+    prompt_k: list[Tensor]
+    prompt_v: list[Tensor]
+    first: int
+    places: list[tuple[int, int]]
+    used: Tensor
+
+
+def _kernel_dtype(tensor: Tensor) -> torch.dtype:
+    """Rotary embeddings leave fp32 behind under autocast; K/V are stored in the dtype that is computed in."""
+    if tensor.is_cuda and torch.is_autocast_enabled("cuda"):
+        return torch.get_autocast_dtype("cuda")
+    return tensor.dtype
+
+
+def prefill_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, scaling: float,
+    shared: Prefill, **_,
+) -> tuple[Tensor, None]:
+    """Causal attention over prompts that lie in one row, each on its own; keeps their K/V. [1, H, T, D] ->
+    [1, T, H, D].
+    """
+    dtype = _kernel_dtype(query)
+    query, key, value = (x.to(dtype) for x in (query, key, value))
+    parts = []
+    for i, (start, length) in enumerate(shared.places, shared.first):
+        q, k, v = (x[:, :, start : start + length] for x in (query, key, value))
+        shared.prompt_k[module.layer_idx][i, :, :length] = k[0]
+        shared.prompt_v[module.layer_idx][i, :, :length] = v[0]
+        parts.append(causal_attention(q, k, v, scaling, is_last_layer(module)))
+    return torch.cat(parts, 2).transpose(1, 2), None
+
+
+def _scores(query: Tensor, key: Tensor) -> Tensor:
+    """[..., M, D] x [..., K, D] -> [..., M, K] float32, whatever the inputs' dtype."""
+    if query.dtype == torch.float32:
+        return query @ key.transpose(-1, -2)
+    shape = (*query.shape[:-1], key.shape[-2])
+    with torch.autocast(query.device.type, enabled=False):
+        if query.is_cuda:
+            flat = torch.bmm(
+                query.flatten(0, -3), key.flatten(0, -3).transpose(1, 2), out_dtype=torch.float32
+            )
+            return flat.view(shape)
+        return query.float() @ key.float().transpose(-1, -2)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Part of a softmax: (sum of exp(score - top) · value, sum of exp(score - top), top), to be merged with
+    others.
+    """
+    scores = _scores(query, key) + mask
+    top = scores.amax(-1, keepdim=True)
+    weights = scores.sub_(top).exp_()
+    return (weights.to(value.dtype) @ value).float(), weights.sum(-1, keepdim=True), top
+
+
+def decode_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, scaling: float, shared: GroupCache,
+    **_,
+) -> tuple[Tensor, None]:
+    """One new token per row: attention to the row's prompt and to its own response so far. -> [B, 1, H, D].
+
+    The rows of a group are multiplied with their prompt's K/V together, as one matrix, and the two partial
+    softmaxes are merged. Without host synchronisation, and with shapes that change only when rows leave or
+    the cache grows.
+    """
+    rows, heads, _, size = query.shape
+    kv_heads, layer, groups = key.shape[1], module.layer_idx, len(shared.hidden)
+    own_k, own_v = shared.k[layer], shared.v[layer]
+    own_k.index_copy_(2, shared.at, key.to(own_k.dtype))
+    own_v.index_copy_(2, shared.at, value.to(own_v.dtype))
+    query = (query * scaling).to(own_k.dtype).view(rows, kv_heads, heads // kv_heads, size)
+    own, own_sum, own_top = _attend(query, own_k, own_v, shared.later)
+    full = rows == groups * shared.slots  # rows lie group by group, so that a full grid is a view
+    if full:
+        grid = query.view(groups, shared.slots, *query.shape[1:])
+    else:
+        grid = query.new_zeros(groups, shared.slots, *query.shape[1:])
+        grid[shared.group, shared.slot] = query
+    flat = grid.transpose(1, 2).flatten(2, 3)  # [n, Hkv, slots · H/Hkv, D]
+    parts = _attend(flat, shared.prompt_k[layer], shared.prompt_v[layer], shared.hidden)
+    parts = [x.unflatten(2, (shared.slots, -1)).transpose(1, 2) for x in parts]
+    parts = [x.flatten(0, 1) if full else x[shared.group, shared.slot] for x in parts]
+    prompt, prompt_sum, prompt_top = parts
+    top = torch.maximum(own_top, prompt_top)
+    own_share, prompt_share = (own_top - top).exp(), (prompt_top - top).exp()
+    out = (own * own_share + prompt * prompt_share) / (own_sum * own_share + prompt_sum * prompt_share)
+    return out.view(rows, 1, heads, size).to(value.dtype), None
+
+
+def _forward(model: nn.Module, ids: Tensor, positions: Tensor, shared: Prefill | GroupCache) -> Tensor:
+    """Hidden states, with one of the two attentions above in every layer."""
+    return model.get_decoder()(**decoder_inputs(ids, positions, shared)).last_hidden_state
+
+
+def _head_size(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _attend_by(model: nn.Module, name: str, function: Callable) -> None:
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, lambda *args, **kwargs: None)
+    model.set_attn_implementation(name)
+
+
+def _prefill(model: nn.Module, prompts: Sequence[Prompt], copies: int) -> tuple[GroupCache, Tensor]:
+    """Every prompt once -> (the cache for `copies` rows of each, the logits [n, V] that predict their first
+    tokens).
+    """
+    _attend_by(model, PREFILL, prefill_attention)
+    config, weight = model.config, model.get_output_embeddings().weight
+    kv_heads = config.num_key_value_heads
+    size = _head_size(config)
+    dtype, groups, longest = _kernel_dtype(weight), len(prompts), max(len(p.ids) for p in prompts)
+
+    def room(rows: int, length: int) -> list[Tensor]:
+        shape = (rows, kv_heads, length, size)
+        return [
+            torch.zeros(shape, device=weight.device, dtype=dtype) for _ in range(config.num_hidden_layers)
+        ]
+
+    prompt_k, prompt_v, logits, at = room(groups, longest), room(groups, longest), [], 0
+    while at < groups:
+        ids, positions, places, first = [], [], [], at
+        while at < groups and (not ids or len(ids) + len(prompts[at].ids) <= PREFILL_TOKENS):
+            places.append((len(ids), len(prompts[at].ids)))
+            ids += prompts[at].ids
+            positions += range(len(prompts[at].ids))
+            at += 1
+        row = torch.tensor([ids, positions], device=weight.device)[:, None]
+        last = torch.tensor([start + length - 1 for start, length in places], device=weight.device)
+        hidden = _forward(model, row[0], row[1], Prefill(prompt_k, prompt_v, first, places, last))[0]
+        logits.append(model.get_output_embeddings()(hidden[last]))
+    lengths = torch.tensor([len(p.ids) for p in prompts], device=weight.device)
+    beyond = torch.arange(longest, device=weight.device) >= lengths[:, None]
+    cache = GroupCache(
+        prompt_k, prompt_v, torch.zeros(beyond.shape, device=weight.device).masked_fill(beyond, -torch.inf)[:, None, None],
+        room(groups * copies, BLOCK), room(groups * copies, BLOCK),
+        torch.full((BLOCK,), -torch.inf, device=weight.device),
+        torch.arange(groups, device=weight.device).repeat_interleave(copies),
+        torch.arange(copies, device=weight.device).repeat(groups), copies,
+        torch.zeros(1, dtype=torch.long, device=weight.device),
+    )
+    return cache, torch.cat(logits)
+
+
+def _make_room(cache: GroupCache) -> None:
+    """Half as much room again for the responses' K/V, and at least one block."""
+    more = max(BLOCK, len(cache.later) // 2 // BLOCK * BLOCK)
+    for layer in range(len(cache.k)):  # layer by layer, so that only one is held twice
+        cache.k[layer], cache.v[layer] = (F.pad(x[layer], (0, 0, 0, more)) for x in (cache.k, cache.v))
+    cache.later = F.pad(cache.later, (0, more), value=-torch.inf)
+
+
+def _drop_rows(cache: GroupCache, keep: Tensor) -> None:
+    """Leaves only the rows `keep` (ascending), and only the groups that still have one where that saves
+    enough.
+    """
+    group = cache.group[keep]
+    present, index, counts = group.unique(return_inverse=True, return_counts=True)
+    fewer = len(present) < KEEP_SHARE * len(cache.hidden)
+    for layer in range(len(cache.k)):
+        cache.k[layer], cache.v[layer] = (x[layer][keep] for x in (cache.k, cache.v))
+        if fewer:
+            cache.prompt_k[layer], cache.prompt_v[layer] = (
+                x[layer][present] for x in (cache.prompt_k, cache.prompt_v)
+            )
+    if fewer:
+        cache.hidden = cache.hidden[present]
+    starts = counts.cumsum(0) - counts
+    cache.group = index if fewer else group
+    cache.slot = torch.arange(len(keep), device=keep.device) - starts[index]
+    cache.slots = int(counts.max())
+
+
+@torch.no_grad()
+def shared_prefix(
+    model: nn.Module, prompts: Sequence[Prompt], copies: int, temperature: float, max_new_tokens: int,
+    stops: list[int],
+) -> Replies:
+    """The default engine. A sample depends on its prompt's seed alone: not on batch, engine settings or
+    ranks.
+    """
+    cache, logits = _prefill(model, prompts, copies)
+    _attend_by(model, DECODE, decode_attention)
+    rows, device = len(prompts) * copies, logits.device
+    logits = logits.repeat_interleave(copies, 0)
+    position = torch.tensor([len(p.ids) for p in prompts], device=device).repeat_interleave(copies)
+    noise, stop = uniform_numbers(prompts, copies, device), torch.tensor(stops, device=device)
+    alive = torch.arange(rows, device=device)  # which row of the result each row of the batch writes
+    tokens = torch.full((rows, max_new_tokens), -1, device=device)
+    logprobs = torch.zeros(rows, max_new_tokens, device=device)
+    running = torch.ones(rows, dtype=torch.bool, device=device)  # over the rows of the batch
+    every = CUDA_STEPS_PER_CHECK if device.type == "cuda" else 1
+    for step in range(max_new_tokens):
+        token, logprob = choose(logits, temperature, next(noise)[alive] if temperature > 0 else None)
+        tokens[alive, step] = torch.where(running, token, -1)
+        logprobs[alive, step] = logprob
+        running = running & ~torch.isin(token, stop)
+        if step + 1 == max_new_tokens:
+            break
+        if (step + 1) % every == 0:
+            left = int(running.sum())
+            if left == 0:
+                break
+            if left < KEEP_SHARE * len(alive):
+                keep = running.nonzero()[:, 0]
+                _drop_rows(cache, keep)
+                alive, token, position, running = alive[keep], token[keep], position[keep], running[keep]
+        if step == len(cache.later):
+            _make_room(cache)
+        cache.at.fill_(step)
+        cache.later.index_fill_(0, cache.at, 0.0)
+        hidden = _forward(model, token[:, None], position[:, None], cache)
+        logits = model.get_output_embeddings()(hidden[:, -1])
+        position = position + 1
+    counts = (tokens >= 0).sum(1).tolist()
+    return [(t[:n], lp[:n]) for t, lp, n in zip(tokens.tolist(), logprobs.tolist(), counts)]
+
+
+def rows_that_fit(model: nn.Module, prompt_tokens: int, copies: int, max_new_tokens: int) -> int:
+    """How many sequences can be decoded at once in the GPU's free memory; on the CPU as many as anybody
+    wants.
+
+    Planned for responses of PLANNED_TOKENS at most: few grow longer, and where too many do, the caller tries
+    half.
+    """
+    weight, config = model.get_output_embeddings().weight, model.config
+    if weight.device.type != "cuda":
+        return sys.maxsize
+    free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    size = _head_size(config)
+    per_token = (
+        2 * config.num_hidden_layers * config.num_key_value_heads * size * 2
+    )  # keys and values in 16 bits
+    per_row = per_token * (prompt_tokens / copies + min(max_new_tokens, PLANNED_TOKENS))
+    return max(1, int(0.8 * free / (per_row + 12 * config.vocab_size)))  # logits, their exponentials and sums
+
+
+def choose(logits: Tensor, temperature: float, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[B, V], [B] uniform numbers or None -> the chosen token [B] and its log-prob [B]. Temperature 0 takes
+    the maximum.
+
+    Inverse-CDF sampling: one number per token decides, so a sample depends on its own prompt's seed only.
+    """
+    scaled = logits.float() / (temperature or 1.0)
+    top = scaled.amax(-1, keepdim=True)
+    weights = (scaled - top).exp_()
+    if uniform is None:
+        token, total = scaled.argmax(-1, keepdim=True), weights.sum(-1)
+    else:
+        cdf = weights.cumsum(-1, dtype=torch.float64)
+        total = cdf[:, -1]
+        token = torch.searchsorted(cdf, (uniform * total)[:, None], right=True).clamp(
+            max=logits.shape[-1] - 1
+        )
+    return token[:, 0], (scaled.gather(-1, token) - top)[:, 0] - total.float().log()
+
+
+def uniform_numbers(prompts: Sequence[Prompt], copies: int, device: torch.device) -> Iterator[Tensor]:
+    """Endless [rows] vectors of uniform float64 numbers, drawn per prompt from a generator with its own
+    seed.
+    """
+    generators = [torch.Generator().manual_seed(p.seed) for p in prompts]
+    while True:
+        drawn = torch.cat([torch.rand(copies, BLOCK, generator=g, dtype=torch.float64) for g in generators])
+        yield from drawn.to(device).T
