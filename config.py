@@ -7,7 +7,6 @@ import difflib
 import inspect
 import math
 import re
-import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +17,17 @@ import yaml
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
-class ConfigError(ValueError):
+class UserError(ValueError):
+    """An error that the user can mend: run_script shows its message, one sentence, and no traceback."""
+
+
+class ConfigError(UserError):
     """A setting that cannot work; the message names the key and what to do."""
+
+
+def first_line(error: BaseException) -> str:
+    """The kind of an exception and the first line of its message; some libraries say pages."""
+    return f"{type(error).__name__}: {error}".strip().partition("\n")[0]
 
 
 def _key(default: Any, help: str):
@@ -28,28 +36,16 @@ def _key(default: Any, help: str):
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of grpo.py and sft.py. Defaults are the paper's (arXiv 2505.00024). YAML < --key
-    value.
-    """
+    """Every setting of grpo.py and sft.py. Defaults are the paper's (arXiv 2505.00024). YAML < --key value."""
 
     # what is trained, on what, where to
-    model: str = _key(
-        "Qwen/Qwen2.5-7B-Instruct", 'Hugging Face folder or hub id; "tiny" builds the demo model'
-    )
-    data: str = _key(
-        "", 'training files or hub ids, comma-separated (xLAM, ToolACE, ours, TRL, verl), or "synthetic"'
-    )
+    model: str = _key("Qwen/Qwen2.5-7B-Instruct", 'folder or hub id; "tiny" builds the demo\'s model')
+    data: str = _key("", 'training files or hub ids, comma-separated, of any layout; or "synthetic"')
     test_data: str = _key("", "held-out file; empty: test_share of data")
     test_share: float = _key(0.1, "share of the data held out for evaluation (paper: 90/10)")
-    data_from: float = _key(
-        0.0, "first share of the training records that is used, 0 to 1, in a random order fixed by seed"
-    )
-    data_to: float = _key(
-        1.0, "last share of them: 0 to 0.5 and 0.5 to 1 are two halves without a common record"
-    )
-    prompt_template: str = _key(
-        "", "file with a system prompt that has a {tools} slot; empty: the project's own"
-    )
+    data_from: float = _key(0.0, "first share of the training records that is used, 0 to 1, in an order by seed")
+    data_to: float = _key(1.0, "last share: 0 to 0.5 and 0.5 to 1 are halves without a common record")
+    prompt_template: str = _key("", "file with a system prompt that has a {tools} slot; empty: our own")
     run_dir: str = _key("runs/grpo", "where config, logs, samples, checkpoints and the final model go")
     resume: bool = _key(False, "go on from the latest checkpoint in run_dir")
     resume_step: int = _key(0, "go on from this step's checkpoint instead; 0: the latest")
@@ -58,115 +54,56 @@ class Config:
     # the method
     prompts_per_step: int = _key(1024, "P: prompts per rollout batch")
     group_size: int = _key(5, "G: completions per prompt")
-    minibatch_prompts: int = _key(
-        256, "prompts per optimizer update; 1024 / 256 = 4 updates per rollout batch"
-    )
+    minibatch_prompts: int = _key(256, "prompts per optimizer update; 1024 / 256 = 4 updates per rollout batch")
     epochs: float = _key(7.0, "passes over the training prompts; ignored when steps > 0")
     steps: int = _key(0, "rollout batches (sft.py: optimizer steps); 0: from epochs")
     lr: float = _key(1e-6, "AdamW learning rate, constant")
-    weight_decay: float = _key(0.0, "AdamW weight decay")
     max_grad_norm: float = _key(1.0, "gradient clipping by global norm")
     temperature: float = _key(0.7, "sampling temperature; also divides the logits of every log-prob")
     loss: str = _key("grpo", "row of losses.LOSSES: grpo, dr_grpo, dapo, gspo, cispo, rloo")
-    advantage: str = _key(
-        "", "row of losses.ADVANTAGES: group_std, group_mean, leave_one_out; empty: the loss's own"
-    )
-    aggregation: str = _key("", "mean over token, sequence, or a constant length; empty: the loss's own")
-    clip_eps: float = _key(0.0, "epsilon below the ratio 1; 0: the loss's own (grpo: 0.2)")
-    clip_eps_high: float = _key(0.0, "epsilon above it; 0: clip_eps, or the loss's own (dapo: 0.28)")
-    kl_coef: float = _key(
-        1e-3, "beta: weight of the KL to the frozen start model; 0: no reference (DAPO, Dr. GRPO)"
-    )
+    advantage: str = _key("", "row of losses.ADVANTAGES: group_std, group_mean, leave_one_out; empty: the loss's")
+    aggregation: str = _key("", "mean over token, sequence, or a constant length; empty: the loss's")
+    clip_eps: float = _key(0.0, "epsilon below the ratio 1; 0: the loss's (grpo: 0.2)")
+    clip_eps_high: float = _key(0.0, "epsilon above it; 0: clip_eps, or the loss's (dapo: 0.28)")
+    kl_coef: float = _key(1e-3, "beta: weight of the KL to the frozen start model; 0: no reference")
     kl: str = _key("k3", "row of losses.KLS, the estimate in the loss: k1, k2, k3")
-    reward: str = _key(
-        "binary", "row of reward.REWARDS (binary, no_reason, partial_format, ...) or file.py:function"
-    )
-    lenient: bool = _key(
-        False, "the reward compares numbers as the tools declare them: 2 equals 2.0 for a number"
-    )
-    shuffle_rewards: bool = _key(
-        False, "negative control: rewards are permuted within the batch; nothing may be learnt"
-    )
-    skip_zero_variance: bool = _key(
-        False, "leave groups with equal rewards out of the update, KL term included"
-    )
-    resample_rounds: int = _key(
-        0, "dynamic sampling (DAPO): how many times such groups are replaced by other prompts"
-    )
+    reward: str = _key("binary", "row of reward.REWARDS (binary, no_reason, ...) or file.py:function")
+    lenient: bool = _key(False, "compare numbers as the tools declare them: 2 equals 2.0 for a number")
+    shuffle_rewards: bool = _key(False, "negative control: permute rewards within the batch; nothing is learnt")
+    skip_zero_variance: bool = _key(False, "leave groups with equal rewards out of the update, KL included")
+    resample_rounds: int = _key(0, "dynamic sampling (DAPO): times such groups give way to other prompts")
     max_prompt_tokens: int = _key(4096, "longer prompts are counted and skipped")
     max_response_tokens: int = _key(8192, "longer completions are cut off and count as truncated")
     # speed, memory, many processes
-    rollout_engine: str = _key(
-        "shared_prefix", "row of engines.ENGINES: shared_prefix, generate, continuous_batching"
-    )
-    rollout_batch_size: int = _key(
-        256, "sequences decoded at once per rank; fewer where their K/V would not fit"
-    )
+    rollout_engine: str = _key("shared_prefix", "row of rollout.ENGINES: shared_prefix, generate, continuous_batching")
+    rollout_batch_size: int = _key(256, "sequences decoded at once per rank; fewer where their K/V do not fit")
     max_tokens_per_micro_batch: int = _key(16384, "tokens per forward/backward per rank; changes no result")
     gradient_checkpointing: bool = _key(True, "recompute activations in the backward: less memory, more time")
-    sharding: str = _key(
-        "full", "full: one shard per process; hsdp: shards inside a node, copies across nodes"
-    )
-    offload_optimizer: bool = _key(
-        False, "fp32 weights, gradients and AdamW's state in CPU memory; AdamW runs there"
-    )
-    offload_reference: bool = _key(False, "the reference's weights in CPU memory")
-    low_memory: bool = _key(False, "both of these: 7B on one 80 GB GPU")
-    trust_remote_code: bool = _key(
-        False, "run code that comes with the model; only for models whose code you have read"
-    )
+    sharding: str = _key("full", "full: one shard per process; hsdp: shards inside a node, copies across nodes")
+    offload: str = _key("", "kept in CPU memory: reference (its weights), or all (also weights, gradients, AdamW)")
+    trust_remote_code: bool = _key(False, "run code that comes with the model; read that code first")
     timeout_minutes: float = _key(60.0, "a rank that waits longer for the others stops the run")
-    threads: int = _key(0, "CPU threads per process; 0: torch's default")
     # looking and saving
-    eval_every: int = _key(
-        10, "greedy evaluation on the held-out cases every N steps; 0: only first and last"
-    )
-    eval_cases: int = _key(200, "held-out cases used by it")
-    bfcl: str = _key(
-        "", "folder with BFCL's data: evaluated along with the held-out cases, on a fixed subset"
-    )
+    eval_every: int = _key(10, "greedy evaluation every N steps; 0: only first and last")
+    eval_cases: int = _key(200, "cases of each evaluation: of every held-out split, of every benchmark")
+    bfcl: str = _key("", "folder with BFCL's data: a fixed subset is evaluated along with the held-out cases")
     apibank: str = _key("", "the same for API-Bank")
-    benchmark_cases: int = _key(10, "cases of each category of these benchmarks")
     save_every: int = _key(10, "checkpoint every N steps; 0: only at the end")
     keep_checkpoints: int = _key(2, "older ones are deleted, except the one with the best held-out accuracy")
-    background_save: bool = _key(
-        False, "write checkpoints while training goes on; takes CPU memory for a copy"
-    )
-    save_errors: str = _key("stop", "when a checkpoint cannot be written: stop, or go_on with a warning")
-    max_failed_steps: int = _key(5, "stop after this many consecutive steps without a finite gradient")
+    background_save: bool = _key(False, "write checkpoints while training goes on; takes CPU memory for a copy")
     log_samples: int = _key(64, "completions per step written to samples.jsonl and samples.html; 0: none")
-    plot_minutes: float = _key(1.0, "minutes between two drawings of curves.png; 0: at the end only")
-    trackers: str = _key(
-        "", "besides log.jsonl: tensorboard, wandb or both, comma-separated, where installed"
-    )
-    alarm_entropy: float = _key(
-        0.01, "warn when the entropy per token falls below this; 0, here and below: never"
-    )
-    alarm_length: float = _key(0.5, "warn when the mean completion exceeds this share of max_response_tokens")
-    alarm_think: float = _key(0.5, "warn when fewer completions than this share have a thought")
-    alarm_empty: float = _key(0.9, "warn when more completions than this share call nothing")
-    alarm_kl: float = _key(1.0, "warn when the KL to the start model exceeds this, in nats per token")
+    trackers: str = _key("", "besides log.jsonl: tensorboard, wandb or both, comma-separated")
     # supervised fine-tuning (sft.py)
     sft_batch: int = _key(32, "examples per optimizer step")
-    sft_lr: float = _key(2e-5, "learning rate of sft.py and of the demo's warm-up")
-    sft_reason: bool = _key(
-        True, "imitate whole replies; false: the bare calls alone (the paper's No-Reason SFT)"
-    )
-    sft_decay: bool = _key(True, "let sft_lr fall linearly to 0 over the run")
+    sft_lr: float = _key(2e-5, "learning rate of sft.py and of the demo's warm-up; falls linearly to 0")
+    sft_reason: bool = _key(True, "imitate whole replies; false: bare calls alone (the paper's No-Reason SFT)")
     sft_flops: float = _key(0.0, "sft.py stops after this much training compute; 0: after steps or epochs")
     # the demo: a tiny model from nothing, on generated data
-    warmup_steps: int = _key(
-        0, "SFT steps on imperfect demonstrations before RL; for a model that knows nothing yet"
-    )
+    warmup_steps: int = _key(0, "SFT steps before RL, for a model that knows nothing yet")
     tiny_hidden: int = _key(96, "hidden size of the tiny model")
-    tiny_layers: int = _key(3, "layers of the tiny model")
-    tiny_vocab: int = _key(800, "tokens of its tokenizer")
-    synthetic_flaws: float = _key(
-        1.0, "factor on the rates of the demonstrations' flaws; 0: they are all right"
-    )
+    synthetic_flaws: float = _key(1.0, "factor on the rates of the demonstrations' flaws; 0: all are right")
     synthetic_thoughts: float = _key(1.0, "share of the demonstrations that think before they call")
     synthetic_train: int = _key(1000, "generated training queries")
-    synthetic_test: int = _key(150, "generated held-out cases, in each of the two splits")
 
 
 def load_config(arguments: list[str]) -> Config:
@@ -177,8 +114,7 @@ def load_config(arguments: list[str]) -> Config:
     values: dict[str, Any] = {}
     pairs = _pairs(arguments)
     if any(key == "help" for key, _ in pairs):
-        print("usage: python grpo.py or sft.py [--config FILE.yaml] [--key value …]; a key alone is true")
-        print("grpo.py also: --doctor, --plan [--help], --export CHECKPOINT OUT\n")
+        print("usage: python grpo.py or sft.py [--config FILE.yaml] [--key value …]; a key alone is true\n")
         for f in dataclasses.fields(Config):
             print(f"--{f.name:<28}{f.default!r:<30} {f.metadata['help']}")
         raise SystemExit(0)
@@ -266,12 +202,16 @@ def check_positions(config: Config, positions: int) -> None:
         )
 
 
+def count_steps(config: Config, examples: int, batch: int) -> int:
+    """`steps`, or as many batches as `epochs` passes over the examples fill."""
+    return config.steps or max(1, math.ceil(config.epochs * examples / batch))
+
+
 def _check(c: Config) -> None:
     """Refuses settings that cannot work together, before anything is loaded."""
     positive = (
-        "prompts_per_step group_size minibatch_prompts max_prompt_tokens max_response_tokens rollout_batch_size sft_batch "
-        "max_tokens_per_micro_batch temperature keep_checkpoints benchmark_cases max_failed_steps timeout_minutes "
-        "tiny_layers tiny_hidden tiny_vocab"
+        "prompts_per_step group_size minibatch_prompts max_prompt_tokens max_response_tokens temperature "
+        "rollout_batch_size max_tokens_per_micro_batch timeout_minutes eval_cases keep_checkpoints sft_batch tiny_hidden"
     )
     for key in positive.split():
         if getattr(c, key) <= 0:
@@ -280,9 +220,9 @@ def _check(c: Config) -> None:
         value = getattr(c, f.name)
         if isinstance(value, (int, float)) and value < 0:
             raise ConfigError(f"{f.name} must not be negative, not {value}")
-    for key, values in (("save_errors", ("stop", "go_on")), ("sharding", ("full", "hsdp"))):
+    for key, values in (("offload", ("", "reference", "all")), ("sharding", ("full", "hsdp"))):
         if getattr(c, key) not in values:
-            raise ConfigError(f"{key} must be {' or '.join(values)}, not {getattr(c, key)!r}")
+            raise ConfigError(f"{key} must be {' or '.join(filter(None, values))}, not {getattr(c, key)!r}")
     if c.resume_step and not c.resume:
         raise ConfigError("resume_step needs --resume true")
     if c.clip_eps > 1:
@@ -308,7 +248,7 @@ def _check(c: Config) -> None:
 
 
 def settings_table() -> str:
-    """Every setting as Markdown tables, one under each section comment of Config: a part of REFERENCE.md."""
+    """Every setting as Markdown tables, one under each section comment of Config: docs/settings.md."""
     lines, fields = [], {f.name: f for f in dataclasses.fields(Config)}
     for line in inspect.getsource(Config).splitlines():
         if section := re.match(r"    # (.*)", line):
@@ -321,11 +261,5 @@ def settings_table() -> str:
     return "\n".join(lines).strip()
 
 
-if __name__ == "__main__":  # python config.py REFERENCE.md
-    page = Path(sys.argv[1] if sys.argv[1:] else "")
-    text = page.read_text(encoding="utf-8") if page.is_file() else ""
-    before, begin, rest = text.partition("<!-- settings -->\n")
-    if not begin:
-        sys.exit("usage: python config.py REFERENCE.md; the page must have the marks of the table")
-    end = rest[rest.index("<!-- end of settings -->") :]
-    page.write_text(f"{before}{begin}\n{settings_table()}\n\n{end}", encoding="utf-8")
+if __name__ == "__main__":  # python config.py > docs/settings.md
+    print(f"# Settings\n\n{(Config.__doc__ or '').strip()}\n\n{settings_table()}")

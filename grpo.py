@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from config import Config, ConfigError, check_positions, load_config
 from corpus.examples import Splits, Tokenized
-from corpus.sources import DataError, append_jsonl, read_jsonl
+from corpus.sources import append_jsonl, read_jsonl
 from data import load_splits, tokenize_splits
 from distributed.batches import (
     Group,
@@ -44,14 +44,14 @@ from distributed.batches import (
     sampler_difference,
     shuffled,
 )
-from distributed.checkpoint import CheckpointError, Saver, choose_step, latest_checkpoint, load_checkpoint
-from distributed.fsdp import full_tensor, release, whole
+from distributed.checkpoint import Saver, choose_step, latest_checkpoint, load_checkpoint
+from distributed.fsdp import full_tensor, gathered_weights, release
 from distributed.ranks import Clock, Ranks, StopFlag, run_script, start_ranks
 from evals.in_training import JudgedPrompt, evaluate, evaluate_benchmark, load_benchmarks
 from kernel.attention import attention_backend, uses_shared_prefix
 from kernel.decode import Prompt
 from losses import ADVANTAGES, AGGREGATIONS, KLS, Loss, loss_of, policy_loss
-from model import ModelError, count_parameters, load_tokenizer, token_logprobs
+from model import count_parameters, load_tokenizer, token_logprobs
 from ops import doctor, plan
 from ops.checks import Start, check_names
 from ops.export import export_checkpoint, write_model
@@ -59,10 +59,12 @@ from ops.monitor import Monitor, attempt, open_monitor, report
 from ops.plot import headline, summarize, was_evaluated
 from ops.run_dir import cut_log, open_run
 from ops.samples_page import write_page
-from prompts import PromptError, check_tokenizer, load_template
-from reward import Reward, RewardError, RewardFunction, reward_function
+from prompts import check_tokenizer, load_template
+from reward import Reward, RewardFunction, reward_function
 from rollout import rollout_metrics, sample_groups, sample_rows, speed_metrics
 from sft import load_policy, note_best, save_or_stop, start_model, warm_up
+
+MAX_FAILED_STEPS = 5  # so many steps in a row without a finite gradient end the run
 
 # ------------------------------------------------------------------------------------------- phases of a step
 
@@ -257,9 +259,9 @@ def stop_on_failures(run: Run, step: int, metrics: dict[str, float], rows: list[
     """Ends the run, with the batch saved, when too many steps in a row had no finite gradient."""
     failed = not metrics["updates"] and metrics["updates_skipped_nonfinite"]
     run.state["failed"] = run.state.get("failed", 0) + 1 if failed else 0
-    if run.state["failed"] < run.config.max_failed_steps:
+    if run.state["failed"] < MAX_FAILED_STEPS:
         return
-    path, first = run.folder / f"nonfinite_step_{step}.jsonl", step - run.config.max_failed_steps + 1
+    path, first = run.folder / f"nonfinite_step_{step}.jsonl", step - MAX_FAILED_STEPS + 1
     if run.ranks.main:
         append_jsonl(path, rows)
     raise ConfigError(
@@ -273,11 +275,11 @@ def sample_and_score(
     """Collective. Completions of the prompts at these places of the step's batch, and their rewards."""
     config = run.config
     prompts = [Prompt(t.example.id, t.ids, prompt_seed(config.seed, step, p)) for t, p in zip(items, places)]
-    with clock("rollout"), whole(run.policy) as policy:
+    with clock("rollout"), gathered_weights(run.policy) as policy:
         groups = sample_groups(
             policy, run.tokenizer, prompts, group_size=config.group_size, temperature=config.temperature,
             max_new_tokens=config.max_response_tokens, batch_size=config.rollout_batch_size,
-            engine=config.rollout_engine, progress=run.ranks.main, beat=run.ranks.beat,
+            engine=config.rollout_engine, progress=run.ranks.main, heartbeat=run.ranks.heartbeat,
         )
     with clock("reward"):
         return groups, score_groups(groups, items, run.reward)
@@ -331,7 +333,7 @@ def finish_step(run: Run, metrics: dict[str, float], rows: list[dict], last: boo
 def evaluate_all(run: Run, clock: Clock) -> dict[str, float]:
     """Collective. Greedy accuracy on every held-out split and benchmark subset."""
     results: dict[str, float] = {}
-    with clock("evaluate"), whole(run.policy) as policy:
+    with clock("evaluate"), gathered_weights(run.policy) as policy:
         for name, examples in run.held_out.items():
             results |= evaluate(policy, run.tokenizer, examples, run.config, run.ranks, name)
         for name, cases in run.benchmarks.items():
@@ -396,7 +398,7 @@ def set_up(config: Config, ranks: Ranks, examined: bool = False) -> Run:
     reference = load_policy(start, config, ranks, frozen=True).eval() if config.kl_coef else None
     check_positions(config, policy.config.max_position_embeddings)
     optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True
+        policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True
     )
     state = {"step": 0, "seconds": earlier[1]["seconds"] if earlier else 0.0, "flops": 0.0}
     if checkpoint:
@@ -437,7 +439,7 @@ def main(arguments: list[str]) -> None:
     if "--plan" in arguments:
         return plan.main([word for word in arguments if word != "--plan"])
     config = load_config([word for word in arguments if word != "--doctor"])
-    ranks = start_ranks(config.timeout_minutes, config.threads)
+    ranks = start_ranks(config.timeout_minutes)
     if "--doctor" in arguments:
         check_names(config)
         return doctor.main(config, ranks, dry_run, total_steps)
@@ -454,4 +456,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, (CheckpointError, ConfigError, DataError, ModelError, PromptError, RewardError))
+    run_script(main)

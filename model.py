@@ -30,6 +30,7 @@ from transformers import (
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging as transformers_logging
 
+from config import UserError
 from kernel.attention import (
     SHARED_PREFIX,
     UnsupportedAttention,
@@ -50,7 +51,7 @@ PROBE = [
 PROBE_ERROR = 1e-3  # relative; fp32 rounding stays far below, a wrong mask or position far above
 
 
-class ModelError(ValueError):
+class ModelError(UserError):
     """A model or tokenizer that cannot be used; the message says which and what to do."""
 
 

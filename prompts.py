@@ -14,6 +14,8 @@ from typing import Any
 
 import jinja2
 
+from config import UserError
+
 THINK, END_THINK = "<think>", "</think>"
 CALL, END_CALL = "<tool_call>", "</tool_call>"
 TAGS = (THINK, END_THINK, CALL, END_CALL)
@@ -59,7 +61,7 @@ not "true", a list [1, 2] and not "[1, 2]". If no tool applies, finish with <too
 """
 
 
-class PromptError(ValueError):
+class PromptError(UserError):
     """A template, tokenizer or conversation that cannot be rendered; the message says which and what to
     do.
     """

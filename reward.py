@@ -23,6 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from config import UserError
 from corpus.schema import lenient_arguments
 from prompts import (
     LLAMA_MARKER,
@@ -36,7 +37,7 @@ from prompts import (
 )
 
 
-class RewardError(ValueError):
+class RewardError(UserError):
     """A reward function, variant or file that cannot be used; the message says which and what to do."""
 
 

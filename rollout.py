@@ -41,13 +41,13 @@ PEAK_TFLOPS = {
 def sample_groups(
     model: nn.Module, tokenizer, prompts: Sequence[Prompt], *, group_size: int, temperature: float,
     max_new_tokens: int, batch_size: int, engine: str = "shared_prefix", progress: bool = False,
-    beat: Callable[[], None] = lambda: None,
+    heartbeat: Callable[[], None] = lambda: None,
 ) -> list[Group]:
     """`group_size` completions of every prompt, in the order of `prompts`.
 
     temperature: 0 is greedy. batch_size: sequences decoded at once; whole groups stay together, and prompts
     of similar length share a batch, so little is padded; on CUDA fewer at once where their K/V would not fit.
-    engine: a key of engines.ENGINES. beat: called after every batch. The model is left as it came (train or
+    engine: a key of engines.ENGINES. heartbeat: called after every batch. The model is left as it came (train or
     eval mode, attention).
     """
     stops, was_training = stop_ids(tokenizer), model.training
@@ -86,7 +86,7 @@ def sample_groups(
                         prompt, [ids for ids, _ in own], [lp for _, lp in own], texts, truncated
                     )
                 bar.update(len(batch))
-                beat()
+                heartbeat()
     finally:
         use_attention(model, "train")
         model.train(was_training)

@@ -21,31 +21,29 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from config import Config, ConfigError, load_config
+from config import Config, load_config
 from corpus.examples import Example, Splits, Tokenized
-from corpus.sources import DataError, append_jsonl
-from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
+from corpus.sources import append_jsonl
+from corpus.tiny_model import LAYERS, VOCABULARY, build_tiny_model, build_tiny_tokenizer
 from data import load_splits, tokenize_splits
 from distributed.batches import batch_for_step, share_out
 from distributed.checkpoint import (
-    CheckpointError,
     Saver,
     choose_step,
     latest_checkpoint,
     load_checkpoint,
-    stop_or_warn,
+    raise_problem,
 )
-from distributed.fsdp import full_tensor, load_sharded, make_mesh, whole
+from distributed.fsdp import full_tensor, gathered_weights, load_sharded, make_mesh
 from distributed.ranks import Clock, Interrupted, Ranks, StopFlag, run_script, start_ranks
 from evals.in_training import evaluate
 from kernel.attention import uses_shared_prefix
 from kernel.packing import micro_batches, pack
-from model import ModelError, count_parameters, load_tokenizer, token_logprobs
+from model import count_parameters, load_tokenizer, token_logprobs
 from ops.export import export, write_model
 from ops.monitor import Monitor, close_monitor, open_monitor, report, tracker_names
-from ops.run_dir import cut_log, open_run, whole_folder
+from ops.run_dir import atomic_folder, cut_log, open_run
 from prompts import (
-    PromptError,
     check_tokenizer,
     encode_reply,
     load_template,
@@ -192,7 +190,7 @@ def begin(
     """
     groups = encode_replies(tokenizer, data.train, config, quiet=not ranks.main)
     optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=config.sft_lr, weight_decay=config.weight_decay, betas=(0.9, 0.95), fused=True
+        policy.parameters(), lr=config.sft_lr, weight_decay=0.0, betas=(0.9, 0.95), fused=True
     )
     saver = Saver(folder, ranks, config.keep_checkpoints, config.background_save)
     state, checkpoint = {"method": "sft", "step": 0, "flops": 0.0, "seconds": 0.0}, latest_checkpoint(folder)
@@ -220,7 +218,7 @@ def learning_rate(run: Run) -> float:
     config, state = run.config, run.state
     progress = state["flops"] / config.sft_flops if config.sft_flops else state["step"] / run.steps
     return (
-        config.sft_lr * min(1.0, (state["step"] + 1) / RAMP_STEPS) * (1 - progress if config.sft_decay else 1)
+        config.sft_lr * min(1.0, (state["step"] + 1) / RAMP_STEPS) * (1 - progress)
     )
 
 
@@ -275,7 +273,7 @@ def save_or_stop(run, last: bool, clock: Clock) -> None:
     """
     config, step, problem = run.config, run.state["step"], ""
     with clock("save"):
-        stopping = run.stop.agreed(run.ranks)
+        stopping = run.stop.requested(run.ranks)
         if last or stopping or (config.save_every and step % config.save_every == 0):
             problem = run.saver.save(run.state, run.policy, run.tokenizer, run.optimizer)
         if last or stopping:
@@ -284,7 +282,7 @@ def save_or_stop(run, last: bool, clock: Clock) -> None:
         if run.monitor:
             close_monitor(run.monitor)
         run.ranks.gather(None)  # torchrun signals who is still drawing when another rank has ended
-    stop_or_warn(problem, stopping or config.save_errors == "stop", run.ranks)
+    raise_problem(problem)
     if stopping and not last:
         raise Interrupted(config.run_dir, step)
 
@@ -294,7 +292,7 @@ def evaluate_held_out(run: Run, clock: Clock) -> dict[str, float]:
     results: dict[str, float] = {}
     if not run.held_out:
         return results
-    with clock("evaluate"), whole(run.policy) as policy:
+    with clock("evaluate"), gathered_weights(run.policy) as policy:
         for name, examples in run.held_out.items():
             results |= evaluate(policy, run.tokenizer, examples, run.config, run.ranks, name)
     return results
@@ -322,13 +320,13 @@ def start_model(config: Config, splits: Splits, template: str, ranks: Ranks) -> 
     if config.model != "tiny":
         return config.model, config.warmup_steps > 0
     if ranks.main and not (warm / "start").exists():
-        with whole_folder(warm / "start") as folder:
+        with atomic_folder(warm / "start") as folder:
             bare = build_tiny_tokenizer([], 0)  # knows bytes only, but has the chat template
             texts = [render_prompt(bare, e.messages, e.tools, template) for e in splits.train]
             texts += [text for example in splits.train for text in example.demonstrations]
-            tokenizer = build_tiny_tokenizer(texts, config.tiny_vocab)
+            tokenizer = build_tiny_tokenizer(texts, VOCABULARY)
             export(
-                build_tiny_model(tokenizer, config.tiny_hidden, config.tiny_layers, config.seed), tokenizer,
+                build_tiny_model(tokenizer, config.tiny_hidden, LAYERS, config.seed), tokenizer,
                 folder,
             )
     ranks.gather(None)
@@ -354,7 +352,7 @@ def warm_up(config: Config, path: str, tokenizer, data: Splits, ranks: Ranks, st
 
 def load_policy(path: str, config: Config, ranks: Ranks, frozen: bool = False) -> nn.Module:
     """Collective. The model to train, or the frozen reference, sharded as the settings say."""
-    offload = config.low_memory or (config.offload_reference if frozen else config.offload_optimizer)
+    offload = config.offload == "all" or (frozen and config.offload == "reference")
     return load_sharded(
         path, make_mesh(ranks, config.sharding), ranks.device, frozen=frozen, offload=offload,
         gradient_checkpointing=config.gradient_checkpointing and not frozen, trust_remote_code=config.trust_remote_code,
@@ -366,7 +364,7 @@ def main(arguments: list[str]) -> None:
     config = load_config(arguments)
     tracker_names(config)
     template, splits = load_template(config.prompt_template), load_splits(config)
-    ranks = start_ranks(config.timeout_minutes, config.threads)
+    ranks = start_ranks(config.timeout_minutes)
     run_dir, stop = open_run(config, ranks), StopFlag()
     choose_step(run_dir, config.resume_step, ranks)
     done = latest_checkpoint(run_dir)
@@ -388,4 +386,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, (CheckpointError, ConfigError, DataError, ModelError, PromptError))
+    run_script(main)

@@ -174,7 +174,7 @@ def save_fails(site: Site, name: str, *, fault: str, rank: int, why: str, go_on:
     """
     step, setting = 3, "go_on" if go_on else "stop"
     with launch(
-        site, name, (fault, step, rank % site.ranks), save_errors=setting, keep_checkpoints=STEPS
+        site, name, (fault, step, rank % site.ranks), keep_checkpoints=STEPS
     ) as job:
         if not go_on:
             is_refused(job, "step_3 was not saved", why, "complete ones: step_1, step_2")

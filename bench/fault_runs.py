@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 WORKER = Path(__file__).with_name("fault_worker.py")
 STEPS = 6
 SETTINGS = dict(
-    config="configs/tiny.yaml", warmup_steps=0, synthetic_train=40, synthetic_test=4, steps=STEPS, prompts_per_step=4,
+    config="configs/tiny.yaml", warmup_steps=0, synthetic_train=40, eval_cases=4, steps=STEPS, prompts_per_step=4,
     minibatch_prompts=4, group_size=4, max_response_tokens=16, max_tokens_per_micro_batch=BUDGET, save_every=1,
     keep_checkpoints=3, log_samples=1000, reward="bench/fault_worker.py:vowels",
 )
@@ -73,7 +73,7 @@ def open_site(folder: Path, ranks: int = 2, quick: bool = False) -> Iterator[Sit
     try:
         site = Site(folder, ranks, server)
         with launch(
-            site, "start", script="sft", ranks=1, model="tiny", tiny_hidden=32, tiny_layers=1, steps=2
+            site, "start", script="sft", ranks=1, model="tiny", tiny_hidden=32, steps=2
         ) as job:
             ends_well(job)
         with launch(site, "whole") as job:

@@ -130,7 +130,7 @@ def command(part: Part, seed: int, folder: Path, start: Path | None, flops: floa
         "--overwrite",
         "true",
     ]
-    words += ["--save_every", "0", "--log_samples", "0", "--plot_minutes", "0", *part.options]
+    words += ["--save_every", "0", "--log_samples", "0", *part.options]
     words += ["--model", str(start / "model")] if start else []
     return words + (["--sft_flops", repr(part.budget * flops)] if part.budget else [])
 

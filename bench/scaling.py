@@ -73,7 +73,7 @@ def settings(args: argparse.Namespace, model: Path, prompts: int) -> dict[str, o
         model=model, data="synthetic", prompt_template=ROOT / "configs" / "tiny_prompt.txt", prompts_per_step=prompts,
         minibatch_prompts=prompts, group_size=args.copies, temperature=1.0, max_prompt_tokens=2000,
         max_response_tokens=args.response, max_tokens_per_micro_batch=args.micro_batch, gradient_checkpointing="false",
-        lr=1e-6, kl_coef=1e-3, threads=1, synthetic_train=64, synthetic_test=2, eval_cases=2, timeout_minutes=5,
+        lr=1e-6, kl_coef=1e-3, synthetic_train=64, eval_cases=2, timeout_minutes=5,
     )
 
 

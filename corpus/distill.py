@@ -33,9 +33,9 @@ from distributed.ranks import run_script
 from evals.predict import describe_author
 from evals.report import positive
 from kernel.decode import Prompt
-from model import ModelError, load_model, load_tokenizer
-from prompts import PromptError, check_tokenizer, load_template
-from reward import REWARDS, RewardError, RewardFunction, reward_function
+from model import load_model, load_tokenizer
+from prompts import check_tokenizer, load_template
+from reward import REWARDS, RewardFunction, reward_function
 from rollout import ENGINES, sample_groups
 
 # Settings that decide a sample or its verdict: rows made with others are not mixed.
@@ -215,4 +215,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_script(main, (ConfigError, DataError, ModelError, PromptError, RewardError))
+    run_script(main)

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from config import UserError
+
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 # the data sets of the paper, so that no listing is needed where the file lies in the hub's cache already
 KNOWN = {
@@ -23,7 +25,7 @@ _SPACE = re.compile(r"\s*")
 _DECODER = json.JSONDecoder()
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A file that cannot be used; the message names the file, the line where there is one, and what to do."""
 
 

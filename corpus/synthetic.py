@@ -12,6 +12,8 @@ from corpus.examples import KINDS, Example, Splits
 from corpus.sources import DataError
 from prompts import ToolCall, parse_completion, render_completion
 
+TEST_QUERIES = 150  # held-out queries in each of the two splits
+
 # Every kind of value belongs to at least three tools, so that a value held back from one tool is still a
 # known word.
 VALUES: dict[str, tuple[str, ...]] = {
@@ -281,5 +283,5 @@ def synthetic_splits(config) -> Splits:
     queries = {example.messages[0]["content"] for example in train}
     held_out = {}
     for name, strict in (("held_out", False), ("strict", True)):
-        held_out[name] = synthetic(config.synthetic_test, config.seed + 10**6, strict, queries, copies=0)
+        held_out[name] = synthetic(min(TEST_QUERIES, config.eval_cases), config.seed + 10**6, strict, queries, copies=0)
     return Splits(train, held_out)

@@ -14,6 +14,7 @@ from transformers import (
 from model import prepare_model
 from prompts import END_TOKENS, TAGS
 
+LAYERS, VOCABULARY = 2, 800  # of the demo's model
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

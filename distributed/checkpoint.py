@@ -18,7 +18,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 import threading
 import warnings
 from pathlib import Path
@@ -36,6 +35,7 @@ from torch.distributed.checkpoint import (
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from tqdm import tqdm
 
+from config import UserError
 from distributed.fsdp import class_name, weights
 from distributed.ranks import Ranks, first_problem, torchrun_job
 
@@ -50,7 +50,7 @@ FAILURES = (
 )  # the first is a BaseException; the tokenizer's writer raises bare Exception
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint that is missing, damaged or of another model; the message names it and says what to do."""
 
 
@@ -219,14 +219,10 @@ class Saver:
                 _remove(self.run_dir / f"step_{step}", ".tmp")
 
 
-def stop_or_warn(problem: str, stop: bool, ranks: Ranks) -> None:
-    """What a run does about a sentence of its Saver: raises it as CheckpointError, or prints it and goes
-    on.
-    """
-    if problem and stop:
+def raise_problem(problem: str) -> None:
+    """Raises CheckpointError for a problem that all ranks agree on; the checkpoints before it are as they were."""
+    if problem:
         raise CheckpointError(problem)
-    if problem and ranks.main:
-        print(f"warning: {problem}", file=sys.stderr)
 
 
 def _point_to(folder: Path) -> None:

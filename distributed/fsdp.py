@@ -198,7 +198,7 @@ def release(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def whole(model: nn.Module) -> Iterator[nn.Module]:
+def gathered_weights(model: nn.Module) -> Iterator[nn.Module]:
     """Collective at entry. A twin of the model without hooks, over its gathered weights, in the compute
     dtype.
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from config import ConfigError
+from config import ConfigError, UserError
 
 
 class Interrupted(Exception):
@@ -58,31 +58,29 @@ class Ranks:
         """Collective. Element-wise sums over all ranks, in float64."""
         tensor = torch.tensor(list(values), dtype=torch.float64)
         dist.all_reduce(tensor)
-        self.beat()
+        self.heartbeat()
         return tensor.tolist()
 
     def gather(self, item: Any) -> list[Any]:
         """Collective. The items of all ranks, in rank order, on every rank."""
         items: list[Any] = [None] * self.world
         dist.all_gather_object(items, item)
-        self.beat()
+        self.heartbeat()
         return items
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """Tells the watchdog that something got done: for phases that may take longer than
         timeout_minutes.
         """
         if self.watchdog:
-            self.watchdog.beat()
+            self.watchdog.heartbeat()
 
 
-def start_ranks(timeout_minutes: float = 60.0, threads: int = 0) -> Ranks:
+def start_ranks(timeout_minutes: float = 60.0) -> Ranks:
     """Collective. Joins torchrun's process group, or makes one of a single process: one path for 1 and N."""
     single = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=0)
     if "RANK" not in os.environ:
         os.environ.update({key: str(value) for key, value in single.items()})
-    if threads:
-        torch.set_num_threads(threads)
     if (
         int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
         and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -119,7 +117,7 @@ def _prints() -> bool:
 
 
 class StopFlag:
-    """Set by SIGINT or SIGTERM; a second one ends the process at once. `agreed` makes all ranks stop at one
+    """Set by SIGINT or SIGTERM; a second one ends the process at once. `requested` makes all ranks stop at one
     step.
 
     A terminal or a scheduler may signal processes that torchrun signals too: what comes within a second is
@@ -142,12 +140,12 @@ class StopFlag:
                 2, b"\nstopping after this step; a second signal stops at once\n"
             )  # print() may not be re-entered
 
-    def agreed(self, ranks: Ranks) -> bool:
+    def requested(self, ranks: Ranks) -> bool:
         """Collective. Whether any rank was asked to stop."""
         return ranks.sum([float(self.signal)])[0] > 0
 
 
-def run_script(main: Callable[[list[str]], None], errors: tuple[type[Exception], ...]) -> None:
+def run_script(main: Callable[[list[str]], None]) -> None:
     """Runs a script's main; the named errors, lost processes and full memory end it with one sentence, not a
     traceback.
     """
@@ -156,7 +154,7 @@ def run_script(main: Callable[[list[str]], None], errors: tuple[type[Exception],
     try:
         main(sys.argv[1:])
         code = 0
-    except errors as error:
+    except UserError as error:
         message = f"error: {error}"
         if many and not _prints():  # the machine's first process may say the same
             _let_torchrun_end_us(5)
@@ -215,17 +213,17 @@ class Watchdog(threading.Thread):
 
     def enter(self, phase: str, step: int) -> None:
         """A phase begins; phases may be nested."""
-        self.beat()
+        self.heartbeat()
         self._phases.append(f"phase {phase} of step {step}")
 
-    def beat(self) -> None:
+    def heartbeat(self) -> None:
         """Something got done: the minutes count from now. For phases that may take longer than that."""
         self._beat = time.monotonic()
 
     def leave(self) -> None:
         """The innermost phase is over."""
         self._phases.pop()
-        self.beat()
+        self.heartbeat()
 
     def run(self) -> None:
         """The thread itself: looks every second."""

@@ -63,14 +63,14 @@ def load_benchmarks(
     judged: dict[str, list[tuple[Case, str, Callable[[str], bool]]]] = {}
     try:
         if config.bfcl:
-            problems = choose_problems(config.bfcl, ["single_turn"], config.benchmark_cases)
+            problems = choose_problems(config.bfcl, ["single_turn"], max(1, config.eval_cases // 20))
             judged["bfcl"] = [
                 (case, PARTS[problem.category], partial(_right, bfcl_check.check, problem))
                 for case, problem in zip(bfcl_cases(problems), problems)
             ]
         if config.apibank:
             golds = list(load_cases(config.apibank).values())
-            golds = choose_cases([gold for gold in golds if gold.history], "", config.benchmark_cases)
+            golds = choose_cases([gold for gold in golds if gold.history], "", max(1, config.eval_cases // 20))
             judged["apibank"] = [
                 (case, f"level{gold.level}", partial(_right, apibank_check.check, gold))
                 for case, gold in zip(apibank_cases(golds), golds)
@@ -112,7 +112,7 @@ def evaluate_benchmark(
     groups = sample_groups(
         model, tokenizer, [case.prompt for case in own], group_size=1, temperature=0,
         max_new_tokens=config.max_response_tokens, batch_size=config.rollout_batch_size, engine=config.rollout_engine,
-        beat=ranks.beat,
+        heartbeat=ranks.heartbeat,
     )
     totals = Counter(case.part for case in cases)
     hits = Counter(case.part for case, group in zip(own, groups) if case.judge(group.texts[0]))
@@ -138,7 +138,7 @@ def evaluate(
     groups = sample_groups(
         model, tokenizer, [Prompt(t.example.id, t.ids) for t in own], group_size=1, temperature=0,
         max_new_tokens=config.max_response_tokens, batch_size=config.rollout_batch_size, engine=config.rollout_engine,
-        beat=ranks.beat,
+        heartbeat=ranks.heartbeat,
     )
     hits, correct = Counter({kind: 0.0 for kind in KINDS}), 0
     for item, group in zip(own, groups):

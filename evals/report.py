@@ -19,6 +19,8 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
+from config import UserError
+
 Z = 1.959963984540054  # 97.5 % quantile of the normal distribution: intervals are two-sided, 95 %
 T_SMALL = {
     1: 12.7062,
@@ -27,7 +29,7 @@ T_SMALL = {
 FIELDS = ("group", "name", "accuracy", "low", "high", "correct", "n")  # of a row of scores.csv
 
 
-class ReportError(ValueError):
+class ReportError(UserError):
     """Input that a person must put right; the message is one sentence that says where and how."""
 
 

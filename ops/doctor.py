@@ -38,7 +38,6 @@ from ops.checks import (
     CHECKS,
     Check,
     Start,
-    check_bandwidth,
     check_ranks,
     check_shared,
     check_versions,
@@ -76,7 +75,6 @@ def main(config: Config, ranks: Ranks, dry_run: DryRun, count_steps: CountSteps)
     dry_run: sets up a run with the settings that it is given, without `brief`, and makes its first step.
     """
     found = guarded("versions", check_versions) + guarded("processes", check_ranks, config, ranks)
-    found += guarded("bandwidth", check_bandwidth, ranks)
     folder, check = make_folder(config, ranks)
     found.append(check)
     tell(found, ranks)

@@ -384,7 +384,7 @@ def _sharding(config: Config, a: Assumptions) -> tuple[int, int]:
 
 def _offloads(config: Config) -> tuple[bool, bool]:
     """Whether the optimizer (with weights and gradients) and the reference are on the CPU."""
-    return config.low_memory or config.offload_optimizer, config.low_memory or config.offload_reference
+    return config.offload == "all", bool(config.offload)
 
 
 def estimate(config: Config, shape: Shape, a: Assumptions) -> Plan:

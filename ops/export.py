@@ -19,7 +19,7 @@ from distributed.checkpoint import full_state
 from distributed.fsdp import class_name, full_tensor, weights
 from distributed.ranks import Ranks
 from model import load_tokenizer
-from ops.run_dir import git_state, whole_folder
+from ops.run_dir import atomic_folder, git_state
 from prompts import stop_ids
 
 # What a reader of the model card looks for, whether or not it differs from the defaults.
@@ -94,7 +94,7 @@ def write_model(
     full = gather_weights(policy, dtype)
     if ranks.main:
         card = model_card(config, state, evaluation, git_state(), data_manifest(config))
-        with whole_folder(path) as folder:
+        with atomic_folder(path) as folder:
             export_model(policy.config, full, tokenizer, folder, dtype, card)
     ranks.gather(None)
 
@@ -124,7 +124,7 @@ def export_checkpoint(arguments: list[str]) -> None:
     }
     card = model_card(config, state, evaluation, git, data_manifest(config))
     model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    with whole_folder(target) as folder:
+    with atomic_folder(target) as folder:
         export_model(model_config, full, load_tokenizer(str(source)), folder, torch.bfloat16, card)
     print(f"model: {target}")
 

@@ -86,6 +86,9 @@ def evaluation_line(record: dict) -> str:
 
 # ----------------------------------------------------------------------------------------------------- alarms
 
+PLOT_SECONDS = 60.0  # between two drawings of curves.png
+MAX_FAILED_STEPS = 5  # as grpo.py
+THRESHOLDS = dict(alarm_entropy=0.01, alarm_length=0.5, alarm_think=0.5, alarm_empty=0.9, alarm_kl=1.0)
 ALARMS = {  # setting: key of the record, whether low is bad, what it is, what it means and what to do
     "alarm_entropy": (
         "entropy", True, "entropy in nats per token",
@@ -127,7 +130,7 @@ def alarms(record: dict, active: frozenset[str], config: Config) -> tuple[list[s
     for setting, (key, low_is_bad, what, advice) in ALARMS.items():
         value, limit = (
             record.get(key, math.nan),
-            getattr(config, setting),
+            THRESHOLDS[setting],
         )  # NaN is neither too low nor too high
         said = f"{setting} {limit:g}"
         if setting == "alarm_length":
@@ -149,7 +152,7 @@ def alarms(record: dict, active: frozenset[str], config: Config) -> tuple[list[s
         on.add(NONFINITE)
         sentences.append(
             f"ALARM at step {step}: NaN or infinite: {', '.join(broken)}; updates with such gradients are skipped; if it "
-            f"goes on, lower lr, or start again from an earlier checkpoint; {config.max_failed_steps} steps without any "
+            f"goes on, lower lr, or start again from an earlier checkpoint; {MAX_FAILED_STEPS} steps without any "
             "update in a row end a run of grpo.py"
         )
     elif not broken and NONFINITE in on:
@@ -275,7 +278,7 @@ def open_monitor(config: Config, folder: Path, step: int, ranks: Ranks) -> Monit
             problem = str(error)
     if problem := first_problem(problem, ranks):
         raise ConfigError(problem)
-    wait = 60 * config.plot_minutes or math.inf
+    wait = PLOT_SECONDS
     return Monitor(config, folder, trackers, time.monotonic() + wait) if ranks.main else None
 
 
@@ -305,7 +308,7 @@ def refresh_picture(monitor: Monitor) -> None:
     drawn = attempt(str(target), partial(draw, [monitor.folder], target))
     now = time.monotonic()
     monitor.next_picture = (
-        now + max(60 * monitor.config.plot_minutes, 50 * (now - began)) if drawn else math.inf
+        now + max(PLOT_SECONDS, 50 * (now - began)) if drawn else math.inf
     )
 
 

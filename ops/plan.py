@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, ConfigError, check_positions, load_config
-from corpus.tiny_model import tiny_config
+from corpus.tiny_model import LAYERS, VOCABULARY, tiny_config
 from data import load_splits
 from distributed.fsdp import model_config
 from model import ModelError
@@ -74,7 +74,7 @@ def split_options(arguments: list[str]) -> tuple[Assumptions, list[str]]:
 def read_model_config(config: Config):
     """The model's config.json, from its folder or the hub; the sizes of model.build_tiny_model for "tiny"."""
     if config.model == "tiny":
-        return tiny_config(config.tiny_vocab, config.tiny_hidden, config.tiny_layers)
+        return tiny_config(VOCABULARY, config.tiny_hidden, LAYERS)
     try:
         return model_config(config.model, config.trust_remote_code)
     except ModelError as error:
@@ -126,9 +126,8 @@ def _remedies(config: Config) -> dict[str, Any]:
         remedies["gradient_checkpointing"] = True
     if config.sharding == "hsdp":
         remedies["sharding"] = "full"
-    if not config.low_memory:
-        remedies |= {"offload_reference": True} if config.kl_coef and not config.offload_reference else {}
-        remedies["low_memory"] = True
+    if config.offload != "all":
+        remedies["offload"] = "reference" if config.kl_coef and not config.offload else "all"
     return remedies
 
 

@@ -167,7 +167,7 @@ def cut_log(path: Path, step: int) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """Gives a folder beside `path` to write into and renames it at the end: a folder named `path` is always
     complete.
     """

@@ -71,10 +71,10 @@ def test_accuracy_is_over_all_ranks(monkeypatch):
     partial_sums = []
     for rank in (0, 1):
         total = lambda values: partial_sums.append(list(values)) or values  # noqa: E731
-        ranks = SimpleNamespace(rank=rank, world=2, sum=total, beat=None)
+        ranks = SimpleNamespace(rank=rank, world=2, sum=total, heartbeat=None)
         evaluate_benchmark(None, None, cases, Config(), ranks, "bfcl")
     assert [sum(pair) for pair in zip(*partial_sums)] == [2.0, 1.0]
-    alone = SimpleNamespace(rank=0, world=1, sum=list, beat=None)
+    alone = SimpleNamespace(rank=0, world=1, sum=list, heartbeat=None)
     entries = evaluate_benchmark(None, None, cases, Config(), alone, "bfcl")
     assert entries == {
         "bfcl/accuracy": 0.6, "bfcl/n": 5, "bfcl/accuracy_a": 2 / 3, "bfcl/n_a": 3, "bfcl/accuracy_b": 0.5, "bfcl/n_b": 2,

@@ -240,7 +240,7 @@ def test_a_part_is_drawn_by_the_seed_alone(tmp_path):
 
 
 def test_generated_data_has_parts_too():
-    size = dict(synthetic_train=20, synthetic_test=3)
+    size = dict(synthetic_train=20, eval_cases=3)
     whole, *halves = [part("synthetic", *bounds, **size) for bounds in ((0, 1), (0, 0.5), (0.5, 1))]
     assert [len(half.train) for half in halves] == [10, 10]
     assert sorted(ids_of([*halves[0].train, *halves[1].train])) == sorted(ids_of(whole.train))

@@ -31,9 +31,9 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).parents[1]
 TEMPLATE = load_template(str(ROOT / "configs" / "tiny_prompt.txt"))
 SMALL = Config(
-    model="tiny", data="synthetic", synthetic_train=60, synthetic_test=8, prompts_per_step=8, minibatch_prompts=8,
+    model="tiny", data="synthetic", synthetic_train=60, eval_cases=8, prompts_per_step=8, minibatch_prompts=8,
     group_size=4, rollout_batch_size=64, steps=20, max_prompt_tokens=400, max_response_tokens=100, save_every=0,
-    prompt_template=str(ROOT / "configs" / "tiny_prompt.txt"), tiny_hidden=16, tiny_layers=1, tiny_vocab=600,
+    prompt_template=str(ROOT / "configs" / "tiny_prompt.txt"), tiny_hidden=16,
 )
 
 
@@ -302,7 +302,7 @@ def test_a_disk_without_room(healthy, monkeypatch):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, share=share: Usage(0, 0, share * size))
         assert checks.check_disk(start).status == status, share
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 0))
-    assert checks.check_disk(with_config(start, save_errors="go_on")).status == "warning"
+    assert checks.check_disk(with_config(start)).status == "warning"
 
 
 def test_a_cpu_without_memory_is_a_warning(healthy, monkeypatch):
@@ -548,8 +548,8 @@ def test_other_ranks_findings_are_printed_too(tmp_path, capsys, monkeypatch):
 def test_a_doctor_run_as_users_start_it(tmp_path):
     """Two processes, one real step of the demo in small: exit code 0, and nothing is left behind."""
     settings = dict(
-        synthetic_train=60, synthetic_test=8, prompts_per_step=8, minibatch_prompts=8, group_size=4, steps=3,
-        tiny_hidden=32, tiny_layers=1, max_response_tokens=60, threads=1,
+        synthetic_train=60, eval_cases=8, prompts_per_step=8, minibatch_prompts=8, group_size=4, steps=3,
+        tiny_hidden=32, max_response_tokens=60,
     )
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     command = [

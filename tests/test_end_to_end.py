@@ -56,7 +56,7 @@ def write_task(folder: Path) -> dict[str, object]:
     (folder / "template.txt").write_text("{tools}")
     return dict(
         data=folder / "train.jsonl", test_data=folder / "test.jsonl", prompt_template=folder / "template.txt",
-        max_prompt_tokens=200, max_response_tokens=40, gradient_checkpointing="false", threads=1, seed=0,
+        max_prompt_tokens=200, max_response_tokens=40, gradient_checkpointing="false", seed=0,
         prompts_per_step=8, minibatch_prompts=8, group_size=8, temperature=1.0, lr=2e-4, steps=25,
         eval_every=0, save_every=0, log_samples=1000,
     )
@@ -90,7 +90,7 @@ def warmed_up_task(folder: Path) -> dict[str, object]:
     """
     settings = write_task(folder)
     tiny = dict(
-        model="tiny", tiny_hidden=64, tiny_layers=2, tiny_vocab=400, sft_lr=4e-3, sft_batch=4, steps=220
+        model="tiny", tiny_hidden=64, sft_lr=4e-3, sft_batch=4, steps=220
     )
     return settings | {"model": run_here(sft.main, settings | tiny | {"run_dir": folder / "sft"}) / "model"}
 

@@ -46,7 +46,7 @@ CPU = torch.device("cpu")
 def ranks() -> Iterator[Ranks]:
     """A process group of this process alone."""
     environment = dict(os.environ)
-    yield start_ranks(1.0, threads=1)
+    yield start_ranks(1.0)
     dist.destroy_process_group()
     os.environ.clear()
     os.environ.update(environment)
@@ -487,7 +487,7 @@ def task(tmp_path_factory) -> dict[str, object]:
     """A run that needs no model file; none of the tests below gets as far as a step."""
     folder = tmp_path_factory.mktemp("bad")
     return write_task(folder) | dict(
-        model="tiny", tiny_hidden=16, tiny_layers=1, tiny_vocab=300, run_dir=folder / "run"
+        model="tiny", tiny_hidden=16, run_dir=folder / "run"
     )
 
 
@@ -543,7 +543,7 @@ def test_a_resume_with_nothing_left_to_do_evaluates_once(tmp_path):
     came.
     """
     settings = write_task(tmp_path) | dict(
-        model="tiny", tiny_hidden=16, tiny_layers=1, tiny_vocab=300, warmup_steps=2, steps=3, prompts_per_step=4,
+        model="tiny", tiny_hidden=16, warmup_steps=2, steps=3, prompts_per_step=4,
         minibatch_prompts=4, group_size=2, max_response_tokens=60, eval_every=0, save_every=2, run_dir=tmp_path / "run",
     )
     run_here(grpo.main, settings)
@@ -563,7 +563,7 @@ def test_a_resume_with_nothing_left_to_do_evaluates_once(tmp_path):
 def test_an_old_run_stays_where_the_new_one_cannot_start(tmp_path):
     """With --overwrite, what is wrong with prompts or benchmarks must show before the old run is gone."""
     settings = write_task(tmp_path) | dict(
-        model="tiny", tiny_hidden=16, tiny_layers=1, tiny_vocab=300, warmup_steps=1
+        model="tiny", tiny_hidden=16, warmup_steps=1
     )
     settings |= dict(steps=1, prompts_per_step=4, minibatch_prompts=4, group_size=2, max_response_tokens=60)
     settings["run_dir"] = tmp_path / "a"

@@ -82,7 +82,7 @@ RUN: dict[str, dict[str, str]] = {
     "$DATA/train/toolace_first100_rawformat_reconstructed.json --max_prompt_tokens 2048 --max_response_tokens 128 "
     "--eval_cases 8 --gradient_checkpointing false": {"--steps 2": "--steps 1", "--eval_cases 8": "--eval_cases 1"},
     "python sft.py --config configs/qwen2.5-0.5b.yaml --data FILE --run_dir runs/sft --epochs 1": {
-        "FILE": "synthetic --synthetic_train 8 --synthetic_test 2 --max_response_tokens 8 --model runs/demo/model "
+        "FILE": "synthetic --synthetic_train 8 --eval_cases 2 --max_response_tokens 8 --model runs/demo/model "
         "--prompt_template configs/tiny_prompt.txt",
     },
     "python reward.py $DATA/../golden/reward_verdicts.jsonl.gz --variant tool_n1_v0 --out runs/rescored.jsonl": {},

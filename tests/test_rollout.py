@@ -626,7 +626,7 @@ def test_evaluate_counts_hits_by_kind(model, tokenizer, monkeypatch):
     monkeypatch.setattr(rollout, "score", hit)
     config = SimpleNamespace(max_response_tokens=2, rollout_batch_size=4, rollout_engine="shared_prefix")
     sums, beats = [], []
-    both = dict(world=2, beat=lambda: beats.append(1))  # a long evaluation tells the watchdog that it goes on
+    both = dict(world=2, heartbeat=lambda: beats.append(1))  # a long evaluation tells the watchdog that it goes on
     for rank in range(2):
         ranks = SimpleNamespace(rank=rank, sum=lambda values: sums.append(list(values)) or sums[-1], **both)
         rollout.evaluate(model, tokenizer, examples, config, ranks, "test")

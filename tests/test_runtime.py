@@ -23,7 +23,7 @@ from distributed import ranks as runtime
 from distributed import ranks as watch
 from distributed.batches import batch_for_step
 from distributed.ranks import Clock, Ranks, Watchdog, lost_processes, phase_of, run_script
-from ops.run_dir import cut_log, open_run, whole_folder
+from ops.run_dir import atomic_folder, cut_log, open_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -496,7 +496,7 @@ def test_a_log_that_broke_off_in_the_middle_of_a_line_can_be_resumed(tmp_path):
 
 def test_a_whole_folder_appears_at_once(tmp_path):
     target = tmp_path / "step_3"
-    with whole_folder(target) as folder:
+    with atomic_folder(target) as folder:
         write(folder / "a", "new")
         assert not target.exists()
     assert (target / "a").read_text() == "new" and os.listdir(tmp_path) == ["step_3"]
@@ -507,14 +507,14 @@ def test_a_folder_that_fails_half_way_leaves_the_old_one(tmp_path):
     starts clean.
     """
     target = tmp_path / "model"
-    with whole_folder(target) as folder:
+    with atomic_folder(target) as folder:
         write(folder / "a", "old")
-    with pytest.raises(OSError, match="disk full"), whole_folder(target) as folder:
+    with pytest.raises(OSError, match="disk full"), atomic_folder(target) as folder:
         write(folder / "a", "half")
         write(folder / "b", "half")
         raise OSError("disk full")
     assert {p.name: p.read_text() for p in target.iterdir()} == {"a": "old"}
-    with whole_folder(target) as folder:
+    with atomic_folder(target) as folder:
         assert not any(folder.iterdir())
         write(folder / "a", "new")
     assert {p.name: p.read_text() for p in target.iterdir()} == {"a": "new"} and os.listdir(tmp_path) == [
@@ -570,7 +570,7 @@ def test_the_watchdog_bites_when_a_phase_stands_still(monkeypatch, capfd):
 
 def test_the_watchdog_leaves_in_peace_what_moves_or_is_not_watched(monkeypatch):
     slow = [("enter", "rollout", 1)]
-    assert watched(monkeypatch, 160, at_10=slow, at_60=[("beat",)], at_110=[("beat",)]) == (0.0, "", 0)
+    assert watched(monkeypatch, 160, at_10=slow, at_60=[("heartbeat",)], at_110=[("heartbeat",)]) == (0.0, "", 0)
     assert watched(monkeypatch, 200, at_10=slow, at_60=[("leave",)]) == (0.0, "", 0)
     assert watched(monkeypatch, 100, at_50=slow) == (0.0, "", 0), (
         "the minutes count from the start of the phase"
@@ -591,7 +591,7 @@ def test_ranks_that_meet_make_progress(monkeypatch):
     beats: list[int] = []
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: None)
     monkeypatch.setattr(dist, "all_gather_object", lambda items, item: None)
-    ranks = Ranks(0, 2, torch.device("cpu"), SimpleNamespace(beat=lambda: beats.append(1)))
+    ranks = Ranks(0, 2, torch.device("cpu"), SimpleNamespace(heartbeat=lambda: beats.append(1)))
     ranks.sum([1.0])
     assert len(beats) == 1
     ranks.gather(None)

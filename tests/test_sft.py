@@ -42,7 +42,7 @@ ROOT = Path(__file__).parents[1]
 def ranks() -> Iterator[Ranks]:
     """A process group of this process alone."""
     environment = dict(os.environ)
-    yield start_ranks(1.0, threads=1)
+    yield start_ranks(1.0)
     dist.destroy_process_group()
     os.environ.clear()
     os.environ.update(environment)
@@ -174,7 +174,7 @@ def test_steps_or_epochs():
 
 @pytest.fixture
 def settings(tmp_path) -> dict[str, object]:
-    tiny = dict(model="tiny", tiny_hidden=16, tiny_layers=1, tiny_vocab=300, sft_lr=1e-2, sft_batch=4)
+    tiny = dict(model="tiny", tiny_hidden=16, sft_lr=1e-2, sft_batch=4)
     return write_task(tmp_path) | tiny | {"run_dir": tmp_path / "run", "steps": 6, "max_response_tokens": 40}
 
 
@@ -209,7 +209,7 @@ def test_a_resumed_run_is_the_straight_run_to_the_bit(settings, monkeypatch):
     broken = settings | {"run_dir": settings["run_dir"].with_name("broken")}
     calls = []
     with monkeypatch.context() as patch:
-        patch.setattr(sft.StopFlag, "agreed", lambda self, ranks: calls.append(1) or len(calls) == 4)
+        patch.setattr(sft.StopFlag, "requested", lambda self, ranks: calls.append(1) or len(calls) == 4)
         with pytest.raises(sft.Interrupted, match="--resume true"):
             run_here(sft.main, broken)
     assert [row["step"] for row in read_jsonl(broken["run_dir"] / "log.jsonl")] == [0, 1, 2, 3, 4]

@@ -33,7 +33,7 @@ from corpus.tiny_model import build_tiny_tokenizer
 from data import load_splits, tokenize_splits
 from distributed import fsdp as sharding
 from distributed.batches import Group, batch_for_step, prompt_seed
-from distributed.fsdp import full_tensor, load_sharded, make_mesh, skeleton, whole
+from distributed.fsdp import full_tensor, gathered_weights, load_sharded, make_mesh, skeleton
 from distributed.ranks import Ranks, start_ranks
 from kernel.attention import use_attention
 from kernel.decode import Prompt
@@ -233,7 +233,7 @@ def rollouts_between_change_no_bit(ranks: Ranks, folder: Path) -> None:
         model = load(ranks, folder / "qwen2").train()
 
         def sample(model=model):
-            with whole(model) as twin:
+            with gathered_weights(model) as twin:
                 for _ in range(3 * ranks.rank):
                     reply(twin, PROMPTS[: 1 + ranks.rank])
 
@@ -245,13 +245,13 @@ def samples_come_from_the_new_weights(ranks: Ranks, folder: Path) -> None:
     """A forward pass before the update leaves weights gathered: the twin must not be given those."""
     for name in ("qwen2", "llama3"):
         model = load(ranks, folder / name).train()
-        with whole(model) as twin:
+        with gathered_weights(model) as twin:
             before = reply(twin, PROMPTS)
         state = steps(model, ranks, functools.partial(token_logprobs, model, pack(GROUPS, CPU), 0.7), count=2)
         plain = load_model(str(folder / name), CPU)
         plain.load_state_dict(state, strict=False)
         for engine in ENGINES:
-            with whole(model) as twin:
+            with gathered_weights(model) as twin:
                 rows = reply(twin, PROMPTS, engine)
             for prompt, pair in zip(PROMPTS, zip(rows[::2], rows[1::2])):
                 packed = pack([(prompt.ids, [ids for ids, _ in pair])], CPU)
@@ -260,7 +260,7 @@ def samples_come_from_the_new_weights(ranks: Ranks, folder: Path) -> None:
                 assert_close(
                     chances, expected.detach(), atol=1e-5, rtol=0, msg=lambda text, e=engine: f"{e}: {text}"
                 )
-        with whole(model) as twin:
+        with gathered_weights(model) as twin:
             again = reply(twin, PROMPTS)
         assert max(abs(a - b) for (_, one), (_, two) in zip(before, again) for a, b in zip(one, two)) > 1e-3
 
@@ -270,7 +270,7 @@ def the_twin_is_plain_tied_and_freed(ranks: Ranks, folder: Path) -> None:
         sharding.KEEP_BYTES = keep
         for name in ("qwen2", "llama3"):
             model = load(ranks, folder / name).train()
-            with whole(model) as twin:
+            with gathered_weights(model) as twin:
                 assert type(twin) in (Qwen2ForCausalLM, LlamaForCausalLM) and not twin.training
                 assert not any(isinstance(part, FSDPModule) for part in twin.modules())
                 weights = list(twin.parameters())
@@ -288,7 +288,7 @@ def the_twin_is_plain_tied_and_freed(ranks: Ranks, folder: Path) -> None:
 def weights_are_freed_when_sampling_fails(ranks: Ranks, folder: Path) -> None:
     model = load(ranks, folder / "qwen2").train()
     try:
-        with whole(model) as twin:
+        with gathered_weights(model) as twin:
             weights = list(twin.parameters())
             raise KeyboardInterrupt
     except KeyboardInterrupt:
@@ -301,7 +301,7 @@ def offloaded_weights_train_the_same(ranks: Ranks, folder: Path) -> None:
     model = load(ranks, folder / "llama3", offload=True).train()
 
     def sample():
-        with whole(model) as twin:
+        with gathered_weights(model) as twin:
             reply(twin, PROMPTS)
 
     offloaded = steps(model, ranks, sample)
@@ -346,7 +346,7 @@ def copies_across_nodes_train_like_shards(ranks: Ranks, folder: Path) -> None:
         state = steps(model, ranks)
         for name in usual:
             assert_close(state[name], usual[name], atol=1e-6, rtol=0)
-        with whole(model) as twin:
+        with gathered_weights(model) as twin:
             assert_close(twin.lm_head.weight.detach(), state["lm_head.weight"], atol=0, rtol=0)
     del os.environ["LOCAL_WORLD_SIZE"]
 
@@ -581,7 +581,7 @@ def test_a_run_does_what_the_definition_says(name, world, folder, slow):
 def ranks():
     """A process group of this process alone."""
     environment = dict(os.environ)
-    yield start_ranks(1.0, threads=1)
+    yield start_ranks(1.0)
     dist.destroy_process_group()
     os.environ.clear()
     os.environ.update(environment)
