@@ -87,7 +87,7 @@ def token_logprobs(
     """
     if packed.layout is not None and not uses_shared_prefix(model):
         raise ValueError(
-            "this model does not run on packed groups: use pack(..., shared=uses_shared_prefix(model))"
+            "this model does not run on packed groups: use pack(..., share_prompt=uses_shared_prefix(model))"
         )
     # A sharded model gathers its weights around its own method (sharding.py).
     forward = getattr(model, "response_logprobs", None) or functools.partial(response_logprobs, model)
@@ -222,7 +222,7 @@ def probe(model: nn.Module) -> tuple[Abilities, list[str]]:
     """
     own, training = model.config._attn_implementation, model.training
     model.eval()
-    rows, limits = pack(PROBE, next(model.parameters()).device, shared=False), []
+    rows, limits = pack(PROBE, next(model.parameters()).device, share_prompt=False), []
     hidden, logits = _hidden(model, rows), model(**_inputs(rows)).logits.flatten(0, 1)[rows.predict]
     head = model.get_output_embeddings()
     head_only = isinstance(head, nn.Linear) and _near(F.linear(hidden, head.weight, head.bias), logits)

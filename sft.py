@@ -93,7 +93,7 @@ def sft_update(
 
     The loss is the mean over all reply tokens.
     """
-    sizes, shared = (
+    sizes, share_prompt = (
         [(len(prompt), list(map(len, replies))) for prompt, replies in groups],
         uses_shared_prefix(policy),
     )
@@ -103,7 +103,7 @@ def sft_update(
     )
     shares = share_out(tokens, ranks.world)
     plans = [
-        micro_batches([sizes[i] for i in share], config.max_tokens_per_micro_batch, shared)
+        micro_batches([sizes[i] for i in share], config.max_tokens_per_micro_batch, share_prompt)
         for share in shares
     ]
     own, most, loss = shares[ranks.rank], max(map(len, plans)), 0.0
@@ -111,7 +111,7 @@ def sft_update(
         [(groups[own[k]][0], groups[own[k]][1][part]) for k, part in batch] for batch in plans[ranks.rank]
     ]
     for micro in micros + [None] * (most - len(micros)):  # None: only keeps in step with ranks that have more
-        packed = pack(micro or [([0], [[0]])], ranks.device, shared)
+        packed = pack(micro or [([0], [[0]])], ranks.device, share_prompt)
         logprobs, _ = token_logprobs(policy, packed, temperature=1.0, entropy=False)
         part = -logprobs.sum() / total * (micro is not None)
         part.backward()

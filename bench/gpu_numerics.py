@@ -53,7 +53,7 @@ def check_attention(session: Session, heads: int, kv_heads: int, size: int, stri
 
     def packed(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return shared_prefix_attention(
-            nn.Identity(), query, key, value, None, scaling=size**-0.5, shared=layout
+            nn.Identity(), query, key, value, None, scaling=size**-0.5, layout=layout
         )[0]
 
     def one_by_one(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -94,14 +94,14 @@ def share_out(tokens: Sequence[int], ranks: int) -> list[list[int]]:
 
 
 def make_minibatches(
-    groups: Sequence[Group], advantages: Tensor, config: Config, ranks: Ranks, shared: bool = True
+    groups: Sequence[Group], advantages: Tensor, config: Config, ranks: Ranks, share_prompt: bool = True
 ) -> list[Minibatch]:
     """The whole batch's groups -> this rank's minibatches (one optimizer update each) of micro-batches (one
     forward/backward each). All ranks get equally many micro-batches, because sharded weights are gathered by
     all.
 
     With skip_zero_variance, groups whose advantages are all 0 are left out: neither loss, KL nor token count
-    sees them. shared: whether the model takes packed groups (model.uses_shared_prefix).
+    sees them. share_prompt: whether the model takes packed groups (model.uses_shared_prefix).
     """
     budget, minibatches = config.max_tokens_per_micro_batch, []
     sizes = [(len(group.prompt.ids), [len(ids) for ids in group.responses]) for group in groups]
@@ -110,22 +110,22 @@ def make_minibatches(
         kept = range(start, min(start + config.minibatch_prompts, len(groups)))
         kept = [i for i in kept if teaches[i] or not config.skip_zero_variance]
         shares = share_out([sizes[i][0] + sum(sizes[i][1]) for i in kept], ranks.world)
-        plans = [micro_batches([sizes[kept[k]] for k in share], budget, shared) for share in shares]
+        plans = [micro_batches([sizes[kept[k]] for k in share], budget, share_prompt) for share in shares]
         own = [kept[k] for k in shares[ranks.rank]]
         micros = [
-            _micro_batch([(groups[own[k]], advantages[own[k]], part) for k, part in parts], ranks, shared)
+            _micro_batch([(groups[own[k]], advantages[own[k]], part) for k, part in parts], ranks, share_prompt)
             for parts in plans[ranks.rank]
         ]
         missing = max(map(len, plans)) - len(micros)
-        micros += [_idle(ranks, shared) for _ in range(missing)]
+        micros += [_idle(ranks, share_prompt) for _ in range(missing)]
         lengths = [count for i in kept for count in sizes[i][1]]
         minibatches.append(Minibatch(micros, sum(lengths), len(lengths)))
     return minibatches
 
 
-def _micro_batch(parts: Sequence[Part], ranks: Ranks, shared: bool) -> MicroBatch:
+def _micro_batch(parts: Sequence[Part], ranks: Ranks, share_prompt: bool) -> MicroBatch:
     packed = pack(
-        [(group.prompt.ids, group.responses[part]) for group, _, part in parts], ranks.device, shared
+        [(group.prompt.ids, group.responses[part]) for group, _, part in parts], ranks.device, share_prompt
     )
     per_response = torch.cat([advantages[part] for _, advantages, part in parts]).to(ranks.device)
     sampled = [x for group, _, part in parts for row in group.logprobs[part] for x in row]
@@ -133,12 +133,12 @@ def _micro_batch(parts: Sequence[Part], ranks: Ranks, shared: bool) -> MicroBatc
     return MicroBatch(packed, per_response.repeat_interleave(packed.counts), sampled)
 
 
-def _idle(ranks: Ranks, shared: bool) -> MicroBatch:
+def _idle(ranks: Ranks, share_prompt: bool) -> MicroBatch:
     """Two tokens that no loss sees: their forward and backward take part in gathering weights and adding
     gradients.
     """
     nothing = torch.zeros(1, device=ranks.device)
-    return MicroBatch(pack([([0], [[0]])], ranks.device, shared), nothing, nothing, idle=True)
+    return MicroBatch(pack([([0], [[0]])], ranks.device, share_prompt), nothing, nothing, idle=True)
 
 
 def sampler_difference(minibatches: list[Minibatch], ranks: Ranks) -> dict[str, float]:

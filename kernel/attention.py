@@ -51,7 +51,7 @@ def trim_last_layer(model: nn.Module) -> None:
     now: dict = {}  # about the pass at hand
 
     def note(_, inputs, keywords):  # at every call of the layer, also when checkpointing calls it again
-        now["used"] = getattr(keywords.get("shared"), "used", None)
+        now["used"] = getattr(keywords.get("layout"), "used", None)
 
     def take(_, inputs):
         now["tokens"] = inputs[0].shape[1]
@@ -91,7 +91,7 @@ def attention_backend(device: torch.device) -> str:
 
 
 def shared_prefix_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, scaling: float, shared: Layout,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, scaling: float, layout: Layout,
     **others,
 ) -> tuple[Tensor, None]:
     """Attention over packed groups. query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D].
@@ -106,11 +106,11 @@ def shared_prefix_attention(
     half = torch.is_autocast_enabled("cuda") or query.dtype in (torch.float16, torch.bfloat16)
     if query.is_cuda and half:  # the variable-length kernels know nothing else
         rows = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
-        return _varlen_attention(*rows, scaling, shared)[None], None
-    sizes = [size for span in shared.spans for size in (span.prompt, len(span.real))]
+        return _varlen_attention(*rows, scaling, layout)[None], None
+    sizes = [size for span in layout.spans for size in (span.prompt, len(span.real))]
     query, key, value = (x[0].split(sizes, 1) for x in (query, key, value))
     parts = []
-    for i, span in enumerate(shared.spans):
+    for i, span in enumerate(layout.spans):
         q, k, v = (x[2 * i][None] for x in (query, key, value))
         prompt = causal_attention(q, k, v, scaling, is_last_layer(module))
         rows = (x[2 * i + 1] for x in (query, key, value))
@@ -193,7 +193,7 @@ def _real(x: Tensor, span: Span) -> Tensor:
     return x[:, span.real] if len(span.real) < x.shape[1] else x
 
 
-def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, shared: Layout) -> Tensor:
+def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, layout: Layout) -> Tensor:
     """[T, H, D], [T, Hkv, D] twice -> [T, H, D]: every segment is causal, aligned to the bottom right of its
     K/V.
     """
@@ -203,9 +203,9 @@ def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float,
     )
     query = query.to(dtype)
     key, value = (
-        _GatherSegments.apply(x, dtype, shared.kv_index, shared.by_source, shared.uses) for x in (key, value)
+        _GatherSegments.apply(x, dtype, layout.kv_index, layout.by_source, layout.uses) for x in (key, value)
     )
-    lengths = (shared.cu_q, shared.cu_k, shared.max_q, shared.max_k)
+    lengths = (layout.cu_q, layout.cu_k, layout.max_q, layout.max_k)
     if attention_backend(query.device) == "flash_attn":
         from flash_attn import flash_attn_varlen_func
 
@@ -247,7 +247,7 @@ SHARED_PREFIX = "shared_prefix"
 
 
 def uses_shared_prefix(model: nn.Module) -> bool:
-    """Whether a prepared model runs on packed groups; else it needs `pack(..., shared=False)`."""
+    """Whether a prepared model runs on packed groups; else it needs `pack(..., share_prompt=False)`."""
     return model.abilities.shared_prefix
 
 
@@ -259,12 +259,12 @@ def use_attention(model: nn.Module, phase: str) -> None:
     model.set_attn_implementation(SHARED_PREFIX if packed else model.abilities.attention)
 
 
-def decoder_inputs(ids: Tensor, positions: Tensor, shared: object) -> dict:
+def decoder_inputs(ids: Tensor, positions: Tensor, layout: object) -> dict:
     """A forward pass's arguments; `shared` is what an attention of ours is told about rows and groups, or
     None.
     """
     inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
-    if shared is None:
+    if layout is None:
         return inputs
     # A ready 4-d mask makes transformers build none of its own.
     return inputs | {"attention_mask": torch.zeros(1, 1, 1, 1, device=ids.device), "shared": shared}

@@ -57,18 +57,18 @@ class GroupCache:
     """K/V of n groups while they are decoded: each prompt once, each of the B responses on its own. Hkv heads
     of size D.
 
-    prompt_k, prompt_v: per layer [n, Hkv, P, D], padded on the right; hidden [n, 1, 1, P] adds -inf there. k,
-    v: per layer [B, Hkv, R, D] with room for R tokens, of which later [R] hides those to come. group [B],
+    prompt_k, prompt_v: per layer [n, Hkv, P, D], padded on the right; prompt_mask [n, 1, 1, P] adds -inf there. k,
+    v: per layer [B, Hkv, R, D] with room for R tokens, of which own_mask [R] hides those to come. group [B],
     slot [B]: the group of each row and its place among the group's rows, at most `slots`. at [1]: where the
     current token is written.
     """
 
     prompt_k: list[Tensor]
     prompt_v: list[Tensor]
-    hidden: Tensor
+    prompt_mask: Tensor
     k: list[Tensor]
     v: list[Tensor]
-    later: Tensor
+    own_mask: Tensor
     group: Tensor
     slot: Tensor
     slots: int
@@ -99,7 +99,7 @@ def _kernel_dtype(tensor: Tensor) -> torch.dtype:
 
 def prefill_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, scaling: float,
-    shared: Prefill, **_,
+    layout: Prefill, **_,
 ) -> tuple[Tensor, None]:
     """Causal attention over prompts that lie in one row, each on its own; keeps their K/V. [1, H, T, D] ->
     [1, T, H, D].
@@ -107,10 +107,10 @@ def prefill_attention(
     dtype = _kernel_dtype(query)
     query, key, value = (x.to(dtype) for x in (query, key, value))
     parts = []
-    for i, (start, length) in enumerate(shared.places, shared.first):
+    for i, (start, length) in enumerate(layout.places, layout.first):
         q, k, v = (x[:, :, start : start + length] for x in (query, key, value))
-        shared.prompt_k[module.layer_idx][i, :, :length] = k[0]
-        shared.prompt_v[module.layer_idx][i, :, :length] = v[0]
+        layout.prompt_k[module.layer_idx][i, :, :length] = k[0]
+        layout.prompt_v[module.layer_idx][i, :, :length] = v[0]
         parts.append(causal_attention(q, k, v, scaling, is_last_layer(module)))
     return torch.cat(parts, 2).transpose(1, 2), None
 
@@ -140,7 +140,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Te
 
 
 def decode_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, scaling: float, shared: GroupCache,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, scaling: float, layout: GroupCache,
     **_,
 ) -> tuple[Tensor, None]:
     """One new token per row: attention to the row's prompt and to its own response so far. -> [B, 1, H, D].
@@ -150,22 +150,22 @@ def decode_attention(
     the cache grows.
     """
     rows, heads, _, size = query.shape
-    kv_heads, layer, groups = key.shape[1], module.layer_idx, len(shared.hidden)
-    own_k, own_v = shared.k[layer], shared.v[layer]
-    own_k.index_copy_(2, shared.at, key.to(own_k.dtype))
-    own_v.index_copy_(2, shared.at, value.to(own_v.dtype))
+    kv_heads, layer, groups = key.shape[1], module.layer_idx, len(layout.prompt_mask)
+    own_k, own_v = layout.k[layer], layout.v[layer]
+    own_k.index_copy_(2, layout.at, key.to(own_k.dtype))
+    own_v.index_copy_(2, layout.at, value.to(own_v.dtype))
     query = (query * scaling).to(own_k.dtype).view(rows, kv_heads, heads // kv_heads, size)
-    own, own_sum, own_top = _attend(query, own_k, own_v, shared.later)
-    full = rows == groups * shared.slots  # rows lie group by group, so that a full grid is a view
+    own, own_sum, own_top = _attend(query, own_k, own_v, layout.own_mask)
+    full = rows == groups * layout.slots  # rows lie group by group, so that a full grid is a view
     if full:
-        grid = query.view(groups, shared.slots, *query.shape[1:])
+        grid = query.view(groups, layout.slots, *query.shape[1:])
     else:
-        grid = query.new_zeros(groups, shared.slots, *query.shape[1:])
-        grid[shared.group, shared.slot] = query
+        grid = query.new_zeros(groups, layout.slots, *query.shape[1:])
+        grid[layout.group, layout.slot] = query
     flat = grid.transpose(1, 2).flatten(2, 3)  # [n, Hkv, slots · H/Hkv, D]
-    parts = _attend(flat, shared.prompt_k[layer], shared.prompt_v[layer], shared.hidden)
-    parts = [x.unflatten(2, (shared.slots, -1)).transpose(1, 2) for x in parts]
-    parts = [x.flatten(0, 1) if full else x[shared.group, shared.slot] for x in parts]
+    parts = _attend(flat, layout.prompt_k[layer], layout.prompt_v[layer], layout.prompt_mask)
+    parts = [x.unflatten(2, (layout.slots, -1)).transpose(1, 2) for x in parts]
+    parts = [x.flatten(0, 1) if full else x[layout.group, layout.slot] for x in parts]
     prompt, prompt_sum, prompt_top = parts
     top = torch.maximum(own_top, prompt_top)
     own_share, prompt_share = (own_top - top).exp(), (prompt_top - top).exp()
@@ -173,9 +173,9 @@ def decode_attention(
     return out.view(rows, 1, heads, size).to(value.dtype), None
 
 
-def _forward(model: nn.Module, ids: Tensor, positions: Tensor, shared: Prefill | GroupCache) -> Tensor:
+def _forward(model: nn.Module, ids: Tensor, positions: Tensor, layout: Prefill | GroupCache) -> Tensor:
     """Hidden states, with one of the two attentions above in every layer."""
-    return model.get_decoder()(**decoder_inputs(ids, positions, shared)).last_hidden_state
+    return model.get_decoder()(**decoder_inputs(ids, positions, layout)).last_hidden_state
 
 
 def _head_size(config) -> int:
@@ -231,10 +231,10 @@ def _prefill(model: nn.Module, prompts: Sequence[Prompt], copies: int) -> tuple[
 
 def _make_room(cache: GroupCache) -> None:
     """Half as much room again for the responses' K/V, and at least one block."""
-    more = max(BLOCK, len(cache.later) // 2 // BLOCK * BLOCK)
+    more = max(BLOCK, len(cache.own_mask) // 2 // BLOCK * BLOCK)
     for layer in range(len(cache.k)):  # layer by layer, so that only one is held twice
         cache.k[layer], cache.v[layer] = (F.pad(x[layer], (0, 0, 0, more)) for x in (cache.k, cache.v))
-    cache.later = F.pad(cache.later, (0, more), value=-torch.inf)
+    cache.own_mask = F.pad(cache.own_mask, (0, more), value=-torch.inf)
 
 
 def _drop_rows(cache: GroupCache, keep: Tensor) -> None:
@@ -243,7 +243,7 @@ def _drop_rows(cache: GroupCache, keep: Tensor) -> None:
     """
     group = cache.group[keep]
     present, index, counts = group.unique(return_inverse=True, return_counts=True)
-    fewer = len(present) < KEEP_SHARE * len(cache.hidden)
+    fewer = len(present) < KEEP_SHARE * len(cache.prompt_mask)
     for layer in range(len(cache.k)):
         cache.k[layer], cache.v[layer] = (x[layer][keep] for x in (cache.k, cache.v))
         if fewer:
@@ -251,7 +251,7 @@ def _drop_rows(cache: GroupCache, keep: Tensor) -> None:
                 x[layer][present] for x in (cache.prompt_k, cache.prompt_v)
             )
     if fewer:
-        cache.hidden = cache.hidden[present]
+        cache.prompt_mask = cache.prompt_mask[present]
     starts = counts.cumsum(0) - counts
     cache.group = index if fewer else group
     cache.slot = torch.arange(len(keep), device=keep.device) - starts[index]
@@ -292,10 +292,10 @@ def shared_prefix(
                 keep = running.nonzero()[:, 0]
                 _drop_rows(cache, keep)
                 alive, token, position, running = alive[keep], token[keep], position[keep], running[keep]
-        if step == len(cache.later):
+        if step == len(cache.own_mask):
             _make_room(cache)
         cache.at.fill_(step)
-        cache.later.index_fill_(0, cache.at, 0.0)
+        cache.own_mask.index_fill_(0, cache.at, 0.0)
         hidden = _forward(model, token[:, None], position[:, None], cache)
         logits = model.get_output_embeddings()(hidden[:, -1])
         position = position + 1

@@ -71,7 +71,7 @@ class Packed:
 
 
 def pack(
-    groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], device: torch.device, shared: bool = True
+    groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], device: torch.device, share_prompt: bool = True
 ) -> Packed:
     """Packs (prompt ids, list of response ids) groups into one row, or into a row per response where not
     `shared`.
@@ -81,7 +81,7 @@ def pack(
     for prompt, responses in groups:
         if not prompt or not responses or not all(responses):
             raise ValueError("a group needs a prompt and responses of at least one token each")
-    return _pack_shared(groups, device) if shared else _pack_rows(groups, device)
+    return _pack_shared(groups, device) if share_prompt else _pack_rows(groups, device)
 
 
 def _pack_shared(groups: Sequence[tuple], device: torch.device) -> Packed:
@@ -140,20 +140,20 @@ def _pack_rows(groups: Sequence[tuple], device: torch.device) -> Packed:
 
 
 def micro_batches(
-    sizes: Sequence[tuple[int, Sequence[int]]], budget: int, shared: bool = True
+    sizes: Sequence[tuple[int, Sequence[int]]], budget: int, share_prompt: bool = True
 ) -> list[list[tuple[int, slice]]]:
     """Cuts groups into micro-batches of at most `budget` tokens, in order: for each, its (group index,
     responses).
 
     sizes: (prompt length, response lengths) per group. Groups stay whole, except one that is larger than the
     budget: its parts repeat the prompt and hold some of its responses. A response is never cut: a prompt +
-    response above the budget stands alone. shared: as in `pack`; without it, tokens are those of the padded
+    response above the budget stands alone. share_prompt: as in `pack`; without it, tokens are those of the padded
     rows.
     """
 
     def tokens(parts: list[tuple[int, slice]]) -> int:
         lengths = [(sizes[i][0], sizes[i][1][responses]) for i, responses in parts]
-        if shared:
+        if share_prompt:
             return sum(prompt + sum(replies) for prompt, replies in lengths)
         return sum(len(replies) for _, replies in lengths) * max(
             prompt + max(replies) for prompt, replies in lengths

@@ -197,8 +197,8 @@ def test_a_prompt_is_computed_and_stored_once_per_group(model):
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("the mask of padded prompts", lambda cache: cache.hidden.zero_()),
-        ("the mask of tokens to come", lambda cache: cache.later.zero_()),
+        ("the mask of padded prompts", lambda cache: cache.prompt_mask.zero_()),
+        ("the mask of tokens to come", lambda cache: cache.own_mask.zero_()),
         ("which prompt a row belongs to", lambda cache: [x.copy_(x.flip(0)) for x in cache.prompt_k]),
     ],
 )

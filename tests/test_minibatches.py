@@ -140,7 +140,7 @@ def test_groups_that_teach_nothing_are_no_ones_work():
 
 
 def test_rows_are_for_models_that_take_no_packed_groups_and_the_budget_can_be_another():
-    (minibatch,) = plans(2, settings_of(), shared=False)[1]
+    (minibatch,) = plans(2, settings_of(), share_prompt=False)[1]
     assert all(micro.packed.layout is None for micro in minibatch.micros)
     assert len(plans(1, settings_of(max_tokens_per_micro_batch=1))[0][0].micros) == 12
 

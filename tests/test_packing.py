@@ -238,7 +238,7 @@ def test_a_packed_group_in_full():
 
 def test_the_same_group_as_plain_rows():
     """Right-padded with 0, a token that nothing predicts and that no real token can see."""
-    packed = pack([([10, 11, 12], [[20, 21], [30]])], CPU, shared=False)
+    packed = pack([([10, 11, 12], [[20, 21], [30]])], CPU, share_prompt=False)
     assert packed.ids.tolist() == [[10, 11, 12, 20, 21], [10, 11, 12, 30, 0]]
     assert packed.positions.tolist() == [[0, 1, 2, 3, 4]] * 2
     assert packed.target.tolist() == [20, 21, 30]
@@ -284,9 +284,9 @@ def test_a_response_above_the_budget_stands_alone():
 def test_plain_rows_are_counted_with_their_padding():
     # rows of 5 and 3 tokens: 10 with padding, though only 8 tokens
     assert len(micro_batches([(2, [3, 1])], 8)) == 1
-    assert len(micro_batches([(2, [3, 1])], 8, shared=False)) == 2
-    assert len(micro_batches([(2, [3]), (2, [1])], 9, shared=False)) == 2
-    assert len(micro_batches([(2, [3]), (2, [1])], 10, shared=False)) == 1
+    assert len(micro_batches([(2, [3, 1])], 8, share_prompt=False)) == 2
+    assert len(micro_batches([(2, [3]), (2, [1])], 9, share_prompt=False)) == 2
+    assert len(micro_batches([(2, [3]), (2, [1])], 10, share_prompt=False)) == 1
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -323,13 +323,13 @@ def test_other_models_are_trained_on_plain_rows_and_say_so_once(family):
         model = random_model(family, **settings)
     assert len(caught) == 1 and not uses_shared_prefix(model)
     groups = random_groups([*SHAPES, (9, [14, 3])])  # longer than any window
-    logprobs, entropy = token_logprobs(model, pack(groups, CPU, shared=False), TEMPERATURE)
+    logprobs, entropy = token_logprobs(model, pack(groups, CPU, share_prompt=False), TEMPERATURE)
     slow_logprobs, slow_entropy = one_by_one(model, groups, TEMPERATURE)
     assert_close(logprobs, slow_logprobs, atol=1e-5, rtol=1e-5)
     assert_close(entropy, slow_entropy.detach(), atol=1e-5, rtol=1e-5)
     fast = gradients(model, (logprobs * advantages(groups)).sum())
     assert_same_gradients(fast, gradients(model, (slow_logprobs * advantages(groups)).sum()))
-    with pytest.raises(ValueError, match="shared=uses_shared_prefix"):
+    with pytest.raises(ValueError, match="share_prompt=uses_shared_prefix"):
         token_logprobs(model, pack(groups, CPU), TEMPERATURE)
 
 
@@ -384,7 +384,7 @@ def test_capped_logits_are_capped_in_the_log_probs_too():
     with pytest.warns(UserWarning, match="logits are not its LM head's output alone"):
         model = random_model("Gemma2", head_dim=8, final_logit_softcapping=3.0)
     groups = random_groups()
-    logprobs = token_logprobs(model, pack(groups, CPU, shared=False), TEMPERATURE)[0]
+    logprobs = token_logprobs(model, pack(groups, CPU, share_prompt=False), TEMPERATURE)[0]
     assert_close(logprobs, one_by_one(model, groups, TEMPERATURE)[0], atol=1e-5, rtol=1e-5)
     assert logprobs.min() >= -2 * 3.0 / TEMPERATURE - torch.tensor(VOCAB).log()
 
@@ -444,7 +444,7 @@ def test_the_variable_length_form_equals_the_cpu_form(kernel, monkeypatch):
     query, key, value = (draw(total, heads, 8).requires_grad_() for heads in (4, 2, 2))
     varlen_form = packing._varlen_attention(query, key, value, 0.5, layout)
     transposed = (x.transpose(0, 1)[None] for x in (query, key, value))
-    cpu_form = shared_prefix_attention(None, *transposed, None, scaling=0.5, shared=layout)[0][0]
+    cpu_form = shared_prefix_attention(None, *transposed, None, scaling=0.5, layout=layout)[0][0]
     assert_close(varlen_form, cpu_form, atol=1e-5, rtol=1e-5)
     weights = draw(total, 4, 8)
     ours, theirs = (
@@ -476,7 +476,7 @@ def test_what_the_attention_does_not_do_is_refused(name):
     query = torch.zeros(1, 1, 2, 4)
     layout = pack([([1], [[2]])], CPU).layout
     call = lambda **others: shared_prefix_attention(
-        None, query, query, query, None, scaling=1.0, shared=layout, **others
+        None, query, query, query, None, scaling=1.0, layout=layout, **others
     )  # noqa: E731
     call(dropout=0.0, position_ids=query, **{name: None})
     with pytest.raises(packing.UnsupportedAttention, match=name):

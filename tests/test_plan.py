@@ -179,7 +179,7 @@ def test_cache_holds_each_prompt_once_and_grows_by_half():
     with torch.no_grad():
         cache, _ = engines._prefill(model, prompts, copies)
     for response in (1, 64, 65, 300):
-        while len(cache.later) < response:
+        while len(cache.own_mask) < response:
             engines._make_room(cache)
         measured = sum(x.nbytes for part in (cache.prompt_k, cache.prompt_v, cache.k, cache.v) for x in part)
         assert measured == cache_bytes(SMALL, GROUPS, copies, PROMPT, response, compute=4)
