@@ -39,7 +39,7 @@ def trim_last_layer(model: nn.Module) -> None:
     the last. The others serve as keys and values there; o_proj and MLP are computed for the used ones alone,
     and add 0 to the others.
 
-    Exact, and with L layers nearly 1/L of a prompt's work less. `used` comes with the `shared` of a pass: a
+    Exact, and with L layers nearly 1/L of a prompt's work less. `used` comes with the `layout` of a pass: a
     Layout's, or in the rollout a Prefill's; a pass without is as it was, and a model without o_proj or a
     dense gated MLP gets no hooks. The attention itself leaves out prompts in causal_attention (only_last),
     but not where variable-length kernels run.
@@ -260,11 +260,11 @@ def use_attention(model: nn.Module, phase: str) -> None:
 
 
 def decoder_inputs(ids: Tensor, positions: Tensor, layout: object) -> dict:
-    """A forward pass's arguments; `shared` is what an attention of ours is told about rows and groups, or
+    """A forward pass's arguments; `layout` is what an attention of ours is told about rows and groups, or
     None.
     """
     inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
     if layout is None:
         return inputs
     # A ready 4-d mask makes transformers build none of its own.
-    return inputs | {"attention_mask": torch.zeros(1, 1, 1, 1, device=ids.device), "shared": shared}
+    return inputs | {"attention_mask": torch.zeros(1, 1, 1, 1, device=ids.device), "layout": layout}
