@@ -18,8 +18,7 @@ def head_logprobs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: float, *,
     entropy: bool = True, chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob of target[i] under softmax((weight @ hidden[i] + bias) / temperature), and that distribution's
-    entropy.
+    """Log-prob of target[i] under softmax((weight @ hidden[i] + bias) / temperature), and its entropy.
 
     hidden [N, H], weight [V, H], bias [V] or None, target [N] -> [N], [N] in fp32 (fp64 for fp64 inputs). The
     entropy has no gradient, and is 0 where `entropy` is False. Under autocast the matrices are multiplied in
@@ -31,9 +30,7 @@ def head_logprobs(
 
 
 class _HeadLogprobs(torch.autograd.Function):
-    """head_logprobs with scale = 1 / temperature. Where everything is one chunk, it is kept and not computed
-    again.
-    """
+    """head_logprobs with scale = 1 / temperature. A single chunk is kept and not computed again."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, scale, entropy, chunk):
@@ -41,8 +38,8 @@ class _HeadLogprobs(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         sums = torch.promote_types(dtype, torch.float32)
         logprobs, entropies = (hidden.new_zeros(len(hidden), dtype=sums) for _ in range(2))
-        # New pages of this size cost about as much as a softmax: the chunks share one buffer, the entropy has
-        # another.
+        # New memory of this size costs about as much as a softmax: all chunks share one buffer, and the
+        # entropy has another.
         buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=sums)
         other = torch.empty_like(buffer) if entropy else buffer
         with torch.autocast(device, enabled=False):
@@ -50,21 +47,23 @@ class _HeadLogprobs(torch.autograd.Function):
             for start in range(0, len(hidden), chunk):
                 rows = slice(start, start + chunk)
                 inputs = hidden[rows].to(dtype)
-                logits, probs = buffer[: len(inputs)], other[: len(inputs)]
+                logits = buffer[: len(inputs)]
+                probs = other[: len(inputs)]
                 _logits(inputs, matrix, bias, scale, out=logits)
                 top = logits.amax(-1)
                 own = logits.gather(-1, target[rows, None])[:, 0] - top
                 if entropy:
                     logits.sub_(top[:, None])  # softmax does the same, so this changes no log-prob
                 torch.softmax(logits, -1, out=probs)
-                log_top = probs.amax(
-                    -1
-                ).log()  # the largest probability is at least 1 / V: nothing can underflow
+                log_top = probs.amax(-1).log()  # the largest probability is at least 1 / V: no underflow
                 logprobs[rows] = own + log_top
                 if entropy:
                     entropies[rows] = -log_top - torch.bmm(probs[:, None], logits[:, :, None])[:, 0, 0]
         ctx.save_for_backward(hidden, weight, bias, target, probs if len(probs) == len(hidden) else None)
-        ctx.scale, ctx.chunk, ctx.dtype, ctx.sums = scale, chunk, dtype, sums
+        ctx.scale = scale
+        ctx.chunk = chunk
+        ctx.dtype = dtype
+        ctx.sums = sums
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
@@ -108,12 +107,10 @@ def _logits(inputs: Tensor, matrix: Tensor, bias: Tensor | None, scale: float, o
 
 
 def _addmm(out: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
-    """out = beta out + alpha a @ b, in place. Products of 16-bit matrices are summed in fp32 and never
-    rounded to 16.
-    """
+    """out = beta out + alpha a @ b, in place. Products of 16-bit matrices are summed in fp32, not rounded."""
     if a.dtype == out.dtype:
         return torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
     if a.is_cuda:
         return torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
-    # CPUs have no such product; that of the widened numbers is the same
+    # CPUs have no such product, but that of the widened numbers is the same.
     return torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha, out=out)

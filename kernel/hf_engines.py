@@ -1,4 +1,7 @@
-"""Hugging Face's own rollout engines: generate, the slow reference, and continuous batching."""
+"""Hugging Face's own rollout engines: generate, the slow reference, and continuous batching.
+
+Their signature is decode.Engine.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,18 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from kernel.attention import use_attention
 from kernel.decode import Prompt, Replies
-from model import ModelError
 
-# --------------------------------------------------------------------------------- Hugging Face's own engines
+
+class EngineError(RuntimeError):
+    """The library lost requests; the message says which engine to use instead, or where to look."""
 
 
 @contextlib.contextmanager
 def _own_generation_config(model: nn.Module, **settings) -> Iterator[GenerationConfig]:
-    """A config of ours, while the model's own is out of reach: what is None in ours would be inherited from
-    it.
+    """A generation config with these settings, while the model's own is replaced by an empty one.
 
-    Qwen2.5-Instruct brings top_k 20, top_p 0.8 and a repetition penalty of 1.05 along.
+    generate() inherits whatever is None in ours from the model's own, and Qwen2.5-Instruct has top_k 20,
+    top_p 0.8 and a repetition penalty of 1.05.
     """
     saved = model.generation_config
     model.generation_config = GenerationConfig()
@@ -33,9 +37,9 @@ def _own_generation_config(model: nn.Module, **settings) -> Iterator[GenerationC
 
 
 def _settings(copies: int, temperature: float, max_new_tokens: int, stops: list[int]) -> dict:
+    settings = dict(do_sample=temperature > 0, num_return_sequences=copies, max_new_tokens=max_new_tokens)
     sampling = dict(temperature=temperature, top_k=0, top_p=1.0) if temperature > 0 else {}
-    lengths = dict(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=0)
-    return dict(do_sample=temperature > 0, num_return_sequences=copies) | sampling | lengths
+    return dict(**settings, **sampling, eos_token_id=stops, pad_token_id=0)
 
 
 @torch.no_grad()
@@ -45,8 +49,8 @@ def generate(
 ) -> Replies:
     """transformers' generate(), every prompt `copies` times: the reference to compare with.
 
-    Its random numbers are shared by the batch (seeded with the first prompt's seed), so samples depend on
-    their company.
+    The batch shares its random numbers (seeded with the first prompt's seed), so a sample depends on the
+    other prompts of its batch.
     """
     device = next(model.parameters()).device
     longest = max(len(p.ids) for p in prompts)
@@ -57,32 +61,31 @@ def generate(
     logprobs: list[Tensor] = []
 
     def record(past: Tensor, scores: Tensor) -> Tensor:
-        # Called before each choice: the last token of `past` was chosen from what was seen before. Scores are
-        # raw here.
+        # Called before each choice, with raw scores: the last token of `past` was chosen by those before.
         if seen:
             logprobs.append(seen.pop().gather(-1, past[:, -1:]))
         seen.append(torch.log_softmax(scores.float() / (temperature or 1.0), -1))
         return scores
 
     use_attention(model, "generate")
+    settings = _settings(copies, temperature, max_new_tokens, stops)
     with (
-        _own_generation_config(model, **_settings(copies, temperature, max_new_tokens, stops)) as config,
+        _own_generation_config(model, **settings) as config,
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
     ):
         torch.manual_seed(prompts[0].seed)
         out = model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=[record])
     logprobs.append(seen.pop().gather(-1, out[:, -1:]))
-    replies, chances = out[:, longest:].tolist(), torch.cat(logprobs, 1).tolist()
     rows = []
-    for reply, chance in zip(replies, chances):
+    for reply, chance in zip(out[:, longest:].tolist(), torch.cat(logprobs, 1).tolist()):
         end = next((i + 1 for i, token in enumerate(reply) if token in stops), len(reply))
         rows.append((reply[:end], chance[:end]))
     return rows
 
 
 def cpu_pages(lengths: Sequence[int]) -> dict[str, int]:
-    """Settings of continuous batching with room for rows of so many tokens, prompt and response, all at once:
-    on a CPU it would take nearly all of the machine's memory.
+    """Settings of continuous batching with room for rows of so many tokens (prompt and response) at once; by
+    default it would take nearly all of a CPU machine's memory.
     """
     default = ContinuousBatchingConfig()
     page = getattr(default, "page_size", 0) or default.block_size  # its name in transformers 5.17
@@ -94,19 +97,17 @@ def continuous_batching(
     model: nn.Module, prompts: Sequence[Prompt], copies: int, temperature: float, max_new_tokens: int,
     stops: list[int],
 ) -> Replies:
-    """transformers' generate_batch(): paged K/V, rows enter and leave at any time. Meant for CUDA with
-    flash-attn.
+    """transformers' generate_batch(): paged K/V, rows enter and leave at any time. For CUDA with flash-attn.
 
-    A new manager for every call, because a kept one serves prompt K/V of the weights before the update and
-    ignores a new generation config. Raises ModelError where the library returns less than was asked, which it
-    does without raising.
+    Every call makes a new manager: a kept one serves prompt K/V of the weights before the update, and ignores
+    a new generation config. Raises EngineError where the library returns less than was asked for: it raises
+    nothing itself.
     """
     use_attention(model, "generate")
     on_cpu = next(model.parameters()).device.type == "cpu"
     pages = cpu_pages([len(p.ids) + max_new_tokens for p in prompts for _ in range(copies)]) if on_cpu else {}
     settings = ContinuousBatchingConfig(return_logprobs=True, seed=prompts[0].seed % 2**31, **pages)
-    # transformers 5.17 returns the first completion of a prompt only, however many it was asked for; 5.23
-    # all.
+    # transformers 5.17 returns only the first completion of a prompt, however many it was asked for.
     forks = copies if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23) else 1
     with _own_generation_config(model, **_settings(forks, temperature, max_new_tokens, stops)) as config:
         results = model.generate_batch(
@@ -117,16 +118,14 @@ def continuous_batching(
     found: dict[tuple[int, ...], Replies] = {}
     for result in results.values():
         if result.error:
-            raise ModelError(
-                f"continuous_batching: a request failed: {result.error}; try --rollout_engine shared_prefix"
-            )
+            remedy = "try --rollout_engine shared_prefix"
+            raise EngineError(f"continuous_batching: a request failed: {result.error}; {remedy}")
         found.setdefault(tuple(result.prompt_ids), []).append((result.generated_tokens, result.logprobs))
     rows = []
     for prompt in prompts:
         own = found.get(tuple(prompt.ids), [])
         if len(own) < copies:
-            raise ModelError(
-                f"continuous_batching returned {len(results)} of {len(prompts) * copies} completions; its log above says why"
-            )
+            number = f"{len(results)} of {len(prompts) * copies} completions"
+            raise EngineError(f"continuous_batching returned {number}; its log above says why")
         rows += [own.pop() for _ in range(copies)]
     return rows
