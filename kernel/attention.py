@@ -24,53 +24,6 @@ class UnsupportedAttention(ValueError):
     """A model asks its attention for something that shared_prefix_attention does not do."""
 
 
-# ------------------------------------------------------------------------------------------------- last layer
-
-
-def trim_last_layer(model: nn.Module) -> None:
-    """Registers hooks that leave out what nobody reads in the last layer: it saves nearly 1/L of a prompt's
-    work with L layers, and the result is exact.
-
-    No layer follows, so only the `used` tokens count, those that predict a response token: the last one of a
-    prompt, and all but the last of a response. The others serve as keys and values; o_proj and MLP are
-    computed for the used ones alone, and add 0 to the others. `used` comes with the `layout` of a pass (a
-    Layout, or a Prefill in the rollout); a pass without a layout is unchanged, and a model without o_proj or
-    a dense gated MLP gets no hooks. The attention itself leaves out prompts in causal_attention (only_last),
-    but not in the variable-length kernels.
-    """
-    layer = next(reversed(getattr(model.get_decoder(), "layers", [None])), None)
-    parts = [getattr(getattr(layer, "self_attn", None), "o_proj", None), getattr(layer, "mlp", None)]
-    if parts[0] is None or not hasattr(parts[1], "down_proj"):
-        return
-    now: dict = {}  # `used` and number of tokens of the current pass
-
-    def note(_, inputs, keywords):  # at every call of the layer, also when checkpointing calls it again
-        now["used"] = getattr(keywords.get("layout"), "used", None)
-
-    def take(_, inputs):
-        now["tokens"] = inputs[0].shape[1]
-        return inputs if now["used"] is None else (inputs[0].index_select(1, now["used"]),)
-
-    def put(_, inputs, output):
-        if now["used"] is None:
-            return output
-        return output.new_zeros(1, now["tokens"], output.shape[-1]).index_copy(1, now["used"], output)
-
-    layer.register_forward_pre_hook(note, with_kwargs=True)
-    for part in parts:
-        part.register_forward_pre_hook(take)
-        part.register_forward_hook(put)
-
-
-def is_last_layer(attention: nn.Module) -> bool:
-    """Whether an attention module is its model's last, where only a prompt's last output is read."""
-    config = getattr(attention, "config", None)
-    return config is not None and attention.layer_idx == config.num_hidden_layers - 1
-
-
-# -------------------------------------------------------------------------------------------------- attention
-
-
 def attention_backend(device: torch.device) -> str:
     """Which kernels run: "flash_attn" (the package) or "torch_varlen" on CUDA, "sdpa" on CPU."""
     if device.type != "cuda":
@@ -82,14 +35,21 @@ def attention_backend(device: torch.device) -> str:
     return "flash_attn"
 
 
+def kernel_dtype(tensor: Tensor) -> torch.dtype:
+    """What attention computes in: under autocast 16 bits, though rotary embeddings leave fp32 behind."""
+    if tensor.is_cuda and torch.is_autocast_enabled("cuda"):
+        return torch.get_autocast_dtype("cuda")
+    return tensor.dtype
+
+
 def shared_prefix_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, scaling: float,
     layout: Layout, **others,
 ) -> tuple[Tensor, None]:
     """Attention over packed groups. query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D].
 
-    Equal to one causal pass per prompt + response (tests/test_packing.py), with the prompt's part computed
-    once. Raises UnsupportedAttention where the model asks for more: a window, capped scores, sinks, a bias.
+    Equal to one causal pass per prompt + response. Raises UnsupportedAttention where the model asks for more:
+    a window, capped scores, sinks, a bias.
     """
     unknown = [name for name, x in others.items() if x is not None and name not in HARMLESS]
     if unknown:
@@ -138,10 +98,7 @@ def causal_attention(
 
 def causal_mask(queries: int, keys: int, like: Tensor) -> Tensor:
     """[queries, keys] of 0 and -inf, in the dtype and on the device of `like`: the last query sees all keys,
-    the one before it all but one, and so on.
-
-    A view of a larger mask that is kept, because every layer and pass asks for nearly the same. Powers of 2
-    keep the number of such masks small.
+    the one before it all but one, and so on. A view of a larger mask, kept because every layer asks again.
     """
     rows, past = (1 << max(n - 1, CAUSAL_BLOCK - 1).bit_length() for n in (queries, keys - queries))
     first = past - (keys - queries)
@@ -157,9 +114,7 @@ def _kept_mask(rows: int, past: int, dtype: torch.dtype, device: torch.device) -
 def _response_attention(
     q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, scaling: float, span: Span
 ) -> Tensor:
-    """A group's responses, q [H, N, D], k and v [Hkv, N, D], attend to the prompt's K/V [Hkv, P, D] and to
-    their own. -> [H, N, D].
-    """
+    """A group's responses [H or Hkv, N, D] attend to the prompt's K/V [Hkv, P, D] and to their own."""
     q, k, v = (_padded(x, span) for x in (q, k, v))  # [H or Hkv, G, R, D]
     k = torch.cat([prompt_k[:, None].expand(-1, span.responses, -1, -1), k], 2)
     v = torch.cat([prompt_v[:, None].expand(-1, span.responses, -1, -1), v], 2)
@@ -187,13 +142,8 @@ def _real(x: Tensor, span: Span) -> Tensor:
 
 
 def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, layout: Layout) -> Tensor:
-    """query [T, H, D], key and value [T, Hkv, D] -> [T, H, D]. A segment is causal, aligned to the bottom
-    right of its K/V.
-    """
-    dtype = query.dtype
-    if query.is_cuda and dtype == torch.float32:
-        # Rotary embeddings leave fp32 behind under autocast, and flash kernels take 16 bits only.
-        dtype = torch.get_autocast_dtype("cuda")
+    """query [T, H, D], key and value [T, Hkv, D] -> [T, H, D]. Segments are causal, aligned bottom right."""
+    dtype = kernel_dtype(query)
     query = query.to(dtype)
     gather = (layout.kv_index, layout.by_source, layout.uses)
     key, value = (_GatherSegments.apply(x, dtype, *gather) for x in (key, value))
@@ -216,10 +166,7 @@ def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float,
 
 
 class _GatherSegments(torch.autograd.Function):
-    """x [T, Hkv, D] -> its rows in `dtype`, by segment. A prompt's rows serve G + 1 segments.
-
-    The backward adds their gradients in fp32 and in a fixed order: no atomics, no rounding in between.
-    """
+    """x [T, Hkv, D] -> its rows in `dtype`, by segment. The backward adds in fp32 and in a fixed order."""
 
     @staticmethod
     def forward(ctx, x, dtype, rows, by_source, uses):
@@ -235,7 +182,7 @@ class _GatherSegments(torch.autograd.Function):
         return grad.to(ctx.dtype), None, None, None, None
 
 
-# -------------------------------------------------------------------------------------------- model switches
+# ------------------------------------------------------------------------------------------------ of a model
 
 
 def uses_shared_prefix(model: nn.Module) -> bool:
@@ -256,3 +203,40 @@ def decoder_inputs(ids: Tensor, positions: Tensor, layout: object) -> dict:
         return inputs
     # A ready 4-d mask makes transformers build none of its own.
     return inputs | {"attention_mask": torch.zeros(1, 1, 1, 1, device=ids.device), "layout": layout}
+
+
+def trim_last_layer(model: nn.Module) -> None:
+    """Registers hooks that leave out what nobody reads in the last layer: nearly 1/L of a prompt's work.
+
+    Only the tokens that predict a response token are read there (`used`, of a pass's `layout`). o_proj and
+    MLP are computed for these alone and add 0 to the others, which still serve as keys and values. Exact. A
+    pass without a layout is unchanged; a model without o_proj or a dense gated MLP gets no hooks.
+    """
+    layer = next(reversed(getattr(model.get_decoder(), "layers", [None])), None)
+    parts = [getattr(getattr(layer, "self_attn", None), "o_proj", None), getattr(layer, "mlp", None)]
+    if parts[0] is None or not hasattr(parts[1], "down_proj"):
+        return
+    now: dict = {}  # `used` and number of tokens of the current pass
+
+    def note(_, inputs, keywords):  # at every call of the layer, also when checkpointing calls it again
+        now["used"] = getattr(keywords.get("layout"), "used", None)
+
+    def take(_, inputs):
+        now["tokens"] = inputs[0].shape[1]
+        return inputs if now["used"] is None else (inputs[0].index_select(1, now["used"]),)
+
+    def put(_, inputs, output):
+        if now["used"] is None:
+            return output
+        return output.new_zeros(1, now["tokens"], output.shape[-1]).index_copy(1, now["used"], output)
+
+    layer.register_forward_pre_hook(note, with_kwargs=True)
+    for part in parts:
+        part.register_forward_pre_hook(take)
+        part.register_forward_hook(put)
+
+
+def is_last_layer(attention: nn.Module) -> bool:
+    """Whether an attention module is its model's last, where only a prompt's last output is read."""
+    config = getattr(attention, "config", None)
+    return config is not None and attention.layer_idx == config.num_hidden_layers - 1

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from kernel.attention import causal_attention, decoder_inputs, is_last_layer
+from kernel.attention import causal_attention, decoder_inputs, is_last_layer, kernel_dtype
 
 KEEP_SHARE = 0.75  # finished rows are dropped when fewer than this share of the rows is still alive
 BLOCK = 64  # response K/V grow by at least so many tokens, random numbers are drawn for so many
@@ -37,24 +37,19 @@ class Prompt:
 
 
 # (model, prompts, copies of each (1 if greedy), temperature (0: greedy), max_new_tokens, stop ids) ->
-# (response ids, log-probs) of prompt 1 copy 1, prompt 1 copy 2, … The ids end with a stop id, unless there
-# are max_new_tokens of them.
+# (response ids, log-probs) of prompt 1 copy 1, prompt 1 copy 2, … Ids end with a stop id or are cut off.
 Replies = list[tuple[list[int], list[float]]]
 Engine = Callable[[nn.Module, Sequence[Prompt], int, float, int, list[int]], Replies]
 
 
-# -------------------------------------------------------------------------------------------------- attention
-
-
 @dataclass
 class GroupCache:
-    """K/V of n groups while they are decoded, with Hkv heads of size D: each prompt once, and each of the B
-    responses, one per row of the batch, on its own.
+    """K/V of n groups while they are decoded: each prompt once, each of the B responses (rows) on its own.
 
-    prompt_k, prompt_v: per layer [n, Hkv, P, D], padded on the right. prompt_mask [n, 1, 1, P]: 0, and -inf
-    at the padding. k, v: per layer [B, Hkv, R, D] with room for R tokens. own_mask [R]: 0 for tokens that are
-    there, -inf for those to come. group [B], slot [B]: a row's group and its place among the rows of that
-    group, which has at most `slots`. at [1]: where the current token is written.
+    prompt_k, prompt_v: per layer [n, Hkv, P, D], padded on the right, where prompt_mask [n, 1, 1, P] is -inf.
+    k, v: per layer [B, Hkv, R, D] with room for R tokens; own_mask [R] is -inf for those to come. group [B],
+    slot [B]: a row's group, and its place among that group's rows, at most `slots`. at [1]: where the current
+    token is written.
     """
 
     prompt_k: list[Tensor]
@@ -73,8 +68,7 @@ class GroupCache:
 class Prefill:
     """What a prefill pass fills in: the cache's prompts from number `first` on.
 
-    places: their (start, length) in the row of tokens. used: where each prompt's last token is, for
-    attention.trim_last_layer.
+    places: their (start, length) in the row of tokens. used: the last token of each (trim_last_layer).
     """
 
     prompt_k: list[Tensor]
@@ -84,21 +78,12 @@ class Prefill:
     used: Tensor
 
 
-def _kernel_dtype(tensor: Tensor) -> torch.dtype:
-    """Rotary embeddings leave fp32 behind under autocast; K/V are stored in the dtype that is computed in."""
-    if tensor.is_cuda and torch.is_autocast_enabled("cuda"):
-        return torch.get_autocast_dtype("cuda")
-    return tensor.dtype
-
-
 def prefill_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, scaling: float,
     layout: Prefill, **_,
 ) -> tuple[Tensor, None]:
-    """Causal attention over prompts in one row, each on its own; keeps their K/V. [1, H, T, D] ->
-    [1, T, H, D].
-    """
-    dtype = _kernel_dtype(query)
+    """Causal attention over each of the prompts in a row; keeps their K/V. [1, H, T, D] -> [1, T, H, D]."""
+    dtype = kernel_dtype(query)
     query, key, value = (x.to(dtype) for x in (query, key, value))
     parts = []
     for i, (start, length) in enumerate(layout.places, layout.first):
@@ -122,9 +107,7 @@ def _scores(query: Tensor, key: Tensor) -> Tensor:
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Part of a softmax, to be merged with others: (sum of exp(score - top) · value, sum of exp(score - top),
-    top).
-    """
+    """Part of a softmax, to be merged: sum of exp(score - top) · value, sum of exp(score - top), and top."""
     scores = _scores(query, key) + mask
     top = scores.amax(-1, keepdim=True)
     weights = scores.sub_(top).exp_()
@@ -138,8 +121,7 @@ def decode_attention(
     """One new token per row: attention to the row's prompt and to its own response so far. -> [B, 1, H, D].
 
     The rows of a group are multiplied with their prompt's K/V together, as one matrix, and the two partial
-    softmaxes are merged. There is no host synchronisation, and shapes change only when rows leave or the
-    cache grows.
+    softmaxes are merged. No host synchronisation; shapes change only when rows leave or the cache grows.
     """
     rows, heads, _, size = query.shape
     kv_heads = key.shape[1]
@@ -162,15 +144,9 @@ def decode_attention(
     parts = [x.flatten(0, 1) if full else x[layout.group, layout.slot] for x in parts]
     prompt, prompt_sum, prompt_top = parts
     top = torch.maximum(own_top, prompt_top)
-    own_share = (own_top - top).exp()
-    prompt_share = (prompt_top - top).exp()
+    own_share, prompt_share = (own_top - top).exp(), (prompt_top - top).exp()
     out = (own * own_share + prompt * prompt_share) / (own_sum * own_share + prompt_sum * prompt_share)
     return out.view(rows, 1, heads, size).to(value.dtype), None
-
-
-def _forward(model: nn.Module, ids: Tensor, positions: Tensor, layout: Prefill | GroupCache) -> Tensor:
-    """Hidden states, with one of the two attentions above in every layer."""
-    return model.get_decoder()(**decoder_inputs(ids, positions, layout)).last_hidden_state
 
 
 # --------------------------------------------------------------------------------------------------- decoding
@@ -197,7 +173,7 @@ def _prefill(model: nn.Module, prompts: Sequence[Prompt], copies: int) -> tuple[
 
     def room(rows: int, length: int) -> list[Tensor]:
         shape = (rows, config.num_key_value_heads, length, _head_size(config))
-        dtype = _kernel_dtype(weight)
+        dtype = kernel_dtype(weight)
         return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
 
     prompt_k, prompt_v = room(groups, longest), room(groups, longest)
@@ -213,8 +189,9 @@ def _prefill(model: nn.Module, prompts: Sequence[Prompt], copies: int) -> tuple[
             at += 1
         row = torch.tensor([ids, positions], device=device)[:, None]
         last = torch.tensor([start + length - 1 for start, length in places], device=device)
-        hidden = _forward(model, row[0], row[1], Prefill(prompt_k, prompt_v, first, places, last))[0]
-        logits.append(model.get_output_embeddings()(hidden[last]))
+        layout = Prefill(prompt_k, prompt_v, first, places, last)
+        hidden = model.get_decoder()(**decoder_inputs(row[0], row[1], layout)).last_hidden_state
+        logits.append(model.get_output_embeddings()(hidden[0, last]))
     lengths = torch.tensor([len(p.ids) for p in prompts], device=device)
     padding = torch.arange(longest, device=device) >= lengths[:, None]
     cache = GroupCache(
@@ -233,8 +210,7 @@ def _make_room(cache: GroupCache) -> None:
     """Half as much room again for the responses' K/V, and at least one block."""
     more = max(BLOCK, len(cache.own_mask) // 2 // BLOCK * BLOCK)
     for layer in range(len(cache.k)):  # layer by layer, so that only one is held twice
-        cache.k[layer] = F.pad(cache.k[layer], (0, 0, 0, more))
-        cache.v[layer] = F.pad(cache.v[layer], (0, 0, 0, more))
+        cache.k[layer], cache.v[layer] = (F.pad(x[layer], (0, 0, 0, more)) for x in (cache.k, cache.v))
     cache.own_mask = F.pad(cache.own_mask, (0, more), value=-torch.inf)
 
 
@@ -243,14 +219,13 @@ def _drop_rows(cache: GroupCache, keep: Tensor) -> None:
     group = cache.group[keep]
     present, index, counts = group.unique(return_inverse=True, return_counts=True)
     fewer = len(present) < KEEP_SHARE * len(cache.prompt_mask)
-    for layer in range(len(cache.k)):
-        cache.k[layer] = cache.k[layer][keep]
-        cache.v[layer] = cache.v[layer][keep]
-        if fewer:
-            cache.prompt_k[layer] = cache.prompt_k[layer][present]
-            cache.prompt_v[layer] = cache.prompt_v[layer][present]
+    kept = [(cache.k, keep), (cache.v, keep)]
     if fewer:
+        kept += [(cache.prompt_k, present), (cache.prompt_v, present)]
         cache.prompt_mask = cache.prompt_mask[present]
+    for tensors, rows in kept:
+        for layer, x in enumerate(tensors):  # one by one, so that only one is held twice
+            tensors[layer] = x[rows]
     starts = counts.cumsum(0) - counts
     cache.group = index if fewer else group
     cache.slot = torch.arange(len(keep), device=keep.device) - starts[index]
@@ -295,7 +270,8 @@ def shared_prefix(
             _make_room(cache)
         cache.at.fill_(step)
         cache.own_mask.index_fill_(0, cache.at, 0.0)
-        hidden = _forward(model, token[:, None], position[:, None], cache)
+        inputs = decoder_inputs(token[:, None], position[:, None], cache)
+        hidden = model.get_decoder()(**inputs).last_hidden_state
         logits = model.get_output_embeddings()(hidden[:, -1])
         position = position + 1
     counts = (tokens >= 0).sum(1).tolist()
@@ -311,8 +287,7 @@ def rows_that_fit(model: nn.Module, prompt_tokens: int, copies: int, max_new_tok
     if model.get_output_embeddings().weight.device.type != "cuda":
         return sys.maxsize
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    # keys and values in 16 bits
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * _head_size(config) * 2
+    per_token = 4 * config.num_hidden_layers * config.num_key_value_heads * _head_size(config)  # 16 bits
     per_row = per_token * (prompt_tokens / copies + min(max_new_tokens, PLANNED_TOKENS))
     return max(1, int(0.8 * free / (per_row + 12 * config.vocab_size)))  # logits, their exponentials and sums
 

@@ -1,9 +1,8 @@
 """The LM head as token log-probs, with a backward of its own: no [tokens, vocabulary] tensor is ever held.
 
-The head's matrix product is done for a chunk of tokens at a time. The backward computes a chunk's logits
-again, turns them in place into the gradient of the logits, and multiplies that out at once into the gradients
-of hidden states and weight. That fused linear cross-entropy kernels save memory in this way is well known;
-this is the same idea in plain PyTorch, for log-probs and with a temperature.
+The matrix product is done for a chunk of tokens at a time. The backward computes a chunk's logits again,
+turns them in place into their gradient, and multiplies that out at once into the gradients of hidden states
+and weight. Fused linear cross-entropy kernels save memory in the same way.
 """
 
 from __future__ import annotations
@@ -21,9 +20,8 @@ def head_logprobs(
     """Log-prob of target[i] under softmax((weight @ hidden[i] + bias) / temperature), and its entropy.
 
     hidden [N, H], weight [V, H], bias [V] or None, target [N] -> [N], [N] in fp32 (fp64 for fp64 inputs). The
-    entropy has no gradient, and is 0 where `entropy` is False. Under autocast the matrices are multiplied in
-    its dtype; sums, logits and gradients before rounding are fp32. chunk: tokens at a time; None:
-    CHUNK_LOGITS / V.
+    entropy has no gradient, and is 0 without `entropy`. Under autocast the matrices are multiplied in its
+    dtype; sums, logits and gradients before rounding are fp32. chunk: tokens at a time.
     """
     chunk = chunk or max(1, CHUNK_LOGITS // len(weight))
     return _HeadLogprobs.apply(hidden, weight, bias, target, 1 / temperature, entropy, chunk)
@@ -38,8 +36,7 @@ class _HeadLogprobs(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         sums = torch.promote_types(dtype, torch.float32)
         logprobs, entropies = (hidden.new_zeros(len(hidden), dtype=sums) for _ in range(2))
-        # New memory of this size costs about as much as a softmax: all chunks share one buffer, and the
-        # entropy has another.
+        # A new buffer costs about as much as a softmax: chunks share one, and the entropy has another.
         buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=sums)
         other = torch.empty_like(buffer) if entropy else buffer
         with torch.autocast(device, enabled=False):
@@ -47,8 +44,7 @@ class _HeadLogprobs(torch.autograd.Function):
             for start in range(0, len(hidden), chunk):
                 rows = slice(start, start + chunk)
                 inputs = hidden[rows].to(dtype)
-                logits = buffer[: len(inputs)]
-                probs = other[: len(inputs)]
+                logits, probs = buffer[: len(inputs)], other[: len(inputs)]
                 _logits(inputs, matrix, bias, scale, out=logits)
                 top = logits.amax(-1)
                 own = logits.gather(-1, target[rows, None])[:, 0] - top
@@ -60,10 +56,8 @@ class _HeadLogprobs(torch.autograd.Function):
                 if entropy:
                     entropies[rows] = -log_top - torch.bmm(probs[:, None], logits[:, :, None])[:, 0, 0]
         ctx.save_for_backward(hidden, weight, bias, target, probs if len(probs) == len(hidden) else None)
-        ctx.scale = scale
-        ctx.chunk = chunk
-        ctx.dtype = dtype
-        ctx.sums = sums
+        ctx.scale, ctx.chunk = scale, chunk
+        ctx.dtype, ctx.sums = dtype, sums
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 

@@ -1,7 +1,4 @@
-"""Hugging Face's own rollout engines: generate, the slow reference, and continuous batching.
-
-Their signature is decode.Engine.
-"""
+"""Hugging Face's own rollout engines (decode.Engine): generate, the slow reference; continuous batching."""
 
 from __future__ import annotations
 
@@ -18,28 +15,26 @@ from kernel.decode import Prompt, Replies
 
 
 class EngineError(RuntimeError):
-    """The library lost requests; the message says which engine to use instead, or where to look."""
+    """The library lost requests; the message says what to do."""
 
 
 @contextlib.contextmanager
-def _own_generation_config(model: nn.Module, **settings) -> Iterator[GenerationConfig]:
-    """A generation config with these settings, while the model's own is replaced by an empty one.
-
-    generate() inherits whatever is None in ours from the model's own, and Qwen2.5-Instruct has top_k 20,
-    top_p 0.8 and a repetition penalty of 1.05.
+def _own_generation_config(
+    model: nn.Module, copies: int, temperature: float, max_new_tokens: int, stops: list[int]
+) -> Iterator[GenerationConfig]:
+    """Our generation config, while the model's own is replaced by an empty one: generate() takes from that
+    whatever is None in ours, and Qwen2.5-Instruct has top_k 20, top_p 0.8 and a repetition penalty.
     """
+    sampling = dict(temperature=temperature, top_k=0, top_p=1.0) if temperature > 0 else {}
     saved = model.generation_config
     model.generation_config = GenerationConfig()
     try:
-        yield GenerationConfig(**settings)
+        yield GenerationConfig(
+            do_sample=temperature > 0, num_return_sequences=copies, max_new_tokens=max_new_tokens,
+            eos_token_id=stops, pad_token_id=0, **sampling,
+        )
     finally:
         model.generation_config = saved
-
-
-def _settings(copies: int, temperature: float, max_new_tokens: int, stops: list[int]) -> dict:
-    settings = dict(do_sample=temperature > 0, num_return_sequences=copies, max_new_tokens=max_new_tokens)
-    sampling = dict(temperature=temperature, top_k=0, top_p=1.0) if temperature > 0 else {}
-    return dict(**settings, **sampling, eos_token_id=stops, pad_token_id=0)
 
 
 @torch.no_grad()
@@ -49,14 +44,13 @@ def generate(
 ) -> Replies:
     """transformers' generate(), every prompt `copies` times: the reference to compare with.
 
-    The batch shares its random numbers (seeded with the first prompt's seed), so a sample depends on the
-    other prompts of its batch.
+    A batch shares its random numbers (the first prompt's seed), so a sample depends on the whole batch.
     """
     device = next(model.parameters()).device
     longest = max(len(p.ids) for p in prompts)
-    ids = torch.tensor([[0] * (longest - len(p.ids)) + p.ids for p in prompts], device=device)
-    lengths = torch.tensor([len(p.ids) for p in prompts], device=device)
-    mask = (torch.arange(longest, device=device) >= longest - lengths[:, None]).long()
+    padding = [longest - len(p.ids) for p in prompts]
+    ids = torch.tensor([[0] * n + p.ids for n, p in zip(padding, prompts)], device=device)
+    mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=device)
     seen: list[Tensor] = []  # the log-probs [B, V] of the step before
     logprobs: list[Tensor] = []
 
@@ -68,9 +62,8 @@ def generate(
         return scores
 
     use_attention(model, "generate")
-    settings = _settings(copies, temperature, max_new_tokens, stops)
     with (
-        _own_generation_config(model, **settings) as config,
+        _own_generation_config(model, copies, temperature, max_new_tokens, stops) as config,
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
     ):
         torch.manual_seed(prompts[0].seed)
@@ -84,9 +77,7 @@ def generate(
 
 
 def cpu_pages(lengths: Sequence[int]) -> dict[str, int]:
-    """Settings of continuous batching with room for rows of so many tokens (prompt and response) at once; by
-    default it would take nearly all of a CPU machine's memory.
-    """
+    """Room for rows of so many tokens: on a CPU, continuous batching would take nearly all memory."""
     default = ContinuousBatchingConfig()
     page = getattr(default, "page_size", 0) or default.block_size  # its name in transformers 5.17
     return {"num_blocks": sum(-(-length // page) for length in lengths) + 8, "max_batch_tokens": 2048}
@@ -100,8 +91,7 @@ def continuous_batching(
     """transformers' generate_batch(): paged K/V, rows enter and leave at any time. For CUDA with flash-attn.
 
     Every call makes a new manager: a kept one serves prompt K/V of the weights before the update, and ignores
-    a new generation config. Raises EngineError where the library returns less than was asked for: it raises
-    nothing itself.
+    a new generation config. Raises EngineError where the library silently returns less than was asked for.
     """
     use_attention(model, "generate")
     on_cpu = next(model.parameters()).device.type == "cpu"
@@ -109,7 +99,7 @@ def continuous_batching(
     settings = ContinuousBatchingConfig(return_logprobs=True, seed=prompts[0].seed % 2**31, **pages)
     # transformers 5.17 returns only the first completion of a prompt, however many it was asked for.
     forks = copies if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23) else 1
-    with _own_generation_config(model, **_settings(forks, temperature, max_new_tokens, stops)) as config:
+    with _own_generation_config(model, forks, temperature, max_new_tokens, stops) as config:
         results = model.generate_batch(
             [p.ids for p in prompts for _ in range(copies // forks)], generation_config=config,
             continuous_batching_config=settings, persistent_manager=False,
@@ -118,8 +108,7 @@ def continuous_batching(
     found: dict[tuple[int, ...], Replies] = {}
     for result in results.values():
         if result.error:
-            remedy = "try --rollout_engine shared_prefix"
-            raise EngineError(f"continuous_batching: a request failed: {result.error}; {remedy}")
+            raise EngineError(f"continuous_batching failed: {result.error}; try another --rollout_engine")
         found.setdefault(tuple(result.prompt_ids), []).append((result.generated_tokens, result.logprobs))
     rows = []
     for prompt in prompts:

@@ -1,9 +1,8 @@
 """Groups as one row of tokens, and micro-batches of groups.
 
-A group is packed as [prompt, response 1 … response G]: the positions of each response restart after the
-prompt, and a response attends to the prompt and to itself (attention.py), so a prompt is computed once
-however many responses it has. Models whose attention cannot do that get every prompt + response as a row of
-its own.
+A group is packed as [prompt, response 1 … response G]. Positions of each response restart after the prompt,
+and it attends to the prompt and to itself (attention.py), so a prompt is computed once for all responses.
+Models whose attention cannot do that get every prompt + response as a row of its own.
 """
 
 from __future__ import annotations
@@ -52,8 +51,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Packed:
-    """One micro-batch with N response tokens: a single row of T packed tokens, or (layout None) B
-    right-padded rows.
+    """One micro-batch with N response tokens: one row of T tokens, or (layout None) B right-padded rows.
 
     ids, positions [1, T] or [B, T]; predict [N]: the place in the flattened rows whose output predicts each
     response token; target [N]: that token; counts: response tokens per response, in order, so that
@@ -72,8 +70,7 @@ def pack(
     groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], device: torch.device,
     share_prompt: bool = True,
 ) -> Packed:
-    """Packs groups, each (prompt ids, list of response ids), into one row, or without `share_prompt` into a
-    row per response.
+    """Groups, (prompt ids, list of response ids), as one row, or without `share_prompt` a row per response.
 
     Responses keep their end token: it is learned too. Raises ValueError for an empty prompt or response.
     """
@@ -84,43 +81,38 @@ def pack(
 
 
 def _pack_shared(groups: Sequence[tuple], device: torch.device) -> Packed:
-    ids: list[int] = []
-    positions: list[int] = []
-    predict: list[int] = []
-    target: list[int] = []
-    counts: list[int] = []
+    ids, positions = [], []
+    predict, target, counts = [], [], []
     spans, kv_index = [], []
     query_lengths, key_lengths = [], []
     for prompt, responses in groups:
         start, length = len(ids), len(prompt)
-        longest = max(map(len, responses))
+        sizes = [len(response) for response in responses]
+        longest = max(sizes)
         ids += prompt
         positions += range(length)
+        counts += sizes
+        query_lengths += [length, *sizes]
+        key_lengths += [length, *(length + size for size in sizes)]
         prompt_rows = torch.arange(start, start + length)
-        real = []
         kv_index.append(prompt_rows)
-        query_lengths.append(length)
-        key_lengths.append(length)
+        real = []
         for i, response in enumerate(responses):
-            first, size = len(ids), len(response)
+            first, size = len(ids), sizes[i]
             ids += response
             positions += range(length, length + size)
             # The prompt's last token predicts the first response token of every response of the group.
             predict += [start + length - 1, *range(first, first + size - 1)]
             target += response
-            counts.append(size)
             real += range(i * longest, i * longest + size)
             kv_index += [prompt_rows, torch.arange(first, first + size)]
-            query_lengths.append(size)
-            key_lengths.append(length + size)
         spans.append(Span(length, len(responses), longest, torch.tensor(real, device=device)))
     rows = torch.cat(kv_index)
     cu_q, cu_k = (F.pad(torch.tensor(sizes).cumsum(0), (1, 0)) for sizes in (query_lengths, key_lengths))
     layout = Layout(
         spans, kv_index=rows.to(device), by_source=rows.argsort(stable=True).to(device),
-        uses=rows.bincount(minlength=len(ids)).to(device),
-        cu_q=cu_q.to(device, torch.int32), cu_k=cu_k.to(device, torch.int32),
-        max_q=max(query_lengths), max_k=max(key_lengths),
+        uses=rows.bincount(minlength=len(ids)).to(device), cu_q=cu_q.to(device, torch.int32),
+        cu_k=cu_k.to(device, torch.int32), max_q=max(query_lengths), max_k=max(key_lengths),
         used=torch.tensor(sorted(set(predict)), device=device),
     )
     row = torch.tensor([ids, positions], device=device)[:, None]
