@@ -91,7 +91,7 @@ UNREAD = [  # what neither pays for; more in test_prompts.py
     ("more than 4300 digits", with_value("9" * 5000), "bad_json"),
     ("raw newline in a value", with_value('"a\nb"'), "bad_json"),
     ("byte order mark in the block", with_calls(f"\ufeff[{CALL}]"), "bad_json"),
-    ("open lists 100,000 deep", with_calls("[" * 100_000), "bad_json"),
+    ("lists 100 deep", with_value("[" * 100 + "]" * 100), "bad_json"),
     ("lone surrogate as a value", with_value('"\ud800"'), "wrong_name"),
 ]
 
@@ -187,7 +187,7 @@ def test_the_table_of_variants(variant):
 
 
 @pytest.mark.parametrize(
-    "answer", [None, 5, "", b"", "[]", {}, ANSWER[0], [None], [[]], ["f"], [{"name": "f"}], [{"arguments": {}}],
+    "answer", [None, "", b"", "[]", {}, ANSWER[0], [None], [[]], ["f"], [{"name": "f"}], [{"arguments": {}}],
                [{"name": None, "arguments": {}}], [{"name": "f", "arguments": "{}"}]],
 )
 def test_a_broken_ground_truth_raises(answer):
@@ -358,7 +358,7 @@ class Weights:
     length: float = 1 / TEN
 
 def length(completion, answer, tools):
-    answer.clear()
+    answer[0]["arguments"].clear()
     return len(completion) * Weights().length
 
 broken = lambda completion, answer, tools: completion["text"]
@@ -381,10 +381,10 @@ def test_a_reward_function_of_the_users_own(own_file):
     """It may use dataclasses and neighbours, and change what it gets: copies. correct and reason are those of
     the strict verdict, so that the log's rates keep their meaning.
     """
-    answer = [ToolCall("f", {})]
+    answer = [ToolCall("f", {"x": 1})]
     reward = reward_function(f"{own_file}:length")("x" * 10, answer, [])
     assert (reward.total, reward.correct, reward.reason) == (1.0, False, "no_think")
-    assert answer == [ToolCall("f", {})]
+    assert answer == [ToolCall("f", {"x": 1})]
 
 
 @pytest.mark.parametrize(
