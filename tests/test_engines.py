@@ -1,6 +1,4 @@
-"""kernel/decode.py, kernel/hf_engines.py: every engine gives the greedy tokens of the slow loop, and samples
-of the model's own distribution.
-"""
+"""Every rollout engine gives the slow loop's greedy tokens, and samples that follow the model's softmax."""
 
 from collections.abc import Sequence
 
@@ -35,11 +33,11 @@ PROMPTS = [Prompt(f"p{i}", random_ids(n, i), 100 + i) for i, n in enumerate([5, 
 
 def random_model(family: str, **settings):
     """With grouped K/V heads and an untied head."""
-    config = getattr(transformers, f"{family}Config")(**dict(
-        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=None,
-        eos_token_id=3, pad_token_id=None,
-    ) | settings)
+    shape = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, eos_token_id=3,
+        num_key_value_heads=2, tie_word_embeddings=False, bos_token_id=None, pad_token_id=None,
+    )
+    config = getattr(transformers, f"{family}Config")(**{"vocab_size": VOCABULARY} | shape | settings)
     torch.manual_seed(0)
     return prepare_model(getattr(transformers, f"{family}ForCausalLM")(config), torch.device("cpu")).eval()
 
@@ -70,11 +68,12 @@ def one_by_one(model, prompt: list[int], max_new_tokens: int, stops: Sequence[in
     return ids[len(prompt) :]
 
 
-def trainer_logprobs(model, rows, copies: int, temperature: float) -> torch.Tensor:
+def assert_trainers_logprobs(model, rows, copies: int, temperature: float) -> None:
     use_attention(model, "train")
     groups = [(p.ids, [ids for ids, _ in rows[i * copies : (i + 1) * copies]]) for i, p in enumerate(PROMPTS)]
     with torch.no_grad():
-        return token_logprobs(model, pack(groups, torch.device("cpu")), temperature)[0]
+        slow = token_logprobs(model, pack(groups, torch.device("cpu")), temperature)[0]
+    assert_close(torch.tensor([x for _, chances in rows for x in chances]), slow, atol=1e-5, rtol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------- every engine
@@ -88,22 +87,20 @@ def test_greedy_tokens_are_those_of_the_slow_loop(family, engine):
     rows = ENGINES[engine](model, PROMPTS, 1, 0.0, 20, STOPS)
     assert [ids for ids, _ in rows] == slow
     assert len({len(ids) for ids in slow}) > 2, "rows do finish at different times"
-    fast = torch.tensor([x for _, chances in rows for x in chances])
-    assert_close(fast, trainer_logprobs(model, rows, 1, 1.0), atol=1e-5, rtol=1e-5)
+    assert_trainers_logprobs(model, rows, 1, 1.0)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_log_probs_of_samples_are_the_trainers(model, engine):
     rows = ENGINES[engine](model, PROMPTS, 3, 0.7, 20, STOPS)
     assert len(rows) == 3 * len(PROMPTS)
-    fast = torch.tensor([x for _, chances in rows for x in chances])
-    assert_close(fast, trainer_logprobs(model, rows, 3, 0.7), atol=1e-5, rtol=1e-5)
+    assert_trainers_logprobs(model, rows, 3, 0.7)
     for ids, _ in rows:
         assert not set(ids[:-1]) & set(STOPS) and (len(ids) == 20 or ids[-1] in STOPS)
 
 
 def chi_square(counts: torch.Tensor, distribution: torch.Tensor) -> float:
-    """Pearson's statistic in units of its standard deviation, over tokens that are expected 5 times or more."""
+    """Pearson's statistic in units of its standard deviation, over tokens expected 5 times or more."""
     expected = distribution * counts.sum()
     often = expected >= 5
     chi2 = ((counts - expected)[often] ** 2 / expected[often]).sum()
@@ -138,12 +135,8 @@ def test_after_an_update_samples_come_from_the_new_weights(engine):
         for weight in model.parameters():
             weight.mul_(1.1)
     after = ENGINES[engine](model, PROMPTS, 2, 1.0, 8, STOPS)
-    fast = torch.tensor([x for _, chances in after for x in chances])
-    assert_close(fast, trainer_logprobs(model, after, 2, 1.0), atol=1e-5, rtol=1e-5)
+    assert_trainers_logprobs(model, after, 2, 1.0)
     assert before != after
-
-
-# ---------------------------------------------------------------------------------------------- shared_prefix
 
 
 def test_neither_prefill_rows_nor_blocks_nor_dropping_change_a_sample(model, monkeypatch):
@@ -193,18 +186,12 @@ def test_a_wrong_cache_is_noticed(model, monkeypatch, change):
     assert [ids for ids, _ in rows] != [one_by_one(model, prompt.ids, 20) for prompt in PROMPTS]
 
 
-# ---------------------------------------------------------------------------------------- continuous_batching
-
-
 def test_a_partial_result_of_continuous_batching_is_an_error(model, monkeypatch):
     """The library prints its exception, returns what it has, and says nothing."""
     real = model.generate_batch
     monkeypatch.setattr(model, "generate_batch", lambda *a, **k: dict(list(real(*a, **k).items())[1:]))
     with pytest.raises(EngineError, match="returned 11 of 12 completions"):
         ENGINES["continuous_batching"](model, PROMPTS, 2, 1.0, 4, STOPS)
-
-
-# --------------------------------------------------------------------------------------------------- fallback
 
 
 @pytest.mark.filterwarnings("ignore")

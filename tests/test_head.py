@@ -130,9 +130,6 @@ def test_no_tensor_of_tokens_times_vocabulary():
     assert theirs.elements == N * V > V * H, "full logits are seen where there are some"
 
 
-# -------------------------------------------------------------------------------------------- 16-bit matrices
-
-
 @pytest.mark.parametrize("chunk", [4, 1000])
 def test_autocast_rounds_the_matrices_but_not_the_logits(chunk):
     """bf16 logits would have three digits, an error of 0.05 nats at 20. Sums and log-probs are fp32."""

@@ -94,12 +94,13 @@ def assert_same_gradients(fast: dict[str, torch.Tensor], slow: dict[str, torch.T
 # ------------------------------------------------------------------------------------------- packed log-probs
 
 
+@pytest.mark.parametrize("temperature", [TEMPERATURE, 1.0])
 @pytest.mark.parametrize("family", SHARED)
-def test_packed_logprobs_and_entropy_equal_one_by_one(family):
+def test_packed_logprobs_and_entropy_equal_one_by_one(family, temperature):
     model, groups = random_model(family), random_groups()
     assert uses_shared_prefix(model)
-    logprobs, entropy = token_logprobs(model, pack(groups, CPU), TEMPERATURE)
-    slow_logprobs, slow_entropy = one_by_one(model, groups, TEMPERATURE)
+    logprobs, entropy = token_logprobs(model, pack(groups, CPU), temperature)
+    slow_logprobs, slow_entropy = one_by_one(model, groups, temperature)
     assert logprobs.dtype == torch.float32 and logprobs.requires_grad and not entropy.requires_grad
     assert_close(logprobs, slow_logprobs, atol=1e-5, rtol=1e-5)
     assert_close(entropy, slow_entropy.detach(), atol=1e-5, rtol=1e-5)
@@ -179,14 +180,6 @@ def test_the_comparison_notices_whatever_is_broken(family, broken, monkeypatch):
     assert (token_logprobs(model, wrong, TEMPERATURE)[0] - slow).abs().max() > 1e-2
 
 
-def test_temperature_divides_the_logits():
-    """Log-probs at another temperature than the sampler's are those of another policy."""
-    model, groups = random_model("Qwen2"), random_groups()
-    at = {t: token_logprobs(model, pack(groups, CPU), t)[0] for t in (0.7, 1.0)}
-    assert_close(at[1.0], one_by_one(model, groups, 1.0)[0], atol=1e-5, rtol=1e-5)
-    assert (at[0.7] - at[1.0]).abs().max() > 0.1
-
-
 def test_a_group_depends_on_no_other_group_and_a_response_on_no_other_response():
     model, groups = random_model("Qwen2"), random_groups()
     together = token_logprobs(model, pack(groups, CPU), TEMPERATURE)[0]
@@ -195,7 +188,7 @@ def test_a_group_depends_on_no_other_group_and_a_response_on_no_other_response()
     assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
 
 
-# ---------------------------------------------------------------------------------------------------- packing
+# ---------------------------------------------------------------------------------- packing, micro-batches
 
 
 def test_a_packed_group_in_full():
@@ -229,9 +222,6 @@ def test_empty_prompts_and_responses_are_refused(group):
         pack([([1, 2], [[3]]), group], CPU)
 
 
-# ---------------------------------------------------------------------------------------------- micro-batches
-
-
 def responses_of(sizes, batches):
     """The (group, response) pairs in the order of the micro-batches."""
     return [(i, k) for batch in batches for i, part in batch for k in range(len(sizes[i][1]))[part]]
@@ -249,9 +239,7 @@ def test_a_group_above_the_budget_is_cut_and_repeats_its_prompt():
     # 4 + 2 + 2 fit into 8, another 2 do not; the group behind it fits beside the last part
     cut = [[(0, slice(0, 2))], [(0, slice(2, 3)), (1, slice(0, 1))]]
     assert micro_batches([(4, [2, 2, 2]), (1, [1])], 8) == cut
-
-
-def test_a_response_above_the_budget_stands_alone():
+    # a response above the budget stands alone
     assert micro_batches([(4, [1, 9, 1])], 8) == [[(0, slice(0, 1))], [(0, slice(1, 2))], [(0, slice(2, 3))]]
 
 
