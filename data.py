@@ -15,7 +15,7 @@ from dataclasses import replace
 from tqdm import tqdm
 
 from config import UserError
-from corpus.examples import KINDS, Example, Splits, Tokenized, example_kind, held_out_records, record_of
+from corpus.examples import KINDS, Example, Splits, Tokenized, example_kind, hold_out, record_of
 from corpus.layouts import load_examples
 from corpus.sources import DataError
 from corpus.synthetic import synthetic_splits
@@ -47,7 +47,7 @@ def _read_splits(config) -> Splits:
             raise DataError(f"test_data: {config.test_data} holds no usable example; {INSPECT}")
     elif config.test_share:
         records = (record_of(example.id) for example in train)
-        apart = held_out_records(records, config.test_share, config.seed)
+        apart = hold_out(records, config.test_share, config.seed)
         held_out = [example for example in train if record_of(example.id) in apart]
         train = [example for example in train if record_of(example.id) not in apart]
     if not train:
@@ -162,7 +162,7 @@ def main(arguments: list[str]) -> None:
 
         distill.main(rest, load_splits, tokenize_splits)
     else:
-        raise DataError("usage: python data.py inspect FILE [COUNT]; or prepare, stats, overlap, distill --help")
+        raise DataError("usage: python data.py inspect FILE [COUNT]; prepare, stats, overlap, distill --help")
 
 
 if __name__ == "__main__":

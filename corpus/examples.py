@@ -58,7 +58,7 @@ class Rules:
     """How records are judged."""
 
     keep: tuple[str, ...] = ()  # reasons, of KEEPABLE, for which nothing is dropped
-    no_call_turns: bool = False  # ToolACE's text turns are examples too, with answer [] (toolace.is_text_step)
+    no_call_turns: bool = False  # ToolACE's text turns become examples with answer []
 
 
 STRICT = Rules()
@@ -83,7 +83,7 @@ def record_of(example_id: str) -> str:
     return example_id.partition("#")[0]
 
 
-def held_out_records(records: Iterable[str], share: float, seed: int) -> set[str]:
+def hold_out(records: Iterable[str], share: float, seed: int) -> set[str]:
     """The given share of the records: those with the smallest hashes of (seed, record).
 
     So the split depends on seed and ids alone, and another file more or less moves few records.
