@@ -85,7 +85,7 @@ def _from_xlam(record: dict, rid: str, line: int, rules: Rules) -> Iterator[Exam
 
 def _calls_of_turn(text: str, tools: list[dict]) -> list[ToolCall]:
     """The calls of a call turn, in ToolACE's notation or, as re-packed files have it, in JSON."""
-    # With any_name, because a call of an unknown tool deserves its own reason.
+    # any_name, because a call of an unknown tool deserves its own reason.
     calls = toolace.parse_toolace_calls(text, [tool["name"] for tool in tools], any_name=True)
     try:
         value = strict_json(text) if calls is None else [call.as_dict() for call in calls]
@@ -108,10 +108,9 @@ def _from_toolace(record: dict, rid: str, line: int, rules: Rules) -> Iterator[E
     turns = record["conversations"]
     messages = []
     stepless = True
-    sources = [record.get(field, "") for field in ("tools", "system")]
-    texts = [text if isinstance(text, str) else json.dumps(text, default=str) for text in sources]
-    tools = toolace.find_tools("\n".join(texts))
-    if tools is None:
+    holders = [record.get(field, "") for field in ("tools", "system")]
+    texts = [text if isinstance(text, str) else json.dumps(text, default=str) for text in holders]
+    if (tools := toolace.find_tools("\n".join(texts))) is None:
         raise Unusable("no_tools", "no JSON list of tools in `tools` or `system`")
     names = [tool["name"] for tool in tools]
     for index, turn in enumerate(turns):
@@ -165,8 +164,7 @@ def _from_trl(record: dict, rid: str, line: int, rules: Rules) -> Iterator[Examp
             columns.update(record[holder])
     encoded = ("messages_json", "tools_json", "demonstrations_json", "ground_truth")
     if not all(isinstance(columns.get(field), str) for field in ("id", "source", *encoded)):
-        detail = "no messages_json and tools_json: `data.py prepare --layouts` did not write this row"
-        raise Unusable("foreign_row", detail)
+        raise Unusable("foreign_row", "no messages_json and tools_json: not written by `data.py prepare`")
     fields = {field.removesuffix("_json"): _decode(columns[field], field) for field in encoded}
     yield from _from_ours(columns | fields | {"answer": fields["ground_truth"]}, rid, line, rules)
 
@@ -309,17 +307,16 @@ def verl_row(example: Example, template: str, split: str, index: int) -> dict:
     }
 
 
-def write_examples(path: str | Path, examples: Iterable[Example]) -> None:
+def write_examples(path: Path, examples: Iterable[Example]) -> None:
     """One JSON line per example, its fields as they are; load_examples reads it back. Raises OSError."""
     write_rows(path, map(vars, examples))
 
 
-def write_rows(path: str | Path, rows: Iterable[dict]) -> None:
+def write_rows(path: Path, rows: Iterable[dict]) -> None:
     """One JSON line per row, gzipped for .gz; Parquet, of rows of verl_row, for .parquet.
 
     The file appears when it is complete. Raises OSError, and ImportError for .parquet without pyarrow.
     """
-    path = Path(path)
     partial = path.with_name(path.name + ".partial")
     try:
         if path.suffix == ".parquet":

@@ -196,7 +196,8 @@ def main(arguments: list[str], load_tokenizer: Callable) -> None:
     args = parse(arguments)
     template = load_template(args.prompt_template)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
-    inputs, out = find_inputs(args), Path(args.out)
+    inputs = find_inputs(args)
+    out = Path(args.out)
     if any((out / name).exists() for name in OUTPUTS) and not args.overwrite:
         raise DataError(f"{out} holds a prepared set already; choose another --out or add --overwrite")
     length_of = partial(prompt_length, template=template, tokenizer=tokenizer)
@@ -218,12 +219,8 @@ def main(arguments: list[str], load_tokenizer: Callable) -> None:
     for name, described in made.statistics.items():
         print_statistics(f"{out}/{name}.jsonl", described)
     if made.augmented:
-        changes = ", ".join(f"{count:,} {what}" for what, count in made.augmented.items())
-        print(f"\naugmentation of the training part: {changes}")
+        print(f"\naugmentation of the training part: {dict(made.augmented)}")
     print(f"\n{out}: {len(made.dropped):,} dropped records and steps are listed in dropped.jsonl")
-
-
-# ----------------------------------------------------------------------------------------------------- output
 
 
 def write(made: Prepared, inputs: list[Input], args: argparse.Namespace, template: str) -> None:
