@@ -307,9 +307,9 @@ def verl_row(example: Example, template: str, split: str, index: int) -> dict:
     }
 
 
-def write_examples(path: Path, examples: Iterable[Example]) -> None:
+def write_examples(path: str | Path, examples: Iterable[Example]) -> None:
     """One JSON line per example, its fields as they are; load_examples reads it back. Raises OSError."""
-    write_rows(path, map(vars, examples))
+    write_rows(Path(path), map(vars, examples))
 
 
 def write_rows(path: Path, rows: Iterable[dict]) -> None:
