@@ -1,4 +1,4 @@
-"""ToolACE's notation; what training makes of examples: repetitions, splits, token ids; and the command line."""
+"""ToolACE's notation; what training makes of examples: repetitions, splits, token ids; the command line."""
 
 import gzip
 import json
@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_layouts import ADD, SHARED, ids_of, save, xlam
+from test_layouts import ADD, ids_of, save, shared, xlam
 
 import data
 from config import Config
@@ -22,10 +22,6 @@ from data import load_splits, tokenize_splits
 from prompts import ToolCall, encode_prompt
 
 
-def save_numbered(path: Path, *ids: int) -> str:
-    return str(save(path, *(xlam(id=rid, query=f"Add {rid}.") for rid in ids)))
-
-
 def parsed(value: str):
     calls = parse_toolace_calls(f"[f(x={value})]", ["f"])
     return None if calls is None else calls[0].arguments["x"]
@@ -35,10 +31,7 @@ def parsed(value: str):
 
 
 def test_every_golden_call_string_gives_the_intended_calls():
-    path = SHARED / "golden/toolace_parse_cases.jsonl.gz"
-    if not path.exists():
-        pytest.skip("shared/golden is not beside this checkout")
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
+    with gzip.open(shared("golden/toolace_parse_cases.jsonl.gz"), "rt", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
     for row in rows:
         calls = parse_toolace_calls(row["text"], row["tool_names"])
@@ -63,17 +56,15 @@ def test_values_are_python_or_json_literals(text, value):
 
 @pytest.mark.parametrize(
     "text",
-    ["007", "1e999", "nan", "Infinity", "word", "1 2", "[1 2]", "'a", "[1}", "[,]", "{1: 2}", "{'a': 1, 'a': 2}",
-     '"\\ud83d"', '"\\UFFFFFFFF"', "0x" + "f" * 9999, "9" * 5000, "[" * 9999 + "]" * 9999, "", ":", "(1)", "1, x=2",
-     "1, 2", "1]", "g(y=1)"],
+    ["007", "1e999", "nan", "Infinity", "word", "1 2", "[1 2]", "'a", "[1}", "[,]", "{1: 2}",
+     "{'a': 1, 'a': 2}", '"\\ud83d"', '"\\UFFFFFFFF"', "0x" + "f" * 9999, "9" * 5000,
+     "[" * 9999 + "]" * 9999, "", ":", "(1)", "1, x=2", "1, 2", "1]", "g(y=1)"],
 )
 def test_what_is_no_json_value_does_not_parse(text):
     assert parsed(text) is None
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[", "f()", "[f()", "[f()].", "[f()] [f()]", "[f() f()]", "[g()]", "[f(=1)]", "[,]"]
-)
+@pytest.mark.parametrize("text", "| [|f()|[f()|[f()].|[f()] [f()]|[f() f()]|[g()]|[f(=1)]|[,]".split("|"))
 def test_what_is_no_call_list_does_not_parse(text):
     assert parse_toolace_calls(text, ["f"]) is None
 
@@ -94,9 +85,6 @@ def test_the_time_is_linear_whatever_the_text():
     assert time.perf_counter() - start < 20  # about 3 s; a quadratic reader needs hours
 
 
-# ------------------------------------------------------------------------------------------------ repetitions
-
-
 def test_repeated_examples_name_the_first_one(tmp_path):
     calls = [{"name": "add", "arguments": {"a": value}} for value in (1, 2)]
     a = save(tmp_path / "a.json", xlam(id="first", answers=calls), xlam(id="turned", answers=calls[::-1]))
@@ -108,14 +96,6 @@ def test_repeated_examples_name_the_first_one(tmp_path):
     reasons = [("turned", "duplicate"), ("again", "duplicate"), ("other", "contradiction")]
     assert [(drop.id, drop.reason) for drop in dropped + more] == reasons
     assert all("as first of a.json" in drop.detail for drop in dropped + more)
-
-
-def test_contradictions_can_be_kept_but_their_repetitions_go(tmp_path):
-    answers = [[{"name": "add", "arguments": {"a": value}}] for value in (1, 2, 2, 1)]
-    path = save(tmp_path / "x.json", *(xlam(id=i, answers=answer) for i, answer in enumerate(answers)))
-    reads = list(read_examples(path, rules=Rules(keep=("contradiction",))))
-    assert [e.id for read in reads for e in read.examples] == ["0", "1"]
-    assert [d.detail.split()[-3] for read in reads for d in read.dropped] == ["1", "0"]
 
 
 @pytest.mark.parametrize("other", [{"a": 1.0}, {"a": True}, {"a": "1"}])
@@ -134,6 +114,10 @@ def test_an_id_that_repeats_gets_its_line(tmp_path):
 # ----------------------------------------------------------------------------------------------------- splits
 
 
+def save_numbered(path: Path, *ids: int) -> str:
+    return str(save(path, *(xlam(id=rid, query=f"Add {rid}.") for rid in ids)))
+
+
 def test_a_tenth_is_held_out_by_the_seed_alone(tmp_path):
     path = save_numbered(tmp_path / "x.json", *range(40))
     splits = load_splits(Config(data=path))
@@ -146,10 +130,13 @@ def test_a_tenth_is_held_out_by_the_seed_alone(tmp_path):
 
 
 def test_several_files_are_joined_and_a_test_file_replaces_the_split(tmp_path, capsys):
-    a, b = save_numbered(tmp_path / "a.json", 1, 2), save_numbered(tmp_path / "b.json", 3)
+    a, b = save_numbered(tmp_path / "a.json", 1, 2), tmp_path / "b.json"
+    save(b, xlam(id=3), *(xlam(id=i, answers="[{") for i in (4, 5)), xlam(id=6, tools="[]"))
     splits = load_splits(Config(data=f"{a}, {b}", test_share=0.0))
     assert ids_of(splits.train) == ["1", "2", "3"] and splits.held_out == {}
-    assert f"{a}: 2 examples\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"{a}: 2 examples\n" in printed
+    assert f"{b}: 1 examples, dropped: 2 broken_json; 1 no_tools" in printed
     test = save_numbered(tmp_path / "c.json", 20, 21, 22)
     splits = load_splits(Config(data=a, test_data=test, eval_cases=2))
     chosen = set(ids_of(splits.held_out["held_out"]))  # at random: the first might be all of one kind
@@ -181,22 +168,6 @@ def test_parts_of_the_training_data_share_nothing_and_lose_nothing(tmp_path, bou
         assert one.held_out == whole.held_out and one.train == [e for e in whole.train if e in one.train]
 
 
-def test_a_part_is_drawn_by_the_seed_alone_also_of_generated_data():
-    size = dict(data="synthetic", synthetic_train=20, eval_cases=3)
-    whole, first, again, second = (
-        load_splits(Config(**size, data_from=a, data_to=b)) for a, b in ((0, 1), (0, 0.5), (0, 0.5), (0.5, 1))
-    )
-    assert first == again and first.held_out == second.held_out == whole.held_out
-    assert ids_of(first.train) != ids_of(whole.train)[:10]
-    assert sorted(ids_of([*first.train, *second.train])) == sorted(ids_of(whole.train))
-
-
-def test_what_is_dropped_is_said(tmp_path, capsys):
-    broken = [xlam(id=i, answers="[{") for i in (2, 3)]
-    load_splits(Config(data=str(save(tmp_path / "x.json", xlam(), *broken, xlam(id=4, tools="[]")))))
-    assert "x.json: 1 examples, dropped: 2 broken_json; 1 no_tools" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
@@ -215,9 +186,6 @@ def test_without_training_data_there_is_no_run(tmp_path, monkeypatch, settings, 
         load_splits(Config(**settings))
 
 
-# ---------------------------------------------------------------------------------------------------- prompts
-
-
 def example(rid: str, words: int) -> Example:
     return Example(rid, "xlam", [{"role": "user", "content": "x" * words}], [ADD], [])
 
@@ -234,13 +202,10 @@ def test_prompts_become_the_ids_of_encode_prompt_and_long_ones_are_counted(capsy
         tokenize_splits(splits, tokenizer, template, Config(max_prompt_tokens=9), quiet=True)
 
 
-# ----------------------------------------------------------------------------------------------- command line
-
-
 def test_the_command_line(tmp_path):
     """What a user sees: prepare, then stats and inspect on its result; and a mistake."""
-    records = xlam(), xlam(id=8, answers="[{"), xlam(id=9, query="Not shown.")
-    path, out = save(tmp_path / "x.json", *records), tmp_path / "out"
+    out = tmp_path / "out"
+    path = save(tmp_path / "x.json", xlam(), xlam(id=8, answers="[{"), xlam(id=9, query="More."))
 
     def data_py(*arguments: object) -> subprocess.CompletedProcess:
         command = [sys.executable, str(Path(data.__file__)), *map(str, arguments)]
@@ -248,16 +213,14 @@ def test_the_command_line(tmp_path):
         return subprocess.run(command, capture_output=True, encoding="utf-8", env=offline)
 
     done = data_py("prepare", "--xlam", path, "--test_share", 0, "--out", out)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "1 dropped records and steps are listed in dropped.jsonl" in done.stdout
+    assert (done.returncode, done.stderr) == (0, "") and "1 dropped records and steps" in done.stdout
     done = data_py("stats", out / "train.jsonl")
     assert (done.returncode, done.stderr) == (0, "") and "prompt characters: min " in done.stdout
     done = data_py("inspect", path, 1)
     assert (done.returncode, done.stderr) == (0, "") and "2 examples (2 single)" in done.stdout
     assert "dropped: line 2, id 8: broken_json: answers is not JSON" in done.stdout
     assert '--- user\nAdd 1.\n--- target\n<tool_call>[{"name": "add"' in done.stdout
-    assert "Not shown." not in done.stdout
     for wrong in (["inspect"], ["look"], ["inspect", "somebody/something"]):  # the last: the hub, offline
         done = data_py(*wrong)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-        assert done.stderr.startswith(("error: usage: python data.py", "error: somebody/something is no file"))
+        assert done.stderr.startswith(("error: usage: python data.py", "error: somebody/something is no"))

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from corpus.examples import STRICT, Example, Rules
-from corpus.layouts import load_examples, read_examples, trl_row, verl_row, write_rows
+from corpus.layouts import load_examples, read_examples, trl_row, verl_row, write_examples, write_rows
 from prompts import SYSTEM_TEMPLATE, ToolCall
 
-SHARED = Path(__file__).parents[2] / "shared"
 ADD = {"name": "add", "description": "Adds.", "parameters": {"a": {"type": "int"}}}
 FEED = {"name": "Feed (Video) V2", "description": "", "parameters": {"type": "dict", "properties": {}}}
 SYSTEM = f"Use [these], e.g. [func1(x=1)]:\n{json.dumps([ADD, FEED])}. \nWrite [func1(params)]"
@@ -31,6 +30,13 @@ def save(path: Path, *records: dict) -> Path:
     return path
 
 
+def shared(name: str) -> Path:
+    path = Path(__file__).parents[2] / "shared" / name
+    if not path.exists():
+        pytest.skip(f"shared/{name} is not beside this checkout")
+    return path
+
+
 def ids_of(examples) -> list[str]:
     return [example.id for example in examples]
 
@@ -45,29 +51,22 @@ def read_with(rules: Rules, path: Path) -> tuple[list[Example], list[str]]:
     return [e for read in reads for e in read.examples], [d.reason for read in reads for d in read.dropped]
 
 
-# ---------------------------------------------------------------------------------------------------- records
-
-
 def test_xlam_record_becomes_one_example(tmp_path):
     records = xlam(), xlam(id="b", query="Hello.", tools=[ADD], answers=[])
-    examples, dropped = load_examples(save(tmp_path / "x.json", *records))
-    call = ToolCall("add", {"a": 1})
-    assert examples[0] == Example("7", "xlam", [{"role": "user", "content": "Add 1."}], [ADD], [call])
-    assert examples[1].answer == [] and dropped == []
+    (first, second), dropped = load_examples(save(tmp_path / "x.json", *records))
+    asked, answer = [{"role": "user", "content": "Add 1."}], [ToolCall("add", {"a": 1})]
+    assert first == Example("7", "xlam", asked, [ADD], answer) and second.answer == [] and dropped == []
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"answers": "[{"}, "broken_json"),
+        ({"answers": "[{"}, "broken_json"), ({"tools": "{]"}, "broken_json"),
         ({"answers": '[{"name": "add", "arguments": {"a": NaN}}]'}, "broken_json"),
-        ({"tools": "{]"}, "broken_json"),
-        ({"query": None}, "missing_field"),
-        ({"tools": "[]"}, "no_tools"),
+        ({"query": None}, "missing_field"), ({"tools": "[]"}, "no_tools"),
         ({"tools": '[{"description": "nameless"}]'}, "no_tools"),
         ({"answers": '[{"name": "sub", "arguments": {}}]'}, "unknown_tool"),
-        ({"answers": '[{"name": "add"}]'}, "bad_answer"),
-        ({"answers": "{}"}, "bad_answer"),
+        ({"answers": '[{"name": "add"}]'}, "bad_answer"), ({"answers": "{}"}, "bad_answer"),
         ({"answers": '[{"name": "add", "arguments": "{}"}]'}, "bad_answer"),
         ({"answers": '[{"name": "add", "arguments": {}}]'}, "missing_argument"),
         ({"answers": '[{"name": "add", "arguments": {"a": "1"}}]'}, "wrong_type"),
@@ -82,9 +81,9 @@ def test_unusable_xlam_record_is_listed_with_its_reason(tmp_path, changes, reaso
     assert (dropped.line, dropped.id, dropped.reason) == (2, "8", reason)
 
 
-@pytest.mark.parametrize("roles", [("user", "assistant", "tool"), ("human", "gpt", "observation")])
+@pytest.mark.parametrize("roles", ["user assistant tool", "human gpt observation"])
 def test_trajectory_is_cut_at_every_call_turn(tmp_path, roles):
-    user, assistant, tool = roles
+    user, assistant, tool = roles.split()
     record = toolace(
         (user, "go"), (assistant, "[add(a=1)]"), (tool, "2"), (assistant, "It is 2."),
         (user, "feed"), (assistant, '[Feed (Video) V2(q="(x)"), add(a=2)]'),
@@ -99,28 +98,26 @@ def test_trajectory_is_cut_at_every_call_turn(tmp_path, roles):
 
 
 @pytest.mark.parametrize(
-    ("text", "reason"),
-    [("[add(a=oops)]", "unparsable_calls"), ("[sub(a=1)]", "unknown_tool"), ("[]", "unparsable_calls")],
+    ("text", "reason", "past"),
+    [
+        ("[add(a=oops)]", "unparsable_calls", None),
+        ("[sub(a=1)]", "unknown_tool", None),
+        ("[]", "unparsable_calls", None),
+        ('[add(a="1")]', "wrong_type", [ToolCall("add", {"a": "1"})]),  # a call all the same
+    ],
 )
-def test_bad_call_turn_drops_its_step_and_stays_as_text(tmp_path, text, reason):
+def test_bad_call_turn_drops_its_step_and_stays_as_context(tmp_path, text, reason, past):
     record = toolace(("user", "go"), ("assistant", text), ("tool", "2"), ("assistant", "[add(a=1)]"))
     [example], [dropped] = load_examples(save(tmp_path / "t.json", record))
     assert (dropped.id, dropped.line, dropped.reason) == ("0#1", 1, reason)
-    assert example.messages[1] == {"role": "assistant", "content": text}
-
-
-def test_a_past_call_of_the_wrong_type_is_context_all_the_same(tmp_path):
-    turns = ("user", "go"), ("assistant", '[add(a="1")]'), ("tool", "2"), ("assistant", "[add(a=1)]")
-    [example], [dropped] = load_examples(save(tmp_path / "t.json", toolace(*turns)))
-    assert (dropped.id, dropped.detail) == ("0#1", "add: a: integer declared, str given")
-    assert example.messages[1]["calls"] == [ToolCall("add", {"a": "1"})]
+    turn = {"content": "", "calls": past} if past else {"content": text}
+    assert example.messages[1] == {"role": "assistant"} | turn
 
 
 def test_function_call_turns_may_be_json_and_tools_a_field(tmp_path):
-    call = '{"name": "add", "arguments": {"a": 1}}'
-    record = toolace(("human", "go"), ("function_call", call), system="", tools=json.dumps([ADD]))
-    [example], _ = load_examples(save(tmp_path / "t.json", record))
-    assert example.answer == [ToolCall("add", {"a": 1})]
+    turns = ("human", "go"), ("function_call", '{"name": "add", "arguments": {"a": 1}}')
+    record = toolace(*turns, system="", tools=json.dumps([ADD]))
+    assert load_examples(save(tmp_path / "t.json", record))[0][0].answer == [ToolCall("add", {"a": 1})]
 
 
 def test_toolace_records_without_tools_or_calls_are_listed(tmp_path):
@@ -172,10 +169,7 @@ def test_text_turns_that_do_not_show_that_no_call_was_right(tmp_path, turns):
     ],
 )
 def test_genuine_files(name, kept, reasons):
-    path = SHARED / f"data/train/{name}.json"
-    if not path.exists():
-        pytest.skip("shared/data/train is not beside this checkout")
-    examples, dropped = load_examples(path)
+    examples, dropped = load_examples(shared(f"data/train/{name}.json"))
     assert len(set(ids_of(examples))) == len(examples) == kept
     assert Counter(drop.reason for drop in dropped) == reasons
 
@@ -184,22 +178,18 @@ def test_a_call_need_fit_one_of_the_tools_with_its_name_only(tmp_path):
     """A few genuine records list a tool twice."""
     words = {"name": "add", "parameters": {"a": {"type": "str"}}}
     answers = [[{"name": "add", "arguments": {"a": value}}] for value in (1, "1", 1.5)]
-    records = [xlam(query=str(i), tools=[ADD, words], answers=answer) for i, answer in enumerate(answers)]
+    records = [xlam(id=i, query=str(i), tools=[ADD, words], answers=one) for i, one in enumerate(answers)]
     examples, dropped = load_examples(save(tmp_path / "x.json", *records))
-    assert [e.messages[0]["content"] for e in examples] == ["0", "1"]
-    assert [drop.reason for drop in dropped] == ["wrong_type"]
+    assert ids_of(examples) == ["0", "1"] and [drop.reason for drop in dropped] == ["wrong_type"]
 
 
 def test_reasons_that_are_kept_drop_nothing(tmp_path):
-    answers = [[{"name": "add", "arguments": given}] for given in ({"a": "1"}, {}, {"a": 1}, {"a": 2})]
+    answers = [[{"name": "add", "arguments": given}] for given in ({"a": "1"}, {})]
     path = save(tmp_path / "x.json", *(xlam(id=i, answers=answer) for i, answer in enumerate(answers)))
-    kept = {"wrong_type": ["0"], "missing_argument": ["1"], "contradiction": ["2", "3"]}
-    for reason, ids in kept.items():
+    for rid, reason in enumerate(["wrong_type", "missing_argument"]):
         examples, reasons = read_with(Rules(keep=(reason,)), path)
-        assert set(ids) <= set(ids_of(examples)) and reason not in reasons
+        assert ids_of(examples) == [str(rid)] and len(reasons) == 1 and reason not in reasons
 
-
-# ------------------------------------------------------------------------------------- layouts of other tools
 
 GONE = ToolCall("gone", {"x": [1, 1.0, None, {"é": "\u2028"}]})
 PAST = {"role": "assistant", "content": "", "calls": [GONE]}
@@ -219,11 +209,14 @@ def rows_of(layout: str) -> list[dict]:
     return [verl_row(example, SYSTEM_TEMPLATE, "train", index) for index, example in enumerate(MANY)]
 
 
-@pytest.mark.parametrize("name", ["trl.jsonl", "trl.jsonl.gz", "verl.jsonl", "verl.parquet"])
-def test_rows_for_other_tools_come_back_equal(tmp_path, name):
+@pytest.mark.parametrize("name", "own.jsonl own.jsonl.gz trl.jsonl verl.jsonl.gz verl.parquet".split())
+def test_what_is_written_comes_back_equal(tmp_path, name):
     if name.endswith(".parquet"):
         pytest.importorskip("pyarrow")
-    write_rows(tmp_path / name, rows_of(name.split(".")[0]))
+    if name.startswith("own"):
+        write_examples(tmp_path / name, MANY)
+    else:
+        write_rows(tmp_path / name, rows_of(name.split(".")[0]))
     examples, dropped = load_examples(tmp_path / name)
     assert repr(examples) == repr(MANY) and dropped == []  # == does not tell 1 from 1.0
 
@@ -239,7 +232,6 @@ def test_rows_for_other_tools_have_what_these_ask_for():
     special = "tools messages completion chosen rejected prompts completions completion_ids".split()
     assert all(not set(row) & set(special) for row in rows_of("trl"))
     assert [row["extra_info"]["index"] for row in rows_of("verl")] == [0, 1, 2]
-    assert {row["reward_model"]["style"] for row in rows_of("verl")} == {"rule"}
 
 
 @pytest.mark.parametrize("layout", ["trl", "verl"])

@@ -4,47 +4,15 @@ import gzip
 import hashlib
 import json
 import sys
-from pathlib import Path
 
 import pytest
+from test_layouts import ids_of, save, xlam
 
 from config import Config
 from corpus.examples import Example
 from corpus.layouts import load_examples, write_examples
-from corpus.sources import DataError, append_jsonl, file_sha256, read_jsonl, read_records
+from corpus.sources import DataError, file_sha256
 from data import load_splits
-from prompts import ToolCall
-
-ADD = {"name": "add", "description": "Adds.", "parameters": {"a": {"type": "int"}}}
-
-
-def xlam(**changes) -> dict:
-    answers = json.dumps([{"name": "add", "arguments": {"a": 1}}])
-    return {"id": 7, "query": "Add 1.", "tools": json.dumps([ADD]), "answers": answers} | changes
-
-
-def save(path: Path, *records: dict) -> Path:
-    path.write_text(json.dumps(records))
-    return path
-
-
-def ids_of(examples) -> list[str]:
-    return [example.id for example in examples]
-
-
-# ------------------------------------------------------------------------------------------------------ files
-
-
-@pytest.mark.parametrize("name", ["e.jsonl", "e.jsonl.gz"])
-def test_written_examples_come_back_equal(tmp_path, name):
-    past = {"role": "assistant", "content": "", "calls": [ToolCall("add", {"a": 0})]}
-    messages = [{"role": "user", "content": "a\u2028b é"}, past]
-    examples = [
-        Example("1", "synthetic", messages, [ADD], [ToolCall("add", {"a": [1, 1.0, None]})], ("<think>…",)),
-        Example("2", "synthetic", messages[:1], [ADD], []),
-    ]
-    write_examples(tmp_path / name, examples)
-    assert load_examples(tmp_path / name) == (examples, [])
 
 
 def test_the_same_examples_are_written_as_the_same_bytes(tmp_path, monkeypatch):
@@ -64,16 +32,6 @@ def test_a_file_is_replaced_only_by_a_complete_one(tmp_path):
     assert path.read_text().count("\n") == 1 and [file.name for file in tmp_path.iterdir()] == ["e.jsonl"]
 
 
-def test_our_own_jsonl_is_read_without_a_line_that_a_kill_cut_off(tmp_path):
-    path, rows = tmp_path / "log.jsonl", [{"text": "a\u2028b"}, {"step": 2}]
-    assert read_jsonl(path) == []
-    for row in rows:
-        append_jsonl(path, [row])
-    with path.open("a") as file:
-        file.write('{"step": 3')
-    assert read_jsonl(path) == rows
-
-
 def test_broken_lines_are_dropped_with_their_numbers(tmp_path):
     path = tmp_path / "x.jsonl"
     query = "line\u2028separator"  # str.splitlines() would cut this record in two
@@ -83,14 +41,6 @@ def test_broken_lines_are_dropped_with_their_numbers(tmp_path):
     examples, dropped = load_examples(path)
     assert [(drop.line, drop.reason) for drop in dropped] == [(2, "broken_json"), (3, "broken_json")]
     assert [example.messages[0]["content"] for example in examples] == ["Add 1.", query]
-
-
-@pytest.mark.parametrize("items", [[], [1, -2.5, "a]", None], [{"a": [{"b": "],"}, []]}, [], {}]])
-def test_an_array_is_read_whatever_its_white_space(tmp_path, items):
-    path = tmp_path / "x.json"
-    for text in (json.dumps(items), "\n " + json.dumps(items, indent=2) + "\n\n"):
-        path.write_text(text)
-        assert list(read_records(path)) == list(enumerate(items, 1))
 
 
 @pytest.mark.parametrize(
@@ -157,20 +107,19 @@ def hub(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("source", "repository", "name"),
+    ("source", "fetched"),
     [
-        ("Salesforce/xlam-function-calling-60k", "", "xlam_function_calling_60k.json"),
-        ("Team-ACE/ToolACE", "", "data.json"),
-        ("me/one", "", "data/train.json"),
-        ("me/two/sub/b.json", "me/two", "sub/b.json"),
+        ("Team-ACE/ToolACE", ("Team-ACE/ToolACE", "data.json", "dataset")),
+        ("me/one", ("me/one", "data/train.json", "dataset")),
+        ("me/two/sub/b.json", ("me/two", "sub/b.json", "dataset")),
     ],
 )
-def test_hub_ids_are_fetched_also_by_a_training_run(hub, source, repository, name):
+def test_hub_ids_are_fetched_also_by_a_training_run(hub, source, fetched):
     assert ids_of(load_splits(Config(data=source, test_share=0.0)).train) == ["7"]
-    assert hub == [(repository or source, name, "dataset")]
+    assert hub == [fetched]
 
 
-def test_a_path_that_exists_wins_and_a_mistyped_one_is_no_hub_id(hub, tmp_path):
+def test_a_path_that_exists_wins_a_mistyped_one_is_no_hub_id_and_there_must_be_one_file(hub, tmp_path):
     (tmp_path / "me/one").mkdir(parents=True)
     save(tmp_path / "me/one/data.json", xlam(id="local"))
     (tmp_path / "Team-ACE").mkdir()
@@ -181,18 +130,10 @@ def test_a_path_that_exists_wins_and_a_mistyped_one_is_no_hub_id(hub, tmp_path):
         with pytest.raises(DataError, match=f"{path.lstrip('./')} does not exist; check the path"):
             load_examples(path)
     assert hub == []
-
-
-@pytest.mark.parametrize(
-    ("source", "complaint"),
-    [
-        ("me/two", "me/two holds several data files: a.jsonl, b.parquet; name one, as me/two/FILE"),
-        ("me/none", "me/none holds no .json, .jsonl, .json.gz, .jsonl.gz, .parquet file"),
-    ],
-)
-def test_a_data_set_must_have_one_file(hub, source, complaint):
-    with pytest.raises(DataError, match=complaint):
-        load_examples(source)
+    with pytest.raises(DataError, match="several data files: a.jsonl, b.parquet; name one, as me/two/FILE"):
+        load_examples("me/two")
+    with pytest.raises(DataError, match="me/none holds no .json, .jsonl, .json.gz, .jsonl.gz, .parquet file"):
+        load_examples("me/none")
 
 
 @pytest.mark.parametrize(
@@ -201,20 +142,16 @@ def test_a_data_set_must_have_one_file(hub, source, complaint):
         ("GatedRepoError", "gated data set: accept its licence at https://.*/datasets/me/x and set HF_TOKEN"),
         ("RepositoryNotFoundError", "neither a file here nor a data set .*; check the path or the id"),
         ("LocalEntryNotFoundError", "no file here and could not be fetched .*503.*; .* give its path"),
-        ("HfHubHTTPError", "no file here and could not be fetched .*503.*; .* give its path"),
     ],
 )
 def test_a_hub_that_refuses_is_one_sentence(monkeypatch, error, complaint):
     from huggingface_hub import errors
 
-    class Refusal(getattr(errors, error)):  # the genuine ones want an HTTP response
-        def __init__(self) -> None:
-            Exception.__init__(self, "503")
-
-        __str__ = Exception.__str__
+    plain = {"__init__": lambda self: Exception.__init__(self, "503"), "__str__": Exception.__str__}
+    refusal = type("Refusal", (getattr(errors, error),), plain)  # the genuine ones want an HTTP response
 
     def refuse(*_, **__):
-        raise Refusal
+        raise refusal
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", refuse)
     with pytest.raises(DataError, match=f"me/x is .*{complaint}") as caught:
