@@ -131,7 +131,7 @@ def test_a_tenth_is_held_out_by_the_seed_alone(tmp_path):
 
 def test_several_files_are_joined_and_a_test_file_replaces_the_split(tmp_path, capsys):
     a, b = save_numbered(tmp_path / "a.json", 1, 2), tmp_path / "b.json"
-    save(b, xlam(id=3), *(xlam(id=i, answers="[{") for i in (4, 5)), xlam(id=6, tools="[]"))
+    save(b, xlam(id=3, query="Add 3."), *(xlam(id=i, answers="[{") for i in (4, 5)), xlam(id=6, tools="[]"))
     splits = load_splits(Config(data=f"{a}, {b}", test_share=0.0))
     assert ids_of(splits.train) == ["1", "2", "3"] and splits.held_out == {}
     printed = capsys.readouterr().out
