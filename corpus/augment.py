@@ -9,9 +9,8 @@ from __future__ import annotations
 import random
 import re
 import string
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from corpus.examples import Example
@@ -43,7 +42,7 @@ def _alike(tool: dict, other: dict) -> bool:
 
 
 def _without_answer(example: Example) -> Example | None:
-    """The example without the tools of its answer; None where [] might then be wrong."""
+    """The example without the tools of its answer, "id#irrelevant"; None where [] might then be wrong."""
     called = {call.name for call in example.answer}
     rest = [tool for tool in example.tools if tool["name"] not in called]
     gone = [tool for tool in example.tools if tool["name"] in called]
@@ -57,10 +56,9 @@ def _without_answer(example: Example) -> Example | None:
 
 
 def irrelevant_examples(examples: Sequence[Example], rate: float, seed: int) -> list[Example]:
-    """New examples whose right answer is [], "id#irrelevant": some of the input, without the tools they call.
+    """New examples whose right answer is []: of a share `rate` of the input, without the tools of its answer.
 
-    Each suitable example gives one with probability `rate`. Suitable: it calls something, a tool remains, no
-    earlier turn calls or names what is taken away, and no remaining tool is like a removed one (`_alike`).
+    None is made where no tool remains, a like one remains, or an earlier turn calls or names what is gone.
     """
     made = [_without_answer(example) for example in examples if _chosen(rate, seed, "irrelevance", example)]
     return [example for example in made if example is not None]
@@ -87,10 +85,10 @@ def _described(tools: list[dict]) -> dict[str, bool]:
     return found
 
 
-def _random_name(rng: random.Random, shortest: int, longest: int, taken: str) -> str:
+def _random_name(rng: random.Random, lengths: tuple[int, int], taken: str) -> str:
     """Letters and digits that stand nowhere in `taken`, and are no word: with a digit or an inner capital."""
     while True:
-        name = "".join(rng.choices(string.ascii_letters + string.digits, k=rng.randint(shortest, longest)))
+        name = "".join(rng.choices(string.ascii_letters + string.digits, k=rng.randint(*lengths)))
         if name[0].isalpha() and re.search(r"[a-z][A-Z]|\d", name) and name.lower() not in taken:
             return name
 
@@ -109,22 +107,21 @@ def draw_masks(example: Example, seed: int) -> dict[str, str]:
         undeclared |= call.arguments.keys() - declared.get(call.name, set())
     text = "\n".join(arguments + _values(example.tools, False))
     parts = {value.lower() for value in arguments if len(value) > 1}
-    taken = repr(example).lower()
-    rng, masks = random.Random(f"{seed}/names/{example.id}"), {}
+    taken, masks = repr(example).lower(), {}
+    rng = random.Random(f"{seed}/names/{example.id}")
     for name, described in _described(example.tools).items():
         shown = re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)
         if described and not shown and name not in undeclared and not any(p in name.lower() for p in parts):
-            shortest, longest = (8, 15) if name in declared else (5, 10)
-            masks[name] = _random_name(rng, shortest, longest, taken)
+            masks[name] = _random_name(rng, (8, 15) if name in declared else (5, 10), taken)
             taken += f" {masks[name].lower()}"
     return masks
 
 
-def _mask_text(text: str, masks: dict[str, str], tools: Container[str]) -> str:
+def _mask_text(text: str, masks: dict[str, str], tools: set[str]) -> str:
     """The text with masks for the names in it that are surely meant as names.
 
-    Those are code-like names as whole words; tool names of several words, quoted or before "tool" or "function";
-    any tool after `"name": `, as in a result.
+    Those are code-like names as whole words; tool names of several words, quoted or before "tool" or
+    "function"; any tool after `"name": `, as in a result.
     """
     found = sorted((name for name in masks if name in text), key=len, reverse=True)  # the longest name wins
     code = [name for name in found if " " not in name and CODE.search(name)]
@@ -140,17 +137,18 @@ def _mask_text(text: str, masks: dict[str, str], tools: Container[str]) -> str:
     return re.sub("|".join(parts), lambda match: masks[match[0]], text) if parts else text
 
 
-def _map_prose(node: Any, change: Callable[[str], str], key: str = "") -> Any:
-    """A copy of a declaration in which every description, at any depth, went through `change`."""
+def _mask_prose(node: Any, masks: dict[str, str], tools: set[str], key: str = "") -> Any:
+    """A copy of a declaration with masks in all its descriptions, at any depth."""
     if isinstance(node, dict):
-        return {name: _map_prose(inner, change, name) for name, inner in node.items()}
+        return {name: _mask_prose(inner, masks, tools, name) for name, inner in node.items()}
     if isinstance(node, list):
-        return [_map_prose(inner, change) for inner in node]
-    return change(node) if key in ("description", "title") and isinstance(node, str) else node
+        return [_mask_prose(inner, masks, tools) for inner in node]
+    is_prose = key in ("description", "title") and isinstance(node, str)
+    return _mask_text(node, masks, tools) if is_prose else node
 
 
-def _mask_tool(tool: dict, masks: dict[str, str], change: Callable[[str], str]) -> dict:
-    made = _map_prose(tool, change)
+def _mask_tool(tool: dict, masks: dict[str, str], tools: set[str]) -> dict:
+    made = _mask_prose(tool, masks, tools)
     made["name"] = masks.get(tool["name"], tool["name"])
     declared, parameters = properties(made), made.get("parameters")
     if declared:
@@ -175,15 +173,15 @@ def mask_names(example: Example, seed: int) -> Example:
     masks = draw_masks(example, seed)
     if not masks:
         return example
-    change = partial(_mask_text, masks=masks, tools={tool["name"] for tool in example.tools})
+    tools = {tool["name"] for tool in example.tools}
     messages = [dict(message) for message in example.messages]
     for message in messages:
-        message["content"] = change(message.get("content") or "")
+        message["content"] = _mask_text(message.get("content") or "", masks, tools)
         if message.get("calls"):
             message["calls"] = _mask_calls(message["calls"], masks)
     return replace(
         example, id=f"{example.id}#masked", messages=messages, answer=_mask_calls(example.answer, masks),
-        tools=[_mask_tool(tool, masks, change) for tool in example.tools], demonstrations=(),
+        tools=[_mask_tool(tool, masks, tools) for tool in example.tools], demonstrations=(),
     )
 
 
