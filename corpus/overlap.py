@@ -90,9 +90,9 @@ def _features(queries: Sequence[str], tools: Iterable[str], held_out: bool) -> I
 def overlap(examples: Iterable[Example], cases: Iterable[HeldOutCase]) -> list[Match]:
     """All matches, in the order of the examples. Time is linear in the words of both sides.
 
-    identical: a user message equals one of the case, capitals and punctuation aside. ngram: they share 13 words
-    in a row, or a case's message of 8 to 12 words stands whole in the training message. Shorter messages count
-    only where they are identical and neither side has another. tool: the same name.
+    identical: a user message equals one of the case, capitals and punctuation aside. ngram: they share 13
+    words in a row, or a case's message of 8 to 12 words stands whole in the training message. Shorter messages
+    count only where they are identical and neither side has another. tool: the same name.
     """
     index: dict[tuple[str, str], dict[str, None]] = {}  # feature -> ids of the cases with it, in order
     for case in cases:

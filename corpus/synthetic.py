@@ -26,7 +26,7 @@ NUMBERS = tuple(range(2, 10))
 
 @dataclass(frozen=True)
 class Tool:
-    """A synthetic tool. parameters: name -> kind of value, "number" or a key of VALUES. requests: ways to ask."""
+    """A synthetic tool. parameters: name -> "number" or a key of VALUES. requests: ways to ask for it."""
 
     name: str
     description: str
@@ -98,13 +98,13 @@ def _pool(kind: str) -> tuple:
 
 
 def _held_out(tool: Tool, parameter: str, value: str | int) -> bool:
-    """Whether training never pairs this value with this tool: so for a quarter of every parameter's values."""
+    """Whether training never pairs this value with this tool: a quarter of every parameter's values."""
     shift = zlib.crc32(f"{tool.name}/{parameter}".encode())
     return (_pool(tool.parameters[parameter]).index(value) + shift) % 4 == 0
 
 
 def _draw_call(tool: Tool, rng: random.Random, strict: bool, prefer: Collection = ()) -> ToolCall:
-    """A call of `tool`: all its values are held-out ones if `strict`, else none; values in `prefer` go first."""
+    """A call of `tool`: all values are held-out ones if `strict`, else none; those in `prefer` go first."""
     arguments: dict[str, Any] = {}
     for parameter, kind in tool.parameters.items():
         allowed = [value for value in _pool(kind) if _held_out(tool, parameter, value) == strict]
@@ -114,7 +114,7 @@ def _draw_call(tool: Tool, rng: random.Random, strict: bool, prefer: Collection 
 
 
 def _demonstration(answer: list[ToolCall], tools: list[Tool], rng: random.Random, flaws: float) -> str:
-    """A careless annotator's reply: the right calls with each of FLAWS at `flaws` times its rate, and a thought."""
+    """A careless annotator's reply: the right calls, each of FLAWS at `flaws` times its rate, a thought."""
 
     def strikes(flaw: str) -> bool:
         return rng.random() < flaws * FLAWS[flaw]
@@ -190,14 +190,14 @@ def synthetic(
     """`count` examples in the four KINDS at their SHARES, no query twice and none of those in `exclude`.
 
     strict: every argument value is one that training never pairs with that tool. copies: demonstrations per
-    query, each with flaws of its own. flaws: factor on the rates of FLAWS; it changes no query, and at 0 there
-    is one demonstration. The result depends on the arguments alone. Raises DataError for too large a count.
+    query, each with flaws of its own. flaws: factor on the rates of FLAWS; it changes no query, and at 0
+    there is one demonstration. The arguments alone decide the result. Raises DataError for too large a count.
     """
     rng = random.Random(f"{seed}/{strict}")
     kinds = rng.choices(KINDS, SHARES, k=count)
     seen, examples = set(exclude), []
     for _ in range(100 * count):
-        # A repeated query is drawn again with the same kind, or single calls would become rarer than their share.
+        # A repeated query is drawn again with the same kind, or kinds would not keep their shares.
         example = _synthetic_example(len(examples), kinds[len(examples)], rng, strict, copies, flaws)
         query = example.messages[0]["content"]
         if query not in seen:

@@ -11,8 +11,8 @@ from prompts import END_TOKENS, TAGS
 
 LAYERS, VOCABULARY = 2, 800  # of the demo's model
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -57,9 +57,9 @@ def tiny_config(vocab_size: int, hidden: int, layers: int) -> Qwen2Config:
 def build_tiny_model(tokenizer, hidden: int, layers: int, seed: int) -> Qwen2ForCausalLM:
     """A Qwen2 model of `layers` layers and `hidden` units, initialised from `seed`, in fp32 on the CPU.
 
-    It is bare: model.prepare_model makes it ready for token_logprobs. Attention starts at the identity (queries
-    equal keys, outputs undo values, in random orthogonal bases), so that a small model learns to copy in
-    hundreds of steps instead of thousands: after mimetic initialisation, Trockman and Kolter 2023 (arXiv
+    It is bare: model.prepare_model makes it ready for token_logprobs. Attention starts at the identity
+    (queries equal keys, outputs undo values, in random orthogonal bases), so that a small model learns to copy
+    in hundreds of steps instead of thousands: after mimetic initialisation, Trockman and Kolter 2023 (arXiv
     2305.09828). All else is the usual noise; nothing of the task is in it.
     """
     config = tiny_config(len(tokenizer), hidden, layers)
