@@ -91,7 +91,7 @@ def overlap(examples: Iterable[Example], cases: Iterable[HeldOutCase]) -> list[M
     """All matches, in the order of the examples. Time is linear in the words of both sides.
 
     identical: a user message equals one of the case, capitals and punctuation aside. ngram: they share 13
-    words in a row, or a case's message of 8 to 12 words stands whole in the training message. Shorter messages
+    words in a row, or a case's message of 8 to 12 words stands whole in the training message. Shorter ones
     count only where they are identical and neither side has another. tool: the same name.
     """
     index: dict[tuple[str, str], dict[str, None]] = {}  # feature -> ids of the cases with it, in order

@@ -58,8 +58,8 @@ def build_tiny_model(tokenizer, hidden: int, layers: int, seed: int) -> Qwen2For
     """A Qwen2 model of `layers` layers and `hidden` units, initialised from `seed`, in fp32 on the CPU.
 
     It is bare: model.prepare_model makes it ready for token_logprobs. Attention starts at the identity
-    (queries equal keys, outputs undo values, in random orthogonal bases), so that a small model learns to copy
-    in hundreds of steps instead of thousands: after mimetic initialisation, Trockman and Kolter 2023 (arXiv
+    (queries equal keys, outputs undo values, in random orthogonal bases), so a small model learns to copy in
+    hundreds of steps instead of thousands: after mimetic initialisation, Trockman and Kolter 2023 (arXiv
     2305.09828). All else is the usual noise; nothing of the task is in it.
     """
     config = tiny_config(len(tokenizer), hidden, layers)
