@@ -44,15 +44,16 @@ def call(name: str, **arguments) -> ToolCall:
     return ToolCall(name, arguments)
 
 
-def said(content: str = "", role: str = "assistant", **calls) -> dict:
-    return {"role": role, "content": content, **calls}
+def past(*calls: ToolCall, content: str = "") -> list[dict]:
+    return [{"role": "assistant", "content": content, "calls": list(calls)}]
 
 
 ANSWER = (call("get_rain", city_name="Oslo"),)
 
 
 def example(query="Rain in Oslo?", tools=(RAIN, BOOKS, NEWS), answer=ANSWER, before=(), rid="7") -> Example:
-    return Example(rid, "xlam", [*before, said(query, "user")], list(tools), list(answer), ("a thought",))
+    messages = [*before, {"role": "user", "content": query}]
+    return Example(rid, "xlam", messages, list(tools), list(answer), ("a thought",))
 
 
 def masks_between(plain: Example, masked: Example) -> dict[str, str]:
@@ -73,23 +74,18 @@ def as_text(one: Example) -> str:
     return json.dumps([one.messages, one.tools, one.answer], default=asdict)
 
 
-def all_calls(one: Example) -> list[ToolCall]:
-    return [*one.answer, *(call for message in one.messages for call in message.get("calls") or ())]
-
-
 def test_the_tools_of_the_answer_are_gone_and_nothing_is_to_be_called():
     plain = example(answer=[call("get_rain", city_name="Oslo"), call("News Feed", city_name="Oslo")])
     [made] = irrelevant_examples([plain], 1.0, 0)
     assert made == replace(plain, id="7#irrelevant", tools=[BOOKS], answer=[], demonstrations=())
 
 
-CALLED = said(calls=[call("find_books", subject="rain")])
 WHERE = dict(lat="", lon="", day="")
 UNSUITABLE = {
     "nothing is called already": example(answer=[]),
     "no tool remains": example(tools=[RAIN]),
-    "a past call may have used what is gone": example(before=[CALLED]),
-    "a result names what is gone": example(before=[said('[{"name": "get_rain", "results": 3}]', "tool")]),
+    "a past call may have used what is gone": example(before=past(call("find_books", subject="rain"))),
+    "a result names what is gone": example(before=past(content='[{"name": "get_rain"}]')),
     "its twin by name": example(tools=[RAIN, tool("GetRain V2", "Water.")]),
     "its twin by name, in other words": example(tools=[RAIN, tool("Rain API", "Water.")]),
     "its twin by description": example(tools=[RAIN, tool("precipitation", "The rain in a place.")]),
@@ -97,15 +93,9 @@ UNSUITABLE = {
 }
 
 
-@pytest.mark.parametrize("why", UNSUITABLE)
-def test_no_example_where_the_empty_list_could_be_wrong(why):
-    assert irrelevant_examples([UNSUITABLE[why]], 1.0, 0) == []
-
-
-def test_tools_that_only_resemble_each_other_may_remain():
-    """Two parameters in common say nothing, and the user may ask for a tool that is not there."""
-    other = tool("get_snow", "Snow depth of one station.", city_name="The town.", days="How many days.")
-    assert len(irrelevant_examples([example("Use get_rain for Oslo.", tools=[RAIN, other])], 1.0, 0)) == 1
+@pytest.mark.parametrize("plain", UNSUITABLE.values(), ids=UNSUITABLE)
+def test_no_example_where_the_empty_list_could_be_wrong(plain):
+    assert irrelevant_examples([plain], 1.0, 0) == []
 
 
 def test_genuine_irrelevant_examples(genuine):
@@ -148,7 +138,10 @@ def test_masked_calls_are_the_same_calls(genuine):
     for plain, one in zip(genuine, masked_examples(genuine, 1.0, 0)):
         back = masks_between(plain, one)
         tools = {old["name"]: (old, new) for old, new in zip(plain.tools, one.tools)}
-        for old, new in zip(all_calls(plain), all_calls(one), strict=True):
+        pairs = list(zip(plain.answer, one.answer, strict=True))
+        for old, new in zip(plain.messages, one.messages, strict=True):
+            pairs += zip(old.get("calls", ()), new.get("calls", ()), strict=True)
+        for old, new in pairs:
             assert back.get(new.name, new.name) == old.name
             assert repr([*new.arguments.values()]) == repr([*old.arguments.values()])  # 1 is not 1.0
             if old.name in tools:
@@ -177,30 +170,17 @@ def test_every_argument_that_the_conversation_showed_is_still_shown(genuine):
         ("Set sortBy, a.b, /email/check.", "Set <sortBy>, <a.b>, </email/check>."),
         ("Set text1, filter[id], a.b.c.", "Set <text1>, <filter[id]>, <a.b.c>."),
         ("My GSTIN, mp3, e-mail, City.", "My GSTIN, mp3, e-mail, City."),  # words, too
+        ('[{"name": "Rain", "is": "Rain in May"}]', '[{"name": "<Rain>", "is": "Rain in May"}]'),  # a result
     ],
 )
 def test_texts_lose_the_names_that_no_ordinary_word_looks_like(text, expected):
     names = "sortBy a.b a.b.c /email/check text1 filter[id] GSTIN mp3 e-mail City".split()
-    plain = example(text, tools=[RAIN, BOOKS, NEWS, tool("t", **dict.fromkeys(names, "Some text."))])
-    masked, masks = masked_with(plain)
-    assert masks.keys() >= set(names)
+    tools = [RAIN, BOOKS, NEWS, tool("Rain"), tool("t", **dict.fromkeys(names, "Some text."))]
+    masked, masks = masked_with(example(text, tools))
     shown = masked.messages[-1]["content"]
     for name, mask in masks.items():
         shown = shown.replace(mask, f"<{name}>")
-    assert shown == expected
-
-
-def test_descriptions_and_results_follow():
-    books = tool("find_books", "See city_name of get_rain.", where="Like `city_name`, in find_books.")
-    content = '[{"name": "Rain", "results": {"name": "Rain in May", "title": "Rain", "city_name": "Oslo"}}]'
-    plain = example(tools=[RAIN, books, tool("Rain", "W.")], before=[said(content, "tool")])
-    masked, mask = masked_with(plain)
-    assert masked.tools[1]["description"] == f"See {mask['city_name']} of {mask['get_rain']}."
-    declared = masked.tools[1]["parameters"][mask["where"]]
-    assert declared["description"] == f"Like `{mask['city_name']}`, in {mask['find_books']}."
-    # The word "Rain" is the tool only where a result says so; city_name stays one word for one thing.
-    content = content.replace('"name": "Rain",', f'"name": "{mask["Rain"]}",')
-    assert masked.messages[0]["content"] == content.replace("city_name", mask["city_name"])
+    assert shown == expected and masks.keys() >= set(names)
 
 
 def test_both_lists_of_required_parameters_and_inner_fields():
@@ -211,7 +191,7 @@ def test_both_lists_of_required_parameters_and_inner_fields():
         inner = {"description": "Where.", "properties": {"street_no": field}, "required": ["street_no"]}
         declared = {address: inner, city: {"type": "str", "description": "Town."}}
         schema = {"type": "object", "properties": declared, "required": [address, "unknown", {}]}
-        return {"name": name, "description": "Moves.", "parameters": schema, "required": [city]}
+        return {"name": name, "description": f"Or {name}.", "parameters": schema, "required": [city]}
 
     answer = [call("move_to", address={"street_no": "5"}, city_name="Oslo")]
     masked, mask = masked_with(example(tools=[move("move_to", "address", "city_name")], answer=answer))
@@ -221,7 +201,7 @@ def test_both_lists_of_required_parameters_and_inner_fields():
 KEPT = {
     "inside a value": ("News Feed", dict(answer=[call("get_rain", days=["my News Feed, 2"])])),
     "a value is part of it": ("city_name", dict(answer=[call("get_rain", days="City")])),
-    "a value of a past call": ("city_name", dict(before=[said(calls=[call("x", y="city_name")])])),
+    "a value of a past call": ("city_name", dict(before=past(call("x", y="city_name")))),
     "a default": ("city_name", dict(tools=[RAIN, tool("t", by={"default": "city_name"})])),
     "an enum": ("city_name", dict(tools=[RAIN, tool("t", by={"items": {"enum": ["city_name"]}})])),
     "not declared": ("subject", dict(tools=[BOOKS, RAIN], answer=[call("get_rain", subject="a")])),
