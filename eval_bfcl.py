@@ -221,7 +221,7 @@ def judge(pairs: Iterable[tuple[dict, Problem]], problems: dict[str, Problem]) -
         cases.append(case | {"sample": row["sample"]} if "sample" in row else case)
     ran = [name for name in CATEGORIES if name in verdicts]
     categories = {name: {**tally(verdicts[name]), "errors": dict(errors[name])} for name in ran}
-    sizes = dict(Counter(problem.category for problem in problems.values()))
+    sizes = Counter(problem.category for problem in problems.values())
     listed, replies = aggregates(categories, sizes), reply_rows(kinds)
     return cases, {"categories": categories, "aggregates": listed, "replies": replies, "sizes": sizes}
 
