@@ -1,4 +1,4 @@
-"""eval_apibank.py: agreement with the official tools, what the model is shown, the files of `score`, errors."""
+"""eval_apibank.py: agreement with the official tools, what the model is shown, files, errors."""
 
 import gzip
 import json
@@ -161,8 +161,8 @@ def test_score_writes_verdicts_tables_and_cases(tmp_path, data_dir, capsys):
     assert run_score(tmp_path, data_dir, *rows) == 0
     out = tmp_path / "out"
     verdicts = read_rows(out / "verdicts.jsonl")
-    reasons = [(v["id"], v["reason"]) for v in verdicts]
-    assert reasons == [("b#1", "unknown_argument"), *(("a#1", r) for r in ("correct", "no_tool_call", "correct"))]
+    assert [v["id"] for v in verdicts] == ["b#1", "a#1", "a#1", "a#1"]
+    assert [v["reason"] for v in verdicts] == ["unknown_argument", "correct", "no_tool_call", "correct"]
     modes = {"corrected": True, "exact": True, "loose": True}
     assert verdicts[1] == {"id": "a#1", "level": 1, "correct": True, "reason": "correct", **modes}
     scores = json.loads((out / "scores.json").read_text())["scores"]
@@ -204,8 +204,9 @@ def test_report_says_why_the_gate_closed():
 
 def test_replies_that_cannot_be_written_as_json_are_reported_as_text(tmp_path, data_dir):
     values = ['"\\ud800"', "[" * 400 + "]" * 400, "NaN", '"\ud800"']
-    outputs = [f'<tool_call>[{{"name": "Add", "arguments": {{"x": {value}}}}}]</tool_call>' for value in values]
-    assert run_score(tmp_path, data_dir, *({"id": "a#1", "output": output} for output in outputs)) == 0
+    call = '<tool_call>[{"name": "Add", "arguments": {"x": VALUE}}]</tool_call>'
+    rows = [{"id": "a#1", "output": call.replace("VALUE", value)} for value in values]
+    assert run_score(tmp_path, data_dir, *rows) == 0
     came = [case["came"] for case in read_rows(tmp_path / "out" / "cases.jsonl")]
     assert [type(value) for value in came] == [str, dict, dict, str]
 
