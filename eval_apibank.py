@@ -13,20 +13,10 @@ from __future__ import annotations
 import argparse
 import sys
 
+from evals import report
 from evals.apibank_check import MODES, WHY, judge, read_call
 from evals.apibank_data import LEVELS, GoldCall, choose_cases, load_cases, prompt_cases
-from evals.report import (
-    ReportError,
-    Script,
-    read_predictions,
-    run,
-    shorten,
-    tally,
-    text_table,
-    write_cases,
-    write_rows,
-    write_table,
-)
+from evals.report import ReportError, tally
 
 PAPER = {
     "Tool-N1-14B": 82.19, "Tool-N1-7B": 81.28, "GPT-4o": 77.16, "GPT-4o-mini": 73.10, "Llama-3.1-8B": 60.41,
@@ -100,29 +90,30 @@ def report_rows(rows: list[dict], verdicts: list[dict], cases: dict[str, GoldCal
         why += f" ({case.rejected})" if name == "official_rejects_gold" else ""
         listed.append({key: value for key, value in verdict.items() if key != "level"} | {
             "category": f"level-{case.level}", "expected": case.gold.as_dict(),
-            "came": shorten(text) if call is None else call.as_dict(), "why": why,
+            "came": report.shorten(text) if call is None else call.as_dict(), "why": why,
         })
     return listed
 
 
 def score(args: argparse.Namespace) -> None:
     """The command `score`: writes verdicts.jsonl, cases and tables to OUT, and prints the tables."""
-    rows, cases = read_predictions(args.predictions), load_cases(args.data)
+    rows, cases = report.read_predictions(args.predictions), load_cases(args.data)
     verdicts, scores = judge_rows(rows, cases)
     args.out.mkdir(parents=True, exist_ok=True)
-    write_rows(args.out / "verdicts.jsonl", verdicts)
-    write_cases(report_rows(rows, verdicts, cases), args.out, right="correct", reason="reason")
+    report.write_rows(args.out / "verdicts.jsonl", verdicts)
+    report.write_cases(report_rows(rows, verdicts, cases), args.out, right="correct", reason="reason")
     groups = [name for name, line in scores.items() if line["official"]["n"]]
     table = [{"group": name, "name": mode, **scores[name][mode]} for name in groups for mode in MODES]
     for name, figure in PAPER.items():
         table.append({"group": "paper", "name": name, "accuracy": figure, "n": "not stated"})
-    write_table(table, args.out, {"scores": scores, "paper": PAPER, "notes": [PAPER_NOTE, SCENARIO_NOTE]})
+    notes = [PAPER_NOTE, SCENARIO_NOTE]
+    report.write_table(table, args.out, {"scores": scores, "paper": PAPER, "notes": notes})
     lines = []
     for name in groups:
         first = scores[name]["official"]
         counts = (first["n"], f"{first['cases']}/{scores[name]['of']}")
         lines.append((name, *counts, *(scores[name][mode]["accuracy"] for mode in MODES)))
-    print(f"\n{text_table(('', 'n', 'cases', *(f'{mode} %' for mode in MODES)), lines)}\n{PAPER_NOTE}")
+    print(f"\n{report.text_table(('', 'n', 'cases', *(f'{mode} %' for mode in MODES)), lines)}\n{PAPER_NOTE}")
     if "level-3 scenarios" in groups:
         print(SCENARIO_NOTE)
     if skipped := sum("skipped" in row for row in rows):
@@ -140,12 +131,12 @@ def generate(args: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit code."""
     levels = {"default": "", "help": "such as 1,2; default: all that the data holds"}
-    script = Script(
+    script = report.Script(
         name="eval_apibank", data="official folder api-bank, or a folder of cases", max_prompt_tokens=8192,
         generate=generate, generate_options={"--levels": levels}, score=score, score_options={},
         right="correct", group=lambda verdict: f"level-{verdict['level']}",
     )
-    return run(script, arguments)
+    return report.run(script, arguments)
 
 
 if __name__ == "__main__":

@@ -15,36 +15,10 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from evals import bfcl_data, report
 from evals.bfcl_check import Problem, decode, find_fault, reply_kind
-from evals.bfcl_data import (
-    CATEGORIES,
-    HUB_ID,
-    LIVE,
-    LIVE_AST,
-    NON_LIVE_AST,
-    SIMPLE,
-    V3_NAMES,
-    category_of,
-    choose_problems,
-    file_category,
-    find_data,
-    load_problems,
-    prompt_cases,
-    write_official,
-)
-from evals.report import (
-    ReportError,
-    Script,
-    combined,
-    read_predictions,
-    run,
-    shorten,
-    tally,
-    text_table,
-    write_cases,
-    write_rows,
-    write_table,
-)
+from evals.bfcl_data import CATEGORIES, HUB_ID, LIVE, LIVE_AST, NON_LIVE_AST, SIMPLE, V3_NAMES
+from evals.report import ReportError, tally
 
 AST = (*NON_LIVE_AST, *LIVE_AST)
 REFUSALS = ("irrelevance", "live_irrelevance")  # categories in which no function fits
@@ -136,7 +110,7 @@ def _weighted(weights: dict[str, float], table: dict[str, dict]) -> dict:
     """Accuracy, low and high of a weighted sum of categories; None where one of them did not run."""
     if any(name not in table for name in weights):
         return dict.fromkeys(("accuracy", "low", "high"))
-    return combined((weight, table[name]) for name, weight in weights.items())
+    return report.combined((weight, table[name]) for name, weight in weights.items())
 
 
 def reply_rows(kinds: dict[str, list[tuple[str, str]]]) -> list[dict]:
@@ -216,7 +190,7 @@ def judge(pairs: Iterable[tuple[dict, Problem]], problems: dict[str, Problem]) -
         case = {
             "id": row["id"], "category": problem.category, "valid": not error_type, "error_type": error_type,
             "expected": "a call" if problem.category == "live_relevance" else problem.answer,
-            "came": calls if readable else shorten(output), "why": why,
+            "came": calls if readable else report.shorten(output), "why": why,
         }
         cases.append(case | {"sample": row["sample"]} if "sample" in row else case)
     ran = [name for name in CATEGORIES if name in verdicts]
@@ -233,15 +207,15 @@ def write_scores(cases: list[dict], scores: dict, out: Path) -> None:
     """Writes verdicts.jsonl, cases.jsonl, failures.txt, scores.json and scores.csv, and prints the tables."""
     out.mkdir(parents=True, exist_ok=True)
     keys = ("id", "valid", "error_type")
-    write_rows(out / "verdicts.jsonl", ({key: case[key] for key in keys} for case in cases))
-    write_cases(cases, out)
+    report.write_rows(out / "verdicts.jsonl", ({key: case[key] for key in keys} for case in cases))
+    report.write_cases(cases, out)
     categories, sizes = scores["categories"], scores["sizes"]
     listed = [{"group": "category", "name": name, **categories.get(name, tally(()))} for name in CATEGORIES]
     ours = paper_rows(categories, scores["aggregates"])
     table = [dict(zip(PAPER_COLUMNS, row)) for row in (*ours, *PAPER)]
     scores |= {"paper": {"source": PAPER_SOURCE, "rows": table}}
-    write_table([*listed, *scores["aggregates"], *scores["replies"]], out, scores)
-    print(f"\nBeside the paper's ({PAPER_SOURCE})\n{text_table(PAPER_COLUMNS, [*ours, *PAPER])}")
+    report.write_table([*listed, *scores["aggregates"], *scores["replies"]], out, scores)
+    print(f"\nBeside the paper's ({PAPER_SOURCE})\n{report.text_table(PAPER_COLUMNS, [*ours, *PAPER])}")
     counts = {name: row["cases"] for name, row in categories.items() if row["cases"] < sizes[name]}
     if counts:
         short = ", ".join(f"{name} {n} of {sizes[name]}" for name, n in counts.items())
@@ -250,9 +224,9 @@ def write_scores(cases: list[dict], scores: dict, out: Path) -> None:
 
 def score(args: argparse.Namespace) -> None:
     """The command `score`."""
-    rows = read_predictions(args.predictions)
-    place, version = find_data(args.data)
-    problems = load_problems(place)
+    rows = report.read_predictions(args.predictions)
+    place, version = bfcl_data.find_data(args.data)
+    problems = bfcl_data.load_problems(place)
     pairs = pair_rows(rows, problems, args.data)
     cases, scores = judge(pairs, problems)
     write_scores(cases, {"data": version, **scores}, args.out)
@@ -260,8 +234,8 @@ def score(args: argparse.Namespace) -> None:
         what = "prompts were too long to be asked; they count as answered without a call"
         print(f"{skipped} of {len(rows)} {what}.")
     if args.official_dir:
-        files = write_official(pairs, version, args.official_dir, args.model_name)
-        names = ",".join(file_category(name, version) for name in scores["categories"])
+        files = bfcl_data.write_official(pairs, version, args.official_dir, args.model_name)
+        names = ",".join(bfcl_data.file_category(name, version) for name in scores["categories"])
         partial = any(row["cases"] < scores["sizes"][name] for name, row in scores["categories"].items())
         print(
             f"{files} files for BFCL {version}'s own command, which scores them with:\n"
@@ -272,10 +246,10 @@ def score(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """The command `generate`: appends to predictions.jsonl; cases already there are not asked again."""
-    problems = choose_problems(args.data, args.categories, args.limit)
+    problems = bfcl_data.choose_problems(args.data, args.categories, args.limit)
     from evals import predict  # here, because it imports torch
 
-    predict.generate(args, prompt_cases(problems))
+    predict.generate(args, bfcl_data.prompt_cases(problems))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -283,13 +257,13 @@ def main(arguments: list[str] | None = None) -> int:
     which = {"nargs": "+", "default": ["single_turn"], "help": "categories or groups; commas allowed"}
     folder = {"type": Path, "help": "also write result files for `bfcl evaluate`"}
     name = {"default": OFFICIAL_MODEL, "help": "name there (%(default)s)"}
-    script = Script(
+    script = report.Script(
         name="eval_bfcl", data=f"folder or checkout with BFCL_v4_*.json, or {HUB_ID}",
         max_prompt_tokens=16384, generate=generate, generate_options={"--categories": which},
         score=score, score_options={"--official-dir": folder, "--model-name": name},
-        right="valid", group=lambda verdict: category_of(verdict["id"]),
+        right="valid", group=lambda verdict: bfcl_data.category_of(verdict["id"]),
     )
-    return run(script, arguments)
+    return report.run(script, arguments)
 
 
 if __name__ == "__main__":

@@ -144,7 +144,7 @@ def one_call(block: str | None, items: list | None) -> tuple[ToolCall | None, st
 
 
 def read_call(output: Any) -> tuple[ToolCall | None, str]:
-    """The one call of a reply -> (call, "") or (None, reason). Laxer than the reward: no thought is needed."""
+    """The one call of a reply -> (call, "") or (None, reason). Laxer than the reward."""
     block = call_block(output)
     return one_call(block, None if block is None else json_items(block))
 

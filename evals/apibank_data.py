@@ -22,7 +22,6 @@ from prompts import ToolCall
 
 LEVELS = ("1", "2", "3")
 FOLDERS = {"level-1-given-desc": 1, "level-2-toolsearcher": 2}  # of the official dialogues
-SCENARIOS = [f"{folder}/level-3.json" for folder in ("test-data", "json_test_data", "test_data")]  # over time
 TOOLRL = "toolrl_level-3-api_processed.json"
 SEARCHER = "ToolSearcher"
 JSON_TYPES = {
@@ -151,7 +150,7 @@ def with_dialogue(case: GoldCall, prompts: list[dict]) -> GoldCall:
     for user, seen in turn.findall(item["user"]):
         if seen:
             result = ast.literal_eval(seen.strip())
-            history.append(past_call(result.get("api_name"), result.get("input"), result))
+            history.append({"role": "API", "api_name": result.get("api_name"), "result": result})
         elif "only make one tool call" not in user:
             history.append({"role": "User", "text": user.strip()})
     shown = [name for name in listed if name in case.apis]
@@ -159,16 +158,11 @@ def with_dialogue(case: GoldCall, prompts: list[dict]) -> GoldCall:
     return replace(case, written=written, shown=shown, history=history, scenario=scenario)
 
 
-def past_call(name: str, written: dict, result: dict) -> dict:
-    """A call as a turn of the official dialogues."""
-    return {"role": "API", "api_name": name, "param_dict": written, "result": result}
-
-
 # -------------------------------------------------------------------------------------- the official checkout
 
 
 def load_checkout(root: Path) -> dict[str, GoldCall]:
-    """Levels 1 and 2 from the dialogues, level 3 from the scenarios, if any; ids as in cases.jsonl."""
+    """Levels 1 and 2, with ids as in cases.jsonl; no calls of level 3 are there."""
     apis, cases = read_apis(root / "apis"), []
     for folder, level in FOLDERS.items():
         for path in sorted((root / "lv1-lv2-samples" / folder).glob("*.jsonl")):
@@ -176,9 +170,6 @@ def load_checkout(root: Path) -> dict[str, GoldCall]:
     if not cases:
         where = root / "lv1-lv2-samples"
         raise ReportError(f"{where}: holds no dialogues ({', '.join(FOLDERS)}); complete the checkout")
-    path = next((found for name in SCENARIOS if (found := find(root / name))), None)
-    if path and (root / "lv3_apis").is_dir():
-        cases += scenario_cases(path, read_apis(root / "lv3_apis"))
     return {case.id: case for case in cases}
 
 
@@ -195,29 +186,6 @@ def dialogue_cases(path: Path, name: str, level: int, apis: dict[str, dict]) -> 
                 cases.append(GoldCall(case_id, level, gold, turn["param_dict"], apis, shown, turns[:i], why))
         except (KeyError, TypeError) as error:
             raise ReportError(f"{path}:{number}: no usable turn ({error!r}); fetch the file again") from None
-    return cases
-
-
-def scenario_cases(path: Path, apis: dict[str, dict]) -> list[GoldCall]:
-    """Level 3: the calls of every scenario but the searches, which ToolRL leaves out as well."""
-    cases = []
-    for number, scenario in enumerate(read_json(path)):
-        try:
-            history, shown = [{"role": "User", "text": scenario["requirement"].strip()}], []
-            for call in scenario["apis"]:
-                if call["api_name"] == SEARCHER:
-                    shown = list(dict.fromkeys([*shown, *found_tools(call["output"])]))
-                    continue
-                name, written = call["api_name"], call["input"]
-                gold = ToolCall(name, native(written, apis[name]))
-                cases.append(GoldCall(
-                    f"level-3#{len(cases)}", 3, gold, written, apis, shown, list(history),
-                    rejection(gold, apis[name]), str(number),
-                ))
-                history.append(past_call(name, written, call["output"]))
-        except (KeyError, TypeError, AttributeError) as error:
-            what = f"scenario {number} is not usable ({error!r})"
-            raise ReportError(f"{path}: {what}; fetch the file again") from None
     return cases
 
 
@@ -280,19 +248,6 @@ def literal(node: ast.expr | None) -> Any:
         return ast.literal_eval(node)
     except (ValueError, TypeError):
         raise ValueError(f"line {getattr(node, 'lineno', '?')}: not a literal") from None
-
-
-def native(written: dict[str, str], api: dict) -> dict[str, Any]:
-    """Arguments that are all texts with the JSON types of their schema; what does not fit stays as it is."""
-    kinds = {key: parameter["type"] for key, parameter in api["input_parameters"].items()}
-    typed = dict(written)
-    for key, text in written.items():
-        if isinstance(text, str) and kinds.get(key, "str") not in ("str", "float"):
-            try:
-                typed[key] = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
-                pass
-    return typed
 
 
 # ----------------------------------------------------------------------------------------------------- asking

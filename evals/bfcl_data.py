@@ -19,14 +19,7 @@ LIVE_AST = ("live_simple", "live_multiple", "live_parallel", "live_parallel_mult
 LIVE = (*LIVE_AST, "live_irrelevance", "live_relevance")
 CATEGORIES = (*NON_LIVE, *LIVE)  # named as in v4
 V3_NAMES = {"simple": "simple_python", "java": "simple_java", "javascript": "simple_javascript"}
-GROUPS = {
-    "single_turn": CATEGORIES,
-    "all": CATEGORIES,
-    "non_live": NON_LIVE,
-    "live": LIVE,
-    "python": tuple(name for name in CATEGORIES if name not in LANGUAGES),
-    "non_python": tuple(LANGUAGES),
-}
+GROUPS = {"single_turn": CATEGORIES, "non_live": NON_LIVE, "live": LIVE}
 SUITE = "berkeley-function-call-leaderboard"
 DATA_FOLDERS = (".", "bfcl_eval/data", "data", f"{SUITE}/bfcl_eval/data", f"{SUITE}/data")
 HUB_ID = "gorilla-llm/Berkeley-Function-Calling-Leaderboard"  # a data set of the hub, in v3's names

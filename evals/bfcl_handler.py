@@ -3,8 +3,8 @@
     python -m evals.bfcl_handler MODEL generate --test-category single_turn --backend vllm
     python -m evals.bfcl_handler MODEL evaluate --test-category single_turn
 
-MODEL is a folder or hub id, registered for this one run: no file of the package is edited. What follows it
-goes to the official command. Folders result/ and score/ appear in BFCL_PROJECT_ROOT.
+MODEL, a folder or hub id, is registered for this one run. Folders result/ and score/ appear in
+BFCL_PROJECT_ROOT.
 """
 
 import os
@@ -37,8 +37,7 @@ class ToolN1Handler(OSSHandler):
     @override
     def decode_ast(self, result, language, has_tool_call_tag):
         """[{name: arguments}]. Raises ValueError where there is none: officially that is no call."""
-        calls = decode(result)
-        if calls is None:
+        if (calls := decode(result)) is None:
             raise ValueError("no closed tool-call section with a JSON list of calls")
         return calls
 

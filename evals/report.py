@@ -23,7 +23,7 @@ from config import UserError
 
 Z = 1.959963984540054  # 97.5 % quantile of the normal distribution: intervals are two-sided, 95 %
 T_SMALL = {1: 12.7062, 2: 4.3027}  # the same of Student's t with 1 and 2 degrees of freedom: _t is too coarse
-FIELDS = ("group", "name", "accuracy", "low", "high", "correct", "n")  # of a row of scores.csv
+FIELDS = ("group", "name", "accuracy", "low", "high", "correct", "n")  # of a row of the table
 
 
 class ReportError(UserError):
@@ -66,8 +66,7 @@ def positive(text: str) -> int:
 
 
 def _parser(script: Script) -> argparse.ArgumentParser:
-    what = "ask a model, judge its answers without a GPU, compare two models"
-    parser = argparse.ArgumentParser(prog=f"{script.name}.py", description=what)
+    parser = argparse.ArgumentParser(prog=f"{script.name}.py")
     parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="compare the --out folders of two runs")
     parser.add_argument("--show", type=int, default=20, help="ids that --diff lists (default: %(default)s)")
     commands = parser.add_subparsers()
@@ -75,16 +74,15 @@ def _parser(script: Script) -> argparse.ArgumentParser:
     score = commands.add_parser("score", help="predictions -> OUT/verdicts.jsonl, cases, tables")
     ask.set_defaults(run=script.generate)
     score.set_defaults(run=script.score)
-    most = script.max_prompt_tokens
     ask.add_argument("--model", required=True, help="folder or hub id of a model")
     ask.add_argument("--limit", type=positive, help="first N cases of each category or level")
     ask.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     ask.add_argument("--samples", type=positive, default=1, help="replies per case; needs a temperature")
-    ask.add_argument("--seed", type=int, default=0, help="of the samples")
-    ask.add_argument("--max_prompt_tokens", type=positive, default=most, help="longer: no reply")
-    ask.add_argument("--max_new_tokens", type=positive, default=1024)
-    ask.add_argument("--batch_size", type=positive, default=32)
     ask.add_argument("--prompt_template", default="", help="file with a {tools} slot; default: our own")
+    ask.add_argument("--seed", type=int, default=0, help="of the samples")
+    limits = {"max_prompt_tokens": script.max_prompt_tokens, "max_new_tokens": 1024, "batch_size": 32}
+    for name, default in limits.items():
+        ask.add_argument(f"--{name}", type=positive, default=default, help="(default: %(default)s)")
     score.add_argument("--predictions", required=True, type=Path, help=".jsonl or .jsonl.gz")
     for command, options in ((ask, script.generate_options), (score, script.score_options)):
         command.add_argument("--data", required=True, help=script.data)
@@ -201,13 +199,10 @@ def _t(freedom: int) -> float:
     """97.5 % quantile of Student's t, off by < 0.01 (expansion of Abramowitz and Stegun 26.7.5)."""
     if freedom in T_SMALL:
         return T_SMALL[freedom]
-    terms = (
-        (Z**3 + Z) / 4,
-        (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96,
-        (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384,
-        (79 * Z**9 + 776 * Z**7 + 1482 * Z**5 - 1920 * Z**3 - 945 * Z) / 92160,
-    )
-    return Z + sum(term / freedom**k for k, term in enumerate(terms, 1))
+    first, second = (Z**3 + Z) / 4, (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96
+    third = (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384
+    fourth = (79 * Z**9 + 776 * Z**7 + 1482 * Z**5 - 1920 * Z**3 - 945 * Z) / 92160
+    return Z + (first / freedom + second / freedom**2 + third / freedom**3 + fourth / freedom**4)
 
 
 def sampled_interval(per_case_means: Sequence[float]) -> tuple[float, float]:
@@ -246,10 +241,7 @@ def tally(verdicts: Iterable[tuple[str, bool]]) -> dict:
 
 
 def combined(parts: Iterable[tuple[float, dict]]) -> dict[str, float]:
-    """{"accuracy", "low", "high"} of a weighted sum of independent accuracies, from (weight, tally) pairs.
-
-    The distances from each accuracy to its bounds are weighted, squared and added (Zou and Donner 2008).
-    """
+    """{"accuracy", "low", "high"} of a sum of independent (weight, tally) parts (Zou and Donner 2008)."""
     accuracy = below = above = 0.0
     for weight, part in parts:
         accuracy += weight * part["accuracy"]
@@ -259,10 +251,7 @@ def combined(parts: Iterable[tuple[float, dict]]) -> dict[str, float]:
 
 
 def mcnemar(broken: int, fixed: int) -> float:
-    """Exact two-sided p-value that two models are equally good (McNemar 1947), from the cases that differ.
-
-    Binomial with probability 1/2, in whole numbers: thousands of cases neither overflow nor round.
-    """
+    """Exact two-sided p-value (McNemar 1947) of equal models; in whole numbers, so nothing overflows."""
     n, tail, term = broken + fixed, 0, 1
     for k in range(min(broken, fixed) + 1):
         tail += term
@@ -291,10 +280,7 @@ def _cell(value: Any) -> str:
 
 
 def write_table(rows: Sequence[dict], out: Path, scores: dict) -> None:
-    """Writes scores.csv (`rows`, with the columns FIELDS) and scores.json (`scores`); prints the table.
-
-    rows: group, name and what tally says. None or a missing key means that there is none.
-    """
+    """Writes scores.csv (`rows`: group, name, and what tally says) and scores.json; prints the table."""
     lines = []
     with open(out / "scores.csv", "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -303,19 +289,16 @@ def write_table(rows: Sequence[dict], out: Path, scores: dict) -> None:
             values = [row.get(key) for key in FIELDS]
             writer.writerow([f"{v:.4f}" if isinstance(v, float) else v for v in values])
             bounds = "" if row.get("low") is None else f"{row['low']:.2f} - {row['high']:.2f}"
-            figures = (row["accuracy"], bounds, row.get("correct", ""), row["n"])
-            lines.append((row["group"], row["name"], *figures))
-    text = json.dumps(scores, indent=1, ensure_ascii=False) + "\n"
-    (out / "scores.json").write_text(text, encoding="utf-8")
+            lines.append((*values[:3], bounds, row.get("correct", ""), row["n"]))
+    _write(out / "scores.json", json.dumps(scores, indent=1, ensure_ascii=False) + "\n")
     print(text_table(("group", "name", "accuracy %", "95 % interval", "correct", "n"), lines, left=2))
 
 
 def shorten(text: str, limit: int = 400) -> str:
     """The text, its middle cut out where it is longer than `limit`: replies tell most at their ends."""
-    if len(text) <= limit:
-        return text
     half = limit // 2
-    return f"{text[:half]} [… {len(text) - 2 * half} characters …] {text[-half:]}"
+    cut = f"{text[:half]} [… {len(text) - 2 * half} characters …] {text[-half:]}"
+    return text if len(text) <= limit else cut
 
 
 def write_cases(cases: Sequence[dict], out: Path, right: str = "valid", reason: str = "error_type") -> None:
@@ -351,13 +334,12 @@ def read_verdicts(place: str, right: str) -> list[dict]:
 
 def compare(a: list[dict], b: list[dict], right: str) -> dict[str, tuple[bool | None, bool | None]]:
     """Case -> (right in a, right in b); None: missing. Of several samples more than half must be right."""
-    sides = []
-    for rows in (a, b):
-        votes: dict[str, list[bool]] = {}
+    sides: tuple[dict, dict] = {}, {}
+    for side, rows in zip(sides, (a, b)):
         for row in rows:
-            votes.setdefault(row["id"], []).append(row[right])
-        sides.append({case: 2 * sum(listed) > len(listed) for case, listed in votes.items()})
-    return {case: (sides[0].get(case), sides[1].get(case)) for case in sides[0] | sides[1]}
+            side.setdefault(row["id"], []).append(row[right])
+    before, after = ({case: 2 * sum(votes) > len(votes) for case, votes in side.items()} for side in sides)
+    return {case: (before.get(case), after.get(case)) for case in before | after}
 
 
 def print_diff(a: str, b: str, show: int, right: str, group: Callable[[dict], str]) -> None:
