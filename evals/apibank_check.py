@@ -166,7 +166,7 @@ def compare(call: ToolCall, case: GoldCall, comparisons: dict[str, Comparison]) 
     except (ValueError, TypeError, OverflowError):
         return "wrong_type"
     try:
-        gold = {key: coerce(value, kinds[key]) for key, value in gold.items()}
+        gold = {key: coerce(value, kinds.get(key, "")) for key, value in gold.items()}
     except (ValueError, TypeError, OverflowError):
         pass  # a gold value that the official code refuses is compared as it stands
     for key in sorted(predicted.keys() | gold.keys()):

@@ -101,9 +101,9 @@ def test_offline_the_hub_id_is_one_clear_sentence(monkeypatch):
 
 def test_groups():
     groups = {name: select_categories([name]) for name in bfcl_data.GROUPS}
-    assert groups["all"] == groups["single_turn"] == groups["live"] | groups["non_live"]
-    assert groups["non_python"] == select_categories(["java,javascript"]) == groups["all"] - groups["python"]
-    assert len(groups["all"]) == 13 and len(groups["live"]) == 6
+    assert groups["single_turn"] == groups["live"] | groups["non_live"]
+    assert len(groups["single_turn"]) == 13 and len(groups["live"]) == 6
+    assert select_categories(["java,multiple", "live_simple"]) == {"simple_java", "multiple", "live_simple"}
 
 
 def test_java_and_javascript_parameters_are_described_as_strings():

@@ -6,7 +6,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from test_apibank_check import make_case, reply
+from bfcl_cases import write_jsonl
+from test_apibank_check import reply
 from test_prompts import llama, qwen
 
 import eval_apibank
@@ -111,33 +112,32 @@ def test_prompts_say_what_the_official_prompts_say():
 @pytest.fixture
 def data_dir(tmp_path):
     """The smallest data folder: one case of level 1 and 2, and two of level 3 with ToolRL's prompts."""
-    parameter = {"type": "str", "description": "x"}
-    add = {"name": "Add", "description": "adds", "input_parameters": {"x": parameter}, "required": ["x"]}
-    many = {"xs": {"type": "list(str)", "description": "more"}}
-    look = {"name": "Look", "description": "looks", "input_parameters": many, "required": []}
+    one, many = {"type": "str", "description": "x"}, {"type": "list(str)", "description": "more"}
+    add = {"name": "Add", "description": "adds", "input_parameters": {"x": one}, "required": ["x"]}
+    look = {"name": "Look", "description": "looks", "input_parameters": {"xs": many}, "required": []}
     result = {"api_name": "Look", "input": None, "output": {"a": 1}, "exception": None}
-    history = [{"role": "User", "text": "please"}, {"role": "AI", "text": "fine"}]
     past = {"role": "API", "api_name": "Look", "param_dict": {}, "result": result}
+    history = [{"role": "User", "text": "please"}, {"role": "AI", "text": "fine"}, past]
     base = {"api_name": "Add", "arguments": {"x": "1"}}
+    rejected = {"api_name": "Add", "arguments": {"y": "1"}}
     cases = [
-        {"id": "a#1", "level": 1, "tools": ["Look", "Add"], "history": [*history, past], **base},
-        {"id": "b#1", "level": 2, "tools": ["Add"], "history": history, **base, "arguments": {"y": "1"}},
+        {"id": "a#1", "level": 1, "tools": ["Look", "Add"], "history": history, **base},
+        {"id": "b#1", "level": 2, "tools": ["Add"], "history": history, **rejected},
         {"id": "level-3#0", "level": 3, **base},
         {"id": "level-3#1", "level": 3, **base},
     ]
     call = '<tool_call>\n{"name": "Look", "parameters": {}}\n</tool_call>'
     last = "<user> Based on our conversation above, please only make one tool call to solve my need.</user>"
-    dialogue = f"<user>please</user>\n{call}\n<obs> {result} </obs>\n{last}"
-    answer = [{"name": "Add", "parameters": {"x": "1"}}]
-    prompt = {"system": "Tools\n1. Add: adds\n\n1. **Think:** now", "user": dialogue, "answer": answer}
+    prompt = {
+        "system": "Tools\n1. Add: adds\n\n1. **Think:** now", "other": {"sample_id": 7},
+        "user": f"<user>please</user>\n{call}\n<obs> {result} </obs>\n{last}",
+        "answer": [{"name": "Add", "parameters": {"x": "1"}}],
+    }
     folder = tmp_path / "data"
-    folder.mkdir()
-    lines = "".join(json.dumps(case) + "\n" for case in cases)
-    (folder / "cases.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    write_jsonl(folder / "cases.jsonl.gz", cases)
     apis = {"level1_2": [add, look], "level3": [add, look]}
     (folder / "api_descriptions.json").write_text(json.dumps(apis))
-    prompts = [{**prompt, "other": {"sample_id": 7, "api_id": n}} for n in (1, 2)]
-    (folder / "toolrl_level-3-api_processed.json").write_text(json.dumps(prompts))
+    (folder / "toolrl_level-3-api_processed.json").write_text(json.dumps([prompt, prompt]))
     return folder
 
 
@@ -145,80 +145,61 @@ def row(case: str, right: bool = True, **more) -> dict:
     return {"id": case, "output": reply("Add", {"x": "1"}) if right else "no", **more}
 
 
-def run_score(tmp_path, data_dir, *rows: dict, out: str = "out") -> int:
-    path = tmp_path / "predictions.jsonl"
-    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
-    return main(["score", "--predictions", str(path), "--data", str(data_dir), "--out", str(tmp_path / out)])
+@pytest.fixture
+def score(tmp_path, data_dir):
+    """Runs `score` on rows; returns the folder of its files."""
+
+    def run(*rows: dict) -> Path:
+        path, out = tmp_path / "predictions.jsonl", tmp_path / "out"
+        write_jsonl(path, rows)
+        paths = ["--predictions", str(path), "--data", str(data_dir), "--out", str(out)]
+        assert main(["score", *paths]) == 0
+        return out
+
+    return run
 
 
 def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_score_writes_verdicts_tables_and_cases(tmp_path, data_dir, capsys):
-    gated = {"id": "b#1", "output": reply("Add", {"y": "1", "x": "1"})}
-    rows = (gated, row("a#1"), row("a#1", False, category="level-1"), row("a#1"))
-    assert run_score(tmp_path, data_dir, *rows) == 0
-    out = tmp_path / "out"
+def test_score_writes_verdicts_tables_and_cases(score, capsys):
+    out = score(row("b#1"), row("a#1"), row("a#1", False, category="level-1"), row("a#1"))
     verdicts = read_rows(out / "verdicts.jsonl")
     assert [v["id"] for v in verdicts] == ["b#1", "a#1", "a#1", "a#1"]
-    assert [v["reason"] for v in verdicts] == ["unknown_argument", "correct", "no_tool_call", "correct"]
+    assert [v["reason"] for v in verdicts] == ["wrong_value:x", "correct", "no_tool_call", "correct"]
     modes = {"corrected": True, "exact": True, "loose": True}
     assert verdicts[1] == {"id": "a#1", "level": 1, "correct": True, "reason": "correct", **modes}
     scores = json.loads((out / "scores.json").read_text())["scores"]
     line = scores["level-1"]["official"]
     assert (line["correct"], line["n"], line["cases"], scores["level-1"]["of"]) == (2, 3, 1, 1)
-    assert line["low"] < 66.6 < line["accuracy"] < 66.7 < line["high"]
     assert scores["level-3"]["official"]["n"] == 0 and scores["level-3"]["official"]["accuracy"] is None
-    table = (out / "scores.csv").read_text().splitlines()
-    assert table[1].startswith("level-1,official,66.6667,")
-    assert table[-1].startswith("paper,Llama-3.1-8B,60.41")
     wrong = read_rows(out / "cases.jsonl")[2]
     assert wrong["came"] == "no" and wrong["expected"] == {"name": "Add", "arguments": {"x": "1"}}
-    assert "there is no closed tool-call section" in (out / "failures.txt").read_text()
+    assert wrong["why"] == "there is no closed tool-call section"
     printed = capsys.readouterr().out
     assert "81.28" in printed and "not state its denominator" in printed
     heading = next(line for line in printed.splitlines() if "official %" in line)
     assert heading.replace("%", "").split() == ["n", "cases", *apibank_check.MODES]
 
 
-def test_a_scenario_counts_when_all_its_calls_are_right(tmp_path, data_dir):
+def test_a_scenario_counts_when_all_its_calls_are_right(score):
     """Sample by sample, in whatever order the rows are. A scenario of which a call has no row is left out."""
     first, second = "level-3#0", "level-3#1"
     samples = [(second, False, 1), (first, True, 0), (first, False, 1), (second, True, 0)]
     rows = [row(case, right, sample=sample) for case, right, sample in samples]
     for listed, correct, n in ((rows, 1, 2), ([row(first)], 0, 0)):
-        assert run_score(tmp_path, data_dir, *listed) == 0
-        scores = json.loads((tmp_path / "out" / "scores.json").read_text())["scores"]
+        scores = json.loads((score(*listed) / "scores.json").read_text())["scores"]
         line = scores["level-3 scenarios"]
         assert (line["of"], line["official"]["correct"], line["official"]["n"]) == (1, correct, n)
 
 
-def test_report_says_why_the_gate_closed():
-    rejected, rows = make_case("Get", {"x": "1"}, accepts=False), [row("case")]
-    rows[0]["output"] = reply("Get", {"x": "1"})
-    verdicts, _ = eval_apibank.judge_rows(rows, {"case": rejected})
-    (line,) = eval_apibank.report_rows(rows, verdicts, {"case": rejected})
-    assert line["why"] == "the official tools reject the gold call itself (a reason)"
-
-
-def test_replies_that_cannot_be_written_as_json_are_reported_as_text(tmp_path, data_dir):
+def test_replies_that_cannot_be_written_as_json_are_reported_as_text(score):
     values = ['"\\ud800"', "[" * 400 + "]" * 400, "NaN", '"\ud800"']
     call = '<tool_call>[{"name": "Add", "arguments": {"x": VALUE}}]</tool_call>'
     rows = [{"id": "a#1", "output": call.replace("VALUE", value)} for value in values]
-    assert run_score(tmp_path, data_dir, *rows) == 0
-    came = [case["came"] for case in read_rows(tmp_path / "out" / "cases.jsonl")]
+    came = [case["came"] for case in read_rows(score(*rows) / "cases.jsonl")]
     assert [type(value) for value in came] == [str, dict, dict, str]
-
-
-def test_diff_compares_two_scored_models_case_by_case(tmp_path, data_dir, capsys):
-    for out, right in (("a", False), ("b", True)):
-        run_score(tmp_path, data_dir, row("a#1"), row("level-3#0", right), row("level-3#1"), out=out)
-    assert main(["--diff", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
-    printed = capsys.readouterr().out
-    assert "wrong in A, right in B: 1\n  level-3#0" in printed and "right in A, wrong in B: 0" in printed
-    lines = [line.split()[:4] for line in printed.splitlines()]
-    assert ["level-3", "2", "1", "2"] in lines  # n, right in A, right in B
 
 
 def test_generate_asks_the_chosen_cases(tmp_path, data_dir, monkeypatch):
@@ -238,15 +219,17 @@ def test_generate_asks_the_chosen_cases(tmp_path, data_dir, monkeypatch):
     assert [(m["role"], m["content"]) for m in built[1:]] == turns
     assert [m["role"] for m in cases[2].messages] == ["system", "user", "assistant", "tool"]
     assert [[tool["name"] for tool in case.tools] for case in cases] == [["Add", "Look"], [], ["Add"]]
-    properties = {"xs": {"type": "array", "items": {"type": "string"}, "description": "more"}}
-    parameters = {"type": "object", "properties": properties, "required": []}
-    assert cases[0].tools[1]["parameters"] == parameters
+    listed = {"type": "array", "items": {"type": "string"}, "description": "more"}
+    schema = {"type": "object", "properties": {"xs": listed}, "required": []}
+    assert cases[0].tools[1]["parameters"] == schema
 
 
 def test_errors_are_one_sentence(tmp_path, data_dir, capsys):
-    assert run_score(tmp_path, data_dir, row("a#1"), row("zzz")) == 2
-    assert "predictions.jsonl:2: unknown id 'zzz'; pass the --data" in capsys.readouterr().err
-    ask = ["generate", "--model", "m", "--data", str(data_dir), "--out", str(tmp_path)]
+    paths = ["--data", str(data_dir), "--out", str(tmp_path)]
+    write_jsonl(tmp_path / "p.jsonl", [row("a#1"), row("zzz")])
+    assert main(["score", "--predictions", str(tmp_path / "p.jsonl"), *paths]) == 2
+    assert "p.jsonl:2: unknown id 'zzz'; pass the --data" in capsys.readouterr().err
+    ask = ["generate", "--model", "m", *paths]
     assert main([*ask, "--levels", "1,4"]) == 2
     assert "the data has no level '4'; choose of 1,2,3" in capsys.readouterr().err
     (data_dir / "toolrl_level-3-api_processed.json").unlink()

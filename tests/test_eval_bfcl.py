@@ -242,7 +242,7 @@ def test_generate_asks_the_chosen_cases(tmp_path, monkeypatch):
     arguments = ["generate", "--model", "M", "--data", str(tmp_path / "d"), "--out", str(tmp_path / "o")]
     assert main([*arguments, "--limit", "1", "--max_new_tokens", "7", "--categories", "simple,multiple"]) == 0
     sampling = ["--temperature", "0.7", "--samples", "4", "--seed", "3", "--batch_size", "5"]
-    assert main([*arguments, *sampling, "--max_prompt_tokens", "9", "--categories", "simple,non_python"]) == 0
+    assert main([*arguments, *sampling, "--max_prompt_tokens", "9", "--categories", "simple,java"]) == 0
     (model, cases, path, template, greedy), (_, simple, _, _, sampled) = asked
     assert (model, path) == ("M", tmp_path / "o" / "predictions.jsonl") and "{tools}" in template
     assert [case.id for case in cases] == ["simple_python_0", "multiple_0"]
