@@ -15,9 +15,8 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -47,9 +46,6 @@ def evaluation_line(record: dict) -> str:
     splits = [key.removesuffix("/accuracy") for key in record if key.endswith("/accuracy")]
     found = [f"{split} {record[f'{split}/accuracy']:.1%} of {record[f'{split}/n']}" for split in splits]
     return f"step {record['step']}, greedy accuracy: {', '.join(found)}" if found else ""
-
-
-# ----------------------------------------------------------------------------------------------------- alarms
 
 
 @dataclass(frozen=True)
@@ -82,18 +78,21 @@ ALARMS = (
 def alarms(record: dict, active: frozenset[str], config: Config) -> tuple[list[str], frozenset[str]]:
     """(sentences to print now, keys of the alarms that are on after this step). active: the keys before it.
 
-    A sentence comes when an alarm begins and when it ends. An alarm ends 10 % beyond its threshold, so that a
-    value that swings around it does not fill the terminal. A value that is missing or NaN changes nothing.
+    A sentence comes when an alarm begins and when it ends: 10 % beyond its threshold, so that a value that
+    swings around it does not fill the terminal. A value that is missing or NaN changes nothing.
     """
-    sentences, on, values = [], set(active), dict(record)
-    broken = [value for value in record.values() if isinstance(value, float) and not math.isfinite(value)]
-    values["nonfinite"] = len(broken) + record.get("updates_skipped_nonfinite", 0)
+    sentences = []
+    on = set(active)
+    values = dict(record)
+    broken = sum(not math.isfinite(value) for value in record.values())
+    values["nonfinite"] = broken + record.get("updates_skipped_nonfinite", 0)
     values["length_share"] = record.get("completions/mean_length", math.nan) / config.max_response_tokens
     variant = REWARDS.get(config.reward)
     if variant and variant.right_no_think == variant.right:  # the reward does not ask for a thought
         values["think_rate"] = math.nan
     for alarm in ALARMS:
-        value, limit = values.get(alarm.key, math.nan), alarm.threshold
+        value = values.get(alarm.key, math.nan)
+        limit = alarm.threshold
         bad = value < limit if alarm.low_is_bad else value > limit
         good = value >= 1.1 * limit if alarm.low_is_bad else value <= 0.9 * limit
         said = f"at step {record['step']}: {alarm.what}: {value:.3g}"
@@ -107,13 +106,9 @@ def alarms(record: dict, active: frozenset[str], config: Config) -> tuple[list[s
     return sentences, frozenset(on)
 
 
-Tracker = tuple[Callable[[dict], None], Callable[[], None]]  # takes a record of numbers; flushes what is left
-
-
-def tensorboard_tracker(config: Config, folder: Path, step: int) -> Tracker:
+def tensorboard_tracker(config: Config, folder: Path, step: int) -> tuple[Callable, Callable]:
     """Writes run_dir/tensorboard, and hides there the steps after `step`: a resumed run does them again."""
     from torch.utils.tensorboard import SummaryWriter
-
     writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else 0)
 
     def log(record: dict) -> None:
@@ -124,10 +119,9 @@ def tensorboard_tracker(config: Config, folder: Path, step: int) -> Tracker:
     return log, writer.close
 
 
-def wandb_tracker(config: Config, folder: Path, step: int) -> Tracker:
+def wandb_tracker(config: Config, folder: Path, step: int) -> tuple[Callable, Callable]:
     """Sends to W&B's project WANDB_PROJECT, or tool-n1. By wandb_id.txt a resumed run continues its page."""
     import wandb
-
     note = folder / "wandb_id.txt"
     if not note.exists():
         note.write_text(secrets.token_hex(4) + "\n", encoding="utf-8")
@@ -140,7 +134,8 @@ def wandb_tracker(config: Config, folder: Path, step: int) -> Tracker:
     return run.log, run.finish
 
 
-TRACKERS = {"tensorboard": tensorboard_tracker, "wandb": wandb_tracker}  # by the name of the package
+# By the name of its package: what opens a tracker and returns two functions, to log a record and to close.
+TRACKERS = {"tensorboard": tensorboard_tracker, "wandb": wandb_tracker}
 
 
 def tracker_names(config: Config) -> list[str]:
@@ -158,7 +153,7 @@ class Monitor:
 
     config: Config
     folder: Path
-    trackers: dict[str, Tracker]
+    trackers: dict[str, tuple[Callable, Callable]]
     next_picture: float  # time.monotonic()
     active: frozenset[str] = field(default_factory=frozenset)  # keys of the alarms that are on
 
@@ -168,7 +163,8 @@ def open_monitor(config: Config, folder: Path, step: int, ranks: Ranks) -> Monit
 
     A tracker that does not start raises ConfigError, on all ranks; after a resume it only warns.
     """
-    monitor, problem = None, ""
+    monitor = None
+    problem = ""
     if ranks.main:
         monitor = Monitor(config, folder, {}, time.monotonic() + PLOT_SECONDS)
         try:
@@ -193,7 +189,7 @@ def show(monitor: Monitor, record: dict, steps: int) -> None:
     for sentence in sentences:
         say(sentence, sys.stderr)
     for name, (log, _) in list(monitor.trackers.items()):
-        if not attempt(f"{name}, going on without it", partial(log, record)):
+        if not attempt(f"{name}, going on without it", log, record):
             del monitor.trackers[name]
     if time.monotonic() >= monitor.next_picture:
         draw_curves(monitor)
@@ -201,8 +197,7 @@ def show(monitor: Monitor, record: dict, steps: int) -> None:
 
 def draw_curves(monitor: Monitor) -> None:
     """Draws run_dir/curves.png; the next one is due in a minute, or at the end where this one failed."""
-    target = monitor.folder / "curves.png"
-    drawn = attempt(str(target), partial(draw, [monitor.folder], target))
+    drawn = attempt("curves.png", draw, [monitor.folder], monitor.folder / "curves.png")
     monitor.next_picture = time.monotonic() + PLOT_SECONDS if drawn else math.inf
 
 
@@ -213,10 +208,10 @@ def close_monitor(monitor: Monitor) -> None:
         attempt(f"{name}, its last records may be missing", close)
 
 
-def attempt(what: str, action: Callable[[], None]) -> bool:
+def attempt(what: str, action: Callable, *arguments: Any) -> bool:
     """Whether the action succeeded. What it raised is printed, and goes no further."""
     try:
-        action()
+        action(*arguments)
     except Exception as error:
         say(f"warning: {what}: {first_line(error)}", sys.stderr)
         return False

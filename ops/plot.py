@@ -236,7 +236,8 @@ def draw_panel(axis, panel: Panel, groups: Sequence[list[list[dict]]]) -> None:
 def smooth(values: Sequence[float]) -> np.ndarray:
     """[n] -> [n]: the centred running mean over 9 values, or over a twentieth of all where that is more."""
     half = max(9, len(values) // 20) // 2
-    sums, places = np.concatenate([[0.0], np.cumsum(values)]), np.arange(len(values))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    places = np.arange(len(values))
     first, end = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
     return (sums[end] - sums[first]) / (end - first)
 

@@ -58,7 +58,8 @@ def write_page(run_dir: Path) -> Path:
 
 def read_lines(file: BinaryIO) -> list[Line]:
     """The rows of a samples.jsonl. A last line that is still being written is left out."""
-    lines, offset = [], 0
+    lines = []
+    offset = 0
     for text in file:
         if text.endswith(b"\n"):
             row = json.loads(text)
@@ -87,9 +88,9 @@ def rewards_by_step(lines: Sequence[Line]) -> dict:
     """For the curve: the steps and, by kind, count and sum of the rewards at each of them."""
     rewards = defaultdict(list)
     for line in lines:
-        if math.isfinite(line.reward):
-            rewards[line.kind, line.step].append(line.reward)
-    steps, curves = sorted({line.step for line in lines}), {}
+        rewards[line.kind, line.step].append(line.reward)
+    steps = sorted({line.step for line in lines})
+    curves = {}
     for kind in sorted({line.kind for line in lines}):
         curves[kind] = [[len(rewards[kind, step]), sum(rewards[kind, step])] for step in steps]
     return {"steps": steps, "curves": curves}
@@ -99,7 +100,9 @@ def rows_of(file: BinaryIO, kept: Iterable[Line]) -> dict:
     """The rows, and tables of the texts that are repeated in them. A row: [step, number of the prompt, of the
     reason, reward, advantage, whether truncated, numbers of the tokens, -1000 x their log-probs].
     """
-    prompts, reasons, words, rows = {}, Counter(), Counter(), []
+    prompts: dict[tuple, int] = {}
+    reasons, words = Counter(), Counter()
+    rows = []
     for line in kept:
         file.seek(line.offset)
         row = json.loads(file.readline())
@@ -107,9 +110,9 @@ def rows_of(file: BinaryIO, kept: Iterable[Line]) -> dict:
         prompt = prompts.setdefault((row["prompt_id"], row["kind"], row["query"], answer), len(prompts))
         reasons[row["reason"]] += 1
         words.update(row["tokens"])
-        surprise = [round(-1000 * x) if math.isfinite(x) else None for x in row["logprobs"]]
-        numbers = [finite(line.reward), finite(row["advantage"]), row["truncated"]]
-        rows.append([line.step, prompt, row["reason"], *numbers, row["tokens"], surprise])
+        surprise = [round(-1000 * logprob) for logprob in row["logprobs"]]
+        marks = [row["reason"], line.reward, row["advantage"], row["truncated"]]
+        rows.append([line.step, prompt, *marks, row["tokens"], surprise])
     reasons, words = numbered(reasons), numbered(words)
     for row in rows:
         row[2] = reasons[row[2]]
@@ -120,11 +123,6 @@ def rows_of(file: BinaryIO, kept: Iterable[Line]) -> dict:
 def numbered(counts: Counter[str]) -> dict[str, int]:
     """A number for each text. The most frequent come first, because short numbers make a small page."""
     return {text: number for number, (text, _) in enumerate(counts.most_common())}
-
-
-def finite(value: float) -> float | None:
-    """A number that JSON can carry, else None."""
-    return value if math.isfinite(value) else None
 
 
 def embed(data: dict) -> str:
