@@ -72,7 +72,7 @@ def test_the_page_holds_the_rows_of_a_run_that_goes_on(tmp_path, capsys):
         main([str(tmp_path / "nothing")])
 
 
-def test_every_step_keeps_equally_many_of_its_first_rows(tmp_path, monkeypatch):
+def test_every_step_keeps_equally_many_of_its_first_rows_or_every_third_keeps_one(tmp_path, monkeypatch):
     monkeypatch.setattr(samples_page, "MAX_ROWS", 11)
     rows = [row(step, f"{k}") for step in range(1, 6) for k in range(4 if step != 2 else 1)]
     page = write_page(run_of(tmp_path, rows))
@@ -81,13 +81,8 @@ def test_every_step_keeps_equally_many_of_its_first_rows(tmp_path, monkeypatch):
     ]
     assert embedded(page)["logged"] == 17
     assert [n for n, _ in embedded(page)["curves"]["single"]] == [4, 1, 4, 4, 4], "the curve is of all rows"
-
-
-@pytest.mark.parametrize("most, shown", [(12, list(range(1, 13))), (4, [1, 4, 7, 10])])
-def test_of_more_steps_than_rows_every_third_is_shown(tmp_path, monkeypatch, most, shown):
-    monkeypatch.setattr(samples_page, "MAX_ROWS", most)
-    page = write_page(run_of(tmp_path, [row(step) for step in range(1, 13)]))
-    assert [one["step"] for one in unpacked(page)] == shown
+    monkeypatch.setattr(samples_page, "MAX_ROWS", 2)
+    assert [one["step"] for one in unpacked(write_page(tmp_path))] == [1, 4]
 
 
 def test_long_rows_make_a_page_of_fewer_rows(tmp_path, monkeypatch):
@@ -97,9 +92,6 @@ def test_long_rows_make_a_page_of_fewer_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(samples_page, "MAX_BYTES", size // 2)
     page = write_page(run)
     assert len(unpacked(page)) == 200 and page.stat().st_size < size // 2 + TEMPLATE.stat().st_size
-
-
-# ----------------------------------------------------------------------------------------- alone and harmless
 
 
 def hostile_page(folder: Path, texts: list[str]) -> Path:
@@ -137,22 +129,17 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chr
 
 
 @pytest.mark.skipif(not BROWSER, reason="no Chromium is installed, in which the page's script is tried")
-@pytest.mark.parametrize(
-    "view, count",
-    [
-        ("", "4 completions, 2 right (50.0 %)"),  # the last step
-        ("step=1", "16 completions, 0 right (0.0 %)"),
-        ("step=all&kind=none&verdict=wrong&color=logprob", "1 completion, 0 right (0.0 %)"),
-        ("reason=correct&q=PARIS", "1 completion, 1 right (100.0 %)"),
-    ],
-)
-def test_in_a_browser(tmp_path, view, count):
+def test_in_a_browser(tmp_path):
     page = hostile_page(tmp_path / "hostile", [text for text in HOSTILE if "\ud800" not in text])
-    for city, kind in (("Paris", "single"), ("Rome", "none")):
-        rows = [row(2, city, kind=kind, reason=reason) for reason in ("correct", "no")]
-        append_jsonl(page.with_name("samples.jsonl"), rows)
-    words = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    words += ["--dump-dom", f"{write_page(page.parent).as_uri()}#{view}"]
-    shown = subprocess.run(words, capture_output=True, timeout=60).stdout.decode()
-    assert f'<p id="count" role="status">{count}</p>' in shown
-    assert "<title>Samples of hostile</title>" in shown, "no text has become a script or an image"
+    cities = [row(2, city, reason=reason) for city in ("Paris", "Rome") for reason in ("correct", "no")]
+    append_jsonl(page.with_name("samples.jsonl"), cities)
+    address = write_page(page.parent).as_uri()
+    for view, count in (
+        ("", "4 completions, 2 right (50.0 %)"),  # the last step
+        ("step=1&color=logprob", "16 completions, 0 right (0.0 %)"),
+        ("step=all&reason=correct&q=PARIS", "1 completion, 1 right (100.0 %)"),
+    ):
+        words = [BROWSER, "--headless", "--no-sandbox", f"--user-data-dir={tmp_path}", "--dump-dom"]
+        shown = subprocess.run([*words, f"{address}#{view}"], capture_output=True, timeout=60).stdout.decode()
+        assert f'<p id="count" role="status">{count}</p>' in shown
+        assert "<title>Samples of hostile</title>" in shown, "no text has become a script or an image"
