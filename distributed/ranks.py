@@ -204,8 +204,8 @@ def lost_processes(error: BaseException) -> str:
         return ""
     said = re.sub(r"^\[\S*/gloo/transport/", "[", str(error).splitlines()[0])[:100]
     return (
-        f"rank {os.environ.get('RANK', 0)} lost the other processes{phase_of(error)}: one died, or was silent "
-        "for longer than timeout_minutes: see the first error above and torchrun's table below; "
+        f"rank {os.environ.get('RANK', 0)} lost the other processes{phase_of(error)}: one died, or was "
+        "silent for longer than timeout_minutes: see the first error above and torchrun's table below; "
         f"go on with --resume true ({said})"
     )
 
@@ -256,9 +256,9 @@ class Watchdog(threading.Thread):
             if phases and time.monotonic() - self._beat > limit:
                 break
         text = (
-            f"rank {self.rank}: no progress for {self.minutes:g} minutes in {phases[-1]}; this process hangs, "
-            "or one that it waits for; go on with --resume true, and a larger timeout_minutes if all were at "
-            "work; the stack follows\n"
+            f"rank {self.rank}: no progress for {self.minutes:g} minutes in {phases[-1]}; this process "
+            "hangs, or one that it waits for; go on with --resume true, and a larger timeout_minutes if all "
+            "were at work; the stack follows\n"
         )
         os.write(2, text.encode())  # not print(): the main thread may hold its lock
         faulthandler.dump_traceback(2)
