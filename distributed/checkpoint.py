@@ -144,7 +144,7 @@ class Saver:
         needed = sum(t.numel() * t.element_size() for t in tensors.values()) / 1e9  # shapes are global
         free = shutil.disk_usage(self.run_dir).free / 1e9
         if free < needed:
-            raise OSError(f"{needed:.3g} GB needed and {free:.3g} GB free; make room or lower keep_checkpoints")
+            raise OSError(f"{needed:.3g} GB needed, {free:.3g} GB free; make room or lower keep_checkpoints")
         self.folder.mkdir()
         policy.config.save_pretrained(self.folder)
         tokenizer.save_pretrained(self.folder)
