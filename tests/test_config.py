@@ -92,15 +92,9 @@ def test_every_value_has_the_type_of_its_default(tmp_path):
     assert (loaded.steps, loaded.run_dir, loaded.prompts_per_step) == (12, "7", 512)
 
 
-@pytest.mark.parametrize("value", ["-5", "1.5", "abc", "", "nan", "inf", "true"])
-def test_wrong_numbers_are_refused(value):
-    message = refusal(["--steps", value])
-    assert "steps" in message and value in message
-
-
 WRONG = {  # the kind of a setting: lines of YAML that do not give it one
-    "a whole number": ["steps: true", "steps: 1.5", "steps: abc", "steps: [1]", "steps:"],
-    "a number": ["lr: true", "lr: fast", "lr: {a: 1}"],
+    "a whole number": ["steps: true", "steps: 1.5", "steps: abc", "steps: .inf", "steps: [1]", "steps:"],
+    "a number": ["lr: true", "lr: fast", "lr: .nan", "lr: {a: 1}"],
     "true or false": ["overwrite: 2", "overwrite: ja", "overwrite: [true]"],
     "text": ["model: [a, b]", "data:"],
 }
@@ -126,7 +120,8 @@ def test_wrong_types_in_yaml_are_refused(kind, line, tmp_path):
         ("--group_size 1", "group_size must be at least 2"),
         ("--group_size 0", "group_size must be greater than 0"),
         ("--prompts_per_step 10 --minibatch_prompts 4", "(10) must be a multiple of minibatch_prompts (4)"),
-        ("--temperature nan", "temperature"),
+        ("--temperature nan", "temperature must be a number, not 'nan'"),
+        ("--steps 1.5", "steps must be a whole number, not '1.5'"),
         ("--max_tokens_per_micro_batch=-1", "max_tokens_per_micro_batch must be greater than 0"),
         ("--lr=-1e-6", "lr must not be negative"),
         ("--kl_coef=-1", "kl_coef must not be negative"),
@@ -163,8 +158,3 @@ def test_broken_yaml_is_one_sentence(text, words, tmp_path):
     path.write_bytes(text.encode("latin-1"))
     message = refusal(["--config", str(path)])
     assert words in message and str(path.parent) in message
-
-
-def test_a_missing_config_file_is_one_sentence(tmp_path):
-    assert "missing.yaml" in refusal(["--config", str(tmp_path / "missing.yaml")])
-    assert str(tmp_path) in refusal(["--config", str(tmp_path)])

@@ -9,7 +9,7 @@ import hashlib
 import json
 import multiprocessing
 import os
-import socket
+import shutil
 import traceback
 import uuid
 from datetime import timedelta
@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from test_end_to_end import as_arguments, run_here, write_task
+from test_nodes import free_port
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -48,15 +49,12 @@ from rollout import ENGINES, sample_groups
 from sft import sft_update
 
 torch.set_num_threads(1)
-PRELOAD = (
-    "torch.distributed.fsdp transformers.models.qwen2.modeling_qwen2 transformers.models.llama.modeling_llama"
-)
-multiprocessing.set_forkserver_preload(PRELOAD.split())
+MODELS = ["transformers.models.qwen2.modeling_qwen2", "transformers.models.llama.modeling_llama"]
+multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", *MODELS])
 CPU = torch.device("cpu")
 
-SHAPE = dict(
-    vocab_size=301, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1
-)
+HEADS = dict(num_attention_heads=4, num_key_value_heads=1)
+SHAPE = dict(vocab_size=301, intermediate_size=20, num_hidden_layers=2, **HEADS)
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8)
 
 
@@ -74,16 +72,8 @@ def build_models(folder: Path) -> None:
             model.save_pretrained(folder / name, max_shard_size="8KB")  # many files
     assert len(list((folder / "llama3").glob("*.safetensors"))) > 2
     models["llama3"].to(torch.bfloat16).save_pretrained(folder / "bf16")
-    old = json.loads((folder / "llama3" / "config.json").read_text())  # as Llama 3.1's own file has it
-    rope = old.pop("rope_parameters")
-    old |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
-    (folder / "old").mkdir()
-    for file in (folder / "llama3").glob("*.safetensors*"):
-        (folder / "old" / file.name).write_bytes(file.read_bytes())
-    (folder / "old" / "config.json").write_text(json.dumps(old))
 
 
-NAMES = ("qwen2", "llama3", "bf16", "old")
 GROUPS = [
     ([5, 6, 7], [[8, 9, 10, 11], [12]]),
     ([20], [[21, 22]]),
@@ -102,7 +92,7 @@ def load(ranks: Ranks, path: Path, sharding: str = "full", **options) -> nn.Modu
 
 def logits_are_those_of_the_whole_model(ranks: Ranks, folder: Path) -> None:
     ids = torch.arange(40).view(2, 20) % 37
-    for name in NAMES:
+    for name in ("qwen2", "llama3", "bf16"):
         sharded, plain = load(ranks, folder / name).eval(), load_model(str(folder / name), CPU).eval()
         packed = pack(GROUPS, CPU)
         for one, other in zip(token_logprobs(sharded, packed, 0.7), token_logprobs(plain, packed, 0.7)):
@@ -161,15 +151,8 @@ def every_rank_reads_its_own_rows_alone(ranks: Ranks, folder: Path) -> None:
     assert sum(ranks.sum([local])) == sum(p.numel() for p in model.parameters()), "and together the model"
 
 
-def plain_gradients(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    model = load_model(str(folder / name), CPU).train()
-    logprobs, _ = token_logprobs(model, pack(GROUPS, CPU), 0.7)
-    (logprobs * torch.linspace(-1, 2, len(logprobs))).sum().backward()
-    return {name: p.grad for name, p in model.named_parameters()}
-
-
 def backward(model: nn.Module, ranks: Ranks) -> None:
-    """This rank's part of the loss of plain_gradients: every rank has its own groups, the third none."""
+    """This rank's part of a weighted sum of log-probs: every rank has its own groups, the third none."""
     counts = [sum(map(len, responses)) for _, responses in GROUPS]
     weights = torch.linspace(-1, 2, sum(counts)).split(counts)
     own = [i for i in range(len(GROUPS)) if i % min(ranks.world, 2) == ranks.rank]
@@ -180,7 +163,10 @@ def backward(model: nn.Module, ranks: Ranks) -> None:
 def gradients_are_the_sum_over_ranks(ranks: Ranks, folder: Path) -> None:
     """Not the mean, and a tied head's once; with layers freed after the forward pass, and without."""
     for name in ("qwen2", "llama3"):
-        expected = plain_gradients(folder, name)
+        plain = load_model(str(folder / name), CPU).train()
+        logprobs, _ = token_logprobs(plain, pack(GROUPS, CPU), 0.7)
+        (logprobs * torch.linspace(-1, 2, len(logprobs))).sum().backward()
+        expected = {key: p.grad for key, p in plain.named_parameters()}
         for checkpointing, keep in ((False, 0), (False, 2**30), (True, 0), (True, 2**30)):
             fsdp.KEEP_BYTES = keep
             model = load(ranks, folder / name, gradient_checkpointing=checkpointing).train()
@@ -334,13 +320,13 @@ REWARD = """
 def rewards_of(completion, answer, tools):
     return sum(map(ord, completion)) % 5 / 4
 """  # a random model gets nothing right, but must have something to learn
-RUNS = {  # name: (numbers of ranks, settings)
-    "usual": ((1, 2), {}),
-    "small micro-batches": ((2,), {"max_tokens_per_micro_batch": 1}),
-    "llama": ((1, 2), {"model": "llama"}),
-    "hsdp": ((2,), {"sharding": "hsdp"}),
-    "offload": ((2,), {"offload": "all", "gradient_checkpointing": "true"}),
-    "one prompt": ((1, 2), {"prompts_per_step": 1, "minibatch_prompts": 1, "steps": 2}),
+RUNS = {  # name: (numbers of ranks, the slow run that it must equal, settings)
+    "usual": ((1, 2), "usual", {}),
+    "small micro-batches": ((2,), "usual", {"max_tokens_per_micro_batch": 1}),
+    "llama": ((1, 2), "llama", {"model": "llama"}),
+    "hsdp": ((2,), "usual", {"sharding": "hsdp"}),
+    "offload": ((2,), "usual", {"offload": "all", "gradient_checkpointing": "true"}),
+    "one prompt": ((1, 2), "one prompt", {"prompts_per_step": 1, "minibatch_prompts": 1, "steps": 2}),
 }
 
 
@@ -349,9 +335,8 @@ def build_task(folder: Path) -> None:
     (folder / "own.py").write_text(REWARD)
     tokenizer = build_tiny_tokenizer(["add 1 and 2"], 301)
     torch.manual_seed(1)
-    shape = SHAPE | dict(
-        vocab_size=len(tokenizer), hidden_size=16, num_key_value_heads=2, initializer_range=0.2
-    )
+    shape = SHAPE | dict(hidden_size=16, num_key_value_heads=2, initializer_range=0.2)
+    shape |= {"vocab_size": len(tokenizer)}
     qwen2 = Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=True))
     llama = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False))
     for name, model in (("qwen2", qwen2), ("llama", llama)):
@@ -365,7 +350,7 @@ def build_task(folder: Path) -> None:
 
 
 def run_settings(folder: Path, name: str) -> dict[str, str]:
-    settings = json.loads((folder / "task.json").read_text()) | RUNS[name][1]
+    settings = json.loads((folder / "task.json").read_text()) | RUNS[name][2]
     return settings | {"model": folder / f"start-{settings['model']}"}
 
 
@@ -374,17 +359,11 @@ def grpo_runs(ranks: Ranks, folder: Path) -> None:
     ports = ranks.gather([free_port() for _ in RUNS])[0]
     dist.destroy_process_group()
     place = dict(RANK=ranks.rank, WORLD_SIZE=ranks.world, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1)
-    for port, (name, (worlds, _)) in zip(ports, RUNS.items()):
+    for port, (name, (worlds, _, _)) in zip(ports, RUNS.items()):
         if ranks.world in worlds:
             place |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             os.environ.update({key: str(value) for key, value in place.items()})
             run_here(grpo.main, run_settings(folder, name) | {"run_dir": folder / f"{name}-{ranks.world}"})
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def slow_grpo(settings: dict) -> tuple[list[list[str]], dict[str, torch.Tensor]]:
@@ -501,22 +480,14 @@ def test_on_ranks(check, world, problems):
 
 @pytest.fixture(scope="module")
 def slow(folder, problems):
-    """The slow runs by model and prompts per step, made once each."""
-    made = {}
-
-    def run(name: str):
-        settings = run_settings(folder, name)
-        key = str(settings["model"]), settings["prompts_per_step"]
-        made[key] = made.get(key) or slow_grpo(settings)
-        return made[key]
-
-    return run
+    """The slow runs by name, made once each."""
+    return functools.cache(lambda name: slow_grpo(run_settings(folder, name)))
 
 
-@pytest.mark.parametrize(("name", "world"), [(name, n) for name, (worlds, _) in RUNS.items() for n in worlds])
+@pytest.mark.parametrize(("name", "world"), [(name, world) for name in RUNS for world in RUNS[name][0]])
 def test_a_run_does_what_the_definition_says(name, world, folder, slow):
     """The same samples; and the same weights but for the order of sums: 2e-7 where they moved by 9e-3."""
-    texts, expected = slow(name)
+    texts, expected = slow(RUNS[name][1])
     run = folder / f"{name}-{world}"
     rows = read_jsonl(run / "samples.jsonl")
     for step, own in enumerate(texts, 1):
@@ -566,6 +537,7 @@ def only_pickled(path: Path) -> None:
 
 
 REFUSED = {  # (weights to change, or what to do with the folder; words of the sentence)
+    "no folder": (shutil.rmtree, "does not exist"),
     "no weights": (lambda path: (path / "model.safetensors").unlink(), "has no .safetensors files"),
     "pickled weights": (only_pickled, "has no .safetensors files; convert it"),
     "a weight is missing": ({NORM: None}, f"lacks weights that its config asks for: {NORM}"),
@@ -586,11 +558,6 @@ def test_what_cannot_be_loaded_is_one_sentence(case, ranks, folder, tmp_path):
     with pytest.raises(ModelError, match=words) as caught:
         load(ranks, path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_a_missing_folder_is_one_sentence(ranks, tmp_path):
-    with pytest.raises(ModelError, match="does not exist"):
-        load(ranks, tmp_path / "none")
 
 
 def test_a_tied_models_second_copy_of_its_head_is_no_mistake(ranks, folder, tmp_path):

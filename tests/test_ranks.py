@@ -14,17 +14,7 @@ import torch.distributed as dist
 
 from config import ConfigError
 from distributed import ranks as ranks_module
-from distributed.ranks import (
-    Clock,
-    Interrupted,
-    Ranks,
-    StopFlag,
-    Watchdog,
-    lost_processes,
-    phase_of,
-    run_script,
-    start_ranks,
-)
+from distributed.ranks import Clock, Interrupted, Ranks, StopFlag, Watchdog, phase_of, run_script
 
 ROOT = Path(__file__).parents[1]
 
@@ -108,11 +98,10 @@ def test_an_error_knows_its_phase():
 # -------------------------------------------------------------------------------------------- how scripts end
 
 PAIR = "[/build/third_party/gloo/gloo/transport/tcp/pair.cc:537]"
-BUFFER = "[/build/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78]"
 LOST = [
     RuntimeError(f"{PAIR} Read error [127.0.0.1]:59049: Connection reset by peer. This is typically …"),
     RuntimeError(f"{PAIR} Connection closed by peer [127.0.0.1]:64644. This is typically caused by …"),
-    RuntimeError(f"{BUFFER} Timed out waiting 4000ms for recv operation to complete"),
+    RuntimeError(f"{PAIR} Timed out waiting 4000ms for recv operation to complete"),
     dist.DistBackendError("NCCL error in: x.cpp:1, remote process exited\nncclRemoteError: A call failed …"),
     dist.DistBackendError("NCCL communicator was aborted on rank 1."),
     dist.DistNetworkError("The client socket has timed out after 60000ms while trying to connect to (a, 1)."),
@@ -130,14 +119,14 @@ ORDINARY = [
 @pytest.mark.parametrize("error", LOST)
 def test_lost_processes_are_named(error):
     error.add_note("in phase update of step 12")
-    said = lost_processes(error)
+    said = ranks_module.lost_processes(error)
     assert said.startswith("rank 0 lost the other processes in phase update of step 12: ")
     assert "--resume true" in said and "/build" not in said and "\n" not in said
 
 
 @pytest.mark.parametrize("error", ORDINARY)
 def test_an_ordinary_error_is_not_taken_for_a_lost_process(error):
-    assert lost_processes(error) == ""
+    assert ranks_module.lost_processes(error) == ""
 
 
 DISK = OSError(28, "No space left on device", "log.jsonl")
@@ -212,7 +201,7 @@ def test_restarts_need_a_store_that_forgets(monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
     monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: 1 / 0)
     with pytest.raises(ConfigError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
-        start_ranks()
+        ranks_module.start_ranks()
 
 
 WORKER = """
@@ -258,14 +247,13 @@ def test_a_rank_that_hangs_ends_the_others(tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        shared = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free.getsockname()[1])
     command = (tmp_path / "worker.py", "SIGSTOP", tmp_path / "run")
     ranks = [start(*command, RANK=rank, LOCAL_RANK=rank, **shared) for rank in (0, 1)]
     try:
         said, _ = ranks[0].communicate(timeout=50)
         assert "rank 0: no progress for 0.05 minutes in phase update of step 2;" in said
-        assert "in all_reduce" in said
+        assert "in all_reduce" in said, "the stack says where"
         assert ranks[0].returncode == 1 and ranks[1].poll() is None
     finally:
         for process in ranks:

@@ -35,7 +35,7 @@ def opened(path: Path, **settings) -> Path:
 
 
 def contents(path: Path) -> list[tuple[Path, bytes]]:
-    return sorted((file, file.read_bytes()) for file in path.rglob("*") if file.is_file())
+    return sorted((file, file.read_bytes()) for file in (path, *path.rglob("*")) if file.is_file())
 
 
 def refused(path: Path, **settings) -> str:
@@ -114,7 +114,6 @@ def test_a_folder_that_is_no_run_is_never_deleted(tmp_path):
 def test_a_file_in_the_place_of_the_run_directory(settings, tmp_path):
     (tmp_path / "run").write_text("a file")
     assert str(tmp_path / "run") in refused(tmp_path / "run", **settings)
-    assert (tmp_path / "run").read_text() == "a file"
 
 
 def test_a_resume_with_another_config_shows_what_changed(run, capsys):
@@ -207,23 +206,14 @@ def test_a_start_that_died_while_it_overwrote_is_done_over(run, monkeypatch):
 
 
 def test_cut_log_drops_the_steps_that_will_be_done_again(tmp_path):
+    """Whatever a completion holds: str.splitlines() would also cut at U+2028 and U+0085."""
     path = tmp_path / "log.jsonl"
-    rows = [{"step": step, "text": f"ü{step}"} for step in (0, 1, 2, 2, 3, 4)]
+    rows = [{"step": step, "text": f"ü{step}\u2028\u2029\u0085\v\n\r."} for step in (0, 1, 2, 2, 3, 4)]
     append_jsonl(path, rows)
     cut_log(path, 2)
     assert read_jsonl(path) == [row for row in rows if row["step"] <= 2]
     cut_log(tmp_path / "missing.jsonl", 2)
     assert not (tmp_path / "missing.jsonl").exists()
-
-
-@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\u0085", "\u000b", "\n", "\r"])
-def test_unusual_line_ends_in_a_completion_survive(character, tmp_path):
-    """str.splitlines() also cuts at U+2028 and U+0085: a run with such samples could not be resumed."""
-    rows = [{"step": 1, "completion": f"a{character}b"}, {"step": 2, "completion": ""}]
-    append_jsonl(tmp_path / "samples.jsonl", rows)
-    assert read_jsonl(tmp_path / "samples.jsonl") == rows
-    cut_log(tmp_path / "samples.jsonl", 1)
-    assert read_jsonl(tmp_path / "samples.jsonl") == rows[:1]
 
 
 def test_a_log_that_broke_off_in_the_middle_of_a_line_can_be_resumed(tmp_path):
