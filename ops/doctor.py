@@ -74,7 +74,7 @@ def shown(s: Start) -> str:
 
 
 def step_settings(s: Start) -> Config:
-    """Collective. The settings for a step of two updates on the longest prompts, which are written to a file."""
+    """Collective. The settings for a step of two updates on the longest prompts, which it writes down."""
     config, longest = s.config, sorted(s.tokenized.train, key=lambda item: -len(item.ids))
     at_once = max(1, config.rollout_batch_size // config.group_size) * s.ranks.world  # one rollout batch
     part = max(1, min(config.prompts_per_step, at_once, len(longest)) // 2)

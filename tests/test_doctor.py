@@ -1,12 +1,13 @@
-"""ops/checks.py and ops/doctor.py: every check has a case that it warns of, and all are content with the demo."""
+"""Every check of the doctor has a case that it warns of, and all are content with the demo."""
 
+import json
 import os
 import shutil
 import subprocess
 import sys
-from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,23 +31,19 @@ ROOT = Path(__file__).parents[1]
 TEMPLATE = load_template(str(ROOT / "configs" / "tiny_prompt.txt"))
 SMALL = Config(
     model="tiny", data="synthetic", synthetic_train=60, eval_cases=8, prompts_per_step=8, minibatch_prompts=8,
-    group_size=4, rollout_batch_size=64, steps=20, max_prompt_tokens=400, max_response_tokens=100, tiny_hidden=16,
+    group_size=4, rollout_batch_size=64, steps=20, max_prompt_tokens=400, max_response_tokens=100,
     prompt_template=str(ROOT / "configs" / "tiny_prompt.txt"),
 )
 
 
-class Gathering(Ranks):
-    """One process, or two of which the other always has what `theirs` makes of this one's."""
+def fake_ranks(device="cpu", world=1, theirs=lambda item: item) -> Ranks:
+    """One process, or two of which the other has what `theirs` makes of this one's."""
 
-    def gather(self, item):
-        return [item] if self.world == 1 else [item, self.theirs(item)]
+    class Fake(Ranks):
+        def gather(self, item):
+            return [item, theirs(item)][:world]
 
-    @staticmethod
-    def theirs(item):
-        return item
-
-
-ONE = Gathering(0, 1, torch.device("cpu"))
+    return Fake(0, world, torch.device(device))
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +57,8 @@ def healthy(tmp_path_factory) -> Start:
     tokenizer = build_tiny_tokenizer(texts, 600)
     export(build_tiny_model(tokenizer, 16, 1, 0), tokenizer, folder / "model")
     tokenized = tokenize_splits(splits, tokenizer, TEMPLATE, config, quiet=True)
-    reward = reward_function("binary")
-    return Start(config, ONE, TEMPLATE, reward, splits, tokenized, tokenizer, str(folder / "model"), 20)
+    reward, path = reward_function("binary"), str(folder / "model")
+    return Start(config, fake_ranks(), TEMPLATE, reward, splits, tokenized, tokenizer, path, 20)
 
 
 def with_config(start: Start, **changes) -> Start:
@@ -69,19 +66,16 @@ def with_config(start: Start, **changes) -> Start:
 
 
 def with_tokenizer(start: Start, change) -> Start:
-    """The start with a tokenizer of its own, that `change` breaks."""
+    """The start with a tokenizer of its own, of bytes, that `change` breaks."""
     tokenizer = build_tiny_tokenizer(["some words"], 0)
     change(tokenizer)
-    return replace(start, tokenizer=tokenizer)
+    return replace(with_config(start, max_response_tokens=1000), tokenizer=tokenizer)
 
 
 def with_train(start: Start, examples: list) -> Start:
     splits = replace(start.splits, train=examples)
     tokenized = tokenize_splits(splits, start.tokenizer, TEMPLATE, start.config, quiet=True)
     return replace(start, splits=splits, tokenized=tokenized)
-
-
-# ------------------------------------------------------------------------------------------------ every start
 
 
 def test_a_healthy_start_is_called_healthy_in_one_line(healthy, capsys):
@@ -97,9 +91,10 @@ def test_warnings_are_printed_and_problems_stop_all_ranks(healthy, capsys, monke
 
     monkeypatch.setattr(checks, "CHECKS", (*checks.CHECKS, check_labels))
     check_start(with_config(healthy, prompts_per_step=64))
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(":")[0] for line in lines if line[0] != " "] == ["warning  schedule", "warning  labels", "doctor"]
-    assert "KeyError: 'oh'" in lines[2] and lines[-1] == "doctor: 5 checks ok, warnings: 2"
+    schedule, remedy, labels, count = capsys.readouterr().out.splitlines()
+    assert schedule.startswith("warning  schedule: ") and "-> lower prompts_per_step" in remedy
+    assert labels == "warning  labels: check failed: KeyError: 'oh'"
+    assert count == "doctor: 5 checks ok, warnings: 2"
     with pytest.raises(ConfigError, match="^examples: .*; raise max_response_tokens"):
         check_start(with_config(healthy, max_response_tokens=5))
 
@@ -118,31 +113,19 @@ def other_end(tokenizer):
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|end|>")
 
 
-def deep(levels: int) -> list:
-    return [deep(levels - 1)] if levels else []
-
-
-def unpaid(start: Start, copies: int) -> Start:
-    """One ground truth that cannot be paid, JSON nested deeper than the parser reads, among the good ones."""
-    bad = replace(start.splits.train[0], id="bad", answer=[ToolCall("f", {"x": deep(70)})])
+def with_answer(start: Start, argument: object, copies: int) -> Start:
+    """One right reply with this argument among the good ones."""
+    bad = replace(start.splits.train[0], id="bad", answer=[ToolCall("f", {"x": argument})])
     return with_train(start, [*start.splits.train * copies, bad])
 
 
-def long_answer(start: Start) -> Start:
-    long = replace(start.splits.train[0], id="long", answer=[ToolCall("f", {"x": "word " * 200})])
-    return with_train(start, [*start.splits.train, long])
-
-
 def own_reward(start: Start, pays) -> Start:
-    return replace(with_config(start, reward="own.py:pays"), reward=pays)
+    """A reward of the user's own, where `pays` is a function of the completion."""
+    reward = lambda completion, *_: Reward(pays(completion), True, True, "")  # noqa: E731
+    return replace(with_config(start, reward="own.py:pays"), reward=reward)
 
 
-def mostly_empty(start: Start) -> Start:
-    return with_train(start, [replace(example, answer=[]) for example in start.splits.train])
-
-
-def paid_when_silent(completion, *_):
-    return Reward(1.0 + bool(completion), True, True, "")
+DEEP = json.loads("[" * 70 + "]" * 70)  # nested deeper than the parser reads: it cannot be paid
 
 
 @pytest.mark.parametrize("name, status, said, change", [
@@ -152,15 +135,16 @@ def paid_when_silent(completion, *_):
     ("schedule", "problem", "positions", lambda s: with_config(s, max_response_tokens=40000)),
     ("schedule", "warning", "max_prompt_tokens",
      lambda s: with_train(with_config(s, max_prompt_tokens=150), s.splits.train)),
-    ("schedule", "warning", "[] is right too often", mostly_empty),
+    ("schedule", "warning", "[] is right too often",
+     lambda s: with_train(s, [replace(one, answer=[]) for one in s.splits.train])),
     ("schedule", "warning", "test_share", lambda s: replace(s, tokenized=Splits(s.tokenized.train, {}))),
     ("schedule", "warning", "prompts_per_step to 60", lambda s: with_config(s, prompts_per_step=64)),
     ("examples", "problem", "60 are too long", lambda s: with_config(s, max_response_tokens=5)),
-    ("examples", "warning", "of 61 right replies 1 are too long", long_answer),
-    ("examples", "problem", "look at bad", lambda s: unpaid(s, 1)),
-    ("examples", "warning", "look at bad", lambda s: unpaid(s, 4)),
-    ("examples", "warning", "silence can be learnt", lambda s: own_reward(s, paid_when_silent)),
-    ("examples", "warning", "20 not paid in full", lambda s: own_reward(s, lambda *_: Reward(0.5, True, True, ""))),
+    ("examples", "warning", "of 61 right replies 1 are too long", lambda s: with_answer(s, "w " * 200, 1)),
+    ("examples", "problem", "look at bad", lambda s: with_answer(s, DEEP, 1)),
+    ("examples", "warning", "look at bad", lambda s: with_answer(s, DEEP, 4)),
+    ("examples", "warning", "silence can be learnt", lambda s: own_reward(s, lambda text: 1.0 + bool(text))),
+    ("examples", "warning", "20 not paid in full", lambda s: own_reward(s, lambda text: 0.0)),
 ])
 def test_what_is_wrong_is_found(healthy, name, status, said, change):
     found = {check.name: check for check in examine(change(healthy))}
@@ -170,13 +154,9 @@ def test_what_is_wrong_is_found(healthy, name, status, said, change):
 
 def test_an_own_reward_is_called_less_often_at_a_start(healthy):
     calls = []
-
-    def pays(completion, *_):
-        calls.append(completion)
-        return Reward(float(bool(completion)), True, True, "")
-
-    assert checks.check_examples(own_reward(healthy, pays)).status == "ok" and len(calls) == 2 * 20
-    checks.check_examples(replace(own_reward(healthy, pays), limit=10**9))
+    start = own_reward(healthy, lambda text: calls.append(text) or float(bool(text)))
+    assert checks.check_examples(start).status == "ok" and len(calls) == 2 * 20
+    checks.check_examples(replace(start, limit=10**9))
     assert len(calls) == 2 * 20 + 2 * 60
 
 
@@ -189,17 +169,15 @@ def test_the_model_s_own_sampling_settings_are_named(healthy, tmp_path):
     assert found.status == "warning", "its second end token is not one of ours"
 
 
-@pytest.mark.parametrize("theirs, said", [
-    (lambda item: item if isinstance(item, bool) else ("torch 1", item[1]), "rank 1 has other code or libraries"),
-    (lambda item: item if isinstance(item, bool) else (item[0], "hash"), "rank 1 has other code or libraries"),
-    (lambda item: False if isinstance(item, bool) else item, "a --run_dir on a shared disk"),
+@pytest.mark.parametrize("seen, theirs, said", [
+    (True, ("torch 1", "hash"), "rank 1 has other code or libraries"),
+    (False, None, "a --run_dir on a shared disk"),
 ])
-def test_another_rank_differs(healthy, monkeypatch, theirs, said):
-    start = replace(healthy, ranks=Gathering(0, 2, torch.device("cpu")))
-    assert checks.check_processes(start).status == "ok"
-    monkeypatch.setattr(Gathering, "theirs", staticmethod(theirs))
-    found = checks.check_processes(start)
+def test_another_rank_differs(healthy, seen, theirs, said):
+    two = fake_ranks(world=2, theirs=lambda item: seen if isinstance(item, bool) else theirs or item)
+    found = checks.check_processes(replace(healthy, ranks=two))
     assert found.status == "problem" and said in found.remedy
+    assert checks.check_processes(replace(healthy, ranks=fake_ranks(world=2))).status == "ok"
 
 
 def test_old_libraries_are_a_problem(healthy, monkeypatch):
@@ -209,14 +187,14 @@ def test_old_libraries_are_a_problem(healthy, monkeypatch):
 
 def test_a_disk_without_room(healthy, monkeypatch):
     """Not one checkpoint fits: a problem. Not all that are kept: a warning. Those that are there count."""
-    usage, size = namedtuple("Usage", "free"), 12 * build_tiny_model(healthy.tokenizer, 16, 1, 0).num_parameters()
+    size = 12 * build_tiny_model(healthy.tokenizer, 16, 1, 0).num_parameters()
     for share, status in ((0.9, "problem"), (1.1, "warning"), (3.9, "warning"), (4.1, "ok")):
-        monkeypatch.setattr(shutil, "disk_usage", lambda _, share=share: usage(share * size))
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, share=share: SimpleNamespace(free=share * size))
         assert checks.check_disk(healthy).status == status, share
     saved = Path(healthy.config.run_dir) / "step_5.tmp" / "part"
     saved.parent.mkdir()
     saved.write_bytes(bytes(size))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0.1 * size))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0.1 * size))
     assert checks.check_disk(healthy).status == "warning"
     shutil.rmtree(saved.parent)
 
@@ -226,16 +204,13 @@ def test_gpu_memory_is_compared_with_the_plan(healthy, monkeypatch, free, status
     """What other processes hold is not free; all figures are made up."""
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free - checks.CONTEXT, 80e9))
-    found = checks.check_memory(replace(healthy, ranks=Gathering(0, 1, torch.device("cuda"))))
+    found = checks.check_memory(replace(healthy, ranks=fake_ranks("cuda")))
     assert found.status == status and said in found.text
 
 
-# ----------------------------------------------------------------------------------------------------- a step
-
-
 METRICS = {
-    "time/rollout_s": 1.0, "memory/peak_gib": 1.0, "sampling/sampling_logp_difference/mean": 1e-6, "reward": 0.5,
-    "completions/clipped_ratio": 0.1, "frac_reward_zero_std": 0.5, "updates_skipped_nonfinite": 0,
+    "time/rollout_s": 1.0, "memory/peak_gib": 1.0, "sampling/sampling_logp_difference/mean": 1e-6,
+    "completions/clipped_ratio": 0.1, "frac_reward_zero_std": 0.5, "updates_skipped_nonfinite": 0, "reward": 0
 }
 
 
@@ -254,17 +229,17 @@ def test_what_a_step_may_show(healthy, key, value, status):
 
 def test_a_nearly_full_gpu_is_a_warning(healthy, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 80 * 2**30))
-    on_gpu = replace(healthy, ranks=Gathering(0, 1, torch.device("cuda")))
-    statuses = [doctor.check_step(METRICS | {"memory/peak_gib": peak}, on_gpu).status for peak in (70.0, 76.0)]
-    assert statuses == ["ok", "warning"]
+    on_gpu = replace(healthy, ranks=fake_ranks("cuda"))
+    for peak, status in ((70.0, "ok"), (76.0, "warning")):
+        assert doctor.check_step(METRICS | {"memory/peak_gib": peak}, on_gpu).status == status
 
 
 def test_the_step_gets_the_longest_prompts_and_settings_of_its_own(healthy):
     """Nothing of it may reach a tracker or a benchmark; with one update nothing is known of the sampler."""
-    start = with_config(healthy, warmup_steps=9, resume=True, trackers="wandb", bfcl="there", prompts_per_step=6)
+    start = with_config(healthy, warmup_steps=9, resume=True, trackers="wandb", prompts_per_step=6)
     settings = doctor.step_settings(start)
     assert Path(settings.run_dir).parent == Path(start.config.run_dir)
-    assert (settings.warmup_steps, settings.resume, settings.trackers, settings.bfcl) == (0, False, "", "")
+    assert (settings.warmup_steps, settings.resume, settings.trackers) == (0, False, "")
     assert (settings.prompts_per_step, settings.minibatch_prompts) == (6, 3)
     again = with_train(start, load_splits(settings).train).tokenized.train
     lengths = sorted((len(item.ids) for item in start.tokenized.train), reverse=True)
@@ -273,10 +248,11 @@ def test_the_step_gets_the_longest_prompts_and_settings_of_its_own(healthy):
 
 def test_a_doctor_run_as_users_start_it(tmp_path):
     """Two processes, one real step of the demo in small: exit code 0, and nothing is left behind."""
-    words = "-m torch.distributed.run --standalone --nproc_per_node 2 -m ops.doctor --config configs/tiny.yaml"
-    words += " --synthetic_train 60 --eval_cases 8 --prompts_per_step 8 --minibatch_prompts 8 --group_size 4"
-    words += f" --steps 3 --tiny_hidden 32 --max_response_tokens 60 --run_dir {tmp_path / 'run'}"
-    done = subprocess.run([sys.executable, *words.split()], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    words = "-m torch.distributed.run --standalone --nproc_per_node 2 -m ops.doctor"
+    words += " --config configs/tiny.yaml --synthetic_train 60 --eval_cases 8 --prompts_per_step 8"
+    words += " --minibatch_prompts 8 --group_size 4 --steps 3 --tiny_hidden 32 --max_response_tokens 60"
+    command = [sys.executable, *words.split(), "--run_dir", str(tmp_path / "run")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == "doctor: 7 checks ok" and lines[-2].startswith("ok       step: ")
