@@ -23,7 +23,7 @@ from corpus.examples import Splits, Tokenized
 from corpus.sources import append_jsonl, read_jsonl
 from corpus.tiny_model import LAYERS, VOCABULARY, build_tiny_model, build_tiny_tokenizer
 from data import load_splits, tokenize_splits
-from distributed.checkpoint import Saver, choose_step, latest_checkpoint, load_checkpoint, raise_problem
+from distributed.checkpoint import Saver, choose_step, latest_checkpoint, load_checkpoint
 from distributed.fsdp import gathered_weights, load_sharded, make_mesh
 from distributed.ranks import Clock, Interrupted, Ranks, StopFlag
 from evals.in_training import JudgedPrompt, evaluate, held_out_prompts, load_benchmarks
@@ -312,7 +312,7 @@ def log(run: Run, record: dict) -> None:
     if run.ranks.main:
         append_jsonl(run.folder / "log.jsonl", [record])
     if run.monitor:
-        show(run.monitor, record, run.steps, lines=run.method == "grpo" and record["step"] > 0)
+        show(run.monitor, record, run.steps)
 
 
 def evaluate_sets(run: Run) -> dict[str, float]:
@@ -348,18 +348,16 @@ def save_or_stop(run: Run, last: bool) -> None:
     Interrupted.
     """
     step = run.state["step"]
-    problem = ""
     with run.phase("save"):
         ending = run.stop.requested(run.ranks) or last
         if ending or (run.config.save_every and step % run.config.save_every == 0):
-            problem = run.saver.save(run.state, run.policy, run.tokenizer, run.optimizer)
+            run.saver.save(run.state, run.policy, run.tokenizer, run.optimizer)
         if ending:
-            problem = problem or run.saver.finish()
+            run.saver.finish()
     if ending and run.monitor:
         close_monitor(run.monitor)
     if ending:
         run.ranks.gather(None)  # torchrun signals who is still drawing when another rank has ended
-    raise_problem(problem)
     if ending and not last:
         raise Interrupted(run.config.run_dir, step)
 
@@ -370,7 +368,7 @@ def close(run: Run) -> None:
     summary = run.results
     if run.method == "grpo":
         summary = summarize(read_jsonl(folder / "log.jsonl"), run.held_out)
-    write_model(run.policy, run.tokenizer, folder / "model", run.config, run.state, summary, ranks)
+    write_model(run.policy, run.tokenizer, folder / "model", run.config, run.state, run.results, ranks)
     if not ranks.main:
         return
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")

@@ -34,7 +34,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from config import ConfigError
 from distributed.ranks import Ranks
 from kernel.attention import trim_last_layer
-from model import ModelError, check_path, equip, first_line, response_logprobs, stand_in
+from model import ModelError, check_path, first_line, miniature, prepare_like, response_logprobs
 
 # A smaller model is gathered as a whole, and stays so until the backward is done: fewer messages.
 KEEP_BYTES = 2**30
@@ -69,7 +69,7 @@ def load_sharded(
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     config = model_config(path, trust_remote_code)
     model = skeleton(config, compute if frozen else torch.float32, trust_remote_code)
-    equip(model, stand_in(config, device, trust_remote_code), gradient_checkpointing)
+    prepare_like(model, miniature(config, device, trust_remote_code), gradient_checkpointing)
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     model.free_layers = sum(p.numel() * p.element_size() for p in model.parameters()) > KEEP_BYTES
@@ -203,7 +203,7 @@ def _twin(model: nn.Module) -> nn.Module:
     own_class = type(model).__mro__[2]  # fully_shard puts a class of its own before it
     with torch.device("meta"):
         twin = own_class(copy.deepcopy(model.config))
-    twin.abilities = model.abilities
+    twin.capabilities = model.capabilities
     trim_last_layer(twin)
     modules = dict(twin.named_modules())
     for name, module in model.named_modules():

@@ -20,7 +20,7 @@ from evals.report import ReportError
 from kernel.decode import Prompt
 from prompts import encode_prompt
 from reward import score
-from rollout import sample_groups
+from rollout import Decoding, sample_groups
 
 # BFCL's parts: one figure per category would be noise on a subset.
 PARTS = dict.fromkeys(bfcl_data.NON_LIVE_AST, "non_live") | dict.fromkeys(bfcl_data.LIVE_AST, "live")
@@ -120,10 +120,9 @@ def evaluate(
     entries: dict[str, float] = {}
     for name, cases in sets.items():
         own = cases[ranks.rank :: ranks.world]
+        prompts = [case.prompt for case in own]
         groups = sample_groups(
-            model, tokenizer, [case.prompt for case in own], group_size=1, temperature=0,
-            max_new_tokens=config.max_response_tokens, batch_size=config.rollout_batch_size,
-            engine=config.rollout_engine, heartbeat=ranks.heartbeat,
+            model, tokenizer, prompts, Decoding.greedy(config), heartbeat=ranks.heartbeat
         )
         verdicts = [case.judge(group.texts[0]) for case, group in zip(own, groups)]
         hits = Counter(case.part for case, verdict in zip(own, verdicts) if verdict.right)

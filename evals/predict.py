@@ -20,7 +20,7 @@ from evals.report import Case
 from kernel.decode import Prompt
 from model import ModelError, load_model, load_tokenizer
 from prompts import check_tokenizer, encode_prompt, load_template
-from rollout import sample_groups
+from rollout import Decoding, sample_groups
 
 
 @dataclass(frozen=True)
@@ -97,11 +97,10 @@ def _answer(policy, tokenizer, batch: Sequence[Open], sampling: Sampling) -> lis
     """The rows of a batch. All samples of a case come from one stream of random numbers, so all are made."""
     began = time.perf_counter()
     fits = [one for one in batch if len(one.prompt.ids) <= sampling.max_prompt_tokens]
-    groups = sample_groups(
-        policy, tokenizer, [one.prompt for one in fits], group_size=sampling.samples,
-        temperature=sampling.temperature, max_new_tokens=sampling.max_new_tokens,
-        batch_size=sampling.batch_size,
+    decoding = Decoding(
+        sampling.samples, sampling.temperature, sampling.max_new_tokens, sampling.batch_size
     )
+    groups = sample_groups(policy, tokenizer, [one.prompt for one in fits], decoding)
     latency = round((time.perf_counter() - began) / (len(batch) * sampling.samples), 4)
     replies = {id(one): group for one, group in zip(fits, groups)}
     rows = []

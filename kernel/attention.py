@@ -187,13 +187,13 @@ class _GatherSegments(torch.autograd.Function):
 
 def uses_shared_prefix(model: nn.Module) -> bool:
     """Whether a model from model.prepare_model runs on packed groups; else pack with share_prompt=False."""
-    return model.abilities.shared_prefix
+    return model.capabilities.shared_prefix
 
 
 def use_attention(model: nn.Module, phase: str) -> None:
     """Switches a model's attention. "train": packed groups; "generate": transformers' own, with a cache."""
     packed = phase == "train" and uses_shared_prefix(model)
-    model.set_attn_implementation(SHARED_PREFIX if packed else model.abilities.attention)
+    model.set_attn_implementation(SHARED_PREFIX if packed else model.capabilities.attention)
 
 
 def decoder_inputs(ids: Tensor, positions: Tensor, layout: object) -> dict:

@@ -17,16 +17,13 @@ from pathlib import Path
 
 import torch
 
-import grpo
 from config import Config, count_steps, load_config
 from corpus.layouts import write_examples
-from data import load_splits, tokenize_splits
-from distributed.ranks import Clock, Ranks, run_script, start_ranks
-from model import load_tokenizer
+from distributed.ranks import Ranks, run_script, start_ranks
+from grpo import grpo_stage, grpo_step
 from ops.checks import Check, Start, check_names, examine, judge, tell
-from prompts import load_template, render_completion
-from reward import reward_function
-from sft import start_model
+from prompts import render_completion
+from session import begin, open_session, read_inputs, read_prompts, start_model, start_step
 
 SAMPLER_ERROR = {"cpu": 1e-3, "cuda": 0.05}  # nats per token; measured: 3e-6 in fp32, 0.01 in bf16
 MOST_MEMORY = 0.92  # of a GPU, in one step: longer replies will come
@@ -55,15 +52,16 @@ def main(arguments: list[str]) -> None:
 
 def read_start(config: Config, ranks: Ranks) -> Start:
     """Collective. Data, tokenizer and start model as a run finds them; run_dir is the doctor's own folder."""
-    reward, template = reward_function(config.reward, config.lenient), load_template(config.prompt_template)
-    splits = load_splits(config)
-    path, _ = start_model(config, splits, template, ranks)
-    tokenizer = load_tokenizer(path, config.trust_remote_code)
-    tokenized = tokenize_splits(splits, tokenizer, template, config, quiet=not ranks.main)
-    steps = count_steps(config, len(tokenized.train), config.prompts_per_step)
+    inputs = read_inputs(config)
+    path, _ = start_model(config, inputs, ranks)
+    prompts = read_prompts(config, path, inputs, quiet=not ranks.main)
+    steps = count_steps(config, len(prompts.tokenized.train), config.prompts_per_step)
     if ranks.main:
         (Path(config.run_dir) / "config.yaml").touch()  # whether all ranks see it is a check
-    return Start(config, ranks, template, reward, splits, tokenized, tokenizer, path, steps, 10**9)
+    return Start(
+        config, ranks, inputs.template, inputs.reward, inputs.splits, prompts.tokenized, prompts.tokenizer, path,
+        steps, 10**9,
+    )
 
 
 def shown(s: Start) -> str:
@@ -93,8 +91,9 @@ def step_settings(s: Start) -> Config:
 def first_step(config: Config, ranks: Ranks) -> dict[str, float]:
     """Collective. The metrics of a run's first step."""
     with contextlib.redirect_stdout(io.StringIO()):  # of a run that is not the one meant
-        run = grpo.set_up(config, ranks, examined=True)
-        return grpo.train_step(run, 1, Clock(ranks.watchdog, 1))[0]
+        session = open_session(config, ranks, "grpo", examined=True)
+        run = begin(session, grpo_stage(session))
+        return grpo_step(run, start_step(run))[0]
 
 
 def check_step(metrics: dict[str, float], s: Start) -> Check:
