@@ -13,7 +13,8 @@ from operator import eq
 from typing import Any
 
 from evals.apibank_data import GoldCall
-from prompts import CALL, END_CALL, ToolCall
+from evals.bfcl_check import find_block
+from prompts import ToolCall
 
 Comparison = Callable[[Any, Any], bool]  # (predicted value, gold value) -> do they count as the same?
 MODES = ("official", "corrected", "exact", "loose")  # see `judge`
@@ -114,14 +115,6 @@ def coerce(value: Any, kind: str) -> Any:
     return value
 
 
-def call_block(output: Any) -> str | None:
-    """The text of the first closed tool-call section, in linear time however many tags there are, or None."""
-    if not isinstance(output, str):
-        return None
-    inside, closed, _ = output.partition(CALL)[2].partition(END_CALL)
-    return inside.strip() if closed else None
-
-
 def json_items(text: str) -> list | None:
     """A JSON list, or another JSON value as a list of one; None for what is unreadable."""
     try:
@@ -143,9 +136,9 @@ def one_call(block: str | None, items: list | None) -> tuple[ToolCall | None, st
     return ToolCall(call["name"], call["arguments"]), ""
 
 
-def read_call(output: Any) -> tuple[ToolCall | None, str]:
+def read_call(output: str) -> tuple[ToolCall | None, str]:
     """The one call of a reply -> (call, "") or (None, reason). Laxer than the reward."""
-    block = call_block(output)
+    block = find_block(output)
     return one_call(block, None if block is None else json_items(block))
 
 
@@ -178,9 +171,7 @@ def compare(call: ToolCall, case: GoldCall, comparisons: dict[str, Comparison]) 
 
 
 def compare_loosely(case: GoldCall, block: str | None, items: list | None) -> str:
-    """ToolRL's protocol: any of several calls, a missing name filled in, but values equal to the gold's
-    strings.
-    """
+    """ToolRL's protocol: any of several calls, without a name too, but values equal to the gold's strings."""
     lines = block.splitlines() if block else []  # one JSON value, or one object per line
     more = [item for line in lines for item in json_items(line) or []] if len(lines) > 1 else []
     for call in (item for item in (*(items or ()), *more) if isinstance(item, dict)):
@@ -190,7 +181,7 @@ def compare_loosely(case: GoldCall, block: str | None, items: list | None) -> st
     return "no_call_equals_gold"
 
 
-def judge(case: GoldCall, output: Any) -> dict[str, str]:
+def judge(case: GoldCall, output: str) -> dict[str, str]:
     """Mode -> "correct" or the first reason why not, for the reply `output`. Nothing in it can raise.
 
     official: as the official tools judge, which accept no answer where they reject the gold call itself;
@@ -199,7 +190,7 @@ def judge(case: GoldCall, output: Any) -> dict[str, str]:
     no_call_equals_gold. Source: api-bank/evaluator.py, tool_manager.py and the APIs at 483554ea, without
     execution.
     """
-    block = call_block(output)
+    block = find_block(output)
     items = None if block is None else json_items(block)
     call, reason = one_call(block, items)
     official = corrected = exact = reason or compare(call, case, COMPARISONS)
@@ -210,7 +201,7 @@ def judge(case: GoldCall, output: Any) -> dict[str, str]:
     return dict(zip(MODES, (official, corrected, exact, compare_loosely(case, block, items))))
 
 
-def apibank_verdict(case: GoldCall, output: Any, mode: str = "official") -> tuple[bool, str]:
+def apibank_verdict(case: GoldCall, output: str, mode: str = "official") -> tuple[bool, str]:
     """(correct, reason) of one reply in one mode, see judge."""
     reason = judge(case, output)[mode]
     return reason == "correct", reason

@@ -56,8 +56,8 @@ REJECTED = {
 
 @dataclass(frozen=True)
 class GoldCall:
-    """One case. history: turns before the call, in the official form: {"role": "User" or "AI", "text"} and
-    {"role": "API", "api_name", "param_dict", "result": {"input", "output", "exception"}}.
+    """One case. Turns of the history are {"role": "User" or "AI", "text"}, or {"role": "API", "api_name",
+    "result": {"input", "output", "exception"}}.
     """
 
     id: str

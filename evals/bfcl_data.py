@@ -143,10 +143,9 @@ def _append(text: str, sentence: str) -> str:
 
 
 def prompt_tools(functions: list[dict], language: str) -> list[dict]:
-    """The documentation as the model sees it, with the language of the values.
+    """The documentation as the model sees it, with the language of the values; the checker has no such hints.
 
-    For Java and JavaScript every parameter is a string that spells the value. The checker does without these
-    hints.
+    For Java and JavaScript every parameter is a string that spells the value.
     """
     label = {"python": "Python 3", "java": "Java 8 SDK", "javascript": "JavaScript"}[language]
     tools = json.loads(json.dumps(functions))

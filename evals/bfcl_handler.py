@@ -61,6 +61,4 @@ def main(model: str, command: str, *options: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
-        sys.exit("usage: python -m evals.bfcl_handler MODEL generate|evaluate [options of the bfcl command]")
     main(*sys.argv[1:])

@@ -65,8 +65,7 @@ def _by_benchmark(verdict: Callable, case: object, reply: str) -> Verdict:
 
 def check_folders(config: Config) -> None:
     """Raises ConfigError where a benchmark's folder is not there. A name with one / may be a hub id."""
-    for key in ("bfcl", "apibank"):
-        folder = getattr(config, key)
+    for key, folder in (("bfcl", config.bfcl), ("apibank", config.apibank)):
         if folder and folder.count("/") != 1 and not Path(folder).exists():
             raise ConfigError(f"{key}: the folder {folder!r} does not exist")
 

@@ -62,8 +62,8 @@ def write_predictions(
     where it was. Raises ModelError when those were made with another model or other settings.
     """
     if sampling.temperature == 0 and sampling.samples > 1:
-        what = f"greedy decoding would give {sampling.samples} equal replies"
-        raise ModelError(f"samples: {what}; set a temperature above 0, or 1 sample")
+        what = f"samples: greedy decoding would give {sampling.samples} equal replies"
+        raise ModelError(f"{what}; set a temperature above 0, or 1")
     path.parent.mkdir(parents=True, exist_ok=True)
     _check_author(path, model, template, sampling)
     missing = _missing(path, cases, sampling.samples)

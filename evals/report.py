@@ -118,10 +118,7 @@ def find(path: Path) -> Path | None:
 
 
 def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, value) of a JSONL file, perhaps gzipped; None for a line that is not JSON.
-
-    Raises ReportError for a file that cannot be read.
-    """
+    """(line number, value) of a JSONL file or its .gz; None: a line that is not JSON. Raises ReportError."""
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             for number, line in enumerate(file, 1):
@@ -206,10 +203,10 @@ def _t(freedom: int) -> float:
 
 
 def sampled_interval(per_case_means: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the mean over cases, in percent, from every case's share of right samples (0 to 1).
+    """95 % interval, in percent, of the mean over cases of every case's share of right samples (0 to 1).
 
-    The cases are the units, because the samples of one case resemble each other: mean ± t · s / √cases, cut
-    off at 0 and 100. Where all cases agree s is 0 and says nothing: then Wilson's interval over the cases.
+    The cases are the units, because samples of one case resemble each other: mean ± t · s / √cases. Where all
+    cases agree s is 0 and says nothing: then Wilson's interval over the cases.
     """
     n = len(per_case_means)
     mean = sum(per_case_means) / n

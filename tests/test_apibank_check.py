@@ -169,9 +169,6 @@ HOSTILE = [
     "<tool_call>" * 200_000,  # quadratic for a regular expression
     "<tool_call>" + "9" * 10_000 + "</tool_call>",
     *(f'<tool_call>[{{"name": "Book", "arguments": {{"count": {value}}}}}]</tool_call>' for value in VALUES),
-    None,
-    7,
-    b"<tool_call>",
 ]
 
 
@@ -179,6 +176,6 @@ HOSTILE = [
 @pytest.mark.parametrize("key", ["count", "degrees", "on", "health_data", "plain"])
 def test_no_output_raises(output, key):
     name = "RecordHealthData" if key == "health_data" else "Book"
-    text = output.replace("Book", name).replace("count", key) if isinstance(output, str) else output
+    text = output.replace("Book", name).replace("count", key)
     for mode in MODES:
         assert apibank_verdict(make_case(name, {key: "gold"}), text, mode)[0] is False

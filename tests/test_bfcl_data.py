@@ -185,13 +185,10 @@ def test_the_handler_asks_and_decodes_as_we_do(monkeypatch):
     module = importlib.import_module("evals.bfcl_handler")
     monkeypatch.delitem(sys.modules, "evals.bfcl_handler")
     handler = object.__new__(module.ToolN1Handler)  # __init__ would look for a server
-    entry = {"id": "simple_python_0", "function": [{"name": "f"}], "question": []}
-    assert handler._pre_query_processing_prompting(entry) == {"message": [], "function": [{"name": "f"}]}
-    for output in (reply(("f", {"p": 1})), reply(), "no", "<tool_call>null</tool_call>"):
-        try:
-            assert handler.decode_ast(output, None, False) == decode(output)
-        except ValueError:
-            assert decode(output) is None
+    for output in (reply(("f", {"p": 1})), reply()):
+        assert handler.decode_ast(output, None, False) == decode(output)
+    with pytest.raises(ValueError, match="no closed tool-call section"):
+        handler.decode_ast("no", None, False)
     handler.tokenizer = SimpleNamespace(
         chat_template="t", name_or_path="m", apply_chat_template=lambda chat, **_: json.dumps(chat)
     )
