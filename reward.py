@@ -288,7 +288,7 @@ def main(arguments: list[str]) -> None:
     count = reasons.total()
     print(f"{args.variant}: {count} completions, mean reward {total / max(1, count):.4f}", file=sys.stderr)
     for reason, n in reasons.most_common():
-        print(f"  {n:>9} {n / count:8.2%}  {reason}", file=sys.stderr)
+        print(f"  {n:>9} {100 * n / count:6.2f} %  {reason}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -199,8 +199,9 @@ def test_good_tokenizers_pass(family):
         (qwen, QWEN + "{{ messages[0].content.split('Tools')[1] }}", "adds to the conversation"),
         (qwen, QWEN + "{{ messages[1].content }}", "adds to the conversation"),
         (qwen, QWEN.replace('messages[0].role != "system"', "true"), "adds a second system prompt"),
+        (qwen, QWEN.split("{%- if add_generation_prompt")[0], "does not open the assistant's reply"),
     ],
-    ids=["none", "no system prompt", "system prompt twice", "tools twice", "question twice", "own prompt"],
+    ids=["none", "no system", "system twice", "tools twice", "question twice", "own system", "no opening"],
 )
 def test_chat_templates_that_spoil_the_prompt_are_refused(family, template, complaint):
     with pytest.raises(PromptError, match=complaint):
