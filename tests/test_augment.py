@@ -192,7 +192,6 @@ def test_both_lists_of_required_parameters_and_inner_fields():
 KEPT = {
     "inside a value": ("News Feed", dict(answer=[call("get_rain", days=["my News Feed, 2"])])),
     "a value is part of it": ("city_name", dict(answer=[call("get_rain", days="City")])),
-    "a value of a past call": ("city_name", dict(before=past(call("x", y="city_name")))),
     "a default": ("city_name", dict(tools=[RAIN, tool("t", by={"default": "city_name"})])),
     "an enum": ("city_name", dict(tools=[RAIN, tool("t", by={"items": {"enum": ["city_name"]}})])),
     "a key inside a value": ("subject", dict(answer=[call("get_rain", days={"subject": 1})])),

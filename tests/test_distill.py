@@ -87,7 +87,6 @@ def test_sft_on_the_traces_teaches_what_the_teacher_knew_sometimes(straight, tas
     changes = dict(data=straight[0], run_dir=tmp_path / "sft", steps=40, sft_lr=1e-3, sft_batch=8)
     log = read_jsonl(run_here(sft.main, task | changes) / "log.jsonl")
     assert log[-1]["held_out/accuracy"] > log[0]["held_out/accuracy"] + 0.3
-    assert log[-1]["held_out/n"] == 30
 
 
 def test_what_was_found_can_be_used_and_is_not_tried_again(straight, settings, tmp_path, monkeypatch):
