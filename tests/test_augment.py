@@ -56,77 +56,67 @@ def example(query="Rain in Oslo?", tools=(RAIN, BOOKS, NEWS), answer=ANSWER, bef
     return Example(rid, "xlam", messages, list(tools), list(answer), ("a thought",))
 
 
-def masks_between(plain: Example, masked: Example) -> dict[str, str]:
-    """Mask -> name, read from the two tool lists side by side."""
-    pairs = {}
-    for old, new in zip(plain.tools, masked.tools, strict=True):
-        names = zip([old["name"], *properties(old)], [new["name"], *properties(new)], strict=True)
-        pairs |= {mask: name for name, mask in names if mask != name}
-    return pairs
-
-
 def masked_with(plain: Example) -> tuple[Example, dict[str, str]]:
-    masked = mask_names(plain, 0)
-    return masked, {name: mask for mask, name in masks_between(plain, masked).items()}
+    """(the masked example, mask -> name), the names read from the two tool lists side by side."""
+    masked, names = mask_names(plain, 0), {}
+    for old, new in zip(plain.tools, masked.tools, strict=True):
+        names |= zip([new["name"], *properties(new)], [old["name"], *properties(old)], strict=True)
+    return masked, {mask: name for mask, name in names.items() if mask != name}
 
 
 def as_text(one: Example) -> str:
     return json.dumps([one.messages, one.tools, one.answer], default=asdict)
 
 
-def test_the_tools_of_the_answer_are_gone_and_nothing_is_to_be_called():
-    plain = example(answer=[call("get_rain", city_name="Oslo"), call("News Feed", city_name="Oslo")])
-    [made] = irrelevant_examples([plain], 1.0, 0)
-    assert made == replace(plain, id="7#irrelevant", tools=[BOOKS], answer=[], demonstrations=())
-
-
 WHERE = dict(lat="", lon="", day="")
-UNSUITABLE = {
-    "nothing is called already": example(answer=[]),
-    "no tool remains": example(tools=[RAIN]),
-    "a past call may have used what is gone": example(before=past(call("find_books", subject="rain"))),
-    "a result names what is gone": example(before=past(content='[{"name": "get_rain"}]')),
-    "its twin by name": example(tools=[RAIN, tool("GetRain V2", "Water.")]),
-    "its twin by name, in other words": example(tools=[RAIN, tool("Rain API", "Water.")]),
-    "its twin by description": example(tools=[RAIN, tool("precipitation", "The rain in a place.")]),
-    "its twin by parameters": example(tools=[tool("get_rain", "", **WHERE), tool("wetness", "", **WHERE)]),
+SNOW = tool("get_snow", "Snow depth of one station.", city_name="The town.", days="How many days.")
+IRRELEVANT = {  # and how many examples they give
+    "nothing is called already": (example(answer=[]), 0),
+    "no tool remains": (example(tools=[RAIN]), 0),
+    "a past call may have used what is gone": (example(before=past(call("find_books", subject="rain"))), 0),
+    "a result names what is gone": (example(before=past(content='[{"name": "get_rain"}]')), 0),
+    "its twin by name": (example(tools=[RAIN, tool("GetRain V2", "Water.")]), 0),
+    "its twin by name, in other words": (example(tools=[RAIN, tool("Rain API", "Water.")]), 0),
+    "its twin by description": (example(tools=[RAIN, tool("precipitation", "The rain in a place.")]), 0),
+    "its twin by parameters": (example(tools=[tool("get_rain", **WHERE), tool("wetness", "", **WHERE)]), 0),
+    "two parameters in common say nothing": (example(tools=[RAIN, SNOW]), 1),
+    "a user may ask for what is not there": (example("Use get_rain for Oslo."), 1),
 }
 
 
-@pytest.mark.parametrize("plain", UNSUITABLE.values(), ids=UNSUITABLE)
-def test_no_example_where_the_empty_list_could_be_wrong(plain):
-    assert irrelevant_examples([plain], 1.0, 0) == []
+@pytest.mark.parametrize(("plain", "count"), IRRELEVANT.values(), ids=IRRELEVANT)
+def test_no_example_where_the_empty_list_could_be_wrong(plain, count):
+    assert len(irrelevant_examples([plain], 1.0, 0)) == count
 
 
 def test_genuine_irrelevant_examples(genuine):
-    before, by_id = copy.deepcopy(genuine), {one.id: one for one in genuine}
+    before, by_id = copy.deepcopy(genuine), {f"{one.id}#irrelevant": one for one in genuine}
     made = irrelevant_examples(genuine, 1.0, 0)
     assert genuine == before and len(made) > len(genuine) / 2
     for one in made:
-        plain = by_id[one.id.removesuffix("#irrelevant")]
-        called = {call.name for call in plain.answer}
+        plain, called = by_id[one.id], {call.name for call in by_id[one.id].answer}
         assert one.tools == [tool for tool in plain.tools if tool["name"] not in called] != []
-        assert (one.answer, one.messages, one.source) == ([], plain.messages, plain.source)
+        assert one == replace(plain, id=one.id, tools=one.tools, answer=[], demonstrations=())
 
 
 def test_masking_can_be_undone_to_the_last_character(genuine):
     before = copy.deepcopy(genuine)
-    masked = masked_examples(genuine, 1.0, 0)
-    assert genuine == before
-    for plain, one in zip(genuine, masked, strict=True):
+    for plain, masked in zip(genuine, masked_examples(genuine, 1.0, 0), strict=True):
+        one, back = masked_with(plain)
         text = as_text(one)
-        for mask, name in masks_between(plain, one).items():
+        for mask, name in back.items():
             text = text.replace(mask, json.dumps(name)[1:-1])
-        assert text == as_text(plain)
+        assert text == as_text(plain) and one == masked
         assert (one.id, one.source, one.demonstrations) == (f"{plain.id}#masked", plain.source, ())
+    assert genuine == before
 
 
 def test_masking_hides_nearly_all_names_behind_random_ones(genuine):
     names = hidden = 0
-    for plain, one in zip(genuine, masked_examples(genuine, 1.0, 0)):
-        back = masks_between(plain, one)
+    for plain in genuine:
+        back = masked_with(plain)[1]
         names += len({name for tool in plain.tools for name in [tool["name"], *properties(tool)]})
-        hidden += len(set(back.values()))
+        hidden += len(back)
         assert len({mask.lower() for mask in back}) == len(set(back.values()))  # one mask per name
         for mask in back:
             assert re.fullmatch(r"[A-Za-z][A-Za-z0-9]{4,14}", mask) and re.search(r"[a-z][A-Z]|\d", mask)
@@ -135,8 +125,8 @@ def test_masking_hides_nearly_all_names_behind_random_ones(genuine):
 
 
 def test_masked_calls_are_the_same_calls(genuine):
-    for plain, one in zip(genuine, masked_examples(genuine, 1.0, 0)):
-        back = masks_between(plain, one)
+    for plain in genuine:
+        one, back = masked_with(plain)
         tools = {old["name"]: (old, new) for old, new in zip(plain.tools, one.tools)}
         pairs = list(zip(plain.answer, one.answer, strict=True))
         for old, new in zip(plain.messages, one.messages, strict=True):
@@ -164,7 +154,7 @@ def test_every_argument_that_the_conversation_showed_is_still_shown(genuine):
         ("By city_name, not my_city_name, city_names.", "By <city_name>, not my_city_name, city_names."),
         ("In how many days? Any news feed?", "In how many days? Any news feed?"),
         ("Call `find_books`.", "Call `<find_books>`."),
-        ("The News Feed of today.", "The News Feed of today."),  # the thing, not the tool
+        ("The News Feed of today, TikTok Likes.", "The News Feed of today, TikTok Likes."),
         ('"News Feed of Oslo", "The News Feed"', '"News Feed of Oslo", "The News Feed"'),
         ('From "News Feed", or the News Feed tool.', 'From "<News Feed>", or the <News Feed> tool.'),
         ("Set sortBy, a.b, /email/check.", "Set <sortBy>, <a.b>, </email/check>."),
@@ -175,12 +165,13 @@ def test_every_argument_that_the_conversation_showed_is_still_shown(genuine):
 )
 def test_texts_lose_the_names_that_no_ordinary_word_looks_like(text, expected):
     names = "sortBy a.b a.b.c /email/check text1 filter[id] GSTIN mp3 e-mail City".split()
-    tools = [RAIN, BOOKS, NEWS, tool("Rain"), tool("t", **dict.fromkeys(names, "Some text."))]
-    masked, masks = masked_with(example(text, tools))
+    tools = [RAIN, BOOKS, NEWS, tool("Rain"), tool("TikTok Likes")]
+    tools.append(tool("t", **dict.fromkeys(names, "Some text.")))
+    masked, back = masked_with(example(text, tools))
     shown = masked.messages[-1]["content"]
-    for name, mask in masks.items():
+    for mask, name in back.items():
         shown = shown.replace(mask, f"<{name}>")
-    assert shown == expected and masks.keys() >= set(names)
+    assert shown == expected and set(names) <= set(back.values())
 
 
 def test_both_lists_of_required_parameters_and_inner_fields():
@@ -193,32 +184,28 @@ def test_both_lists_of_required_parameters_and_inner_fields():
         schema = {"type": "object", "properties": declared, "required": [address, "unknown", {}]}
         return {"name": name, "description": f"Or {name}.", "parameters": schema, "required": [city]}
 
-    answer = [call("move_to", address={"street_no": "5"}, city_name="Oslo")]
-    masked, mask = masked_with(example(tools=[move("move_to", "address", "city_name")], answer=answer))
-    assert masked.tools == [move(mask["move_to"], mask["address"], mask["city_name"])]
+    masked, back = masked_with(example(tools=[move("move_to", "address", "city_name")], answer=[]))
+    assert list(back.values()) == ["move_to", "address", "city_name"]
+    assert masked.tools == [move(*back)]
 
 
 KEPT = {
     "inside a value": ("News Feed", dict(answer=[call("get_rain", days=["my News Feed, 2"])])),
     "a value is part of it": ("city_name", dict(answer=[call("get_rain", days="City")])),
-    "a value of a past call": ("city_name", dict(before=past(call("x", y="city_name")))),
     "a default": ("city_name", dict(tools=[RAIN, tool("t", by={"default": "city_name"})])),
     "an enum": ("city_name", dict(tools=[RAIN, tool("t", by={"items": {"enum": ["city_name"]}})])),
+    "a key inside a value": ("subject", dict(answer=[call("get_rain", days={"subject": 1})])),
     "not declared": ("subject", dict(tools=[BOOKS, RAIN], answer=[call("get_rain", subject="a")])),
     "not described": ("city_name", dict(tools=[tool("get_rain", city_name=" ", days="How many.")])),
-    "described by its name": ("city_name", dict(tools=[tool("get_rain", city_name="city_name.", days="So.")])),
+    "not described once": ("city_name", dict(tools=[tool("get_rain", city_name=" "), NEWS])),
+    "described by its name": ("city_name", dict(tools=[tool("get_rain", city_name="city_name.")])),
 }
 
 
 @pytest.mark.parametrize(("name", "changes"), KEPT.values(), ids=KEPT)
 def test_names_that_are_kept(name, changes):
-    masked, mask = masked_with(example("By city_name.", **changes))
-    assert name not in mask and name in as_text(masked) and mask  # others are masked
-
-
-def test_an_example_without_describing_texts_stays_itself():
-    plain = example(tools=[tool("get_rain", "", city_name="")])
-    assert mask_names(plain, 0) is plain
+    masked, back = masked_with(example("By city_name.", **changes))
+    assert name not in back.values() and name in as_text(masked) and back  # others are masked
 
 
 @pytest.mark.parametrize("made_of", [irrelevant_examples, masked_examples])
@@ -231,3 +218,5 @@ def test_seed_and_id_alone_decide(made_of):
     assert 250 < len(some) < 350 and made(pool, 0.0, 5) == {} and made(pool, 0.3, 6).keys() != some.keys()
     assert made(pool[::-2], 0.3, 5) == {rid: one for rid, one in some.items() if int(rid.split("#")[0]) % 2}
     assert draw_masks(pool[0], 0) != draw_masks(pool[1], 0) != draw_masks(pool[1], 1)
+    drawn = draw_masks(example(), 0)["get_rain"]  # a name that the example contains is drawn again
+    assert drawn != draw_masks(example(f"Code {drawn.upper()}."), 0)["get_rain"]
