@@ -8,17 +8,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
+
+from timing import ROOT, machine
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
@@ -37,8 +37,6 @@ from model import autocast, prepare_model, token_logprobs  # noqa: E402
 from rollout import ENGINES  # noqa: E402
 
 CPU, TEMPERATURE = torch.device("cpu"), 0.7
-
-# ---------------------------------------------------------------------------------------------------- the model
 
 
 @dataclass(frozen=True)
@@ -87,23 +85,21 @@ def logprobs(model: nn.Module, packed: Packed) -> Tensor:
     return token_logprobs(model, packed, TEMPERATURE, entropy=False)[0]
 
 
-def sample(model: nn.Module, prompts: Sequence[list[int]], copies: int, new: int, **options) -> Replies:
-    """`copies` responses of exactly `new` tokens to every prompt; a single copy is greedy.
-
-    options: engine; half: by autocast; stops: the tokens that end a response, by default none.
-    """
+def sample(
+    model: nn.Module, prompts: Sequence[list[int]], copies: int, new: int, engine: str = "shared_prefix",
+    stops: Sequence[int] = (), half: bool = True,
+) -> Replies:
+    """`copies` responses (1: greedy) to every prompt, of `new` tokens unless one of `stops` comes; half: bf16."""
     requests = [Prompt(str(i), ids, i) for i, ids in enumerate(prompts)]
-    engine, stops = ENGINES[options.get("engine", "shared_prefix")], options.get("stops", [model.config.vocab_size])
-    with autocast(next(model.parameters()).device) if options.get("half", True) else contextlib.nullcontext():
-        return engine(model, requests, copies, TEMPERATURE if copies > 1 else 0.0, new, stops)
+    stops, temperature = list(stops) or [model.config.vocab_size], TEMPERATURE if copies > 1 else 0.0
+    with autocast(next(model.parameters()).device) if half else contextlib.nullcontext():
+        return ENGINES[engine](model, requests, copies, temperature, new, stops)
 
-
-# ------------------------------------------------------------------------------------------------ one GRPO step
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one GRPO step works with; the two models compute on the same device."""
+    """What a GRPO step works with."""
 
     policy: nn.Module
     reference: nn.Module
@@ -114,20 +110,18 @@ class Step:
 
 
 def grpo_step(step: Step, reward: Callable[[list[int]], float], clock: Clock) -> None:
-    """Collective. Rollout, reference log-probs and one update, as grpo.py does them; reward: of token ids."""
+    """Collective. Rollout, reference log-probs and updates, as in grpo.py; reward: of token ids."""
     config, copies = step.config, step.config.group_size
     with clock("rollout"):
         rows = sample(step.policy.eval(), step.prompts, copies, config.max_response_tokens)
-    step.policy.train()
+    use_attention(step.policy.train(), "train")
     with clock("pack"):
         groups = []
         for i, ids in enumerate(step.prompts):
-            own = rows[i * copies : (i + 1) * copies]
-            responses, sampled = [ids for ids, _ in own], [logprobs for _, logprobs in own]
-            groups.append(Group(Prompt(str(i), ids, i), responses, sampled, [""] * copies, [True] * copies))
+            responses, sampled = zip(*rows[i * copies : (i + 1) * copies])
+            groups.append(Group(Prompt(str(i), ids, i), list(responses), list(sampled), [""] * copies, [True] * copies))
         advantages = group_std(torch.tensor([[reward(ids) for ids in group.responses] for group in groups]))
         updates = make_minibatches(groups, advantages, config, step.ranks, uses_shared_prefix(step.policy))
-    use_attention(step.policy, "train")
     with clock("reference"):
         grpo.fixed_logprobs(step.policy, step.reference, updates, config)
     with clock("update"):
@@ -147,8 +141,6 @@ def run_step(run: grpo.Run, step: int) -> tuple[dict[str, float], float]:
     return clock.seconds, metrics["num_tokens"]
 
 
-# -------------------------------------------------------------------------------------------------------- FLOPs
-
 
 def matrices(shape: Shape) -> int:
     """Weights in the layers' matrices."""
@@ -161,25 +153,23 @@ def trimmed(shape: Shape) -> int:
     return shape.hidden**2 + 3 * shape.hidden * shape.inner
 
 
-def linear_flops(shape: Shape, prompt: int, response: int, copies: int, shared: bool = True) -> float:
-    """Matrix products of a group's log-probs without attention, forward; 2 per multiply-add. shared: packed."""
-    times = 1 if shared else copies  # that a prompt is computed
-    tokens = times * prompt + copies * response
-    idle = prompt - 1 + copies if shared else 0  # in the last layer
-    head = copies * response * shape.hidden * shape.vocab
-    return 2 * (tokens * matrices(shape) - idle * trimmed(shape) + head)
+def group_flops(
+    shape: Shape, case: tuple[int, int, int], linear: float = 1.0, attention: float = 1.0, shared: bool = True
+) -> float:
+    """FLOPs of the log-probs of one group, 2 per multiply-add, so many times. case: prompt, response, copies.
 
-
-def attention_flops(shape: Shape, prompt: int, response: int, copies: int, shared: bool = True) -> float:
-    """The two products of causal attention, forward. A backward has five: the scores are computed again.
-
-    shared: in the last layer, of a prompt its last token only.
+    A forward has 2 products of attention, a backward 5, because the scores are computed again. shared: packed;
+    then the last layer computes only what predicts something (attention.trim_last_layer).
     """
-    replies = copies * (response * prompt + response * (response + 1) / 2)
-    own = prompt * (prompt + 1) / 2
-    pairs = replies * shape.layers
-    pairs += own * (shape.layers - 1) + prompt if shared else copies * own * shape.layers
-    return 2 * 2 * pairs * shape.hidden
+    prompt, response, copies = case
+    times = 1 if shared else copies  # that a prompt is computed
+    weights = (times * prompt + copies * response) * matrices(shape) + copies * response * shape.hidden * shape.vocab
+    own, replies = times * prompt * (prompt + 1) / 2, copies * response * (prompt + (response + 1) / 2)
+    pairs = (own + replies) * shape.layers
+    if shared:
+        weights -= (prompt - 1 + copies) * trimmed(shape)
+        pairs -= own - prompt
+    return 2 * linear * weights + 4 * attention * pairs * shape.hidden
 
 
 def matrix_rate(rows: int, inner: int, columns: int) -> float:
@@ -192,34 +182,23 @@ def matrix_rate(rows: int, inner: int, columns: int) -> float:
     return 2 * rows * inner * columns / best
 
 
-# ---------------------------------------------------------------------------------------------------- reporting
 
-
-def take_turns(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each side returns in every round, after one round that only warms up; the order alternates."""
-    results: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(-1, rounds):
+def take_turns(sides: dict[str, Callable[[], Any]], rounds: int, warm: int = 1) -> dict[str, list]:
+    """What each side returns in every round, after `warm` rounds that do not count; the order alternates."""
+    results: dict[str, list] = {name: [] for name in sides}
+    for turn in range(warm + rounds):
         for name in list(sides)[:: -1 if turn % 2 else 1]:
-            value = sides[name]()
-            if turn >= 0:
-                results[name].append(value)
-    return results
+            results[name].append(sides[name]())
+    return {name: values[warm:] for name, values in results.items()}
 
 
-def spread(ratios: Sequence[float], prefix: str = "ratio_") -> dict[str, float]:
+def spread(ratios: Sequence[float]) -> dict[str, float]:
     """Minimum, median and maximum, by name."""
-    return {f"{prefix}min": min(ratios), f"{prefix}median": statistics.median(ratios), f"{prefix}max": max(ratios)}
-
-
-def machine() -> str:
-    """Processor, cores, load and versions."""
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = next((line.split(": ")[1] for line in text.splitlines() if line.startswith("model name")), platform.machine())
-    return (f"{name}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; Python {platform.python_version()}, "
-            f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
+    return {"ratio_min": min(ratios), "ratio_median": statistics.median(ratios), "ratio_max": max(ratios)}
 
 
 def print_result(bench: str, **values: object) -> None:
-    """The line of JSON with which a benchmark ends."""
-    text = json.dumps({"bench": bench, **values, "torch": torch.__version__})
+    """The machine, and the line of JSON with which a benchmark ends."""
+    text = json.dumps({"bench": bench, **values})
+    print(f"{machine()}, torch {torch.__version__}")
     print(json.dumps(json.loads(text, parse_float=lambda number: round(float(number), 4))))

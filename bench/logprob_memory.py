@@ -42,7 +42,7 @@ def checkpointed_chunks(hidden: Tensor, weight: Tensor, target: Tensor) -> Tenso
 WAYS = {"ours": ours, "full_logits": full_logits, "checkpointed_chunks": checkpointed_chunks}
 
 
-def resident(field: str) -> int:
+def resident(field: str) -> float:
     """VmRSS (now) or VmHWM (peak) of this process, in GiB."""
     lines = Path("/proc/self/status").read_text("ascii").splitlines()
     return next(int(line.split()[1]) / 2**20 for line in lines if line.startswith(field))
@@ -79,14 +79,12 @@ def main() -> None:
     turns = common.take_turns({way: lambda way=way: run(way) for way in WAYS}, args.repetitions, warm=0)
     norms = [one["norm"] for values in turns.values() for one in values]
     assert max(norms) - min(norms) <= 1e-4 * norms[0], "the ways computed different numbers"
-    median = {way: {key: statistics.median(one[key] for one in values) for key in ("gib", "seconds")}
-              for way, values in turns.items()}
-    print(common.machine())
-    for way, value in median.items():
-        print(f"{way:22}{value['gib']:8.2f} GiB{value['seconds']:8.1f} s")
-    ratios = [a["gib"] / b["gib"] for a, b in zip(turns["ours"], turns["full_logits"])]
+    median = {}
+    for way, values in turns.items():
+        median[way] = {key: statistics.median(one[key] for one in values) for key in ("gib", "seconds")}
+        print(f"{way:22}{median[way]['gib']:8.2f} GiB{median[way]['seconds']:8.1f} s")
+    ratios = [ours["gib"] / full["gib"] for ours, full in zip(turns["ours"], turns["full_logits"])]
     chunks = median["ours"]["gib"] / median["checkpointed_chunks"]["gib"]
-    del args.way
     common.print_result(
         "logprob_memory", **common.spread(ratios), ratio_checkpointed_median=chunks, ways=median, **vars(args)
     )

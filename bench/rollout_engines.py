@@ -60,10 +60,8 @@ def main() -> None:
     steps = statistics.median(tokens for _, tokens in turns[names[0]]) / (args.prompts * copies)
     head = 1 + SHAPE.hidden * SHAPE.vocab / common.matrices(SHAPE)  # a decode step over that of its layers
     floor = linear_seconds(args.prompts * prompt) + linear_seconds(args.prompts * copies) * head * steps
-    print(common.machine())
     for name, values in turns.items():
         print(f"  {name:20} {statistics.median(seconds for seconds, _ in values):7.2f} s median")
-    print(f"  {'floor':20} {floor:7.2f} s: matrix products alone, the prompt once, no attention")
     ratios = [theirs / ours for (ours, _), (theirs, _) in zip(turns[names[0]], turns[names[-1]])]
     common.print_result("rollout_engines", **common.spread(ratios), floor_s=floor, **vars(args))
 

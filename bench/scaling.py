@@ -94,7 +94,6 @@ def main(arguments: list[str]) -> None:
         for turn in range(args.rounds):
             for case in list(CASES)[:: -1 if turn % 2 else 1]:
                 rows[case] += run_case(args, model, case, Path(tempfile.mkdtemp(dir=scratch)))
-    print(common.machine())
     for key in rows["alone"][0]:
         medians = {case: statistics.median(row[key] for row in rows[case]) for case in CASES}
         print(f"{key:<14}" + "".join(f"{case:>10}{value:>9.2f}" for case, value in medians.items()))

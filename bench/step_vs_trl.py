@@ -106,11 +106,11 @@ def main() -> None:
         model.save_pretrained(folder)
         trainer, timer = make_peer(folder, texts, new, copies, args), StepTimer()
         trainer.add_callback(timer)
-        policy = load_model(str(folder), CPU).train()
+        policy, reference = load_model(str(folder), CPU).train(), load_model(str(folder), CPU).eval()
         optimizer = torch.optim.AdamW(policy.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
         prompts = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
         assert all(len(ids) == prompt for ids in prompts)
-        step = common.Step(policy, load_model(str(folder), CPU).eval(), optimizer, prompts, config, start_ranks(60.0))
+        step = common.Step(policy, reference, optimizer, prompts, config, start_ranks())
 
         def ours() -> float:
             start = time.process_time()
@@ -122,14 +122,14 @@ def main() -> None:
             return timer.seconds
 
         turns = common.take_turns({"ours": ours, "trl": theirs}, args.rounds)
-    sizes = (SHAPE, prompt, new, copies)  # rollout and reference forward only, the update 3 times that
-    flops = args.prompts * (5 * common.linear_flops(*sizes) + 5.5 * common.attention_flops(*sizes))
-    rate = common.matrix_rate(2048, 1024, 1024)
+    # Rollout and reference forward only, the update 3 times that.
+    flops = args.prompts * common.group_flops(SHAPE, (prompt, new, copies), linear=5, attention=5.5)
     median = {f"{name}_s": statistics.median(seconds) for name, seconds in turns.items()}
-    print(common.machine())
-    print(f"ours {median['ours_s']:.2f} s, TRL {median['trl_s']:.2f} s, floor {flops / rate:.2f} s of a step")
     ratios = [trl / ours for ours, trl in zip(turns["ours"], turns["trl"])]
-    common.print_result("step_vs_trl", **common.spread(ratios), **median, floor_s=flops / rate, **vars(args))
+    common.print_result(
+        "step_vs_trl", **common.spread(ratios), **median, **vars(args),
+        floor_s=flops / common.matrix_rate(2048, 1024, 1024),
+    )
     torch.distributed.destroy_process_group()
 
 

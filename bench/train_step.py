@@ -36,28 +36,20 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=1, help="prompts per step")
     parser.add_argument("--repetitions", type=int, default=7)
     args = parser.parse_args()
-    prompt, response, copies = map(int, args.case.split("/"))
+    case = prompt, response, copies = tuple(map(int, args.case.split("/")))
     torch.set_num_threads(1)
     model = common.random_model(SHAPE).train()
     groups = common.random_groups(SHAPE.vocab, [(prompt, [response] * copies)] * args.groups)
     sides = {"packed": lambda: timed(model, groups, True), "rows": lambda: timed(model, groups, False)}
-    turns = common.take_turns(sides, args.repetitions)
-    pairs = list(zip(turns["packed"], turns["rows"]))
+    pairs = list(zip(*common.take_turns(sides, args.repetitions).values()))
     assert all(abs(ours[2] - rows[2]) < 1e-4 for ours, rows in pairs), "both sides must have the same loss"
-    sizes = (SHAPE, prompt, response, copies)
-    flops = args.groups * (3 * common.linear_flops(*sizes) + 3.5 * common.attention_flops(*sizes))
     rate = common.matrix_rate(prompt + copies * response, SHAPE.hidden, SHAPE.inner)
-    ours, rows, forward = (
-        statistics.median(values)
-        for values in ([a[1] for a, _ in pairs], [b[1] for _, b in pairs], [b[0] / a[0] for a, b in pairs])
-    )
-    print(common.machine())
-    print(f"case {args.case}, {args.groups} prompt(s), CPU seconds: packed {ours:.3f}, a row per response {rows:.3f}, "
-          f"floor of the packed step {flops / rate:.3f}")
+    floor = args.groups * common.group_flops(SHAPE, case, linear=3, attention=3.5) / rate
     common.print_result(
-        "train_step", **common.spread([b[1] / a[1] for a, b in pairs]), forward_ratio_median=forward,
-        token_ratio=copies * (prompt + response) / (prompt + copies * response), packed_s=ours,
-        floor_s=flops / rate, gflops=rate / 1e9, **vars(args),
+        "train_step", **common.spread([rows[1] / ours[1] for ours, rows in pairs]),
+        forward_ratio_median=statistics.median(rows[0] / ours[0] for ours, rows in pairs),
+        token_ratio=copies * (prompt + response) / (prompt + copies * response),
+        packed_s=statistics.median(ours[1] for ours, _ in pairs), floor_s=floor, gflops=rate / 1e9, **vars(args),
     )
 
 
