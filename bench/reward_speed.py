@@ -1,41 +1,34 @@
-"""How fast the reward is, and that nothing breaks it: speed by variant, time against length, one million
-mutations.
+"""How fast the reward is, and that nothing breaks it: speed by variant, time against length, a million mutations.
 
     python bench/reward_speed.py [--fuzz 1000000] [--seed 0]
 
-One process, one core. Speed: completions of 600 characters with two calls, variants in turn, best and median
-of the rounds. Length: seconds for inputs of 125 kB to 1 MB that provoke backtracking; linear means that a
-doubling doubles. Fuzz: seeded mutations (bytes, tags, nesting, huge numbers, surrogates, control characters)
-of good completions, each scored by every variant; prints the slowest item and what was paid.
+Speed: completions of 600 characters with two calls, variants in turn. Length: seconds for inputs of 125 kB to 1 MB
+that provoke backtracking; linear means that a doubling doubles. Fuzz: seeded mutations (bytes, tags, nesting, huge
+numbers, surrogates, control characters) of good completions, each scored by every variant.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
 import random
 import statistics
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
+from timing import ROOT, machine
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(ROOT))
 
-from prompts import ToolCall, render_completion
-from reward import REWARDS, score
+from prompts import ToolCall, render_completion  # noqa: E402
+from reward import REWARDS, score  # noqa: E402
 
 CALLS = [
-    ToolCall(
-        "get_weather_forecast", {"city": "San Francisco", "days": 3, "units": "metric", "details": ["wind"]}
-    ),
+    ToolCall("get_weather_forecast", {"city": "San Francisco", "days": 3, "units": "metric", "details": ["wind"]}),
     ToolCall("search_hotels", {"city": "San Francisco", "max_price": 150.5, "parking": True, "stars": 4}),
 ]
-THOUGHT = (
-    "The user wants the weather in San Francisco for three days and a hotel there under 150.50 with parking. "
-)
+THOUGHT = "The user wants the weather in San Francisco for three days and a hotel there under 150.50 with parking. "
 GOOD = render_completion(CALLS, (THOUGHT * 9)[: 600 - len(render_completion(CALLS, "x")) + 1])
 BASES = (GOOD, render_completion(CALLS, "so"))  # in the second, nearly every mutation meets the calls
 
@@ -43,16 +36,13 @@ PIECES = [
     "<think>", "</think>", "<tool_call>", "</tool_call>", "<|im_end|>", "<|im_start|>assistant", "[", "]", "{", "}", '"',
     ",", ":", "\\", "2", "-", ".0", "e9", "1e999", "9" * 400, "9" * 5000, "NaN", "-Infinity", "null", "true", " ", "\n",
     "\t", "\x00", "\x1f", "\x7f", "\ud800", "\udfff", "\ufeff", "\u2028", "é", "e\u0301", "😀", "\\ud800", "\\u0000",
-    "[" * 300,
-    '{"a":' * 300, "]" * 300, "[" * 70 + "]" * 70, '"name"', '"arguments"', '"name": "x", ', "'", "```json\n",
+    "[" * 300, '{"a":' * 300, "]" * 300, "[" * 70 + "]" * 70, '"name"', '"arguments"', '"name": "x", ', "'", "```json\n",
     '"[{\\"name\\": \\"x\\"}]"', "<tool_call>[]</tool_call>",
 ]
 
 
 def mutated(text: str, rng: random.Random) -> str:
-    """`text` after a few seeded changes: a piece put in, a part cut out, doubled, moved, or garbled byte by
-    byte.
-    """
+    """`text` after a few seeded changes: a piece put in, a part cut out, doubled, reversed, or garbled."""
     for _ in range(rng.choice((1, 1, 1, 2, 4, 8))):
         start = rng.randrange(len(text) + 1)
         end = min(len(text), start + rng.choice((0, 0, 1, 5, 40)))
@@ -65,9 +55,8 @@ def mutated(text: str, rng: random.Random) -> str:
         elif kind == 2:
             part *= rng.choice((2, 3, 50))
         elif kind == 3:
-            part = bytes(rng.randrange(256) for _ in part).decode(
-                rng.choice(("latin-1", "utf-16-le")), "replace"
-            )
+            garbled = bytes(rng.randrange(256) for _ in part)
+            part = garbled.decode(rng.choice(("latin-1", "utf-16-le")), "replace")
         else:
             part = part[::-1]
         text = text[:start] + part + text[end:]
@@ -85,9 +74,7 @@ def measure_speed(rounds: int = 7, items: int = 4000) -> None:
             seconds[name].append(time.perf_counter() - start)
     print(f"\ncompletions of {len(GOOD)} characters per second, one core")
     for name, times in seconds.items():
-        print(
-            f"  {name:16} best {items / min(times):9,.0f}   median {items / statistics.median(times):9,.0f}"
-        )
+        print(f"  {name:16} best {items / min(times):9,.0f}   median {items / statistics.median(times):9,.0f}")
 
 
 def measure_length() -> None:
@@ -117,9 +104,7 @@ def measure_length() -> None:
 
 
 def fuzz(count: int, seed: int) -> None:
-    """Scores `count` mutated completions by every variant; any exception ends the program with its
-    traceback.
-    """
+    """Scores `count` mutated completions by every variant; an exception ends the program."""
     rng, paid, slowest, variants = random.Random(seed), Counter(), (0.0, ""), list(REWARDS)
     for _ in tqdm(range(count), desc="fuzz", unit=" items", disable=None):
         text = mutated(rng.choice(BASES), rng)
@@ -137,7 +122,7 @@ def main() -> None:
     parser.add_argument("--fuzz", type=int, default=1_000_000, help="mutated completions (0: none)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    print(f"Python {platform.python_version()}, {platform.machine()}, {time.strftime('%Y-%m-%d')}")
+    print(machine())
     measure_speed()
     measure_length()
     if args.fuzz:

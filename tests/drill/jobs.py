@@ -1,292 +1,182 @@
-"""What faults.py needs of runs: to start, watch and end them, and to compare them with an undisturbed one.
-
-A part of faults.py; it imports nothing of the product.
-"""
+"""The drill's runs: how they are started, watched and ended, and compared with an undisturbed one."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import json
+import multiprocessing.forkserver
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from unittest import mock
 
-from fault_worker import BUDGET
+import worker
 
-ROOT = Path(__file__).parents[1]
-WORKER = Path(__file__).with_name("fault_worker.py")
-STEPS = 6
+ROOT = Path(__file__).resolve().parents[2]
+RANKS, STEPS = 2, 6
 SETTINGS = dict(
-    config="configs/tiny.yaml", warmup_steps=0, synthetic_train=40, eval_cases=4, steps=STEPS, prompts_per_step=4,
-    minibatch_prompts=4, group_size=4, max_response_tokens=16, max_tokens_per_micro_batch=BUDGET, save_every=1,
-    keep_checkpoints=3, log_samples=1000, reward="bench/fault_worker.py:vowels",
+    config=ROOT / "configs/tiny.yaml", prompt_template=ROOT / "configs/tiny_prompt.txt", warmup_steps=0,
+    synthetic_train=40, eval_cases=4, steps=STEPS, prompts_per_step=4, minibatch_prompts=4, group_size=4,
+    max_response_tokens=16, max_tokens_per_micro_batch=1024, save_every=1, keep_checkpoints=3, log_samples=1000,
+    reward=f"{worker.__file__}:vowels",
 )
+ENVIRONMENT = {  # as in run.sh
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/drill'}", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10",
+}
 LIMIT_S = 240.0  # for one run; more than that is a hang
-
-
-class Failed(Exception):
-    """A fault that was not survived, and how that showed."""
-
-
-@dataclass(frozen=True)
-class Site:
-    """What all drills share. server: the fork server; None: runs start by torchrun, as a user starts them."""
-
-    folder: Path
-    ranks: int
-    server: subprocess.Popen | None
 
 
 @dataclass(frozen=True)
 class Job:
-    """A started run. pid: of torchrun, or of what stands for it. log: stdout and stderr of all its
-    processes.
-    """
+    """A started run. agent: torchrun's, in a process of its own. log: the output of all its processes."""
 
-    pid: int
+    agent: ForkServerProcess
     log: Path
     run: Path
-    process: subprocess.Popen | None
+
+    @property
+    def code(self) -> int | None:
+        """The exit code; None while it runs."""
+        return self.agent.exitcode
+
+    def said(self) -> str:
+        """What its processes have printed so far."""
+        return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
 
 
-# ---------------------------------------------------------------------------------------- starting and ending
-
-
-@contextlib.contextmanager
-def open_site(folder: Path, ranks: int = 2, quick: bool = False) -> Iterator[Site]:
-    """The start model and the undisturbed run `folder/whole`; quick: ranks are forked, not started by
-    torchrun.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    server = None
-    if quick:
-        command = [sys.executable, str(WORKER), "--serve"]
-        server = subprocess.Popen(
-            command, cwd=ROOT, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-    try:
-        site = Site(folder, ranks, server)
-        with launch(
-            site, "start", script="sft", ranks=1, model="tiny", tiny_hidden=32, steps=2
-        ) as job:
-            ends_well(job)
-        with launch(site, "whole") as job:
-            ends_well(job)
-        if digest(folder / "start/model/model.safetensors") == digest(
-            folder / "whole/model/model.safetensors"
-        ):
-            raise Failed("training changed nothing, so nothing could be lost")
-        yield site
-    finally:
-        if server:
-            server.kill()
-            server.communicate()
-
-
-def environment() -> dict[str, str]:
-    """The variables of a run, those of run.sh included; none of a torchrun that the drill itself may run
-    under.
-    """
-    own = {k: v for k, v in os.environ.items() if not k.startswith("TORCHELASTIC_")}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE"):
-        own.pop(name, None)
-    return own | {
-        "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10",
-    }
+def open_site(folder: Path) -> Path:
+    """Makes the start model and the undisturbed run `folder/whole`; the folder."""
+    multiprocessing.set_forkserver_preload(["worker"])
+    with mock.patch.dict(os.environ, ENVIRONMENT):
+        multiprocessing.forkserver.ensure_running()
+    with launch(folder, "start", script="sft", model="tiny", tiny_hidden=32, steps=2) as job:
+        ends(job)
+    with launch(folder, "whole") as job:
+        ends(job)
+    weights = [digest(folder / name / "model/model.safetensors") for name in ("start", "whole")]
+    assert weights[0] != weights[1], "training changed nothing, so nothing could be lost"
+    return folder
 
 
 @contextlib.contextmanager
 def launch(
-    site: Site, name: str, break_: tuple[str, int, int] | None = None, *, script: str = "grpo", ranks: int = 0,
-    restarts: int = 0, **settings: object,
+    site: Path, name: str, broken: tuple = (), *, script: str = "grpo", restarts: int = 0, **settings: object
 ) -> Iterator[Job]:
-    """Starts a run in site.folder/name; at the end nothing of it is left running.
+    """Starts the run site/name, or goes on with it; at the end nothing of it is left running.
 
-    break_: what fails, at which step, on which rank (`break_product`). restarts: torchrun's --max-restarts.
+    broken: (fault, step, rank), see worker.BROKEN. restarts: torchrun's --max-restarts.
     """
-    run, ranks = site.folder / name, ranks or site.ranks
-    log = site.folder / f"{name.replace('/', '_')}.log"
-    settings = {"model": site.folder / "start/model", **SETTINGS, "run_dir": run, **settings}
-    arguments = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    broken = [str(word) for word in break_ or ()]
-    if site.server:
-        request = {
-            "script": script,
-            "broken": broken,
-            "arguments": arguments,
-            "ranks": ranks,
-            "log": str(log),
-        }
-        site.server.stdin.write(json.dumps(request).encode() + b"\n")
-        site.server.stdin.flush()
-        job = Job(int(site.server.stdout.readline()), log, run, None)
-    else:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command += [
-            f"--max-restarts={restarts}",
-            *([str(WORKER), *broken] if broken else [f"{script}.py"]),
-            *arguments,
-        ]
-        with log.open("wb") as file:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL, stdout=file, stderr=file,
-                start_new_session=True,
-            )
-        job = Job(process.pid, log, run, process)
+    run = settings.get("run_dir", site / name)
+    switch = {"resume": "true"} if (run / "latest").exists() else {"overwrite": "true"}
+    settings = {"model": site / "start/model", **SETTINGS, "run_dir": run, **switch, **settings}
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    log = site / f"{name}.{time.monotonic_ns()}.log"
+    agent = multiprocessing.get_context("forkserver").Process(
+        target=worker.run_agent, args=(script, broken, words, RANKS, restarts, log)
+    )
+    agent.start()
+    job = Job(agent, log, run)
     try:
         yield job
     finally:
-        kill(job, [job.pid, *rank_pids(job)])
+        kill([agent.pid, *rank_pids(job)])
 
 
-def kill(job: Job, pids: list[int], number: int = signal.SIGKILL) -> None:
-    """Sends a signal to some of a job's processes; after SIGKILL, returns when they are gone."""
+def kill(pids: list[int], number: int = signal.SIGKILL) -> None:
+    """Sends a signal to processes; after SIGKILL, returns when they are gone."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-    while number == signal.SIGKILL and any(alive(pid) for pid in pids):
-        ended(job)
+    while number == signal.SIGKILL and any(_parent(pid) for pid in pids):
         time.sleep(0.01)
 
 
-def alive(pid: int) -> bool:
-    """Whether a process exists and is no zombie: nobody may be there to collect an orphan."""
+def _parent(pid: int) -> int:
+    """The parent of a process; 0 if it is gone or a zombie, which nobody may be there to collect."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
     except OSError:
-        return False
+        return 0
+    return 0 if state == "Z" else int(parent)
 
 
 def rank_pids(job: Job) -> list[int]:
     """The job's ranks, in the order of their start, which is that of their numbers."""
-    pids = []
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = path.read_text().rpartition(")")[2].split()
-            if int(fields[1]) == job.pid and fields[0] != "Z":
-                pids.append(int(path.parent.name))
-    return sorted(pids)
-
-
-def ended(job: Job) -> int | None:
-    """The exit status, or None while it runs."""
-    if job.process:
-        return job.process.poll()
-    code = job.log.with_suffix(".code")
-    if alive(job.pid):
-        return None
-    return int(code.read_text()) if code.exists() else -signal.SIGKILL
-
-
-def said(job: Job) -> str:
-    """What all processes of the job have printed so far."""
-    return job.log.read_text(encoding="utf-8", errors="replace") if job.log.exists() else ""
-
-
-def expect(condition: object, why: str, job: Job | None = None) -> None:
-    """Raises Failed, with the end of what the job printed."""
-    if not condition:
-        raise Failed(why + (f"; {job.log} ends: {said(job)[-400:]!r}" if job else ""))
-
-
-def finish(job: Job, limit: float = LIMIT_S) -> int:
-    """Waits for the end; the exit status. Raises Failed after `limit` seconds."""
-    wait_until(job, lambda: ended(job) is not None, limit)
-    expect(ended(job) is not None, f"still running after {limit:g} s", job)
-    return ended(job)
-
-
-def ends_well(job: Job) -> None:
-    """Waits for the end, which must be that of a finished run."""
-    code = finish(job)
-    expect(code == 0 and (job.run / "model").is_dir(), f"ended with {code}", job)
-
-
-def is_refused(job: Job, *parts: str) -> None:
-    """Waits for the end, which must be one sentence with these parts and no traceback of the product."""
-    code = finish(job)
-    errors = [line for line in said(job).splitlines() if line.startswith("error: ")]
-    expect(code == 1, f"ended with {code} instead of 1", job)
-    expect(len(errors) == 1 and "run_script" not in said(job), "not one clear sentence", job)
-    for part in parts:
-        expect(part in errors[0], f"{part!r} is not in {errors[0]!r}")
+    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+    return sorted(pid for pid in pids if _parent(pid) == job.agent.pid)
 
 
 def wait_until(job: Job, condition: Callable[[], object], limit: float = LIMIT_S) -> bool:
-    """Whether the condition came true before the job ended. Looks every 2 ms: a save takes some ten of
-    them.
-    """
+    """Whether the condition came true before the job ended. Looks every 2 ms: a save takes some ten of them."""
     deadline = time.monotonic() + limit
     while not condition():
-        if ended(job) is not None or time.monotonic() > deadline:
+        if job.code is not None or time.monotonic() > deadline:
             return bool(condition())
         time.sleep(0.002)
     return True
 
 
-# -------------------------------------------------------------------------------------------- looking at runs
+def over(job: Job, limit: float = LIMIT_S) -> None:
+    """Waits for the end, whatever it is."""
+    assert wait_until(job, lambda: job.code is not None, limit), f"{job.log}: still running after {limit:g} s"
+
+
+def ends(job: Job, *parts: str) -> None:
+    """Waits for the end: that of a finished run, or one sentence with these parts and no traceback."""
+    over(job)
+    errors = [line for line in job.said().splitlines() if line.startswith("error: ")]
+    told = f"{job.log}: ended with {job.code}, and with: {job.said()[-400:]!r}"
+    if parts:
+        assert job.code == 1 and len(errors) == 1 and "run_script" not in job.said(), told
+        assert all(part in errors[0] for part in parts), f"not all of {parts} are in {errors[0]!r}"
+    else:
+        assert job.code == 0 and (job.run / "model").is_dir(), told
+
+
+# ---------------------------------------------------------------------------------------------- looking at runs
 
 
 def latest(run: Path) -> int:
-    """The step that `latest` names; -1 without one."""
+    """The step that `latest` names; 0 without one."""
     pointer = run / "latest"
-    return int(pointer.read_text().removeprefix("step_")) if pointer.exists() else -1
+    return int(pointer.read_text().removeprefix("step_")) if pointer.exists() else 0
 
 
 def rows(path: Path) -> list[dict]:
-    """The whole lines of a log."""
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
-
-
-def logged(run: Path) -> int:
-    """The last step in log.jsonl; -1 without one."""
-    return max([row["step"] for row in rows(run / "log.jsonl")], default=-1)
-
-
-def digest(path: Path) -> str:
-    """sha256 of a file; of safetensors, whose header has its entries in random order, that of the entries in
-    order.
-    """
-    content = path.read_bytes()
-    if path.suffix == ".safetensors":
-        end = 8 + int.from_bytes(content[:8], "little")
-        header = json.loads(content[8:end])
-        content = json.dumps(header, sort_keys=True).encode() + content[end:]
-    return hashlib.sha256(content).hexdigest()
-
-
-def results(run: Path) -> list[dict]:
-    """The log without what depends on the clock and the machine."""
-    clock = ("time/", "memory/", "seconds")
-    log = rows(run / "log.jsonl")
+    """The whole lines of a log, without what depends on the clock and the machine."""
+    clock, lines = ("time/", "memory/", "seconds"), path.read_bytes().split(b"\n") if path.exists() else [b""]
+    log = [json.loads(line) for line in lines[:-1]]
     return [{k: v for k, v in row.items() if not k.startswith(clock) and "_per_s" not in k} for row in log]
 
 
-def same_as_undisturbed(site: Site, run: Path) -> None:
-    """Raises Failed unless weights, optimizer, logged figures and samples are those of the undisturbed run,
-    bit by bit.
-    """
-    whole = site.folder / "whole"
+def lost(run: Path) -> int:
+    """Steps that were done and are not saved."""
+    return max(0, 0, *[row["step"] - latest(run) for row in rows(run / "log.jsonl")])
+
+
+def digest(path: Path) -> str:
+    """sha256 of a file; a safetensors header, which has its entries in random order, is sorted first."""
+    content = path.read_bytes()
+    if path.suffix == ".safetensors":
+        end = 8 + int.from_bytes(content[:8], "little")
+        content = json.dumps(json.loads(content[8:end]), sort_keys=True).encode() + content[end:]
+    return hashlib.sha256(content).hexdigest()
+
+
+def same_as_undisturbed(site: Path, run: Path) -> None:
+    """Weights, optimizer state, figures and samples must be those of the undisturbed run, bit by bit."""
+    whole = site / "whole"
     shards = [f"step_{STEPS}/{path.name}" for path in sorted((whole / f"step_{STEPS}").glob("*.safetensors"))]
     for name in ("model/model.safetensors", *shards, "samples.jsonl"):
-        expect((run / name).exists(), f"{run / name} is missing")
-        expect(
-            digest(run / name) == digest(whole / name),
-            f"{run / name} differs from that of the undisturbed run",
-        )
+        assert digest(run / name) == digest(whole / name), f"{run / name} differs from the undisturbed run's"
     steps = [row["step"] for row in rows(run / "log.jsonl")]
-    expect(steps == list(range(STEPS + 1)), f"log.jsonl has the steps {steps}")
-    expect(
-        results(run) == results(whole),
-        f"figures in {run / 'log.jsonl'} differ from those of the undisturbed run",
-    )
-    left = [path.name for path in run.iterdir() if path.name.endswith(".tmp")]
-    expect(not left, f"{run} still holds {left}")
+    assert steps == list(range(STEPS + 1)), f"log.jsonl has the steps {steps}"
+    same = rows(run / "log.jsonl") == rows(whole / "log.jsonl")
+    assert same, f"figures in {run / 'log.jsonl'} differ from the undisturbed run's"
+    assert not list(run.glob("*.tmp")), f"{run} still holds {list(run.glob('*.tmp'))}"

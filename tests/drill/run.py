@@ -1,21 +1,20 @@
-"""The drill: every fault that a run of days can meet, on the CPU with a tiny model, and what became of the
-run.
+"""The drill: every fault that a run of days can meet, on the CPU with a tiny model, and what became of the run.
 
-    python bench/faults.py                                 every fault, 10 kills and 10 signals of each kind
-    python bench/faults.py --only kill_all --rounds 100    one of them, more often
-    python bench/faults.py --quick                         ranks forked from one process, without torchrun:
-      faster
+    python tests/drill/run.py                                 every fault, 10 kills and 10 signals of each kind
+    python tests/drill/run.py --only kill_all --rounds 100    one of them, more often
 
-A fault is survived when the run stops as it should, says so in one sentence, and its resumed rest ends with
-the weights, optimizer state, figures and samples of an undisturbed run, bit by bit (those faults that change
-the training itself: when it ends). Prints a table and one line of JSON; the exit code is 1 if any fault was
-not survived.
+A fault is survived when the run stops as it should, says so in one sentence, and its resumed rest ends with the
+weights, optimizer state, figures and samples of an undisturbed run, bit by bit. Prints a line for each fault and
+one line of JSON; the exit code is 1 if a fault was not survived, and then the runs and their logs are kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import pickle
+import random
 import shutil
 import signal
 import sys
@@ -25,146 +24,277 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from fault_cases import (
-    Case,
-    changed_config,
-    cut,
-    damaged,
-    flip,
-    foreign_model,
-    hang,
-    kill_chain,
-    log_full,
-    memory_rollout,
-    memory_update,
-    nan_in_a_row,
-    nan_once,
-    pickle_in_checkpoint,
-    restart,
-    save_fails,
-    second_run,
-    stop_chain,
-)
-from fault_runs import Failed, Site, open_site
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import jobs  # noqa: E402
+from jobs import RANKS, STEPS, Job, ends, kill, latest, launch, lost, over, rank_pids, wait_until  # noqa: E402
+
+# A case gets the folder of the drill and the name of its run and returns (faults tried, steps done again). It
+# raises AssertionError where a fault was not survived.
+Case = Callable[[Path, str], tuple[int, int]]
 
 
-def in_chains(case: Callable, rounds: int, longest: int, **options: object) -> dict[str, Case]:
-    """`rounds` kills or signals, as runs that go through up to `longest` of them each."""
-    sizes = [min(longest, rounds - start) for start in range(0, rounds, longest)]
-    return {f"{i}": partial(case, kills=size, seed=i, **options) for i, size in enumerate(sizes)}
+def go_on(site: Path, name: str, **settings: object) -> None:
+    """Starts a stopped run once more; it must end like one that nothing happened to."""
+    with launch(site, name, **settings) as job:
+        ends(job)
+    jobs.same_as_undisturbed(site, job.run)
 
 
-def all_cases(rounds: int, quick: bool) -> dict[str, dict[str, Case]]:
-    """Every fault of the drill with its cases. quick: without those that need torchrun itself."""
-    saving = {
-        "stop": partial(save_fails, fault="no_space_late", rank=1, why="File too large", go_on=False),
-        "go_on": partial(save_fails, fault="no_space_late", rank=1, why="File too large", go_on=True),
-        "before": partial(save_fails, fault="no_space", rank=0, why="GB free; make room", go_on=False),
-        "log": log_full,
-    }
-    shard = "*.safetensors"
-    faults = {
-        "kill_one": in_chains(kill_chain, rounds, 6, everyone=False),
-        "kill_all": in_chains(kill_chain, rounds, 6, everyone=True),
-        "restart": in_chains(restart, rounds, 3),
-        "sigterm": in_chains(stop_chain, rounds, 2, number=signal.SIGTERM),
-        "sigint": in_chains(stop_chain, rounds, 2, number=signal.SIGINT),
-        "nonfinite": {"once": nan_once, "in_a_row": nan_in_a_row},
-        "disk_full": saving,
-        "read_only": {
-            way: partial(
-                save_fails, fault="read_only", rank=0, why="Read-only file system", go_on=way == "go_on"
-            )
-            for way in ("stop", "go_on")
+def await_moment(job: Job, moment: str, draw: random.Random) -> bool:
+    """Waits for a random moment of this kind; whether the run still goes on."""
+    before, run = latest(job.run), job.run
+    reached, pause = {
+        "start": (lambda: len(rank_pids(job)) == RANKS, 1.0),  # before there is any checkpoint
+        "save": (lambda: latest(run) > before and any(run.glob("step_*.tmp")), 0.05),
+        "step": (lambda: latest(run) > before, 0.3),
+        "end": (lambda: (run / "model.tmp").exists() or latest(run) == STEPS, 0.05),
+    }[moment]
+    wait_until(job, reached)
+    time.sleep(draw.uniform(0, pause))
+    return job.code is None and len(rank_pids(job)) == RANKS
+
+
+def killed(site: Path, name: str, *, everyone: bool, times: int, seed: int) -> tuple[int, int]:
+    """Kills one rank, or all of a run's processes, `times` times, and starts the run again after each."""
+    draw, tried, again = random.Random(f"{seed}/{name}"), 0, 0
+    for moment in ("start", "save", "step", "save", "step", "end")[:times]:
+        with launch(site, name) as job:
+            if await_moment(job, moment, draw):
+                kill([job.agent.pid, *rank_pids(job)] if everyone else [draw.choice(rank_pids(job))])
+                over(job)
+                tried, again = tried + 1, again + lost(job.run)
+    go_on(site, name)
+    return tried, again
+
+
+def stopped(site: Path, name: str, *, number: int, times: int, seed: int) -> tuple[int, int]:
+    """Sends a signal to torchrun and to one rank in turn: all ranks stop together, and all is saved."""
+    draw, tried = random.Random(f"{seed}/{name}"), 0
+    for turn in range(times):
+        with launch(site, name) as job:
+            if not await_moment(job, draw.choice(["save", "step"]), draw) or latest(job.run) == STEPS:
+                break
+            # Not to rank 0: the one that speaks must hear of it from another.
+            kill([job.agent.pid if turn % 2 == 0 else rank_pids(job)[-1]], number)
+            over(job)
+        if (job.run / "summary.json").exists():  # the signal came with the last step
+            break
+        sentence = f"interrupted after step {latest(job.run)}, all is saved; to go on: bash run.sh train"
+        assert job.said().count(sentence) == 1 and not lost(job.run), f"{job.log} does not end with {sentence!r}"
+        tried += 1
+    go_on(site, name)
+    return tried, 0
+
+
+def restarted(site: Path, name: str) -> tuple[int, int]:
+    """Kills one rank under --max-restarts: torchrun starts all of them again by itself."""
+    with launch(site, name, restarts=1) as job:
+        assert await_moment(job, "save", random.Random(name)), f"{job.log}: ended too early"
+        kill([rank_pids(job)[-1]])
+        again = lost(job.run)
+        ends(job)
+    assert "going on from the last checkpoint" in job.said(), f"{job.log}: no restart"
+    jobs.same_as_undisturbed(site, job.run)
+    return 1, again
+
+
+def hang(site: Path, name: str, *, moment: str) -> tuple[int, int]:
+    """One rank stands still, with no error and no closed connection: the others end in time, and say where."""
+    with launch(site, name, timeout_minutes=0.1) as job:
+        wait_until(job, lambda: latest(job.run) > 0)
+        assert await_moment(job, moment, random.Random(name)), f"{job.log}: ended too early"
+        kill([rank_pids(job)[-1]], signal.SIGSTOP)
+        over(job, 80)
+    said, again = job.said(), lost(job.run)
+    assert job.code and "no progress for" in said and "in phase " in said, f"{job.log} names no phase"
+    go_on(site, name)
+    return 1, again
+
+
+def second_run(site: Path, name: str) -> tuple[int, int]:
+    """A second run in a directory that is in use: refused, however it is started; the first takes no harm."""
+    with launch(site, name) as first:
+        wait_until(first, lambda: latest(first.run) > 0)
+        ranks = rank_pids(first)
+        kill(ranks, signal.SIGSTOP)  # so that it cannot end meanwhile
+        for how in ({}, {"resume": "false"}, {"resume": "false", "overwrite": "true"}):
+            with launch(site, f"{name}_second", run_dir=first.run, **how) as second:
+                ends(second, f"is in use by process {ranks[0]} ", "choose another --run_dir")
+        kill(ranks, signal.SIGCONT)
+        ends(first)
+    jobs.same_as_undisturbed(site, first.run)
+    return 3, 0
+
+
+def breaks(
+    site: Path, name: str, *, fault: str, rank: int = -1, step: int = 3, says: tuple[str, ...] = (),
+    skipped: tuple[int, ...] = (),
+) -> tuple[int, int]:
+    """Something breaks on a rank in a step: the run stops with a sentence (`says`), or ends well by itself.
+
+    Where it stops in step 3 it goes on from step 2. skipped: the steps that are logged and had no update.
+    """
+    with launch(site, name, (fault, step, rank), keep_checkpoints=STEPS) as job:
+        ends(job, *says)
+    log = jobs.rows(job.run / "log.jsonl")[1:]
+    assert tuple(row["step"] for row in log if row["updates_skipped_nonfinite"]) == skipped, f"{job.run}: log"
+    again = lost(job.run)
+    if says and step:
+        left = sorted(path.name for path in job.run.glob("step_*"))
+        assert left == ["step_1", "step_2"] and latest(job.run) == 2, f"{job.run} holds {left}"
+        go_on(site, name)
+    return 1, again
+
+
+# ----------------------------------------------------------------------------------- damaged and foreign files
+
+
+def damaged(site: Path, name: str, *, pattern: str, damage: Callable[[Path], None]) -> tuple[int, int]:
+    """A file of the newest checkpoint is damaged: refused by its name; from the one before the run goes on."""
+    run = shutil.copytree(site / "whole", site / name)
+    path = sorted((run / f"step_{STEPS}").glob(pattern))[-1]
+    damage(path)
+    with launch(site, name) as job:
+        ends(job, f"step_{STEPS}/{path.name}", f"--resume_step {STEPS - 1}")
+    assert not (path.parent / "executed").exists(), "a pickle in a checkpoint was executed"
+    go_on(site, name, resume_step=STEPS - 1)
+    return 1, 1
+
+
+def foreign(site: Path, name: str, *, change: Callable[[Path], None], says: str) -> tuple[int, int]:
+    """A start model with pickled weights only, or one that brings code: refused, and nothing is executed."""
+    model = shutil.copytree(site / "start/model", site / f"{name}_model")
+    change(model)
+    with launch(site, name, model=model) as job:
+        ends(job, says)
+    assert not (model / "executed").exists(), "what came with a model was executed"
+    return 1, 0
+
+
+def flip(path: Path) -> None:
+    """Inverts one bit in the middle."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    """Leaves the first half."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+class Bomb:
+    """Unpickling it makes a file, as it could do anything else."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path.with_name("executed"),)
+
+
+def pickle_into(path: Path) -> None:
+    path.write_bytes(pickle.dumps(Bomb(path)))
+
+
+def pickle_weights(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    pickle_into(model / "pytorch_model.bin")
+
+
+def add_code(model: Path) -> None:
+    (model / "evil.py").write_text(f"open({str(model / 'executed')!r}, 'w')\nclass Evil: pass\n")
+    names = dict.fromkeys(["AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"], "evil.Evil")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"model_type": "evil", "architectures": ["Evil"], "auto_map": names}
+    (model / "config.json").write_text(json.dumps(config))
+
+
+# ------------------------------------------------------------------------------------------------- table, main
+
+
+def in_runs(case: Callable, rounds: int, most: int, **options: object) -> dict[str, Case]:
+    """`rounds` kills or signals, as runs that go through up to `most` of them each."""
+    sizes = [min(most, rounds - start) for start in range(0, rounds, most)]
+    return {f"{i}": partial(case, times=size, seed=i, **options) for i, size in enumerate(sizes)}
+
+
+def all_cases(rounds: int) -> dict[str, dict[str, Case]]:
+    """Every fault of the drill with its cases."""
+    unsaved, shard = "step_3 was not saved", "*.safetensors"
+    nan_says = ("steps 1 to 5 had NaN", "lower lr", "nonfinite_step_5.jsonl")
+    return {
+        "kill_one": in_runs(killed, rounds, 6, everyone=False),
+        "kill_all": in_runs(killed, rounds, 6, everyone=True),
+        "restart": {"one": restarted},
+        "sigterm": in_runs(stopped, rounds, 2, number=signal.SIGTERM),
+        "sigint": in_runs(stopped, rounds, 2, number=signal.SIGINT),
+        "nonfinite": {
+            "once": partial(breaks, fault="nan", skipped=(3,)),
+            "in_a_row": partial(breaks, fault="nan", step=0, says=nan_says, skipped=(1, 2, 3, 4)),
+        },
+        "disk": {
+            "full": partial(breaks, fault="no_space", rank=0, says=(unsaved, "make room", "step_1, step_2")),
+            "full_late": partial(breaks, fault="no_space_late", says=(unsaved, "File too large", "step_1, step_2")),
+            "log_full": partial(breaks, fault="log_full", rank=0, says=("No space left", "log.jsonl")),
+            "read_only": partial(breaks, fault="read_only", rank=0, says=(unsaved, "Read-only file system")),
         },
         "damaged": {
             "shard_cut": partial(damaged, pattern=shard, damage=cut),
             "shard_flipped": partial(damaged, pattern=shard, damage=flip),
             "shard_gone": partial(damaged, pattern=shard, damage=Path.unlink),
-            "state": partial(damaged, pattern="state.json", damage=flip),
+            "shard_pickled": partial(damaged, pattern=shard, damage=pickle_into),
             "state_cut": partial(damaged, pattern="state.json", damage=cut),
-            "manifest": partial(damaged, pattern="manifest.json", damage=cut),
+            "state_flipped": partial(damaged, pattern="state.json", damage=flip),
+            "manifest_cut": partial(damaged, pattern="manifest.json", damage=cut),
             "manifest_flipped": partial(damaged, pattern="manifest.json", damage=flip),
         },
-        "hang": {moment: partial(hang, moment=moment, seed=0) for moment in ("step", "save")},
+        "hang": {moment: partial(hang, moment=moment) for moment in ("step", "save")},
         "out_of_memory": {
-            "update": partial(memory_update, restarts=0),
-            "update_restarts": partial(memory_update, restarts=1),
-            "rollout": memory_rollout,
+            "update": partial(breaks, fault="memory_update", says=("phase update of step 3", "max_tokens_per_")),
+            "rollout": partial(breaks, fault="memory_rollout"),
         },
-        "two_runs": {"second_run": second_run, "changed_config": changed_config},
+        "two_runs": {"second_run": second_run},
         "untrusted": {
-            "checkpoint": pickle_in_checkpoint,
-            "pickled_model": partial(foreign_model, remote_code=False),
-            "remote_code": partial(foreign_model, remote_code=True),
+            "pickled_model": partial(foreign, change=pickle_weights, says="no .safetensors files"),
+            "remote_code": partial(foreign, change=add_code, says="custom code"),
         },
     }
-    if quick:
-        del faults["restart"], faults["out_of_memory"]["update_restarts"]
-    return faults
-
-
-def try_case(site: Site, name: str, case: Case) -> tuple[int, int, int, str]:
-    """One case -> (faults tried, of these survived, steps done again, why not survived)."""
-    try:
-        tried, lost = case(site, name)
-        return tried, tried, lost, ""
-    except Failed as failure:
-        return getattr(case, "keywords", {}).get("kills", 1), 0, 0, str(failure)
-
-
-def drill(site: Site, faults: dict[str, dict[str, Case]]) -> dict[str, dict]:
-    """Runs all cases, and prints a line for each as it ends; figures by fault."""
-    figures = {}
-    for fault, cases in faults.items():
-        own, began = {"tried": 0, "survived": 0, "lost_steps": 0}, time.monotonic()
-        for label, case in cases.items():
-            tried, survived, lost, why = try_case(site, f"{fault}_{label}", case)
-            for key, value in zip(own, (tried, survived, lost)):
-                own[key] += value
-            if why:
-                print(f"{fault}, {label}: {why}", file=sys.stderr)
-        figures[fault] = own
-        print(
-            f"{fault:<14}{own['tried']:>6}{own['survived']:>9}{own['lost_steps']:>11}{time.monotonic() - began:>9.0f}"
-        )
-        sys.stdout.flush()
-    return figures
 
 
 def main() -> None:
     """The whole drill, or a part."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10, help="so many kills and signals of each kind")
-    parser.add_argument("--only", default="", help="names of faults, comma-separated")
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument(
-        "--quick", action="store_true", help="fork the ranks from one process instead of torchrun"
-    )
-    parser.add_argument("--keep", action="store_true", help="leave the runs and their logs where they are")
+    parser.add_argument("--only", help="names of faults, comma-separated")
     options = parser.parse_args()
-    faults = all_cases(options.rounds, options.quick)
-    if unknown := set(filter(None, options.only.split(","))) - set(faults):
-        parser.error(f"no fault is called {', '.join(sorted(unknown))}; there are {', '.join(faults)}")
-    chosen = {
-        name: cases for name, cases in faults.items() if not options.only or name in options.only.split(",")
-    }
-    folder = Path(tempfile.mkdtemp(prefix="faults_"))
-    began = time.monotonic()
-    try:
-        with open_site(folder, options.ranks, options.quick) as site:
-            print(f"{'fault':<14}{'tried':>6}{'survived':>9}{'lost steps':>11}{'seconds':>9}", flush=True)
-            figures = drill(site, chosen)
-    finally:
-        if options.keep:
-            print(f"runs and logs: {folder}", file=sys.stderr)
-        else:
-            shutil.rmtree(folder, ignore_errors=True)
-    result = {"bench": "faults", "rounds": options.rounds, "faults": figures, "ranks": options.ranks}
-    print(json.dumps(result | {"quick": options.quick, "seconds": round(time.monotonic() - began)}))
-    sys.exit(any(row["survived"] < row["tried"] for row in figures.values()))
+    cases, figures, began = all_cases(options.rounds), {}, time.monotonic()
+    site = jobs.open_site(Path(tempfile.mkdtemp(prefix="drill_")))
+    for fault in options.only.split(",") if options.only else cases:
+        row, start = {"tried": 0, "survived": 0, "lost_steps": 0}, time.monotonic()
+        for label, case in cases[fault].items():
+            try:
+                tried, again = case(site, f"{fault}_{label}")
+            except AssertionError as failure:
+                row["tried"] += 1
+                print(f"{fault}, {label}: {failure}", file=sys.stderr)
+            else:
+                row["tried"] += tried
+                row["survived"] += tried
+                row["lost_steps"] += again
+        figures[fault] = row
+        print(f"{fault:<14}{row['survived']:>4} of {row['tried']} survived, {row['lost_steps']} steps were done again, "
+              f"{time.monotonic() - start:.0f} s", flush=True)
+    failed = any(row["survived"] < row["tried"] for row in figures.values())
+    if failed:
+        print(f"runs and logs: {site}", file=sys.stderr)
+    else:
+        shutil.rmtree(site, ignore_errors=True)
+    result = {"bench": "drill", "rounds": options.rounds, "faults": figures, "ranks": RANKS}
+    print(json.dumps(result | {"seconds": round(time.monotonic() - began)}))
+    sys.exit(failed)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,49 @@
+"""What prepare_speed, reward_speed and bfcl_speed share: processes that are timed, table rows, and the machine."""
+
+import os
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Spent:
+    """One process: seconds of the clock and of the processor, the largest memory of such processes so far, output."""
+
+    wall: float
+    cpu: float
+    mib: float
+    output: str
+
+
+def run_process(arguments: Sequence[str]) -> Spent:
+    """Runs Python with these arguments in the repository's root. Ends the program if it fails."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True)
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode:
+        sys.exit(f"a measured process failed: {done.stderr.strip()[-500:]}")
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Spent(wall, cpu, after.ru_maxrss / 1024, done.stdout)
+
+
+def table_row(name: str, values: Sequence[float], form: str) -> str:
+    """A row of a Markdown table: minimum, median, maximum."""
+    row = (min(values), statistics.median(values), max(values))
+    return f"| {name} | {' | '.join(format(value, form) for value in row)} |"
+
+
+def machine() -> str:
+    """Processor, cores, load, version and date."""
+    names = re.findall(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
+    return (f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; "
+            f"Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}")

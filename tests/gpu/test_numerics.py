@@ -1,0 +1,21 @@
+"""The checks of numerics.py as tests: `python -m pytest tests/gpu` on a machine with a GPU."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path += [str(Path(__file__).parents[2] / "bench"), str(Path(__file__).parent)]
+
+from gpu_measure import Session  # noqa: E402
+from numerics import checks  # noqa: E402
+
+CHECKS = checks(Session(torch.device("cuda", 0), False, Path("unused"), 0.0, []))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: run it on a machine that has one")
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_gpu_computes_what_fp32_does(name):
+    figures = CHECKS[name]()
+    assert figures["passed"], figures
