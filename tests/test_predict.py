@@ -8,7 +8,8 @@ from helpers import CPU
 
 from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
 from evals import predict as predict_module
-from evals.predict import Case, write_predictions
+from evals.predict import Sampling, write_predictions
+from evals.report import Case
 from kernel.attention import use_attention
 from model import ModelError, prepare_model
 from ops.export import export
@@ -51,8 +52,8 @@ CASES = [
 
 
 def predict(exported, cases, path, **settings) -> list[dict]:
-    settings = dict(template=TEMPLATE, max_prompt_tokens=500, max_new_tokens=6, batch_size=2) | settings
-    write_predictions(exported, cases, path, **settings)
+    settings = dict(max_prompt_tokens=500, max_new_tokens=6, batch_size=2) | settings
+    write_predictions(exported, cases, path, TEMPLATE, Sampling(**settings))
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
@@ -71,8 +72,8 @@ def test_predictions_are_greedy_replies_one_line_each(exported, model, tokenizer
         ids = encode_prompt(tokenizer, case.messages, case.tools, TEMPLATE)
         use_attention(model.eval(), "generate")
         out = model.generate(
-            torch.tensor([ids]), do_sample=False, max_new_tokens=6, eos_token_id=stop_ids(tokenizer),
-            pad_token_id=0,
+            torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), do_sample=False, max_new_tokens=6,
+            eos_token_id=stop_ids(tokenizer), pad_token_id=0,
         )
         reply = out[0, len(ids) :].tolist()
         row = by_id[case.id]

@@ -140,7 +140,7 @@ def test_examples_without_demonstrations_are_counted(capsys):
     """Half of a Reason-SFT without reasons must not go unnoticed."""
     tokenizer, example = build_tiny_tokenizer([], 300), sum_example(0, 1, 2)
     train = [Tokenized(example, [1]), Tokenized(replace(example, demonstrations=()), [2])]
-    said = "data: 1 of 2 examples have no demonstrations and are imitated as their bare calls"
+    said = "data: 1 of 2 examples have no demonstrations: their bare calls are imitated"
     groups = encode_replies(tokenizer, train, Config(), quiet=False)
     assert said in capsys.readouterr().out
     assert [(prompt, len(replies)) for prompt, replies in groups] == [([1], 3), ([2], 1)]
