@@ -20,8 +20,8 @@ from distributed.batches import Group
 from distributed.ranks import Ranks
 from kernel.attention import use_attention, uses_shared_prefix
 from kernel.decode import Engine, Prompt, rows_that_fit, shared_prefix
-from kernel.hf_engines import continuous_batching, generate
-from model import autocast
+from kernel.hf_engines import EngineError, continuous_batching, generate
+from model import ModelError, autocast
 from prompts import decode_reply, parse_completion, stop_ids
 from reward import RewardFunction
 
@@ -100,6 +100,8 @@ def sample_groups(
                     batch_size = max(1, len(batch) // 2) * copies
                     torch.cuda.empty_cache()
                     continue
+                except EngineError as error:
+                    raise ModelError(f"rollout_engine: {error}") from None
                 for k, i in enumerate(ahead):
                     own = rows[k * copies : (k + 1) * copies] * (decoding.group_size // copies)
                     responses = [ids for ids, _ in own]

@@ -84,14 +84,12 @@ def sft_update(
     share_prompt = uses_shared_prefix(policy)
     sizes = [(len(prompt), [len(reply) for reply in replies]) for prompt, replies in batch]
     total = sum(sum(replies) for _, replies in sizes)
-    plan = plan_micro_batches(sizes, config.max_tokens_per_micro_batch, ranks.world, share_prompt)
-    own = plan.by_rank[ranks.rank]
     loss = 0.0
-    for k in range(plan.most):
-        # A rank with fewer micro-batches than others keeps in step with two tokens that no loss sees.
-        micro = [(batch[i][0], batch[i][1][part]) for i, part in own[k]] if k < len(own) else [([0], [[0]])]
+    for parts in plan_micro_batches(sizes, config.max_tokens_per_micro_batch, ranks, share_prompt):
+        # An empty micro-batch keeps in step with two tokens that no loss sees.
+        micro = [(batch[i][0], batch[i][1][part]) for i, part in parts] or [([0], [[0]])]
         logprobs, _ = policy.logprobs(pack(micro, ranks.device, share_prompt), entropy=False)
-        part_loss = -logprobs.sum() / total * (k < len(own))
+        part_loss = -logprobs.sum() / total * bool(parts)
         part_loss.backward()
         loss += part_loss.item()
     norm = float(full_tensor(nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)))

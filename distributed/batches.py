@@ -151,32 +151,19 @@ def share_out(tokens: Sequence[int], ranks: int) -> list[list[int]]:
     return [sorted(share) for share in shares]
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How every rank packs its share of some groups: [rank][micro-batch] -> (index of the group, its
-    responses).
-    """
-
-    by_rank: list[list[list[tuple[int, slice]]]]
-
-    @property
-    def most(self) -> int:
-        """Micro-batches of the busiest rank. Sharded weights are gathered by all, so all ranks make so
-        many.
-        """
-        return max(map(len, self.by_rank))
-
-
 def plan_micro_batches(
-    sizes: Sequence[tuple[int, list[int]]], budget: int, world: int, share_prompt: bool
-) -> Plan:
-    """sizes: (prompt length, response lengths) per group. Arguments as for kernel.packing.micro_batches."""
-    shares = share_out([prompt + sum(replies) for prompt, replies in sizes], world)
-    by_rank = []
-    for share in shares:
-        batches = micro_batches([sizes[i] for i in share], budget, share_prompt)
-        by_rank.append([[(share[k], part) for k, part in batch] for batch in batches])
-    return Plan(by_rank)
+    sizes: Sequence[tuple[int, list[int]]], budget: int, ranks: Ranks, share_prompt: bool
+) -> list[list[tuple[int, slice]]]:
+    """This rank's micro-batches: for each the groups, by index, and which of their responses are meant.
+
+    sizes: (prompt length, response lengths) per group. Sharded weights are gathered by all ranks together, so
+    all get as many micro-batches as the busiest one: those that are empty only keep in step.
+    """
+    shares = share_out([prompt + sum(replies) for prompt, replies in sizes], ranks.world)
+    packed = [micro_batches([sizes[i] for i in share], budget, share_prompt) for share in shares]
+    own = shares[ranks.rank]
+    batches = [[(own[k], part) for k, part in batch] for batch in packed[ranks.rank]]
+    return batches + [[] for _ in range(max(map(len, packed)) - len(batches))]
 
 
 def make_updates(
@@ -194,13 +181,10 @@ def make_updates(
         kept = range(start, min(start + config.minibatch_prompts, len(groups)))
         kept = [i for i in kept if teaches[i] or not config.skip_zero_variance]
         sizes = [(len(groups[i].prompt.ids), [len(ids) for ids in groups[i].responses]) for i in kept]
-        plan = plan_micro_batches(sizes, config.max_tokens_per_micro_batch, ranks.world, share_prompt)
         micros = []
-        for batch in plan.by_rank[ranks.rank]:
+        for batch in plan_micro_batches(sizes, config.max_tokens_per_micro_batch, ranks, share_prompt):
             parts = [(groups[kept[k]], advantages[kept[k]], part) for k, part in batch]
-            micros.append(_micro_batch(parts, ranks, share_prompt))
-        while len(micros) < plan.most:
-            micros.append(_idle(ranks, share_prompt))
+            micros.append(_micro_batch(parts, ranks, share_prompt) if parts else _idle(ranks, share_prompt))
         total_tokens = sum(sum(replies) for _, replies in sizes)
         total_completions = sum(len(replies) for _, replies in sizes)
         updates.append(Update(micros, total_tokens, total_completions))

@@ -79,7 +79,7 @@ def test_accuracy_is_over_all_ranks(monkeypatch):
     """Cases 0 to 4 in two parts; two ranks, whose sums are added, find what one alone finds."""
     verdict = lambda text: Verdict(text in "014", text in "0134")  # noqa: E731
     cases = [JudgedPrompt(Prompt(str(i), [1]), "ab"[i % 2], verdict) for i in range(5)]
-    answer = lambda model, tokenizer, prompts, **_: [SimpleNamespace(texts=[p.id]) for p in prompts]  # noqa: E731
+    answer = lambda model, tokenizer, prompts, *_, **__: [SimpleNamespace(texts=[p.id]) for p in prompts]  # noqa: E731
     monkeypatch.setattr(in_training, "sample_groups", answer)
     partial_sums = []
     for rank in (0, 1):
