@@ -17,11 +17,11 @@ sys.path.append(str(ROOT / "bench"))
 
 import scaling  # noqa: E402
 import simulate  # noqa: E402
+from ops.estimate import shape_of
 from simulate import Cost, Network, Part  # noqa: E402
 
 from config import Config, ConfigError
 from corpus.sources import append_jsonl
-from ops.estimate import shape_of
 
 # ------------------------------------------------------------------------------------------- scaling: figures
 

@@ -19,8 +19,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers import as_arguments, run_here, write_task
 from safetensors.torch import load_file, save_file
-from test_end_to_end import as_arguments, run_here, write_task
 from test_nodes import free_port
 from torch import nn
 from torch.distributed.fsdp import FSDPModule

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import as_arguments, run_here, write_task
 from safetensors.torch import load_file
-from test_end_to_end import as_arguments, run_here, write_task
 
 import grpo
 from corpus.sources import read_jsonl
