@@ -75,7 +75,7 @@ def test_the_report_is_what_the_samples_say(straight, training):
     assert sorted(row["id"] for row in rows) == sorted(training)
     assert all(row["right"] + sum(row["reasons"].values()) == SAMPLES for row in rows)
     solved, right = sum(bool(row["traces"]) for row in rows), sum(row["right"] for row in rows)
-    assert solved < right, "an equal reply is kept once"
+    assert solved < right and all(len(row["traces"]) == len(set(row["traces"])) for row in rows)
     assert f"{solved} of 56 prompts have a right reply ({solved / 56:.1%}); {solved} traces kept" in said
     assert f"{right} of 224 samples are right ({right / 224:.1%})" in said
     wrong = sum(row["reasons"].get("wrong_arguments", 0) for row in rows)
