@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from helpers import ADVANTAGES as GIVEN
-from helpers import random_groups, settings_of
+from helpers import Recorder, assert_same_gradients, random_groups, settings_of, tiny_policy
 from torch.testing import assert_close
 
 from config import ConfigError
