@@ -12,6 +12,7 @@ import os
 import shutil
 import traceback
 import uuid
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -45,7 +46,7 @@ from losses import group_std, kl_k3, loss_of, policy_loss
 from model import ModelError, load_model, load_tokenizer, prepare_model, token_logprobs
 from ops.export import export
 from prompts import load_template
-from rollout import ENGINES, sample_groups
+from rollout import ENGINES, Decoding, sample_groups
 from sft import sft_update
 
 torch.set_num_threads(1)
@@ -283,6 +284,7 @@ def fine_tuning_is_the_same_on_all_numbers_of_ranks(ranks: Ranks, folder: Path) 
     loss.backward()
     for budget in (1, 10**6):
         model = load(ranks, folder / "llama3").train()
+        model.logprobs = functools.partial(token_logprobs, model, temperature=1.0)
         config = Config(max_tokens_per_micro_batch=budget, max_grad_norm=1e9)
         metrics = sft_update(model, torch.optim.SGD(model.parameters(), lr=1.0), GROUPS, config, ranks)
         assert abs(metrics["loss"] - loss.item()) < 1e-5
@@ -385,11 +387,9 @@ def slow_grpo(settings: dict) -> tuple[list[list[str]], dict[str, torch.Tensor]]
     for step in range(1, config.steps + 1):
         batch = batch_for_step(len(train), step - 1, config.prompts_per_step, config.seed)
         seeds = [prompt_seed(config.seed, step, place) for place in range(len(batch))]
-        groups = sample_groups(
-            policy, tokenizer, [Prompt(str(i), train[i].ids, seed) for i, seed in zip(batch, seeds)],
-            group_size=config.group_size, temperature=config.temperature,
-            max_new_tokens=config.max_response_tokens, batch_size=config.group_size,
-        )
+        prompts = [Prompt(str(i), train[i].ids, seed) for i, seed in zip(batch, seeds)]
+        decoding = replace(Decoding.training(config), batch_size=config.group_size)
+        groups = sample_groups(policy, tokenizer, prompts, decoding)
         texts.append([text for group in groups for text in group.texts])
         rewards = torch.tensor([[sum(map(ord, text)) % 5 / 4 for text in group.texts] for group in groups])
         assert (rewards.std(1) > 0).any(), "there is something to learn"
