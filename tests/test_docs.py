@@ -37,23 +37,23 @@ minibatch_prompts: 2, group_size: 2, synthetic_train: 30, eval_cases: 4, save_ev
 
 def blocks(language: str) -> list[tuple[str, str]]:
     """(page, text) of the fenced blocks of a language."""
-    found = [(page, re.findall(rf"(?ms)^```{language}\n(.*?)^```$", text)) for page, text in PAGES.items()]
-    return [(page, block) for page, own in found for block in own]
+    fence = re.compile(rf"(?ms)^```{language}\n(.*?)^```$")
+    return [(page, block) for page, text in PAGES.items() for block in fence.findall(text)]
 
 
 def spans() -> list[tuple[str, str]]:
     """(page, text) of what stands in backticks, outside of blocks."""
     found = []
     for page, text in PAGES.items():
-        prose = re.sub(r"(?ms)^```.*?^```$", "", text)
-        found += [(page, " ".join(span.split())) for span in re.findall(r"`([^`]+)`", prose)]
+        inline = re.findall(r"`([^`]+)`", re.sub(r"(?ms)^```.*?^```$", "", text))
+        found += [(page, " ".join(span.split())) for span in inline]
     return found
 
 
 
 def test_the_page_of_settings_is_what_config_prints():
-    printed = subprocess.run([sys.executable, "config.py"], cwd=ROOT, capture_output=True, text=True).stdout
-    assert PAGES["docs/settings.md"] == printed, "run: python config.py > docs/settings.md"
+    printed = subprocess.run([sys.executable, "config.py"], cwd=ROOT, capture_output=True, text=True)
+    assert PAGES["docs/settings.md"] == printed.stdout, "run: python config.py > docs/settings.md"
 
 
 def test_links_lead_somewhere():
@@ -116,8 +116,7 @@ def site(tmp_path_factory) -> Path:
 
 def calls_of(site: Path, script: str) -> list[list[str]]:
     """The words of every program that a piece of bash calls; srun's and torchrun's own words are left out."""
-    record = site / "record"
-    record.write_text("")
+    (record := site / "record").write_text("")
     environment = os.environ | {"RECORD": str(record), "PYTHON": sys.executable}
     environment["PATH"] = f"{site}/.venv/bin:{os.environ['PATH']}"
     done = subprocess.run(["bash", "-c", script], cwd=site, env=environment, capture_output=True, text=True)
@@ -156,7 +155,6 @@ def run(site: Path, words: list[str]) -> int:
 
 def ending(read):
     """The same function, and nothing after it."""
-
     def read_and_end(*args, **kwargs):
         read(*args, **kwargs)
         raise SystemExit
@@ -197,8 +195,7 @@ FIRST = (
 @pytest.fixture(scope="module")
 def demo(site) -> Path:
     """`bash run.sh` in the copy."""
-    for _, *words in calls_of(site, "bash run.sh"):
-        assert run(site, words) == 0, words
+    assert all(run(site, words[1:]) == 0 for words in calls_of(site, "bash run.sh"))
     return site / "runs/demo"
 
 
@@ -206,8 +203,7 @@ def demo(site) -> Path:
 def test_the_first_commands_of_a_newcomer_work(command, site, demo):
     if "eval" in command and not SHARED.exists():
         pytest.skip("needs ../shared, which is not here")
-    for _, *words in calls_of(site, command):
-        assert run(site, words) == 0, words
+    assert all(run(site, words[1:]) == 0 for words in calls_of(site, command))
 
 
 def documented(title: str) -> dict[str, str]:
