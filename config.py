@@ -36,9 +36,7 @@ def _key(default: Any, help: str):
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of grpo.py and sft.py. Defaults are the paper's (arXiv 2505.00024). YAML < --key
-    value.
-    """
+    """Every setting of grpo.py and sft.py. Defaults are the paper's (arXiv 2505.00024)."""
 
     # what is trained, on what, where to
     model: str = _key("Qwen/Qwen2.5-7B-Instruct", 'folder or hub id; "tiny" builds the demo\'s model')
