@@ -17,7 +17,7 @@ from pathlib import Path
 
 from evals import bfcl_data, report
 from evals.bfcl_check import Problem, decode, find_fault, reply_kind
-from evals.bfcl_data import CATEGORIES, HUB_ID, LIVE, LIVE_AST, NON_LIVE_AST, SIMPLE, V3_NAMES
+from evals.bfcl_data import CATEGORIES, HUB_ID, LIVE, LIVE_AST, NON_LIVE_AST, SIMPLE
 from evals.report import ReportError, tally
 
 AST = (*NON_LIVE_AST, *LIVE_AST)
@@ -142,31 +142,6 @@ def paper_rows(categories: dict[str, dict], listed: list[dict]) -> list[tuple]:
     return rows
 
 
-# ---------------------------------------------------------------------------------------------------- judging
-
-
-def pair_rows(rows: list[dict], problems: dict[str, Problem], data: str) -> list[tuple[dict, Problem]]:
-    """Every row {"id", "output", "place"} beside its case. Raises ReportError for a row that has none.
-
-    v3's repeated id is dealt in turn to its two cases, unless the second one is "#2", as in `generate`.
-    """
-    told_apart, seen, pairs = any(row["id"].endswith("#2") for row in rows), Counter(), []
-    for row in rows:
-        name = row["id"]
-        if name not in problems:
-            advice = "check that --data has all of BFCL, in the right version, v3 or v4"
-            raise ReportError(f"{row['place']}: {data} has no case {name!r}; {advice}")
-        seen[name] += 1
-        if f"{name}#2" in problems and not told_apart and seen[name] % 2 == 0:
-            name += "#2"
-        problem, category = problems[name], row.get("category", problems[name].category)
-        if V3_NAMES.get(category, category) != problem.category:
-            what = f"category {category!r}, but {name} is {problem.category}"
-            raise ReportError(f"{row['place']}: {what}; repair the row")
-        pairs.append((row, problem))
-    return pairs
-
-
 def judge(pairs: Iterable[tuple[dict, Problem]], problems: dict[str, Problem]) -> tuple[list[dict], dict]:
     """(cases, scores) of (row, case) pairs; several rows may share a case (samples).
 
@@ -203,44 +178,42 @@ def judge(pairs: Iterable[tuple[dict, Problem]], problems: dict[str, Problem]) -
 # --------------------------------------------------------------------------------------------------- commands
 
 
-def write_scores(cases: list[dict], scores: dict, out: Path) -> None:
-    """Writes verdicts.jsonl, cases.jsonl, failures.txt, scores.json and scores.csv, and prints the tables."""
-    out.mkdir(parents=True, exist_ok=True)
+def score(args: argparse.Namespace) -> None:
+    """The command `score`: writes verdicts.jsonl, cases and tables to OUT, and prints the tables."""
+    rows = report.read_predictions(args.predictions)
+    place, version = bfcl_data.find_data(args.data)
+    problems = bfcl_data.load_problems(place)
+    for row in rows:
+        if row["id"] not in problems:
+            advice = "check that --data has all of BFCL, in the right version, v3 or v4"
+            raise ReportError(f"{row['place']}: {args.data} has no case {row['id']!r}; {advice}")
+    pairs = [(row, problems[row["id"]]) for row in rows]
+    cases, scores = judge(pairs, problems)
+    args.out.mkdir(parents=True, exist_ok=True)
     keys = ("id", "valid", "error_type")
-    report.write_rows(out / "verdicts.jsonl", ({key: case[key] for key in keys} for case in cases))
-    report.write_cases(cases, out)
+    report.write_rows(args.out / "verdicts.jsonl", ({key: case[key] for key in keys} for case in cases))
+    report.write_cases(cases, args.out)
     categories, sizes = scores["categories"], scores["sizes"]
     listed = [{"group": "category", "name": name, **categories.get(name, tally(()))} for name in CATEGORIES]
     ours = paper_rows(categories, scores["aggregates"])
     table = [dict(zip(PAPER_COLUMNS, row)) for row in (*ours, *PAPER)]
-    scores |= {"paper": {"source": PAPER_SOURCE, "rows": table}}
-    report.write_table([*listed, *scores["aggregates"], *scores["replies"]], out, scores)
+    scores = {"data": version, **scores, "paper": {"source": PAPER_SOURCE, "rows": table}}
+    report.write_table([*listed, *scores["aggregates"], *scores["replies"]], args.out, scores)
     print(f"\nBeside the paper's ({PAPER_SOURCE})\n{report.text_table(PAPER_COLUMNS, [*ours, *PAPER])}")
-    counts = {name: row["cases"] for name, row in categories.items() if row["cases"] < sizes[name]}
-    if counts:
-        short = ", ".join(f"{name} {n} of {sizes[name]}" for name, n in counts.items())
+    partial = [name for name, row in categories.items() if row["cases"] < sizes[name]]
+    if partial:
+        short = ", ".join(f"{name} {categories[name]['cases']} of {sizes[name]}" for name in partial)
         print(f"Not all cases were asked: {short}.")
-
-
-def score(args: argparse.Namespace) -> None:
-    """The command `score`."""
-    rows = report.read_predictions(args.predictions)
-    place, version = bfcl_data.find_data(args.data)
-    problems = bfcl_data.load_problems(place)
-    pairs = pair_rows(rows, problems, args.data)
-    cases, scores = judge(pairs, problems)
-    write_scores(cases, {"data": version, **scores}, args.out)
     if skipped := sum("skipped" in row for row in rows):
         what = "prompts were too long to be asked; they count as answered without a call"
         print(f"{skipped} of {len(rows)} {what}.")
     if args.official_dir:
         files = bfcl_data.write_official(pairs, version, args.official_dir, args.model_name)
-        names = ",".join(bfcl_data.file_category(name, version) for name in scores["categories"])
-        partial = any(row["cases"] < scores["sizes"][name] for name, row in scores["categories"].items())
+        names = ",".join(bfcl_data.file_category(name, version) for name in categories)
         print(
             f"{files} files for BFCL {version}'s own command, which scores them with:\n"
             f"BFCL_PROJECT_ROOT={args.official_dir.resolve()} bfcl evaluate --model {args.model_name} "
-            f"--test-category {names}{' --partial-eval' * partial}"
+            f"--test-category {names}{' --partial-eval' if partial else ''}"
         )
 
 

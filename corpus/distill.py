@@ -120,10 +120,7 @@ def read_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--out", type=Path, default=Path("traces.jsonl"), help="the file to write (default: %(default)s)")
     add("--samples", type=int, default=4, help="replies tried per prompt (default: %(default)s)")
     add("--keep", type=int, default=1, help="different right ones kept of each (default: %(default)s)")
-    options, settings = parser.parse_known_args(arguments)
-    if min(options.samples, options.keep) < 1:
-        parser.error("--samples and --keep must be at least 1")
-    return options, settings
+    return parser.parse_known_args(arguments)
 
 
 def main(arguments: list[str], load_splits: Callable, tokenize_splits: Callable) -> None:
@@ -145,8 +142,6 @@ def main(arguments: list[str], load_splits: Callable, tokenize_splits: Callable)
     train = replace(load_splits(config), held_out={})
     items = tokenize_splits(train, tokenizer, template, config).train
     missing = [item for item in items if example_key(item.example) not in tried]
-    if tried:
-        print(f"going on: {len(items) - len(missing)} of {len(items)} prompts are tried already")
     try:
         if missing:
             try_prompts(missing, tokenizer, reward, config, options.samples, journal)

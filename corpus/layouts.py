@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -16,7 +14,7 @@ from tqdm import tqdm
 
 from corpus import toolace
 from corpus.examples import STRICT, Dropped, Example, Rules, Unusable, hashes_of, to_json
-from corpus.schema import missing_arguments, wrong_types
+from corpus.schema import required, wrong_types
 from corpus.sources import DataError, find_file, read_records
 from prompts import ToolCall, build_messages, strict_json
 
@@ -61,8 +59,9 @@ def _check_arguments(calls: list[ToolCall], tools: list[dict], rules: Rules) -> 
 
 
 def _complaint(call: ToolCall, tool: dict, rules: Rules) -> tuple[str, str] | None:
-    if "missing_argument" not in rules.keep and (names := missing_arguments(call.arguments, tool)):
-        return "missing_argument", f"{call.name} needs {', '.join(names)}"
+    missing = [name for name in required(tool) if name not in call.arguments]
+    if missing and "missing_argument" not in rules.keep:
+        return "missing_argument", f"{call.name} needs {', '.join(missing)}"
     if "wrong_type" not in rules.keep and (wrong := wrong_types(call.arguments, tool)):
         return "wrong_type", f"{call.name}: {'; '.join(wrong)}"
     return None
@@ -313,7 +312,7 @@ def write_examples(path: str | Path, examples: Iterable[Example]) -> None:
 
 
 def write_rows(path: Path, rows: Iterable[dict]) -> None:
-    """One JSON line per row, gzipped for .gz; Parquet, of rows of verl_row, for .parquet.
+    """One JSON line per row; Parquet, of rows of verl_row, for .parquet.
 
     The file appears when it is complete. Raises OSError, and ImportError for .parquet without pyarrow.
     """
@@ -322,11 +321,8 @@ def write_rows(path: Path, rows: Iterable[dict]) -> None:
         if path.suffix == ".parquet":
             _write_parquet(partial, iter(rows))
         else:
-            with partial.open("wb") as raw:
-                # Without time and name in gzip's header, the same rows give the same bytes.
-                zipped = path.suffix == ".gz"
-                with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) if zipped else nullcontext(raw) as file:
-                    file.writelines(f"{to_json(row)}\n".encode() for row in rows)
+            with partial.open("w", encoding="utf-8") as file:
+                file.writelines(f"{to_json(row)}\n" for row in rows)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

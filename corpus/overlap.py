@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from corpus.examples import Example
 from corpus.layouts import load_examples, write_examples
-from corpus.sources import DataError, append_jsonl
+from corpus.sources import append_jsonl
 from evals.apibank_data import load_cases
 from evals.bfcl_data import load_problems
 
@@ -127,26 +127,15 @@ def count_matches(matches: Iterable[Match], cases: Iterable[HeldOutCase]) -> dic
 # ------------------------------------------------------------------------------------------------ the command
 
 
-def load_test(path: str) -> list[HeldOutCase]:
-    """The examples of a test file, of any layout that data.py reads. Raises DataError."""
-    return [
-        HeldOutCase(f"test {one.id}", "test", _user_messages(one.messages), _names(one.tools))
-        for one in load_examples(path)[0]
-    ]
-
-
-def load_bfcl(folder: str) -> list[HeldOutCase]:
-    """BFCL's single-turn cases. Raises BfclError."""
-    return [
-        HeldOutCase(one.id, one.category, _user_messages(one.messages), _names(one.functions))
-        for one in load_problems(folder).values()
-    ]
-
-
-def load_apibank(folder: str) -> list[HeldOutCase]:
-    """API-Bank's cases: the dialogue before the gold call, and the APIs that it shows. Raises EvalError."""
+def load_held_out(test: str = "", bfcl: str = "", apibank: str = "") -> list[HeldOutCase]:
+    """Cases of a test file, of BFCL's folder and of API-Bank's, of those that are given. Raises UserError."""
     cases = []
-    for one in load_cases(folder).values():
+    for one in load_examples(test)[0] if test else ():
+        names = _names(one.tools)
+        cases.append(HeldOutCase(f"test {one.id}", "test", _user_messages(one.messages), names))
+    for one in load_problems(bfcl).values() if bfcl else ():
+        cases.append(HeldOutCase(one.id, one.category, _user_messages(one.messages), _names(one.functions)))
+    for one in load_cases(apibank).values() if apibank else ():
         queries = tuple(turn["text"] for turn in one.history if turn["role"] == "User")
         cases.append(HeldOutCase(one.id, f"level-{one.level}", queries, tuple(one.shown or [one.gold.name])))
     return cases
@@ -177,9 +166,7 @@ def main(arguments: list[str]) -> None:
     add("--out", type=Path, metavar="FILE.jsonl", help="write all matches there")
     add("--write", type=Path, metavar="CLEAN.jsonl", help="write the records that share no query there")
     args = parser.parse_args(arguments)
-    cases = load_test(args.test) if args.test else []
-    cases += load_bfcl(args.bfcl) if args.bfcl else []
-    cases += load_apibank(args.apibank) if args.apibank else []
+    cases = load_held_out(args.test, args.bfcl, args.apibank)
     if not cases:
         parser.error("nothing to compare with: give --test FILE, --bfcl DIR or --apibank DIR")
     examples, files = [], []
@@ -192,14 +179,11 @@ def main(arguments: list[str]) -> None:
     record_of = [(file, example.id.split("#")[0]) for file, example in zip(files, examples)]
     shared = {record_of[match.example] for match in matches if match.kind != "tool"}
     clean = [example for example, record in zip(examples, record_of) if record not in shared]
-    try:
-        if args.out:
-            args.out.unlink(missing_ok=True)
-            append_jsonl(args.out, [{"file": files[match.example]} | asdict(match) for match in matches])
-        if args.write:
-            write_examples(args.write, clean)
-    except OSError as error:
-        raise DataError(f"{error.filename} cannot be written: {error.strerror}") from None
+    if args.out:
+        args.out.unlink(missing_ok=True)
+        append_jsonl(args.out, [{"file": files[match.example]} | asdict(match) for match in matches])
+    if args.write:
+        write_examples(args.write, clean)
     sizes = Counter(case.category for case in cases) | {"all": len(cases)}
     print("\nheld-out cases / training examples that share something")
     print(f"{'category':24}{'cases':>7}" + "".join(f"{kind:>16}" for kind in KINDS))

@@ -12,14 +12,13 @@ import argparse
 import importlib.util
 import json
 import os
-import shutil
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
@@ -28,7 +27,7 @@ from corpus.examples import KEEPABLE, KINDS, Dropped, Example, Rules, example_ki
 from corpus.layouts import load_examples, read_examples, trl_row, verl_row, write_examples, write_rows
 from corpus.sources import DataError, file_sha256, find_file
 from corpus.toolace import is_single_turn
-from prompts import build_messages, encode_prompt, load_template
+from prompts import SYSTEM_TEMPLATE, build_messages, encode_prompt, load_template
 
 OUTPUTS = (  # the manifest is the last to appear
     "train.jsonl", "test.jsonl", "trl_train.jsonl", "trl_test.jsonl", "verl_train.jsonl", "verl_test.jsonl",
@@ -102,7 +101,6 @@ def _spread(numbers: Iterable[int]) -> dict[str, float]:
 
 
 def print_statistics(name: str, described: dict) -> None:
-    """The statistics as text."""
     print(f"\n{name}: {described['examples']:,} examples")
     for title, one in described.items():
         if isinstance(one, dict):
@@ -110,24 +108,6 @@ def print_statistics(name: str, described: dict) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- prepare
-
-
-def find_inputs(args: argparse.Namespace) -> list[Input]:
-    """The files of --xlam, --toolace and --data, in this order. Raises DataError where there is none."""
-    inputs = []
-    for kind, layout in (("xlam", "xlam"), ("toolace", "toolace"), ("data", None)):
-        for number, given in enumerate(getattr(args, kind), 1):
-            inputs.append(Input(kind if number == 1 else f"{kind}{number}", layout, given))
-    if not inputs:
-        raise DataError("prepare: no input; give --xlam FILE, --toolace FILE, --data FILE or several of them")
-    return inputs
-
-
-def row_of(layout: str, record: object) -> str:
-    """The row of TABLE in which a record is counted."""
-    if layout == "toolace":
-        return "toolace_single" if is_single_turn(record) else "toolace_multi"
-    return "xlam" if layout == "xlam" else "other"
 
 
 def sift(inputs: list[Input], args: argparse.Namespace, length_of: Measure) -> Prepared:
@@ -138,7 +118,9 @@ def sift(inputs: list[Input], args: argparse.Namespace, length_of: Measure) -> P
     for one in inputs:
         reads = read_examples(one.given, one.layout, rules, f"{one.label}-", seen)
         for read in tqdm(reads, one.given, unit=" records", disable=None):
-            row = row_of(read.layout, read.record)
+            row = "xlam" if read.layout == "xlam" else "other"
+            if read.layout == "toolace":
+                row = "toolace_single" if is_single_turn(read.record) else "toolace_multi"
             kept, too_long = weigh(read.examples, args, length_of, read.line)
             one.records[row] += 1
             one.examples[row] += len(kept)
@@ -196,7 +178,10 @@ def main(arguments: list[str], load_tokenizer: Callable) -> None:
     args = parse(arguments)
     template = load_template(args.prompt_template)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
-    inputs = find_inputs(args)
+    inputs = []
+    for kind, layout in (("xlam", "xlam"), ("toolace", "toolace"), ("data", None)):
+        for number, given in enumerate(getattr(args, kind), 1):
+            inputs.append(Input(kind if number == 1 else f"{kind}{number}", layout, given))
     out = Path(args.out)
     if any((out / name).exists() for name in OUTPUTS) and not args.overwrite:
         raise DataError(f"{out} holds a prepared set already; choose another --out or add --overwrite")
@@ -210,11 +195,7 @@ def main(arguments: list[str], load_tokenizer: Callable) -> None:
         raise DataError(f"prepare: no example is left to train on; dropped: {lost}")
     unit = "tokens" if args.tokenizer else "characters"
     made.statistics = {name: describe(part, unit) for name, part in made.splits.items()}
-    try:
-        write(made, inputs, args, template)
-    except OSError as error:
-        what = f"{error.filename or out} cannot be written: {error.strerror or error}"
-        raise DataError(f"prepare: {what}; free space or choose another --out") from None
+    write(made, inputs, args, template)
     print_table(inputs)
     for name, described in made.statistics.items():
         print_statistics(f"{out}/{name}.jsonl", described)
@@ -224,12 +205,11 @@ def main(arguments: list[str], load_tokenizer: Callable) -> None:
 
 
 def write(made: Prepared, inputs: list[Input], args: argparse.Namespace, template: str) -> None:
-    """Writes all files into a folder inside --out, then moves them to their places. Raises OSError."""
+    """Writes all files into a folder inside --out, then moves them to their places."""
     out = Path(args.out)
-    work = out / ".partial"
-    try:
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=out, prefix=".partial") as folder:
+        work = Path(folder)
         for name, part in made.splits.items():
             examples = [example for example, _ in part]
             write_examples(work / f"{name}.jsonl", examples)
@@ -248,10 +228,6 @@ def write(made: Prepared, inputs: list[Input], args: argparse.Namespace, templat
                 os.replace(work / name, out / name)
             else:
                 (out / name).unlink(missing_ok=True)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        with suppress(OSError):  # removes an empty folder only: nothing was published
-            out.rmdir()
 
 
 def manifest(made: Prepared, inputs: list[Input], args: argparse.Namespace, work: Path) -> dict:
@@ -302,9 +278,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--prompt_template", default="", metavar="F", help="file with a {tools} slot; default: our own")
     add("--layouts", default="", help="more layouts to write: trl, verl or trl,verl")
     args = parser.parse_args(arguments)
-    for key in ("test_share", "irrelevance", "mask"):
-        if not 0 <= getattr(args, key) <= 1:
-            parser.error(f"--{key} must be a share from 0 to 1, not {getattr(args, key)}")
+    if not args.xlam + args.toolace + args.data:
+        parser.error("no input; give --xlam FILE, --toolace FILE, --data FILE or several of them")
     for key, known in (("keep", KEEPABLE), ("layouts", ("trl", "verl"))):
         chosen = tuple(filter(None, getattr(args, key).split(",")))
         if not set(chosen) <= set(known):
@@ -314,17 +289,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def stats(arguments: list[str], load_tokenizer: Callable) -> None:
-    """`python data.py stats FILE [--tokenizer M] [--prompt_template F]`. Raises UserError."""
+    """`python data.py stats FILE [--tokenizer M]`. Raises UserError."""
     parser = argparse.ArgumentParser(prog="python data.py stats", description="Sizes, kinds and sources.")
     parser.add_argument("file", help="any layout that data.py reads")
     parser.add_argument("--tokenizer", default="", metavar="M", help="folder or hub id; counts tokens")
-    parser.add_argument("--prompt_template", default="", metavar="F", help="file with a {tools} slot")
     args = parser.parse_args(arguments)
-    template = load_template(args.prompt_template)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     examples, _ = load_examples(args.file)
     if not examples:
         raise DataError(f"{args.file} holds no usable example; run: python data.py inspect {args.file}")
     shown = tqdm(examples, "measure", leave=False, disable=None)
-    part = [(example, prompt_length(example, template, tokenizer)) for example in shown]
+    part = [(example, prompt_length(example, SYSTEM_TEMPLATE, tokenizer)) for example in shown]
     print_statistics(args.file, describe(part, "tokens" if args.tokenizer else "characters"))

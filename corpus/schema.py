@@ -79,11 +79,6 @@ def json_type(declared: Any) -> str | None:
     return TYPES.get(head.strip().lower())
 
 
-def missing_arguments(arguments: dict[str, Any], tool: dict) -> list[str]:
-    """Required parameters that a call leaves out."""
-    return [name for name in required(tool) if name not in arguments]
-
-
 def wrong_types(arguments: dict[str, Any], tool: dict) -> list[str]:
     """Arguments whose JSON type is clearly another than declared, as "name: integer declared, str given".
 

@@ -36,8 +36,7 @@ def find_file(source: str | Path) -> Path:
 
     A path that exists wins; a folder stands for the one data file in it. Files of the hub are downloaded
     once, into the hub's cache. A path that cannot be meant for the hub is returned as it is, even where
-    nothing is there. Raises DataError with a remedy: offline, unknown, gated, or several files to choose
-    from.
+    nothing is there. Raises DataError with a remedy.
     """
     path, named = Path(source), _HUB_ID.fullmatch(str(source))
     if path.is_dir():
@@ -77,11 +76,8 @@ def _download(repository: str, name: str | None) -> Path:
     except errors.GatedRepoError:
         todo = f"accept its licence at {page} and set HF_TOKEN to a token of that account"
         raise DataError(f"{repository} is a gated data set: {todo}") from None
-    except errors.RepositoryNotFoundError:
-        todo = "check the path or the id; a private data set needs HF_TOKEN"
-        raise DataError(f"{repository} is neither a file here nor a data set of the hub; {todo}") from None
     except Exception as error:  # no network, no such file, whatever the hub's HTTP library raises
-        todo = f"download the file at {page} and give its path"
+        todo = f"check the name, or download the file at {page} and give its path"
         what = f"{repository} is no file here and could not be fetched from the Hugging Face hub"
         raise DataError(f"{what} ({first_line(error)}); {todo}") from None
 
@@ -93,8 +89,7 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
     """A JSON array, JSONL (both perhaps gzipped) or Parquet -> numbered records, one after the other.
 
     Numbers count from 1: lines of JSONL, else positions. In place of a broken line stands its error. Raises
-    DataError for a file that is missing, empty or cannot be read, for an array that is not JSON, and for
-    Parquet without pyarrow.
+    DataError for a file that is missing, empty or cannot be read, and for Parquet without pyarrow.
     """
     if not path.exists():
         raise DataError(f"{path} does not exist; check the path")
@@ -103,8 +98,7 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
         return
     opened = gzip.open if path.suffix == ".gz" else open
     try:
-        # newline: JSONL's own. Others may stand inside a record: U+2028 in its strings, a carriage return
-        # between them.
+        # newline: JSONL's own. A record may hold others, such as a carriage return between its parts.
         with opened(path, "rt", encoding="utf-8-sig", newline="\n") as file:
             start = file.read(1)
             while start.isspace():
@@ -112,9 +106,9 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
             if not start:
                 raise DataError(f"{path} is empty; give a file with at least one record")
             file.seek(0)
-            yield from _array_items(file, path) if start == "[" else _lines(file)
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read: {error}; give a UTF-8 text file or its .gz") from None
+            yield from enumerate(_DECODER.decode(file.read()), 1) if start == "[" else _lines(file)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read: {error}; give JSON in UTF-8 or its .gz") from None
 
 
 def _lines(file: TextIO) -> Iterator[tuple[int, Any]]:
@@ -127,29 +121,15 @@ def _lines(file: TextIO) -> Iterator[tuple[int, Any]]:
             yield number, record
 
 
-def _array_items(file: TextIO, path: Path) -> Iterator[tuple[int, Any]]:
-    text = file.read()
-    try:
-        return enumerate(_DECODER.decode(text), 1)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not a JSON array: {error}; repair the file or fetch it again") from None
-
-
 def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import parquet
     except ImportError:
         todo = "run: python -m pip install pyarrow"
         raise DataError(f"{path}: reading Parquet needs pyarrow; {todo}") from None
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except (OSError, ArrowException) as error:
-        raise DataError(f"{path} cannot be read as Parquet: {first_line(error)}; fetch it again") from None
+    with parquet.ParquetFile(path) as file:
+        batches = file.iter_batches(batch_size=1000)
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
 
 
 # ------------------------------------------------------------------------------------- our own JSONL, digests
@@ -162,9 +142,7 @@ def append_jsonl(path: Path, rows: Iterable[dict]) -> None:
 
 
 def read_jsonl(path: Path) -> list[dict]:
-    """All whole rows of a JSONL file that we wrote; [] if there is none. A line that a kill cut off is left
-    out.
-    """
+    """All rows of a JSONL file that we wrote, without a line that a kill cut off; [] if there is none."""
     lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
     return [json.loads(line) for line in lines[:-1]]  # not splitlines(): a completion may hold U+2028
 

@@ -15,18 +15,18 @@ from prompts import ToolCall, parse_completion, render_completion
 TEST_QUERIES = 150  # held-out queries in each of the two splits
 
 # Every kind of value belongs to at least three tools: a value held back from one tool is still a known word.
-VALUES: dict[str, tuple[str, ...]] = {
+VALUES: dict[str, tuple] = {
     "city": ("Paris", "Oslo", "Lima", "Cairo", "Tokyo", "Rome", "Berlin", "Madrid"),
     "person": ("Anna", "Bob", "Carla", "David", "Emma", "Felix", "Grace", "Henry"),
     "room": ("kitchen", "bedroom", "garage", "cellar", "attic", "office", "hallway", "library"),
     "item": ("lamp", "chair", "table", "sofa", "mirror", "carpet", "kettle", "clock"),
+    "number": tuple(range(2, 10)),
 }
-NUMBERS = tuple(range(2, 10))
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A synthetic tool. parameters: name -> "number" or a key of VALUES. requests: ways to ask for it."""
+    """A synthetic tool. parameters: name -> a key of VALUES. requests: ways to ask for it."""
 
     name: str
     description: str
@@ -35,8 +35,8 @@ class Tool:
 
     def schema(self) -> dict:
         """The tool in xLAM's layout: flat parameters with Python type names."""
-        types = {name: "int" if kind == "number" else "str" for name, kind in self.parameters.items()}
-        flat = {name: {"type": kind} for name, kind in types.items()}
+        kinds = self.parameters.items()
+        flat = {name: {"type": "int" if kind == "number" else "str"} for name, kind in kinds}
         return {"name": self.name, "description": self.description, "parameters": flat}
 
 
@@ -93,21 +93,15 @@ FLAWS = {
 }
 
 
-def _pool(kind: str) -> tuple:
-    return NUMBERS if kind == "number" else VALUES[kind]
-
-
-def _held_out(tool: Tool, parameter: str, value: str | int) -> bool:
-    """Whether training never pairs this value with this tool: a quarter of every parameter's values."""
-    shift = zlib.crc32(f"{tool.name}/{parameter}".encode())
-    return (_pool(tool.parameters[parameter]).index(value) + shift) % 4 == 0
-
-
 def _draw_call(tool: Tool, rng: random.Random, strict: bool, prefer: Collection = ()) -> ToolCall:
-    """A call of `tool`: all values are held-out ones if `strict`, else none; those in `prefer` go first."""
+    """A call of `tool`: all values are held-out ones if `strict`, else none; those in `prefer` go first.
+
+    Held out, so that training never pairs them with this tool, are a quarter of every parameter's values.
+    """
     arguments: dict[str, Any] = {}
     for parameter, kind in tool.parameters.items():
-        allowed = [value for value in _pool(kind) if _held_out(tool, parameter, value) == strict]
+        shift = zlib.crc32(f"{tool.name}/{parameter}".encode())
+        allowed = [value for i, value in enumerate(VALUES[kind], shift) if (i % 4 == 0) == strict]
         free = [value for value in allowed if value not in arguments.values()]
         arguments[parameter] = rng.choice([value for value in free if value in prefer] or free)
     return ToolCall(tool.name, arguments)
@@ -140,19 +134,6 @@ def _demonstration(answer: list[ToolCall], tools: list[Tool], rng: random.Random
     return render_completion(calls, think)
 
 
-def _demonstrations(
-    answer: list[ToolCall], tools: list[Tool], rng: random.Random, copies: int, flaws: float
-) -> list[str]:
-    """`copies` demonstrations, or one where all are right and hence alike."""
-    texts = []
-    for _ in range(copies):
-        state = rng.getstate()
-        texts.append(_demonstration(answer, tools, rng, flaws))
-        rng.setstate(state)
-        _demonstration(answer, tools, rng, 1.0)  # the next query is the same for all `flaws`
-    return texts if flaws else texts[:1]
-
-
 def _synthetic_example(
     index: int, kind: str, rng: random.Random, strict: bool, copies: int, flaws: float
 ) -> Example:
@@ -173,13 +154,19 @@ def _synthetic_example(
     parts = [rng.choice(tool.requests).format(**call.arguments) for tool, call in zip(asked, calls)]
     answer = calls if wanted else []
     rng.shuffle(tools)
+    texts = []
+    for _ in range(copies):
+        state = rng.getstate()
+        texts.append(_demonstration(answer, tools, rng, flaws))
+        rng.setstate(state)
+        _demonstration(answer, tools, rng, 1.0)  # the next query is the same for all `flaws`
     return Example(
         id=f"synthetic-{'strict' if strict else 'fresh'}-{index}",
         source="synthetic",
         messages=[{"role": "user", "content": " and ".join(parts)}],
         tools=[tool.schema() for tool in tools],
         answer=answer,
-        demonstrations=tuple(_demonstrations(answer, tools, rng, copies, flaws)),
+        demonstrations=tuple(texts if flaws else texts[:1]),  # without flaws all are alike
     )
 
 
@@ -212,14 +199,10 @@ def synthetic(
 
 def _with_thoughts(example: Example, share: float, seed: int) -> Example:
     """The example with a thought in only that share of its demonstrations, drawn for each."""
-
-    def keeps(copy: int) -> bool:
-        return random.Random(f"{seed}/thought/{example.id}/{copy}").random() < share
-
-    texts = [
-        text if keeps(copy) else render_completion(parse_completion(text).calls, "")
-        for copy, text in enumerate(example.demonstrations)
-    ]
+    texts = []
+    for copy, text in enumerate(example.demonstrations):
+        keeps = random.Random(f"{seed}/thought/{example.id}/{copy}").random() < share
+        texts.append(text if keeps else render_completion(parse_completion(text).calls, ""))
     return replace(example, demonstrations=tuple(texts))
 
 
@@ -233,8 +216,6 @@ def synthetic_splits(config) -> Splits:
     train = [_with_thoughts(example, config.synthetic_thoughts, config.seed) for example in train]
     queries = {example.messages[0]["content"] for example in train}
     count = min(TEST_QUERIES, config.eval_cases)
-    held_out = {
-        name: synthetic(count, config.seed + 10**6, strict, queries, copies=0)
-        for name, strict in (("held_out", False), ("strict", True))
-    }
-    return Splits(train, held_out)
+    fresh = synthetic(count, config.seed + 10**6, False, queries, copies=0)
+    strict = synthetic(count, config.seed + 10**6, True, queries, copies=0)
+    return Splits(train, {"held_out": fresh, "strict": strict})

@@ -147,19 +147,12 @@ def is_single_turn(record: Any) -> bool:
     return len(calls) <= 1 and sum(role_of(turn) == "user" for turn in asked) <= 1
 
 
-def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse)
-
-
 def find_tools(text: str) -> list[dict] | None:
     """The first JSON list of tools inside `text`, or None. Other brackets ("[func1(...)]") are skipped."""
-    at = text.find("[")
+    decoder, at = json.JSONDecoder(), text.find("[")
     while at >= 0:
         try:
-            value, end = _DECODER.raw_decode(text, at)
+            value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError):
             value, end = None, at + 1
         # "parameters" tells tools from a list of named things inside a tool list that is itself broken.

@@ -124,22 +124,19 @@ def json_items(text: str) -> list | None:
     return value if isinstance(value, list) else [value]
 
 
-def one_call(block: str | None, items: list | None) -> tuple[ToolCall | None, str]:
-    """The one call of the text and JSON items of a tool-call section -> (call, "") or (None, reason)."""
-    if items is None:
-        return None, "no_tool_call" if block is None else "bad_json"
+def read_call(output: str) -> tuple[ToolCall | None, str]:
+    """The one call of a reply -> (call, "") or (None, reason). Laxer than the reward."""
+    block = find_block(output)
+    if block is None:
+        return None, "no_tool_call"
+    if (items := json_items(block)) is None:
+        return None, "bad_json"
     if len(items) != 1:
         return None, "not_one_call"
     call = items[0] if isinstance(items[0], dict) else {}
     if not isinstance(call.get("name"), str) or not isinstance(call.get("arguments"), dict):
         return None, "bad_call"
     return ToolCall(call["name"], call["arguments"]), ""
-
-
-def read_call(output: str) -> tuple[ToolCall | None, str]:
-    """The one call of a reply -> (call, "") or (None, reason). Laxer than the reward."""
-    block = find_block(output)
-    return one_call(block, None if block is None else json_items(block))
 
 
 def compare(call: ToolCall, case: GoldCall, comparisons: dict[str, Comparison]) -> str:
@@ -170,11 +167,12 @@ def compare(call: ToolCall, case: GoldCall, comparisons: dict[str, Comparison]) 
     return "correct"
 
 
-def compare_loosely(case: GoldCall, block: str | None, items: list | None) -> str:
+def compare_loosely(case: GoldCall, output: str) -> str:
     """ToolRL's protocol: any of several calls, without a name too, but values equal to the gold's strings."""
-    lines = block.splitlines() if block else []  # one JSON value, or one object per line
-    more = [item for line in lines for item in json_items(line) or []] if len(lines) > 1 else []
-    for call in (item for item in (*(items or ()), *more) if isinstance(item, dict)):
+    block = find_block(output) or ""
+    texts = {block, *block.splitlines()}  # one JSON value, or one object per line
+    items = [item for text in texts for item in json_items(text) or []]
+    for call in (item for item in items if isinstance(item, dict)):
         arguments = call.get("arguments", call.get("parameters"))  # ToolRL's own prompt says "parameters"
         if call.get("name", case.gold.name) == case.gold.name and arguments == case.written:
             return "correct"
@@ -190,15 +188,13 @@ def judge(case: GoldCall, output: str) -> dict[str, str]:
     no_call_equals_gold. Source: api-bank/evaluator.py, tool_manager.py and the APIs at 483554ea, without
     execution.
     """
-    block = find_block(output)
-    items = None if block is None else json_items(block)
-    call, reason = one_call(block, items)
+    call, reason = read_call(output)
     official = corrected = exact = reason or compare(call, case, COMPARISONS)
     if corrected == "correct" or corrected.startswith("wrong_value"):  # others do not depend on the table
         exact = compare(call, case, {})
     if corrected == "correct" and case.rejected:
         official = "official_rejects_gold"
-    return dict(zip(MODES, (official, corrected, exact, compare_loosely(case, block, items))))
+    return dict(zip(MODES, (official, corrected, exact, compare_loosely(case, output))))
 
 
 def apibank_verdict(case: GoldCall, output: str, mode: str = "official") -> tuple[bool, str]:

@@ -12,7 +12,6 @@ import sys
 
 from bfcl_eval.constants.model_config import MODEL_CONFIG_MAPPING, ModelConfig
 from bfcl_eval.model_handler.local_inference.base_oss_handler import OSSHandler
-from bfcl_eval.model_handler.utils import decoded_output_to_execution_list
 from overrides import override
 
 from evals.bfcl_check import decode
@@ -40,10 +39,6 @@ class ToolN1Handler(OSSHandler):
         if (calls := decode(result)) is None:
             raise ValueError("no closed tool-call section with a JSON list of calls")
         return calls
-
-    @override
-    def decode_execute(self, result, has_tool_call_tag):
-        return decoded_output_to_execution_list(self.decode_ast(result, None, has_tool_call_tag))
 
 
 def main(model: str, command: str, *options: str) -> None:

@@ -76,30 +76,22 @@ def write_predictions(
     todo = []
     for case, nth, samples in missing:
         ids = encode_prompt(tokenizer, case.messages, case.tools, template)
-        todo.append(Open(case, Prompt(case.id, ids, _case_seed(sampling.seed, case, nth)), samples))
+        name = f"{sampling.seed}/evaluation/{case.category}/{case.id}/{nth}"  # whatever else is asked
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
+        todo.append(Open(case, Prompt(case.id, ids, seed), samples))
     todo.sort(key=lambda one: len(one.prompt.ids))  # prompts of similar length share a batch
     size = max(1, sampling.batch_size // sampling.samples)
-    count, tokens, start_time = 0, 0, time.perf_counter()
-    with tqdm(total=len(todo), desc=path.parent.name or "eval") as bar:
-        for start in range(0, len(todo), size):
-            batch = todo[start : start + size]
-            rows = _answer(policy, tokenizer, batch, sampling)
-            append_jsonl(path, rows)
-            count += len(rows)
-            tokens += sum(row["output_tokens"] for row in rows)
-            bar.update(len(batch))
-    spent = time.perf_counter() - start_time
-    speed = f"{count / spent:.2f} replies/s, {tokens / spent:.0f} new tokens/s"
-    print(f"{path}: {count} replies in {spent:.1f} s: {speed}")
+    began = time.perf_counter()
+    for start in tqdm(range(0, len(todo), size), desc=path.parent.name or "eval", unit="batch"):
+        append_jsonl(path, _answer(policy, tokenizer, todo[start : start + size], sampling))
+    print(f"{path}: {len(todo)} cases asked in {time.perf_counter() - began:.1f} s")
 
 
 def _answer(policy, tokenizer, batch: Sequence[Open], sampling: Sampling) -> list[dict]:
     """The rows of a batch. All samples of a case come from one stream of random numbers, so all are made."""
     began = time.perf_counter()
     fits = [one for one in batch if len(one.prompt.ids) <= sampling.max_prompt_tokens]
-    decoding = Decoding(
-        sampling.samples, sampling.temperature, sampling.max_new_tokens, sampling.batch_size
-    )
+    decoding = Decoding(sampling.samples, sampling.temperature, sampling.max_new_tokens, sampling.batch_size)
     groups = sample_groups(policy, tokenizer, [one.prompt for one in fits], decoding)
     latency = round((time.perf_counter() - began) / (len(batch) * sampling.samples), 4)
     replies = {id(one): group for one, group in zip(fits, groups)}
@@ -136,12 +128,6 @@ def _check_author(path: Path, model: str, template: str, sampling: Sampling) -> 
             what = f"another model or other settings ({', '.join(changed)}; see {note})"
             raise ModelError(f"{path} was made with {what}; give another --out")
     note.write_text(json.dumps(author, indent=1) + "\n", encoding="utf-8")
-
-
-def _case_seed(seed: int, case: Case, nth: int) -> int:
-    """A seed of the case's own: a function of its name, whatever else is asked and in which order."""
-    digest = hashlib.sha256(f"{seed}/evaluation/{case.category}/{case.id}/{nth}".encode()).digest()
-    return int.from_bytes(digest[:8]) >> 1
 
 
 def _missing(path: Path, cases: Sequence[Case], samples: int) -> list[tuple[Case, int, list[int]]]:

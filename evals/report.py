@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import argparse
 import csv
-import gzip
 import json
 import sys
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from math import sqrt
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from config import UserError
+from corpus.sources import read_records
 
 Z = 1.959963984540054  # 97.5 % quantile of the normal distribution: intervals are two-sided, 95 %
 T_SMALL = {1: 12.7062, 2: 4.3027}  # the same of Student's t with 1 and 2 degrees of freedom: _t is too coarse
@@ -58,13 +57,6 @@ class Script:
     group: Callable[[dict], str]  # a verdict's category, for --diff
 
 
-def positive(text: str) -> int:
-    """A whole number above 0, for argparse. Raises argparse.ArgumentTypeError."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"needs a whole number above 0, not {text!r}")
-    return int(text)
-
-
 def _parser(script: Script) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"{script.name}.py")
     parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="compare the --out folders of two runs")
@@ -75,14 +67,14 @@ def _parser(script: Script) -> argparse.ArgumentParser:
     ask.set_defaults(run=script.generate)
     score.set_defaults(run=script.score)
     ask.add_argument("--model", required=True, help="folder or hub id of a model")
-    ask.add_argument("--limit", type=positive, help="first N cases of each category or level")
+    ask.add_argument("--limit", type=int, help="first N cases of each category or level")
     ask.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
-    ask.add_argument("--samples", type=positive, default=1, help="replies per case; needs a temperature")
+    ask.add_argument("--samples", type=int, default=1, help="replies per case; needs a temperature")
     ask.add_argument("--prompt_template", default="", help="file with a {tools} slot; default: our own")
     ask.add_argument("--seed", type=int, default=0, help="of the samples")
     limits = {"max_prompt_tokens": script.max_prompt_tokens, "max_new_tokens": 1024, "batch_size": 32}
     for name, default in limits.items():
-        ask.add_argument(f"--{name}", type=positive, default=default, help="(default: %(default)s)")
+        ask.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
     score.add_argument("--predictions", required=True, type=Path, help=".jsonl or .jsonl.gz")
     for command, options in ((ask, script.generate_options), (score, script.score_options)):
         command.add_argument("--data", required=True, help=script.data)
@@ -117,52 +109,35 @@ def find(path: Path) -> Path | None:
     return next((file for file in (path, path.with_name(f"{path.name}.gz")) if file.is_file()), None)
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line number, value) of a JSONL file or its .gz; None: a line that is not JSON. Raises ReportError."""
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                try:
-                    if not line.isspace():
-                        yield number, json.loads(line.decode("utf-8"))
-                except (ValueError, RecursionError):
-                    yield number, None
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or f"damaged or half-written gzip file ({error})"
-        raise ReportError(f"{path}: cannot be read: {reason}") from None
-
-
 def read_objects(path: Path) -> list[tuple[int, dict]]:
-    """(line number, object) of a benchmark's JSONL file. Raises ReportError."""
-    rows = list(read_rows(path))
+    """(line number, object) of a JSONL file or its .gz. Raises ReportError and DataError."""
+    rows = list(read_records(path))
     for number, row in rows:
         if not isinstance(row, dict):
-            raise ReportError(f"{path}:{number}: not a JSON object; fetch the file again")
+            raise ReportError(f"{path}:{number}: not a JSON object; replace the file")
     return rows
 
 
-def read_predictions(path: Path, needs: Sequence[str] = ("id", "output")) -> list[dict]:
+def read_predictions(path: Path) -> list[dict]:
     """Rows of predictions, each with its "place" (file:line) for messages; several may share an id.
 
-    needs: the keys that every row must have, with strings as values. A half-written last line, which a killed
-    run leaves behind, is left out with a warning; anything else that is wrong raises ReportError.
+    A half-written last line, which a killed run leaves behind, is left out with a warning; anything else that
+    is wrong raises ReportError or DataError.
     """
     rows, broken = [], ""
-    for number, row in read_rows(path):
+    for number, row in read_records(path):
         place = f"{path}:{number}"
         if broken:
             raise ReportError(f"{broken}: not JSON, so the file is damaged; repair or delete this line")
-        if row is None:
+        if isinstance(row, Exception):
             broken = place
-        elif not isinstance(row, dict) or any(not isinstance(row.get(key), str) for key in needs):
-            wanted = f"an object with the strings {' and '.join(map(json.dumps, needs))}"
+        elif not isinstance(row, dict) or any(not isinstance(row.get(key), str) for key in ("id", "output")):
+            wanted = 'an object with the strings "id" and "output"'
             raise ReportError(f"{place}: needs to be {wanted}; repair or delete this line")
         else:
             rows.append(row | {"place": place})
     if broken:
         print(f"warning: {broken}: half-written last line left out", file=sys.stderr)
-    if not rows:
-        raise ReportError(f"{path}: holds no predictions; run `generate` first")
     return rows
 
 
@@ -323,8 +298,8 @@ def write_cases(cases: Sequence[dict], out: Path, right: str = "valid", reason: 
 def read_verdicts(place: str, right: str) -> list[dict]:
     """Rows of a verdicts.jsonl, given itself or as the --out folder of `score`. Raises ReportError."""
     path = Path(place) / "verdicts.jsonl" if Path(place).is_dir() else Path(place)
-    rows = read_predictions(path, ("id",))
-    if not all(isinstance(row.get(right), bool) for row in rows):
+    rows = [row for _, row in read_objects(path)]
+    if not all("id" in row and isinstance(row.get(right), bool) for row in rows):
         raise ReportError(f"--diff: {path} holds no verdicts; give the --out folder of a `score` run")
     return rows
 

@@ -98,8 +98,6 @@ def test_rejected_golds_are_those_of_the_official_evaluator():
         ("self, a", ["a"]),
         ("self, a=None", []),
         ("self, **kwargs", []),  # what the signature does not name may be left out
-        ("self, *, a", ["a"]),
-        ("self, *, a=None", []),
         ("self, b, a=None", []),
     ],
 )
@@ -122,11 +120,8 @@ ERRORS = [  # the files of a folder, the sentence
     ({"cases.jsonl": "{}\n", "api_descriptions.json": "{"}, "api_descriptions.json: not JSON"),
     ({"cases.jsonl": "{}\n", "api_descriptions.json": APIS}, "jsonl:1: no usable case (KeyError('level'))"),
     ({"cases.jsonl": "{}\n[", "api_descriptions.json": APIS}, "cases.jsonl:2: not a JSON object"),
-    (CHECKOUT | {"lv1-lv2-samples/README": ""}, "lv1-lv2-samples: holds no dialogues (level-1-given-desc, "),
-    ({"apis/README": "", TURNS: "{}"}, "apis: holds no API classes; complete the checkout"),
     (CHECKOUT | {TURNS: '{"role": "API", "api_name": "Sub"}'}, "1: no usable turn (KeyError('result'))"),
-    ({"apis/a.py": ADD.replace("''", "open('x')"), TURNS: ""}, "a.py: its API cannot be read (line 2: not a"),
-    ({"apis/a.py": ADD.replace("{}", "{'a': {'type': 'x'}}"), TURNS: ""}, "parameter a has the unknown type"),
+    ({"apis/a.py": ADD.replace("''", "open('x')"), TURNS: ""}, "a.py: its API cannot be read (malformed"),
     ({"apis/a.py": "print 'Python 2'", TURNS: ""}, "a.py: its API cannot be read (Missing parentheses"),
 ]
 

@@ -6,12 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from bfcl_cases import DATA, RIGHT, WRONG, needs_shared, reply, score, write_data
+from bfcl_cases import RIGHT, WRONG, reply, score, write_data
 
 import eval_bfcl
 from eval_bfcl import aggregates, main
 from evals import bfcl_data, predict
-from evals.bfcl_data import load_problems
 
 # ------------------------------------------------------------------------------------------------ aggregates
 
@@ -145,16 +144,6 @@ def test_refusals_are_split_and_calls_where_none_fits_are_counted(tmp_path):
     assert found["under-calling: [], a call fits"] == (50, 1, 2)
 
 
-@needs_shared
-def test_rows_with_the_repeated_id_are_dealt_to_its_two_cases_in_turn():
-    """So the official v3 layout, which has the id twice, is scored case by case, with samples too."""
-    problems, name = load_problems(DATA / "v3"), "live_relevance_3-3-0"
-    second = f"{name}#2"
-    for ids, dealt in (([name] * 4, [name, second] * 2), ([name, second, name], [name, second, name])):
-        rows = [{"id": one, "output": "no", "place": ""} for one in ids]
-        assert [case.id for _, case in eval_bfcl.pair_rows(rows, problems, "")] == dealt
-
-
 def test_diff_goes_by_category_and_one_command_is_needed(tmp_path, capsys):
     score(tmp_path, [RIGHT, WRONG], write_data(tmp_path / "d"))
     assert main(["--diff", str(tmp_path / "o"), str(tmp_path / "o")]) == 0
@@ -168,7 +157,6 @@ def test_diff_goes_by_category_and_one_command_is_needed(tmp_path, capsys):
 BAD_ROWS = [  # a row of predictions, what is wrong with it
     ({"id": "simple_python_0"}, 'p.jsonl:1: needs to be an object with the strings "id" and "output"'),
     ({"id": "simple_0", "output": ""}, "p.jsonl:1: DATA has no case 'simple_0'; check that --data has all"),
-    (RIGHT | {"category": "multiple"}, "category 'multiple', but simple_python_0 is simple_python; repair"),
 ]
 
 

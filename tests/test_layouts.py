@@ -209,7 +209,7 @@ def rows_of(layout: str) -> list[dict]:
     return [verl_row(example, SYSTEM_TEMPLATE, "train", index) for index, example in enumerate(MANY)]
 
 
-@pytest.mark.parametrize("name", "own.jsonl own.jsonl.gz trl.jsonl verl.jsonl.gz verl.parquet".split())
+@pytest.mark.parametrize("name", "own.jsonl trl.jsonl verl.jsonl verl.parquet".split())
 def test_what_is_written_comes_back_equal(tmp_path, name):
     if name.endswith(".parquet"):
         pytest.importorskip("pyarrow")

@@ -8,7 +8,7 @@ import pytest
 from corpus import overlap
 from corpus.examples import Example
 from corpus.layouts import load_examples, write_examples
-from corpus.overlap import HeldOutCase, load_apibank, load_bfcl, normalise
+from corpus.overlap import HeldOutCase, load_held_out, normalise
 from corpus.sources import read_jsonl
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
@@ -23,7 +23,7 @@ def shared(name: str) -> str:
 
 @pytest.fixture(scope="module")
 def benchmarks() -> list[HeldOutCase]:
-    return load_bfcl(shared("bfcl")) + load_apibank(shared("apibank"))
+    return load_held_out(bfcl=shared("bfcl"), apibank=shared("apibank"))
 
 
 def example(*texts: str, rid: str = "7", tools: tuple[str, ...] = ()) -> Example:

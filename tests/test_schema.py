@@ -2,7 +2,7 @@
 
 import pytest
 
-from corpus.schema import json_type, lenient_arguments, missing_arguments, properties, required, wrong_types
+from corpus.schema import json_type, lenient_arguments, properties, required, wrong_types
 
 FLAT = {  # xLAM
     "name": "f",
@@ -54,19 +54,13 @@ def test_properties_and_required_of_both_dialects():
 def test_a_tool_without_readable_parameters_declares_nothing(parameters):
     tool = {"name": "f", "parameters": parameters}
     assert properties(tool) == {} and required(tool) == []
-    assert missing_arguments({}, tool) == [] and wrong_types({"x": 1}, tool) == []
+    assert wrong_types({"x": 1}, tool) == []
 
 
 def test_flat_parameters_may_be_called_type_or_properties():
     flat = {"type": {"type": "str"}, "properties": {"description": "", "type": "int"}}
     assert list(properties({"name": "f", "parameters": flat})) == ["type", "properties"]
     assert list(properties({"name": "f", "parameters": {"properties": flat["properties"]}})) == ["properties"]
-
-
-def test_missing_arguments():
-    assert missing_arguments({"days": 2}, FLAT) == ["city"]
-    assert missing_arguments({"city": ""}, FLAT) == []
-    assert missing_arguments({"city": "Oslo"}, NESTED) == ["days"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Files and hub ids: no record is lost, and what is no data says so in one sentence."""
 
 import gzip
-import hashlib
 import json
 import sys
 
@@ -11,17 +10,8 @@ from test_layouts import ids_of, save, xlam
 from config import Config
 from corpus.examples import Example
 from corpus.layouts import load_examples, write_examples
-from corpus.sources import DataError, file_sha256
+from corpus.sources import DataError
 from data import load_splits
-
-
-def test_the_same_examples_are_written_as_the_same_bytes(tmp_path, monkeypatch):
-    """gzip would put the time and the file's name into its header."""
-    for name, now in (("a.gz", 1.0), ("b.gz", 1e9)):
-        monkeypatch.setattr("gzip.time.time", lambda now=now: now)
-        write_examples(tmp_path / name, [Example("1", "own", [], [], [])])
-    assert file_sha256(tmp_path / "a.gz") == file_sha256(tmp_path / "b.gz")
-    assert file_sha256(tmp_path / "a.gz") == hashlib.sha256((tmp_path / "a.gz").read_bytes()).hexdigest()
 
 
 def test_a_file_is_replaced_only_by_a_complete_one(tmp_path):
@@ -50,10 +40,10 @@ def test_broken_lines_are_dropped_with_their_numbers(tmp_path):
         (b" \n", "is empty"),
         (b"[]", "no records"),
         (b"id,query\n1,hello\n", "x.json:1: .*JSON object per line"),
-        (b'[{"query": ""},\n oops]', "not a JSON array: Expecting value: line 2"),
-        (b'[{"query": ""}', "not a JSON array: .* line 1"),
-        (b'[{"query": ""}] x', "not a JSON array: Extra data"),
-        (b"[" * 99999, "not a JSON array: .*recursion"),
+        (b'[{"query": ""},\n oops]', "cannot be read: Expecting value: line 2"),
+        (b'[{"query": ""}', "cannot be read: .* line 1"),
+        (b'[{"query": ""}] x', "cannot be read: Extra data"),
+        (b"[" * 99999, "cannot be read: .*recursion"),
         (b'{"prompt": 1, "chosen": 2}', "x.json:1: .*prompt, chosen.*conversations"),
         (b"\xff\xfe\x00", "cannot be read.*UTF-8"),
     ],
@@ -71,18 +61,14 @@ def test_a_file_that_is_cut_off_gives_nothing_away(tmp_path):
     whole = gzip.compress(json.dumps([xlam(id=i, query=str(i)) for i in range(500)]).encode())
     for name, data in (("x.json.gz", whole[:-400]), ("x.json", gzip.decompress(whole)[:-5])):
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(DataError, match="cannot be read|not a JSON array"):
+        with pytest.raises(DataError, match="cannot be read"):
             load_examples(tmp_path / name)
 
 
-def test_parquet_that_cannot_be_read_says_what_to_do(tmp_path, monkeypatch):
-    (tmp_path / "x.parquet").write_bytes(b"PAR1 and no more")
-    with monkeypatch.context() as without:
-        without.setitem(sys.modules, "pyarrow", None)
-        with pytest.raises(DataError, match="reading Parquet needs pyarrow; run: python -m pip"):
-            load_examples(tmp_path / "x.parquet")
-    pytest.importorskip("pyarrow")
-    with pytest.raises(DataError, match="x.parquet cannot be read as Parquet"):
+def test_parquet_without_pyarrow_says_what_to_do(tmp_path, monkeypatch):
+    (tmp_path / "x.parquet").touch()
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match="reading Parquet needs pyarrow; run: python -m pip"):
         load_examples(tmp_path / "x.parquet")
 
 
@@ -140,8 +126,7 @@ def test_a_path_that_exists_wins_a_mistyped_one_is_no_hub_id_and_there_must_be_o
     ("error", "complaint"),
     [
         ("GatedRepoError", "gated data set: accept its licence at https://.*/datasets/me/x and set HF_TOKEN"),
-        ("RepositoryNotFoundError", "neither a file here nor a data set .*; check the path or the id"),
-        ("LocalEntryNotFoundError", "no file here and could not be fetched .*503.*; .* give its path"),
+        ("LocalEntryNotFoundError", "no file here and could not be fetched .*503.*; check .* give its path"),
     ],
 )
 def test_a_hub_that_refuses_is_one_sentence(monkeypatch, error, complaint):
