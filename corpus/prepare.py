@@ -169,6 +169,13 @@ def augment(made: Prepared, args: argparse.Namespace, length_of: Measure) -> Non
     made.augmented = Counter(irrelevant=len(added), masked=changed, too_long=len(too_long))
 
 
+def share(text: str) -> float:
+    """An argument from 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {text}")
+    return float(text)
+
+
 def main(arguments: list[str], load_tokenizer: Callable) -> None:
     """`python data.py prepare …`: reads, filters, splits, augments and writes; prints the counts.
 
@@ -267,11 +274,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--data", **files, help="further files, of any layout that data.py reads")
     add("--out", required=True, help="folder for train.jsonl, test.jsonl, dropped.jsonl and two summaries")
     add("--overwrite", action="store_true", help="replace the prepared set in it")
-    add("--test_share", type=float, default=0.1, help="share of the records held out (paper: 0.1)")
+    add("--test_share", type=share, default=0.1, help="share of the records held out (paper: 0.1)")
     add("--seed", type=int, default=0)
     add("--no_call_turns", action="store_true", help="ToolACE's text turns become examples with answer []")
-    add("--irrelevance", type=float, default=0.0, help="share of examples to repeat without their tools")
-    add("--mask", type=float, default=0.0, help="share of training examples with random names")
+    add("--irrelevance", type=share, default=0.0, help="share of examples to repeat without their tools")
+    add("--mask", type=share, default=0.0, help="share of training examples with random names")
     add("--keep", default="", help=f"reasons not to drop for, of {', '.join(KEEPABLE)}")
     add("--tokenizer", default="", metavar="M", help="folder or hub id: counts tokens and drops long prompts")
     add("--max_prompt_tokens", type=int, default=4096, help="with --tokenizer: the longest (paper: 4096)")
