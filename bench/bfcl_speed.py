@@ -1,11 +1,12 @@
-"""How fast `eval_bfcl.py score` is: start-up, rows per second, all cases once; beside the official checker on request.
+"""How fast `eval_bfcl.py score` is: start-up, rows per second, all cases once; beside the official checker on
+request.
 
     python bench/bfcl_speed.py --golden ../shared/golden/bfcl_verdicts.jsonl.gz --data ../shared/data/bfcl
     … --official FOLDER      the folder that holds bfcl_eval (pip install --no-deps --target FOLDER bfcl-eval)
 
-Every measurement is a process of its own with one thread; the kinds take turns. Seconds are those of the processor,
-so other work on the machine hardly counts. Ours reads, judges and writes all reports. The official checker reads and
-judges, with our decoding, and writes nothing.
+Every measurement is a process of its own with one thread; the kinds take turns. Seconds are those of the
+processor, so other work on the machine hardly counts. Ours reads, judges and writes all reports. The official
+checker reads and judges, with our decoding, and writes nothing.
 """
 
 import argparse

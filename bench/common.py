@@ -1,4 +1,5 @@
-"""What the benchmarks share: a random model, the FLOPs of its work, this machine's rate, taking turns, one step.
+"""What the benchmarks share: a random model, the FLOPs of its work, this machine's rate, taking turns, one
+step.
 
 Everything that they call of the product's inner functions is in this file.
 """
@@ -89,7 +90,9 @@ def sample(
     model: nn.Module, prompts: Sequence[list[int]], copies: int, new: int, engine: str = "shared_prefix",
     stops: Sequence[int] = (), half: bool = True,
 ) -> Replies:
-    """`copies` responses (1: greedy) to every prompt, of `new` tokens unless one of `stops` comes; half: bf16."""
+    """`copies` responses (1: greedy) to every prompt, of `new` tokens unless one of `stops` comes; half:
+    bf16.
+    """
     requests = [Prompt(str(i), ids, i) for i, ids in enumerate(prompts)]
     stops, temperature = list(stops) or [model.config.vocab_size], TEMPERATURE if copies > 1 else 0.0
     with autocast(next(model.parameters()).device) if half else contextlib.nullcontext():
@@ -158,8 +161,8 @@ def group_flops(
 ) -> float:
     """FLOPs of the log-probs of one group, 2 per multiply-add, so many times. case: prompt, response, copies.
 
-    A forward has 2 products of attention, a backward 5, because the scores are computed again. shared: packed;
-    then the last layer computes only what predicts something (attention.trim_last_layer).
+    A forward has 2 products of attention, a backward 5, because the scores are computed again. shared:
+    packed; then the last layer computes only what predicts something (attention.trim_last_layer).
     """
     prompt, response, copies = case
     times = 1 if shared else copies  # that a prompt is computed

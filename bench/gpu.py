@@ -5,9 +5,10 @@
     python bench/gpu.py --tiny      without CUDA: runs every line of it; its figures mean nothing
 
 Random models in the shapes of Qwen2.5; bf16 by autocast over fp32 weights, as in the product; the 7B has bf16
-weights. Every result is printed and appended to --out (JSON lines) at once; what fails or would not fit into the
-time is a result too. Floors: the work's bytes or FLOPs over this card's own copy and matrix rates, measured first.
-The exit code is 1 if a check or measurement failed. bench/README.md says what each figure means.
+weights. Every result is printed and appended to --out (JSON lines) at once; what fails or would not fit into
+the time is a result too. Floors: the work's bytes or FLOPs over this card's own copy and matrix rates,
+measured first. The exit code is 1 if a check or measurement failed. bench/README.md says what each figure
+means.
 """
 
 from __future__ import annotations
@@ -29,7 +30,16 @@ import torch
 import transformers
 from common import ROOT
 from gpu_measure import (
-    Session, allocated_gib, attempt, decode_floor, emit, forward_flops, measure, measure_rates, prefill_flops, seconds,
+    Session,
+    allocated_gib,
+    attempt,
+    decode_floor,
+    emit,
+    forward_flops,
+    measure,
+    measure_rates,
+    prefill_flops,
+    seconds,
     short,
 )
 from torch import nn
@@ -70,8 +80,8 @@ def rollout_of(session: Session, name: str) -> None:
 def engine_speed(session: Session, model: nn.Module, name: str, engine: str, rows: int) -> dict:
     """Prefill and decode of `rows` sequences; prefill tokens are those of distinct prompts.
 
-    A decode step's seconds are those of a whole rollout, less one that ends after its first token, over the steps
-    in between.
+    A decode step's seconds are those of a whole rollout, less one that ends after its first token, over the
+    steps in between.
     """
     load, shape = session.load, session.models[name]
     prompts = [ids for ids, _ in common.random_groups(shape.vocab, [(load.prompt, ())] * (rows // load.copies))]
@@ -125,7 +135,8 @@ def train_speed(session: Session, name: str, checkpointing: bool) -> dict:
         model.zero_grad(set_to_none=True)
 
     packed, rows, before = batches(True), batches(False), allocated_gib(session)
-    peak, plain_peak = (before + measure(session.device, run, side, True)[1] for side in (packed, rows))  # warms up
+    # warms up
+    peak, plain_peak = (before + measure(session.device, run, side, True)[1] for side in (packed, rows))
     jobs = {"forward": (packed, False), "both": (packed, True), "plain": (rows, True)}
     times = {job: [seconds(session, run, *arguments)] for job, arguments in jobs.items()}
     while len(times["both"]) < 5 and session.left() > 2 * sum(taken[-1] for taken in times.values()):
@@ -150,7 +161,9 @@ def step(session: Session) -> None:
 
 
 def step_speed(session: Session) -> dict:
-    """The second of two GRPO steps by the product's own functions, gradient checkpointing on, KL on, one update."""
+    """The second of two GRPO steps by the product's own functions, gradient checkpointing on, KL on, one
+    update.
+    """
     load, shape, rows = session.load, session.models["1.5B"], session.load.step_prompts * session.load.copies
     config = Config(
         prompts_per_step=load.step_prompts, minibatch_prompts=load.step_prompts, group_size=load.copies,
@@ -169,7 +182,8 @@ def step_speed(session: Session) -> dict:
         torch.distributed.destroy_process_group()
     forward = forward_flops(shape, load, load.step_prompts) / session.matrix_rate
     prefill = prefill_flops(shape, load.step_prompts * load.prompt) / session.matrix_rate
-    adam = 28 * count_parameters(policy) / session.copy_rate  # reads weight, gradient, moments; writes all but one
+    # reads weight, gradient, moments; writes all but one
+    adam = 28 * count_parameters(policy) / session.copy_rate
     update = 3 * forward / clock.seconds["update"]
     return {
         "step_s": total, **{f"{phase}_s": spent for phase, spent in clock.seconds.items()},
@@ -180,7 +194,7 @@ def step_speed(session: Session) -> dict:
     }
 
 
-# ------------------------------------------------------------------------------------------------------ profile
+# ---------------------------------------------------------------------------------------------------- profile
 
 
 def profiles(session: Session) -> None:
@@ -258,7 +272,7 @@ def profile_training(session: Session, model: nn.Module) -> dict:
     return summary_of(*device_work(session, run), wall, syncs)
 
 
-# --------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------- main
 
 # In this order; a part may use that share of the time that is left when it starts.
 PARTS = {

@@ -1,10 +1,11 @@
 """Peak memory of token log-probs, forward + backward: our LM head, full logits, and checkpointed chunks.
 
-    python bench/logprob_memory.py [--tokens 2048] [--vocab 151936] [--hidden 896] [--repetitions 5] [--threads 1]
+    python bench/logprob_memory.py [--tokens 2048] [--vocab 151936] [--hidden 896] [--repetitions 5]
+      [--threads 1]
 
-Every measurement is a process of its own: the peak of its resident memory during forward and backward, minus what
-was resident before (inputs and weight; the weight's gradient counts). fp32, temperature 0.7, no entropy. The three
-ways take turns; the ratio of a repetition is ours / full logits. Needs Linux's /proc.
+Every measurement is a process of its own: the peak of its resident memory during forward and backward, minus
+what was resident before (inputs and weight; the weight's gradient counts). fp32, temperature 0.7, no entropy.
+The three ways take turns; the ratio of a repetition is ours / full logits. Needs Linux's /proc.
 """
 
 import argparse

@@ -1,10 +1,11 @@
-"""How fast the reward is, and that nothing breaks it: speed by variant, time against length, a million mutations.
+"""How fast the reward is, and that nothing breaks it: speed by variant, time against length, a million
+mutations.
 
     python bench/reward_speed.py [--fuzz 1000000] [--seed 0]
 
-Speed: completions of 600 characters with two calls, variants in turn. Length: seconds for inputs of 125 kB to 1 MB
-that provoke backtracking; linear means that a doubling doubles. Fuzz: seeded mutations (bytes, tags, nesting, huge
-numbers, surrogates, control characters) of good completions, each scored by every variant.
+Speed: completions of 600 characters with two calls, variants in turn. Length: seconds for inputs of 125 kB to
+1 MB that provoke backtracking; linear means that a doubling doubles. Fuzz: seeded mutations (bytes, tags,
+nesting, huge numbers, surrogates, control characters) of good completions, each scored by every variant.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python bench/rollout_engines.py [--case 512/64/8] [--prompts 4] [--tails] [--rounds 5]
 
---case P/R/G: prompts of P tokens (give or take a quarter), R new tokens, G samples each. Random weights, 27 million
-parameters, one thread, fp32, process time. --tails: lengths are geometric with mean 13, by declaring one token in
-thirteen a stop token. The floor is the time of the matrix products of one prefill per prompt and of one decode step
-per token, at the rates that this machine reaches for them.
+--case P/R/G: prompts of P tokens (give or take a quarter), R new tokens, G samples each. Random weights, 27
+million parameters, one thread, fp32, process time. --tails: lengths are geometric with mean 13, by declaring
+one token in thirteen a stop token. The floor is the time of the matrix products of one prefill per prompt and
+of one decode step per token, at the rates that this machine reaches for them.
 """
 
 import argparse

@@ -3,13 +3,15 @@
     python bench/scaling.py [--rounds 3] [--steps 2] [--prompts 8] [--copies 4] [--response 48]
 
 A random Qwen2 of some 7 million parameters on generated data, fp32, one thread per process, on the CPU under
-torchrun. A round starts three runs one after the other, so that a slow minute meets all: 1 process, 2 on the same
-batch, 2 on twice the batch. Each does one step to warm up and then --steps that count. A ratio is tokens per second
-(prompts and responses) of 2 processes over those of 1 in the same step of the same round; efficiency is half of it.
+torchrun. A round starts three runs one after the other, so that a slow minute meets all: 1 process, 2 on the
+same batch, 2 on twice the batch. Each does one step to warm up and then --steps that count. A ratio is tokens
+per second (prompts and responses) of 2 processes over those of 1 in the same step of the same round;
+efficiency is half of it.
 
-Two processes on one machine are not two machines: they share the memory's bandwidth, the last cache, the clock and
-perhaps one core's units, and what they send passes the loopback interface. waiting: the share of a step in which a
-process's CPU was idle. imbalance: seconds of rollout and rewards, longest minus mean, over those of the step.
+Two processes on one machine are not two machines: they share the memory's bandwidth, the last cache, the
+clock and perhaps one core's units, and what they send passes the loopback interface. waiting: the share of a
+step in which a process's CPU was idle. imbalance: seconds of rollout and rewards, longest minus mean, over
+those of the step.
 """
 
 from __future__ import annotations

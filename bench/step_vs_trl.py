@@ -1,15 +1,17 @@
 """One whole GRPO step against TRL's GRPOTrainer with its transformers rollout; the two take turns.
 
     pip install -r bench/requirements.txt
-    python bench/step_vs_trl.py [--case 512/64/8] [--prompts 8] [--rounds 5] [--trl_batch N] [--continuous_batching]
+    python bench/step_vs_trl.py [--case 512/64/8] [--prompts 8] [--rounds 5] [--trl_batch N]
+      [--continuous_batching]
 
---case P/R/G: P prompt tokens, exactly R new tokens, G completions per prompt. Both sides: the same Qwen2 of about 4
-million random parameters, fp32, one thread, no gradient checkpointing, AdamW, KL to a frozen reference, one update
-per batch, entropy measured, the same cheap reward. Process time of a rollout, rewards, reference log-probs and the
-update. TRL shuffles its prompts, and masks the end token so that no completion ends early. Each side may work on
-smaller batches inside a step: ours takes --micro_batch tokens, TRL --trl_batch completions (0: all at once) with as
-much accumulation as makes it the same update. --continuous_batching: TRL's other rollout. Floor: a step's FLOPs with
-every prompt computed once, attention included, at this machine's rate for a large matrix product.
+--case P/R/G: P prompt tokens, exactly R new tokens, G completions per prompt. Both sides: the same Qwen2 of
+about 4 million random parameters, fp32, one thread, no gradient checkpointing, AdamW, KL to a frozen
+reference, one update per batch, entropy measured, the same cheap reward. Process time of a rollout, rewards,
+reference log-probs and the update. TRL shuffles its prompts, and masks the end token so that no completion
+ends early. Each side may work on smaller batches inside a step: ours takes --micro_batch tokens, TRL
+--trl_batch completions (0: all at once) with as much accumulation as makes it the same update.
+--continuous_batching: TRL's other rollout. Floor: a step's FLOPs with every prompt computed once, attention
+included, at this machine's rate for a large matrix product.
 """
 
 from __future__ import annotations
@@ -59,7 +61,8 @@ def make_peer(folder: Path, texts: list[str], new: int, copies: int, args: argpa
 
     rows = len(texts) * copies
     batch = args.trl_batch or rows
-    # Continuous batching knows no least length, but any end token, and would take most of the memory for its pages.
+    # Continuous batching knows no least length, but any end token, and would take most of the memory for its
+    # pages.
     never = {"eos_token_id": 2**20} if args.continuous_batching else {"min_new_tokens": new}
     config = GRPOConfig(
         output_dir=str(folder / "trl"), max_steps=2, per_device_train_batch_size=batch,

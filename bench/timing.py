@@ -1,4 +1,6 @@
-"""What prepare_speed, reward_speed and bfcl_speed share: processes that are timed, table rows, and the machine."""
+"""What prepare_speed, reward_speed and bfcl_speed share: processes that are timed, table rows, and the
+machine.
+"""
 
 import os
 import platform
@@ -17,7 +19,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Spent:
-    """One process: seconds of the clock and of the processor, the largest memory of such processes so far, output."""
+    """One process: seconds of the clock and of the processor, the largest memory of such processes so far,
+    output.
+    """
 
     wall: float
     cpu: float

@@ -2,9 +2,10 @@
 
     python bench/train_step.py [--case 1000/150/5] [--groups 1] [--repetitions 7]
 
---case P/R/G: prompt and response tokens, responses per prompt. A random Qwen2 of about 4M parameters, fp32, one
-thread. Both sides pack the same tokens, compute the same log-probs and the backward; they take turns, and every
-repetition gives one ratio of CPU times. The floor is the packed step's FLOPs at the machine's matrix rate.
+--case P/R/G: prompt and response tokens, responses per prompt. A random Qwen2 of about 4M parameters, fp32,
+one thread. Both sides pack the same tokens, compute the same log-probs and the backward; they take turns, and
+every repetition gives one ratio of CPU times. The floor is the packed step's FLOPs at the machine's matrix
+rate.
 """
 
 import argparse

@@ -113,7 +113,9 @@ def rank_pids(job: Job) -> list[int]:
 
 
 def wait_until(job: Job, condition: Callable[[], object], limit: float = LIMIT_S) -> bool:
-    """Whether the condition came true before the job ended. Looks every 2 ms: a save takes some ten of them."""
+    """Whether the condition came true before the job ended. Looks every 2 ms: a save takes some ten of
+    them.
+    """
     deadline = time.monotonic() + limit
     while not condition():
         if job.code is not None or time.monotonic() > deadline:
@@ -139,7 +141,7 @@ def ends(job: Job, *parts: str) -> None:
         assert job.code == 0 and (job.run / "model").is_dir(), told
 
 
-# ---------------------------------------------------------------------------------------------- looking at runs
+# -------------------------------------------------------------------------------------------- looking at runs
 
 
 def latest(run: Path) -> int:

@@ -1,11 +1,14 @@
-"""The drill: every fault that a run of days can meet, on the CPU with a tiny model, and what became of the run.
+"""The drill: every fault that a run of days can meet, on the CPU with a tiny model, and what became of the
+run.
 
-    python tests/drill/run.py                                 every fault, 10 kills and 10 signals of each kind
+    python tests/drill/run.py                                 every fault, 10 kills and 10 signals of each
+      kind
     python tests/drill/run.py --only kill_all --rounds 100    one of them, more often
 
-A fault is survived when the run stops as it should, says so in one sentence, and its resumed rest ends with the
-weights, optimizer state, figures and samples of an undisturbed run, bit by bit. Prints a line for each fault and
-one line of JSON; the exit code is 1 if a fault was not survived, and then the runs and their logs are kept.
+A fault is survived when the run stops as it should, says so in one sentence, and its resumed rest ends with
+the weights, optimizer state, figures and samples of an undisturbed run, bit by bit. Prints a line for each
+fault and one line of JSON; the exit code is 1 if a fault was not survived, and then the runs and their logs
+are kept.
 """
 
 from __future__ import annotations
@@ -101,7 +104,9 @@ def restarted(site: Path, name: str) -> tuple[int, int]:
 
 
 def hang(site: Path, name: str, *, moment: str) -> tuple[int, int]:
-    """One rank stands still, with no error and no closed connection: the others end in time, and say where."""
+    """One rank stands still, with no error and no closed connection: the others end in time, and say
+    where.
+    """
     with launch(site, name, timeout_minutes=0.1) as job:
         wait_until(job, lambda: latest(job.run) > 0)
         assert await_moment(job, moment, random.Random(name)), f"{job.log}: ended too early"
@@ -148,11 +153,13 @@ def breaks(
     return 1, again
 
 
-# ----------------------------------------------------------------------------------- damaged and foreign files
+# ---------------------------------------------------------------------------------- damaged and foreign files
 
 
 def damaged(site: Path, name: str, *, pattern: str, damage: Callable[[Path], None]) -> tuple[int, int]:
-    """A file of the newest checkpoint is damaged: refused by its name; from the one before the run goes on."""
+    """A file of the newest checkpoint is damaged: refused by its name; from the one before the run goes
+    on.
+    """
     run = shutil.copytree(site / "whole", site / name)
     path = sorted((run / f"step_{STEPS}").glob(pattern))[-1]
     damage(path)
@@ -212,7 +219,7 @@ def add_code(model: Path) -> None:
     (model / "config.json").write_text(json.dumps(config))
 
 
-# ------------------------------------------------------------------------------------------------- table, main
+# ------------------------------------------------------------------------------------------------ table, main
 
 
 def in_runs(case: Callable, rounds: int, most: int, **options: object) -> dict[str, Case]:
