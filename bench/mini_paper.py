@@ -24,7 +24,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -239,9 +239,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=demo["steps"], help="of RL")
     parser.add_argument("--warmup_steps", type=int, default=demo["warmup_steps"])
     parser.add_argument("--out", type=Path, default=Path("runs/mini_paper"), help="folder of the runs")
+    parser.add_argument("settings", nargs="*", help="further settings of every run, after --")
     args = parser.parse_args()
     ablations = args.what == "ablations"
     parts = (ablation_parts if ablations else seed_parts)(args.steps, args.warmup_steps)
+    parts = {name: replace(part, options=(*part.options, *args.settings)) for name, part in parts.items()}
     first, many = (301, args.seeds or 5) if ablations else (201, args.seeds or 8)  # not used in development
     seeds = {name: range(first, first + (args.controls if name in CONTROLS else many)) for name in parts}
     out = (args.out / recipe(parts)).resolve()
