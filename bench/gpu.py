@@ -74,7 +74,8 @@ def rollout_of(session: Session, name: str) -> None:
     model = session.build(name)
     for engine in ENGINES:
         for rows in session.load.rollouts:
-            attempt(session, "rollout", f"{name} {engine} {rows}", engine_speed, model, name, engine, rows, needs=8)
+            title = f"{name} {engine} {rows}"
+            attempt(session, "rollout", title, engine_speed, model, name, engine, rows, needs=8)
 
 
 def engine_speed(session: Session, model: nn.Module, name: str, engine: str, rows: int) -> dict:
@@ -84,7 +85,8 @@ def engine_speed(session: Session, model: nn.Module, name: str, engine: str, row
     steps in between.
     """
     load, shape = session.load, session.models[name]
-    prompts = [ids for ids, _ in common.random_groups(shape.vocab, [(load.prompt, ())] * (rows // load.copies))]
+    sizes = [(load.prompt, ())] * (rows // load.copies)
+    prompts = [ids for ids, _ in common.random_groups(shape.vocab, sizes)]
 
     def run(new: int) -> None:
         common.sample(model, prompts, load.copies, new, engine)
@@ -124,7 +126,8 @@ def train_speed(session: Session, name: str, checkpointing: bool) -> dict:
 
     def batches(shared: bool) -> list:
         plan = micro_batches(sizes, load.budget, shared)
-        return [pack([(groups[i][0], groups[i][1][part]) for i, part in parts], session.device, shared) for parts in plan]
+        taken = [[(groups[i][0], groups[i][1][part]) for i, part in parts] for parts in plan]
+        return [pack(some, session.device, shared) for some in taken]
 
     def run(packed_batches: list, backward: bool) -> None:
         for packed in packed_batches:
@@ -144,14 +147,18 @@ def train_speed(session: Session, name: str, checkpointing: bool) -> dict:
             times[job].append(seconds(session, run, *arguments))
     median = {job: statistics.median(taken) for job, taken in times.items()}
     ratios = common.spread([plain / both for both, plain in zip(times["both"], times["plain"])])
-    tokens, plain_tokens = (prompts * (n * load.prompt + load.copies * load.response) for n in (1, load.copies))
+    tokens = prompts * (load.prompt + load.copies * load.response)
+    plain_tokens = prompts * load.copies * (load.prompt + load.response)
     rate = 3 * forward_flops(shape, load, prompts) / median["both"]
     plain_rate = 3 * forward_flops(shape, load, prompts, shared=False) / median["plain"]
     return {
         "tokens_per_s": tokens / median["both"], "forward_tokens_per_s": tokens / median["forward"],
-        "of_measured_peak": rate / session.matrix_rate, "plain_of_measured_peak": plain_rate / session.matrix_rate,
-        "of_datasheet_peak": rate / session.datasheet if session.datasheet else 0.0, **ratios,
-        "token_ratio": plain_tokens / tokens, "of_token_ratio": ratios["ratio_median"] * tokens / plain_tokens,
+        "of_measured_peak": rate / session.matrix_rate,
+        "plain_of_measured_peak": plain_rate / session.matrix_rate,
+        "of_datasheet_peak": rate / session.datasheet if session.datasheet else 0.0,
+        **ratios,
+        "token_ratio": plain_tokens / tokens,
+        "of_token_ratio": ratios["ratio_median"] * tokens / plain_tokens,
         "peak_gib": peak, "plain_peak_gib": plain_peak, "repetitions": len(times["both"]),
     }
 
@@ -167,7 +174,8 @@ def step_speed(session: Session) -> dict:
     load, shape, rows = session.load, session.models["1.5B"], session.load.step_prompts * session.load.copies
     config = Config(
         prompts_per_step=load.step_prompts, minibatch_prompts=load.step_prompts, group_size=load.copies,
-        temperature=common.TEMPERATURE, max_response_tokens=load.response, max_tokens_per_micro_batch=2 * load.budget,
+        temperature=common.TEMPERATURE, max_response_tokens=load.response,
+        max_tokens_per_micro_batch=2 * load.budget,
     )
     policy, reference = session.build("1.5B", True), session.build("1.5B").requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
@@ -189,7 +197,6 @@ def step_speed(session: Session) -> dict:
         "step_s": total, **{f"{phase}_s": spent for phase, spent in clock.seconds.items()},
         "rollout_floor_s": prefill + load.response * max(decode_floor(session, shape, rows, load.response)),
         "reference_floor_s": forward, "update_floor_s": 3 * forward + adam, "update_of_measured_peak": update,
-        "update_of_datasheet_peak": update * session.matrix_rate / session.datasheet if session.datasheet else 0.0,
         "new_tokens_per_s": rows * load.response / total, "peak_gib": before + gib,
     }
 
@@ -298,10 +305,10 @@ def main(arguments: list[str]) -> int:
     """Runs the parts and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default=",".join(PARTS), help="some of them, comma-separated")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything; what would not fit is skipped")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu.jsonl", help="results are appended here")
-    parser.add_argument("--tiny", action="store_true", help="tiny models: to try the program, also without a GPU")
-    parser.add_argument("--table", type=Path, help="print the results of this file as Markdown, and nothing else")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all; the rest is skipped")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/gpu.jsonl", help="results are appended here")
+    parser.add_argument("--tiny", action="store_true", help="tiny models, also without a GPU")
+    parser.add_argument("--table", type=Path, help="print the results of this file as Markdown")
     args = parser.parse_args(arguments)
     if args.table:
         print(tables(args.table), end="")

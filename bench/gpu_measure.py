@@ -161,7 +161,8 @@ def attempt(
     of its own and returns nothing; then those are interrupted, not this.
     """
     if session.left() <= (0 if session.tiny else needs):
-        return emit(session, part, name, {"skipped": f"needs about {needs:.0f} s, {session.left():.0f} s left"})
+        why = f"needs about {needs:.0f} s, {session.left():.0f} s left"
+        return emit(session, part, name, {"skipped": why})
     values = None
     try:
         with contextlib.nullcontext() if whole else time_limit(session.left()):

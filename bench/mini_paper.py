@@ -87,7 +87,7 @@ def ablation_parts(steps: int, warmup_steps: int) -> dict[str, Part]:
 def seed_parts(steps: int, warmup_steps: int) -> dict[str, Part]:
     """The demo, and the demo with nothing to learn from."""
     own = ("--steps", str(steps), "--warmup_steps", str(warmup_steps))
-    return {"grpo": Part("grpo.py", own)} | {name: Part("grpo.py", (*own, *more)) for name, more in CONTROLS.items()}
+    return {name: Part("grpo.py", (*own, *more)) for name, more in {"grpo": (), **CONTROLS}.items()}
 
 
 # ------------------------------------------------------------------------------------------------- running it
@@ -98,7 +98,8 @@ def recipe(parts: dict[str, Part]) -> str:
     reused.
     """
     names = [*ROOT.glob("*.py"), *ROOT.glob("[cdek]*/*.py"), *ROOT.glob("configs/tiny*")]
-    return hashlib.sha256(repr(parts).encode() + b"".join(p.read_bytes() for p in sorted(names))).hexdigest()[:8]
+    code = b"".join(path.read_bytes() for path in sorted(names))
+    return hashlib.sha256(repr(parts).encode() + code).hexdigest()[:8]
 
 
 def run_part(name: str, seed: int, parts: dict[str, Part], out: Path, before: dict) -> None:
@@ -108,8 +109,8 @@ def run_part(name: str, seed: int, parts: dict[str, Part], out: Path, before: di
         before[needed, seed].result()  # submitted earlier, so it is done or running in another thread
     if (folder / "summary.json").exists():
         return
-    words = ["--config", "configs/tiny.yaml", "--seed", str(seed), "--run_dir", str(folder), "--overwrite", "true"]
-    words += ["--save_every", "0", "--log_samples", "0", *part.options]
+    words = ["--config", "configs/tiny.yaml", "--seed", str(seed), "--run_dir", str(folder), *part.options]
+    words += ["--overwrite", "true", "--save_every", "0", "--log_samples", "0"]
     if part.start:
         words += ["--model", str(out / f"{part.start}_{seed}" / "model")]
     if part.budget:
@@ -153,7 +154,8 @@ def seed_figures(run: dict) -> dict[str, float]:
     row = {"reward, first 5 steps": first, "reward, last 10 steps": last, "reward, rise": last - first}
     for prefix, name in (("", "held-out"), ("strict_", "strict")):
         before, after = run[f"{prefix}accuracy_before"], run[f"{prefix}accuracy_after"]
-        row |= {f"{name} accuracy before": before, f"{name} accuracy after": after, f"{name} rise": after - before}
+        row |= {f"{name} accuracy before": before, f"{name} accuracy after": after}
+        row[f"{name} rise"] = after - before
     for kind, one in run["accuracy_by_kind"].items():
         row[f"held-out rise, {kind}"] = one["after"] - one["before"]
     return row
@@ -181,13 +183,12 @@ def flops(name: str, seed: int, parts: dict[str, Part], out: Path) -> float:
 def ablation_tables(names: Sequence[str], seeds: Sequence[int], parts: dict[str, Part], out: Path) -> str:
     """Markdown: accuracy, paired difference to BASELINE, compute; then accuracy by kind."""
     runs = {name: [outcome(out, name, seed) for seed in seeds] for name in names}
-    lines = [
-        f"n = {runs[BASELINE][0]['held_out/n']} held-out and {runs[BASELINE][0]['strict/n']} strict cases per seed.\n",
-        "| condition | held-out | strict | difference, held-out | difference, strict | with thought | compute | format |",
-        "|---" * 8 + "|",
-    ]
+    n = [runs[BASELINE][0][f"{split}/n"] for split in SPLITS]
+    heads = "held-out|strict|difference, held-out|difference, strict|with thought|compute|format".split("|")
+    lines = [f"n = {n[0]} held-out, {n[1]} strict cases per seed\n", f"| condition | {' | '.join(heads)} |"]
+    lines.append("|---" * (len(heads) + 1) + "|")
     kinds = [f"{split}/accuracy_{kind}" for split in SPLITS for kind in KINDS]
-    by_kind = ["| with thought, by kind | " + " | ".join(key.replace("accuracy_", "") for key in kinds) + " |"]
+    by_kind = [f"| with thought, by kind | {' | '.join(kinds)} |".replace("accuracy_", "")]
     by_kind.append("|---" * (len(kinds) + 1) + "|")
     for name in names:
         right = {split: [run[f"{split}/correct_rate"] for run in runs[name]] for split in SPLITS}
@@ -219,7 +220,8 @@ def draw(names: Sequence[str], seeds: Sequence[int], out: Path) -> Path:
             values = [outcome(out, name, seed)[f"{split}/correct_rate"] for seed in seeds]
             mean, half = interval(values)
             axis.plot(values, [place + 0.18] * len(values), "o", color="C0", alpha=0.55, markersize=5)
-            axis.errorbar(mean, place - 0.12, xerr=half if half == half else 0, fmt="s", color="black", capsize=4)
+            half = 0 if math.isnan(half) else half
+            axis.errorbar(mean, place - 0.12, xerr=half, fmt="s", color="black", capsize=4)
         label = "right calls: seeds, mean, 95 % interval"
         axis.set(title=f"{split.replace('_', '-')} cases", xlabel=label, xlim=(0, 1))
     axes[0].set_yticks(range(len(names)), [CONDITIONS[name] for name in names])
@@ -231,11 +233,11 @@ def draw(names: Sequence[str], seeds: Sequence[int], out: Path) -> Path:
 def main() -> None:
     """Runs what is missing and prints the tables."""
     demo = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text(encoding="utf-8"))
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("seeds", "ablations"))
     parser.add_argument("--seeds", type=int, help="how many; default: 8, ablations: 5")
     parser.add_argument("--controls", type=int, default=1, help="seeds of each negative control")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time, one thread each")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
     parser.add_argument("--steps", type=int, default=demo["steps"], help="of RL")
     parser.add_argument("--warmup_steps", type=int, default=demo["warmup_steps"])
     parser.add_argument("--out", type=Path, default=Path("runs/mini_paper"), help="folder of the runs")

@@ -1,4 +1,4 @@
-"""Lets the tests import the flat scripts, from whatever directory pytest is started; one thread for each process."""
+"""Lets the tests import the flat scripts, wherever pytest is started; one thread for each process."""
 
 import os
 import sys

@@ -29,7 +29,7 @@ def run(*words: object) -> str:
 )
 def test_a_benchmark_ends_with_its_ratios(bench, words):
     result = json.loads(run(bench, *words.split()).splitlines()[-1])
-    assert result["bench"] == bench and 0 < result["ratio_min"] <= result["ratio_median"] <= result["ratio_max"]
+    assert 0 < result["ratio_min"] <= result["ratio_median"] <= result["ratio_max"]
 
 
 def test_scaling_compares_one_process_and_two():

@@ -1,7 +1,7 @@
 """The drill in short: every fault of a long run at least once, on two real processes under torchrun's agent.
 
-The cases are those of `python tests/drill/run.py`, which does them more often and kills at more moments. A case raises
-AssertionError where a fault was not survived.
+The cases are those of `python tests/drill/run.py`, which does them more often and kills at more moments. A
+case raises AssertionError where a fault was not survived.
 """
 
 import shutil
@@ -17,9 +17,9 @@ import run as drill  # noqa: E402
 
 CASES = drill.all_cases(rounds=2)
 CHEAP = """
-kill_one/0 kill_all/0 restart/one sigterm/0 sigint/0 nonfinite/once nonfinite/in_a_row disk/full_late disk/log_full
-disk/read_only damaged/shard_flipped damaged/shard_pickled hang/step out_of_memory/update out_of_memory/rollout
-two_runs/second_run untrusted/pickled_model untrusted/remote_code
+kill_one/0 kill_all/0 restart/one sigterm/0 sigint/0 nonfinite/once nonfinite/in_a_row disk/full_late
+disk/log_full disk/read_only damaged/shard_flipped damaged/shard_pickled hang/step out_of_memory/update
+out_of_memory/rollout two_runs/second_run untrusted/pickled_model untrusted/remote_code
 """.split()
 
 

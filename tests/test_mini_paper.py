@@ -16,9 +16,7 @@ from mini_paper import ablation_parts, interval  # noqa: E402
 def test_the_conditions_have_equal_data_and_compute():
     parts = ablation_parts(steps=140, warmup_steps=1500)
     rewards = {name: part.options[-1] for name, part in parts.items() if "--reward" in part.options}
-    assert rewards == {
-        "rl_no_reason": "no_reason", "rl_partial_format": "partial_format", "rl_partial_names": "partial_names",
-    }
+    assert rewards == {f"rl_{name}": name for name in ("no_reason", "partial_format", "partial_names")}
     assert {name for name, part in parts.items() if part.start != "start"} == {"start", "sft_then_rl"}
     assert (parts["sft_clean"].budget, parts["sft_imperfect"].budget, parts["sft_half"].budget) == (1, 1, 0.5)
     assert parts["sft_half"].options[-2:] == ("--data_to", "0.5")
@@ -31,7 +29,7 @@ def test_the_interval_is_students():
     assert interval([2.0])[0] == 2.0 and math.isnan(interval([2.0])[1])
 
 
-@pytest.mark.parametrize("what, row", [("seeds", "shuffled_rewards, 1 seeds"), ("ablations", "| SFT, flawed")])
+@pytest.mark.parametrize("what, row", [("seeds", "shuffled_rewards, 1 seed"), ("ablations", "| SFT, flawed")])
 def test_a_toy_comparison_runs(tmp_path, what, row):
     toy = "--seeds 1 --steps 2 --warmup_steps 4 --jobs 2".split()
     few = "-- --eval_cases 4 --synthetic_train 40 --prompts_per_step 4 --minibatch_prompts 4".split()
