@@ -7,6 +7,7 @@ import hashlib
 import json
 import multiprocessing.forkserver
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -132,7 +133,7 @@ def over(job: Job, limit: float = LIMIT_S) -> None:
 def ends(job: Job, *parts: str) -> None:
     """Waits for the end: that of a finished run, or one sentence with these parts and no traceback."""
     over(job)
-    errors = [line for line in job.said().splitlines() if line.startswith("error: ")]
+    errors = re.findall(r"\berror: .*", job.said())  # another rank's progress bar may stand before it
     told = f"{job.log}: ended with {job.code}, and with: {job.said()[-400:]!r}"
     if parts:
         assert job.code == 1 and len(errors) == 1 and "run_script" not in job.said(), told
