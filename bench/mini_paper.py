@@ -2,14 +2,12 @@
 
     python bench/mini_paper.py seeds        8 seeds, then lr 0 and shuffled rewards; 20 minutes on 2 cores
     python bench/mini_paper.py ablations    rewards, SFT, RL, and SFT then RL, 5 seeds; 45 minutes on 2 cores
-    python bench/mini_paper.py ablations --seeds 1 --steps 4 --warmup_steps 60    does everything work?
+    … --seeds 1 --steps 4 --warmup_steps 60 --eval_cases 8     does everything work?
 
 ablations: all conditions of a seed start from one warmed-up model, half of whose demonstrations have a
-thought, and are tested on the same cases: do the calls equal the answer, with or without a thought? Equal
-data: the same training queries; "SFT then RL" imitates one half and is rewarded for the other. Equal compute:
-SFT stops at the FLOPs that "RL binary" of the same seed took; the two parts of "SFT then RL" have half of the
-FLOPs and of the steps. Finished runs (OUT/RECIPE/NAME_SEED/summary.json) are not done again, so it can be
-interrupted at any time.
+thought, and are tested on the same cases. Equal data: "SFT then RL" imitates one half of the queries and is
+rewarded for the other. Equal compute: SFT stops at the FLOPs of "RL binary" of the same seed; the two parts of
+"SFT then RL" have half of the FLOPs and of the steps. Finished runs (OUT/RECIPE/NAME_SEED) are not done again.
 """
 
 from __future__ import annotations
@@ -241,11 +239,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=demo["steps"], help="of RL")
     parser.add_argument("--warmup_steps", type=int, default=demo["warmup_steps"])
     parser.add_argument("--out", type=Path, default=Path("runs/mini_paper"), help="folder of the runs")
-    parser.add_argument("settings", nargs="*", help="further settings of every run, after --")
-    args = parser.parse_args()
+    args, settings = parser.parse_known_args()  # other --key value pairs are settings of every run
     ablations = args.what == "ablations"
     parts = (ablation_parts if ablations else seed_parts)(args.steps, args.warmup_steps)
-    parts = {name: replace(part, options=(*part.options, *args.settings)) for name, part in parts.items()}
+    parts = {name: replace(part, options=(*part.options, *settings)) for name, part in parts.items()}
     first, many = (301, args.seeds or 5) if ablations else (201, args.seeds or 8)  # not used in development
     seeds = {name: range(first, first + (args.controls if name in CONTROLS else many)) for name in parts}
     out = (args.out / recipe(parts)).resolve()

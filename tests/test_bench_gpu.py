@@ -1,7 +1,4 @@
-"""bench/gpu.py runs without a GPU, and its checks fail where something is wrong.
-
-A GPU is to be had for minutes only: they must not be spent on the program's own mistakes.
-"""
+"""bench/gpu.py runs without a GPU, and its checks fail where something is wrong."""
 
 import json
 import subprocess

@@ -47,11 +47,3 @@ def test_the_drill_notices_one_flipped_bit(site, tmp_path, name):
     drill.flip(copy / name)
     with pytest.raises(AssertionError, match=f"{name} differs"):
         jobs.same_as_undisturbed(site, copy)
-
-
-def test_the_drill_notices_a_step_that_is_logged_twice(site, tmp_path):
-    copy = shutil.copytree(site / "whole", tmp_path / "run")
-    lines = (copy / "log.jsonl").read_text().splitlines(keepends=True)
-    (copy / "log.jsonl").write_text("".join([*lines, lines[-1]]))
-    with pytest.raises(AssertionError, match="log.jsonl has the steps"):
-        jobs.same_as_undisturbed(site, copy)

@@ -32,7 +32,7 @@ def test_the_interval_is_students():
 @pytest.mark.parametrize("what, row", [("seeds", "shuffled_rewards, 1 seed"), ("ablations", "| SFT, flawed")])
 def test_a_toy_comparison_runs(tmp_path, what, row):
     toy = "--seeds 1 --steps 2 --warmup_steps 4 --jobs 2".split()
-    few = "-- --eval_cases 4 --synthetic_train 40 --prompts_per_step 4 --minibatch_prompts 4".split()
+    few = "--eval_cases 4 --synthetic_train 40 --prompts_per_step 4 --minibatch_prompts 4".split()
     command = [sys.executable, "bench/mini_paper.py", what, *toy, "--out", str(tmp_path), *few]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
