@@ -1,14 +1,14 @@
-"""How fast `eval_bfcl.py score` is: start-up, rows per second, all cases once; beside the official checker on request.
+"""How fast `eval_bfcl.py score` is: start-up, rows per second, all cases once; beside the official checker on
+request.
 
     python bench/bfcl_speed.py --golden ../shared/golden/bfcl_verdicts.jsonl.gz --data ../shared/data/bfcl
     … --official FOLDER      the folder that holds bfcl_eval (pip install --no-deps --target FOLDER bfcl-eval)
 
-Every measurement is a process of its own with one thread; the kinds take turns. Seconds are those of the processor,
-so other work on the machine hardly counts. Ours reads, judges and writes all reports. The official checker reads and
-judges, with our decoding, and writes nothing.
+Every measurement is a process of its own with one thread; the kinds take turns. Seconds are those of the
+processor, so other work on the machine hardly counts. Ours reads, judges and writes all reports. The official
+checker reads and judges, with our decoding, and writes nothing.
 """
 
-import argparse
 import gzip
 import json
 import os
@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from timing import ROOT, machine, run_process
+from timing import ROOT, machine, options, run_process
 
 sys.path.insert(0, str(ROOT))
 
@@ -49,7 +49,9 @@ with gzip.open({golden!r}, "rt") as file:
     rows = [json.loads(line) for line in file]
 for row in rows:
     case, calls = problems[row["id"]], bfcl_check.decode(row["output"])
-    if "relevance" in case.category or calls is None or any(not isinstance(*call.values(), dict) for call in calls):
+    if "relevance" in case.category or calls is None:
+        continue
+    if any(not isinstance(*call.values(), dict) for call in calls):
         continue
     language = languages.get(case.category, Language.PYTHON)
     valid += ast_checker(case.functions, calls, case.answer, language, case.category, "m")["valid"]
@@ -69,20 +71,17 @@ def plausible_output(case: Problem) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--golden", type=Path, required=True, help="bfcl_verdicts.jsonl.gz")
-    parser.add_argument("--data", type=Path, required=True, help="folder with BFCL_v4_*.json")
-    parser.add_argument("--official", type=Path, help="folder that holds the package bfcl_eval")
-    parser.add_argument("--repeats", type=int, default=7)
-    args = parser.parse_args()
-    golden, data = str(args.golden.resolve()), str(args.data.resolve())
+    golden, data = "../shared/golden/bfcl_verdicts.jsonl.gz", "../shared/data/bfcl"
+    args = options(__doc__, golden=golden, data=data, official="", repeats=7)
+    golden, data = str(Path(args.golden).resolve()), str(Path(args.data).resolve())
     with gzip.open(golden, "rt", encoding="utf-8") as file:
         rows = sum(1 for _ in file)
     problems = load_problems(data).values()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["BFCL_PROJECT_ROOT"] = folder  # the official checker writes there when it is imported
         once = Path(folder) / "once.jsonl"
-        once.write_text("".join(json.dumps({"id": p.id, "output": plausible_output(p)}) + "\n" for p in problems))
+        outputs = [json.dumps({"id": case.id, "output": plausible_output(case)}) for case in problems]
+        once.write_text("\n".join(outputs) + "\n")
         score = ["score", "--data", data, "--out", folder, "--predictions"]
         codes = {
             f"score, {rows:,} golden rows": (SCORE, [*score, golden], rows),
@@ -90,7 +89,7 @@ def main() -> None:
         }
         if args.official:
             codes[f"official checker alone, {rows:,} golden rows"] = (OFFICIAL, [], rows)
-        names = {"root": str(ROOT), "data": data, "golden": golden, "official": str(args.official)}
+        names = {"root": str(ROOT), "data": data, "golden": golden, "official": args.official}
         seconds: dict[str, list[float]] = {name: [] for name in ("start (--help)", *codes)}
         for _ in range(args.repeats):
             seconds["start (--help)"].append(run_process(["eval_bfcl.py", "--help"]).cpu)

@@ -1,4 +1,5 @@
-"""What the benchmarks share: a random model, the FLOPs of its work, this machine's rate, taking turns, one step.
+"""What the benchmarks share: a random model, the FLOPs of its work, this machine's rate, taking turns, one
+step.
 
 Everything that they call of the product's inner functions is in this file.
 """
@@ -56,9 +57,10 @@ class Shape:
 def qwen_config(shape: Shape, eos: int = 0, pad: int = 0) -> Qwen2Config:
     """The config of a Qwen2 of this shape."""
     return Qwen2Config(
-        vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.inner, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, tie_word_embeddings=shape.tied,
-        max_position_embeddings=32768, rope_theta=1e6, bos_token_id=None, eos_token_id=eos, pad_token_id=pad,
+        vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.inner, rope_theta=1e6,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+        tie_word_embeddings=shape.tied, max_position_embeddings=32768, bos_token_id=None, eos_token_id=eos,
+        pad_token_id=pad,
     )
 
 
@@ -73,7 +75,7 @@ def random_model(shape: Shape, device: torch.device = CPU, checkpointing: bool =
     return model
 
 
-def random_groups(vocab: int, sizes: Sequence[tuple[int, Sequence[int]]]) -> list[tuple[list[int], list[list[int]]]]:
+def random_groups(vocab: int, sizes: Sequence[tuple[int, Sequence[int]]]) -> list[tuple]:
     """Groups of random tokens with these lengths, (prompt, responses)."""
     rng = random.Random(0)
     return [(rng.choices(range(vocab), k=p), [rng.choices(range(vocab), k=r) for r in rs]) for p, rs in sizes]
@@ -89,7 +91,9 @@ def sample(
     model: nn.Module, prompts: Sequence[list[int]], copies: int, new: int, engine: str = "shared_prefix",
     stops: Sequence[int] = (), half: bool = True,
 ) -> Replies:
-    """`copies` responses (1: greedy) to every prompt, of `new` tokens unless one of `stops` comes; half: bf16."""
+    """`copies` responses (1: greedy) to every prompt, of `new` tokens unless one of `stops` comes; half:
+    bf16.
+    """
     requests = [Prompt(str(i), ids, i) for i, ids in enumerate(prompts)]
     stops, temperature = list(stops) or [model.config.vocab_size], TEMPERATURE if copies > 1 else 0.0
     with autocast(next(model.parameters()).device) if half else contextlib.nullcontext():
@@ -119,7 +123,8 @@ def grpo_step(step: Step, reward: Callable[[list[int]], float], clock: Clock) ->
         groups = []
         for i, ids in enumerate(step.prompts):
             responses, sampled = zip(*rows[i * copies : (i + 1) * copies])
-            groups.append(Group(Prompt(str(i), ids, i), list(responses), list(sampled), [""] * copies, [True] * copies))
+            prompt, texts, truncated = Prompt(str(i), ids, i), [""] * copies, [True] * copies
+            groups.append(Group(prompt, list(responses), list(sampled), texts, truncated))
         advantages = group_std(torch.tensor([[reward(ids) for ids in group.responses] for group in groups]))
         updates = make_minibatches(groups, advantages, config, step.ranks, uses_shared_prefix(step.policy))
     with clock("reference"):
@@ -158,12 +163,13 @@ def group_flops(
 ) -> float:
     """FLOPs of the log-probs of one group, 2 per multiply-add, so many times. case: prompt, response, copies.
 
-    A forward has 2 products of attention, a backward 5, because the scores are computed again. shared: packed;
-    then the last layer computes only what predicts something (attention.trim_last_layer).
+    A forward has 2 products of attention, a backward 5, because the scores are computed again. shared:
+    packed; then the last layer computes only what predicts something (attention.trim_last_layer).
     """
     prompt, response, copies = case
     times = 1 if shared else copies  # that a prompt is computed
-    weights = (times * prompt + copies * response) * matrices(shape) + copies * response * shape.hidden * shape.vocab
+    weights = (times * prompt + copies * response) * matrices(shape)
+    weights += copies * response * shape.hidden * shape.vocab
     own, replies = times * prompt * (prompt + 1) / 2, copies * response * (prompt + (response + 1) / 2)
     pairs = (own + replies) * shape.layers
     if shared:

@@ -5,9 +5,10 @@
     python bench/gpu.py --tiny      without CUDA: runs every line of it; its figures mean nothing
 
 Random models in the shapes of Qwen2.5; bf16 by autocast over fp32 weights, as in the product; the 7B has bf16
-weights. Every result is printed and appended to --out (JSON lines) at once; what fails or would not fit into the
-time is a result too. Floors: the work's bytes or FLOPs over this card's own copy and matrix rates, measured first.
-The exit code is 1 if a check or measurement failed. bench/README.md says what each figure means.
+weights. Every result is printed and appended to --out (JSON lines) at once; what fails or would not fit into
+the time is a result too. Floors: the work's bytes or FLOPs over this card's own copy and matrix rates,
+measured first. The exit code is 1 if a check or measurement failed. bench/README.md says what each figure
+means.
 """
 
 from __future__ import annotations
@@ -29,7 +30,16 @@ import torch
 import transformers
 from common import ROOT
 from gpu_measure import (
-    Session, allocated_gib, attempt, decode_floor, emit, forward_flops, measure, measure_rates, prefill_flops, seconds,
+    Session,
+    allocated_gib,
+    attempt,
+    decode_floor,
+    emit,
+    forward_flops,
+    measure,
+    measure_rates,
+    prefill_flops,
+    seconds,
     short,
 )
 from torch import nn
@@ -64,17 +74,19 @@ def rollout_of(session: Session, name: str) -> None:
     model = session.build(name)
     for engine in ENGINES:
         for rows in session.load.rollouts:
-            attempt(session, "rollout", f"{name} {engine} {rows}", engine_speed, model, name, engine, rows, needs=8)
+            title = f"{name} {engine} {rows}"
+            attempt(session, "rollout", title, engine_speed, model, name, engine, rows, needs=8)
 
 
 def engine_speed(session: Session, model: nn.Module, name: str, engine: str, rows: int) -> dict:
     """Prefill and decode of `rows` sequences; prefill tokens are those of distinct prompts.
 
-    A decode step's seconds are those of a whole rollout, less one that ends after its first token, over the steps
-    in between.
+    A decode step's seconds are those of a whole rollout, less one that ends after its first token, over the
+    steps in between.
     """
     load, shape = session.load, session.models[name]
-    prompts = [ids for ids, _ in common.random_groups(shape.vocab, [(load.prompt, ())] * (rows // load.copies))]
+    sizes = [(load.prompt, ())] * (rows // load.copies)
+    prompts = [ids for ids, _ in common.random_groups(shape.vocab, sizes)]
 
     def run(new: int) -> None:
         common.sample(model, prompts, load.copies, new, engine)
@@ -114,7 +126,8 @@ def train_speed(session: Session, name: str, checkpointing: bool) -> dict:
 
     def batches(shared: bool) -> list:
         plan = micro_batches(sizes, load.budget, shared)
-        return [pack([(groups[i][0], groups[i][1][part]) for i, part in parts], session.device, shared) for parts in plan]
+        taken = [[(groups[i][0], groups[i][1][part]) for i, part in parts] for parts in plan]
+        return [pack(some, session.device, shared) for some in taken]
 
     def run(packed_batches: list, backward: bool) -> None:
         for packed in packed_batches:
@@ -125,7 +138,8 @@ def train_speed(session: Session, name: str, checkpointing: bool) -> dict:
         model.zero_grad(set_to_none=True)
 
     packed, rows, before = batches(True), batches(False), allocated_gib(session)
-    peak, plain_peak = (before + measure(session.device, run, side, True)[1] for side in (packed, rows))  # warms up
+    # warms up
+    peak, plain_peak = (before + measure(session.device, run, side, True)[1] for side in (packed, rows))
     jobs = {"forward": (packed, False), "both": (packed, True), "plain": (rows, True)}
     times = {job: [seconds(session, run, *arguments)] for job, arguments in jobs.items()}
     while len(times["both"]) < 5 and session.left() > 2 * sum(taken[-1] for taken in times.values()):
@@ -133,14 +147,18 @@ def train_speed(session: Session, name: str, checkpointing: bool) -> dict:
             times[job].append(seconds(session, run, *arguments))
     median = {job: statistics.median(taken) for job, taken in times.items()}
     ratios = common.spread([plain / both for both, plain in zip(times["both"], times["plain"])])
-    tokens, plain_tokens = (prompts * (n * load.prompt + load.copies * load.response) for n in (1, load.copies))
+    tokens = prompts * (load.prompt + load.copies * load.response)
+    plain_tokens = prompts * load.copies * (load.prompt + load.response)
     rate = 3 * forward_flops(shape, load, prompts) / median["both"]
     plain_rate = 3 * forward_flops(shape, load, prompts, shared=False) / median["plain"]
     return {
         "tokens_per_s": tokens / median["both"], "forward_tokens_per_s": tokens / median["forward"],
-        "of_measured_peak": rate / session.matrix_rate, "plain_of_measured_peak": plain_rate / session.matrix_rate,
-        "of_datasheet_peak": rate / session.datasheet if session.datasheet else 0.0, **ratios,
-        "token_ratio": plain_tokens / tokens, "of_token_ratio": ratios["ratio_median"] * tokens / plain_tokens,
+        "of_measured_peak": rate / session.matrix_rate,
+        "plain_of_measured_peak": plain_rate / session.matrix_rate,
+        "of_datasheet_peak": rate / session.datasheet if session.datasheet else 0.0,
+        **ratios,
+        "token_ratio": plain_tokens / tokens,
+        "of_token_ratio": ratios["ratio_median"] * tokens / plain_tokens,
         "peak_gib": peak, "plain_peak_gib": plain_peak, "repetitions": len(times["both"]),
     }
 
@@ -150,11 +168,14 @@ def step(session: Session) -> None:
 
 
 def step_speed(session: Session) -> dict:
-    """The second of two GRPO steps by the product's own functions, gradient checkpointing on, KL on, one update."""
+    """The second of two GRPO steps by the product's own functions, gradient checkpointing on, KL on, one
+    update.
+    """
     load, shape, rows = session.load, session.models["1.5B"], session.load.step_prompts * session.load.copies
     config = Config(
         prompts_per_step=load.step_prompts, minibatch_prompts=load.step_prompts, group_size=load.copies,
-        temperature=common.TEMPERATURE, max_response_tokens=load.response, max_tokens_per_micro_batch=2 * load.budget,
+        temperature=common.TEMPERATURE, max_response_tokens=load.response,
+        max_tokens_per_micro_batch=2 * load.budget,
     )
     policy, reference = session.build("1.5B", True), session.build("1.5B").requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
@@ -169,18 +190,18 @@ def step_speed(session: Session) -> dict:
         torch.distributed.destroy_process_group()
     forward = forward_flops(shape, load, load.step_prompts) / session.matrix_rate
     prefill = prefill_flops(shape, load.step_prompts * load.prompt) / session.matrix_rate
-    adam = 28 * count_parameters(policy) / session.copy_rate  # reads weight, gradient, moments; writes all but one
+    # reads weight, gradient, moments; writes all but one
+    adam = 28 * count_parameters(policy) / session.copy_rate
     update = 3 * forward / clock.seconds["update"]
     return {
         "step_s": total, **{f"{phase}_s": spent for phase, spent in clock.seconds.items()},
         "rollout_floor_s": prefill + load.response * max(decode_floor(session, shape, rows, load.response)),
         "reference_floor_s": forward, "update_floor_s": 3 * forward + adam, "update_of_measured_peak": update,
-        "update_of_datasheet_peak": update * session.matrix_rate / session.datasheet if session.datasheet else 0.0,
         "new_tokens_per_s": rows * load.response / total, "peak_gib": before + gib,
     }
 
 
-# ------------------------------------------------------------------------------------------------------ profile
+# ---------------------------------------------------------------------------------------------------- profile
 
 
 def profiles(session: Session) -> None:
@@ -258,7 +279,7 @@ def profile_training(session: Session, model: nn.Module) -> dict:
     return summary_of(*device_work(session, run), wall, syncs)
 
 
-# --------------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------------------------- main
 
 # In this order; a part may use that share of the time that is left when it starts.
 PARTS = {
@@ -284,10 +305,10 @@ def main(arguments: list[str]) -> int:
     """Runs the parts and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--parts", default=",".join(PARTS), help="some of them, comma-separated")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for everything; what would not fit is skipped")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "gpu.jsonl", help="results are appended here")
-    parser.add_argument("--tiny", action="store_true", help="tiny models: to try the program, also without a GPU")
-    parser.add_argument("--table", type=Path, help="print the results of this file as Markdown, and nothing else")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for all; the rest is skipped")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/gpu.jsonl", help="results are appended here")
+    parser.add_argument("--tiny", action="store_true", help="tiny models, also without a GPU")
+    parser.add_argument("--table", type=Path, help="print the results of this file as Markdown")
     args = parser.parse_args(arguments)
     if args.table:
         print(tables(args.table), end="")

@@ -1,4 +1,6 @@
-"""What bench/gpu.py measures with: shapes and loads, the session and its report, this card's rates and floors."""
+"""What bench/gpu.py measures with: shapes and loads, the session and its report, this card's rates and
+floors.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ import torch
 from common import Shape, group_flops, matrices, random_model, trimmed
 from torch import nn
 
-# From the configs on the hub, most wanted first. The 7B has bf16 weights: with fp32 ones and a gradient it would
-# not fit.
+# From the configs on the hub, most wanted first. The 7B has bf16 weights: with fp32 ones and a gradient it
+# would not fit.
 SHAPES = {
     "1.5B": Shape(1536, 8960, 28, 12, 2, 151936),
     "7B": Shape(3584, 18944, 28, 28, 4, 152064, False, torch.bfloat16),
@@ -56,7 +58,9 @@ TINY_LOAD = Load(24, 6, 2, (4,), 2, 2, 80, 20, 5, ((9, (3, 1, 5)), (1, (4, 4)), 
 
 @dataclass(frozen=True)
 class Session:
-    """What every measurement needs. Rates in bytes/s and FLOP/s (datasheet: 0 if unknown); deadline by perf_counter."""
+    """What every measurement needs. Rates in bytes/s and FLOP/s (datasheet: 0 if unknown); deadline by
+    perf_counter.
+    """
 
     device: torch.device
     tiny: bool
@@ -91,7 +95,7 @@ class Session:
         return model
 
 
-# ------------------------------------------------------------------------------------------ measuring, reporting
+# --------------------------------------------------------------------------------------- measuring, reporting
 
 
 def measure(device: torch.device, function: Callable, *args) -> tuple[float, float]:
@@ -136,7 +140,9 @@ def emit(session: Session, part: str, name: str, values: dict) -> None:
 
 
 class OutOfTime(BaseException):
-    """A measurement did not end before its deadline. No Exception, or libraries that catch those would go on."""
+    """A measurement did not end before its deadline. No Exception, or libraries that catch those would go
+    on.
+    """
 
 
 def release(device: torch.device) -> None:
@@ -151,11 +157,12 @@ def attempt(
 ) -> None:
     """Reports the dictionary that function(session, *args) returns, or why there is none.
 
-    needs: seconds; with less left it is skipped. At the deadline it is interrupted. whole: it makes attempts of its
-    own and returns nothing; then those are interrupted, not this.
+    needs: seconds; with less left it is skipped. At the deadline it is interrupted. whole: it makes attempts
+    of its own and returns nothing; then those are interrupted, not this.
     """
     if session.left() <= (0 if session.tiny else needs):
-        return emit(session, part, name, {"skipped": f"needs about {needs:.0f} s, {session.left():.0f} s left"})
+        why = f"needs about {needs:.0f} s, {session.left():.0f} s left"
+        return emit(session, part, name, {"skipped": why})
     values = None
     try:
         with contextlib.nullcontext() if whole else time_limit(session.left()):
@@ -188,11 +195,13 @@ def time_limit(limit: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-# ------------------------------------------------------------------------------------------------------- floors
+# ----------------------------------------------------------------------------------------------------- floors
 
 
 def measure_rates(session: Session) -> Session:
-    """The session with this device's copy rate, bytes read and written, and bf16 matrix rate, on random data."""
+    """The session with this device's copy rate, bytes read and written, and bf16 matrix rate, on random
+    data.
+    """
     device, cuda = session.device, session.device.type == "cuda"
     dtype, size, n = (torch.bfloat16, 2**30, 8192) if cuda else (torch.float32, 2**18, 128)
     source = torch.randn(size, device=device, dtype=dtype)

@@ -1,22 +1,24 @@
 """Peak memory of token log-probs, forward + backward: our LM head, full logits, and checkpointed chunks.
 
-    python bench/logprob_memory.py [--tokens 2048] [--vocab 151936] [--hidden 896] [--repetitions 5] [--threads 1]
+    python bench/logprob_memory.py [--tokens 2048] [--vocab 151936] [--hidden 896] [--repetitions 5]
+      [--threads 1]
 
-Every measurement is a process of its own: the peak of its resident memory during forward and backward, minus what
-was resident before (inputs and weight; the weight's gradient counts). fp32, temperature 0.7, no entropy. The three
-ways take turns; the ratio of a repetition is ours / full logits. Needs Linux's /proc.
+Every measurement is a process of its own: the peak of its resident memory during forward and backward, minus
+what was resident before (inputs and weight; the weight's gradient counts). fp32, temperature 0.7, no entropy.
+The three ways take turns; the ratio of a repetition is ours / full logits. Needs Linux's /proc.
 """
 
-import argparse
 import json
 import statistics
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import common
 import torch
+from timing import options
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -48,7 +50,7 @@ def resident(field: str) -> float:
     return next(int(line.split()[1]) / 2**20 for line in lines if line.startswith(field))
 
 
-def measure(args: argparse.Namespace) -> dict[str, float]:
+def measure(args: Namespace) -> dict[str, float]:
     """One way in this process: GiB, seconds, and a number that tells whether all ways computed the same."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -63,11 +65,8 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for name, default in dict(tokens=2048, vocab=151936, hidden=896, repetitions=5, threads=1).items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--way", choices=WAYS, help="one measurement in this process (used by the program itself)")
-    args = parser.parse_args()
+    # way: one measurement in this process, for the program itself
+    args = options(__doc__, tokens=2048, vocab=151936, hidden=896, repetitions=5, threads=1, way="")
     if args.way:
         print(json.dumps(measure(args)))
         return

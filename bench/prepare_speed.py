@@ -22,8 +22,8 @@ sys.path.insert(0, str(ROOT))
 from corpus.synthetic import synthetic  # noqa: E402
 
 GENUINE = ("xlam_rawformat_repacked.json", "toolace_first100_rawformat_reconstructed.json")
-FILLER = "It accepts the values described below and gives back a JSON object; see the provider's pages for its limits. "
-SYSTEM = "Here is a list of functions in JSON format that you can invoke:\n{}. \nAnswer as [func1(params_name=value)]\n"
+FILLER = "It takes the values described below and returns a JSON object; see the provider's pages for more. "
+SYSTEM = "Here is a list of functions in JSON format that you can invoke:\n{}. \nAnswer as [f(name=value)]\n"
 
 
 def fresh(value: object, i: int) -> object:
@@ -37,13 +37,16 @@ def xlam_records(records: list[dict], count: int) -> Iterator[dict]:
     """`count` records in xLAM's layout, by going round `records` with fresh ids, queries and values."""
     answers = [json.loads(record["answers"]) for record in records]
     for i, (record, calls) in enumerate(islice(cycle(zip(records, answers)), count)):
-        calls = [{**call, "arguments": {k: fresh(v, i) for k, v in call["arguments"].items()}} for call in calls]
+        own = [{k: fresh(v, i) for k, v in call["arguments"].items()} for call in calls]
+        calls = [{**call, "arguments": arguments} for call, arguments in zip(calls, own)]
         query = f"{record['query']} (case {i})"
         yield {"id": i, "query": query, "answers": json.dumps(calls), "tools": record["tools"]}
 
 
 def toolace_records(records: list[dict], count: int) -> Iterator[dict]:
-    """`count` records in ToolACE's layout; the texts in double quotes of every call turn get a number, too."""
+    """`count` records in ToolACE's layout; the texts in double quotes of every call turn get a number,
+    too.
+    """
     for i, record in enumerate(islice(cycle(records), count)):
         turns = []
         for turn in record["conversations"]:
@@ -60,7 +63,8 @@ def demo_records() -> tuple[list[dict], list[dict]]:
     """Seed records from the demo's tools, with descriptions as long as those of the genuine files."""
     xlam, toolace = [], []
     for example in synthetic(400, 0, copies=0):
-        tools = json.dumps([{**t, "description": t["description"] + ". " + 2 * FILLER} for t in example.tools])
+        tools = [{**tool, "description": f"{tool['description']}. {2 * FILLER}"} for tool in example.tools]
+        tools = json.dumps(tools)
         calls = [{"name": call.name, "arguments": call.arguments} for call in example.answer]
         query, written = example.messages[0]["content"], []
         for call in calls:
@@ -82,7 +86,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("options", nargs="*", help="further options of prepare, after --")
     args = parser.parse_args()
-    xlam, toolace = [json.loads((args.data / name).read_text()) for name in GENUINE] if args.data else demo_records()
+    genuine = [json.loads((args.data / name).read_text()) for name in GENUINE] if args.data else None
+    xlam, toolace = genuine or demo_records()
     with tempfile.TemporaryDirectory() as folder:
         sources = {"xlam": xlam_records(xlam, args.xlam), "toolace": toolace_records(toolace, args.toolace)}
         command = ["data.py", "prepare", "--overwrite", "--out", f"{folder}/out", *args.options]
@@ -92,7 +97,7 @@ def main() -> None:
             command += [f"--{name}", str(path)]
         runs = [run_process(command) for _ in range(args.repeats)]
     count = args.xlam + args.toolace
-    print(f"{count:,} records from {args.data or 'the demo tools'}; options: {' '.join(args.options) or 'none'}")
+    print(f"{count:,} records from {args.data or 'the demo tools'}, options {args.options}")
     print("| | minimum | median | maximum |\n|---|---|---|---|")
     print(table_row("seconds", [run.wall for run in runs], ".1f"))
     print(table_row("records per second", [count / run.wall for run in runs], ",.0f"))

@@ -1,22 +1,22 @@
-"""How fast the reward is, and that nothing breaks it: speed by variant, time against length, a million mutations.
+"""How fast the reward is, and that nothing breaks it: speed by variant, time against length, a million
+mutations.
 
     python bench/reward_speed.py [--fuzz 1000000] [--seed 0]
 
-Speed: completions of 600 characters with two calls, variants in turn. Length: seconds for inputs of 125 kB to 1 MB
-that provoke backtracking; linear means that a doubling doubles. Fuzz: seeded mutations (bytes, tags, nesting, huge
-numbers, surrogates, control characters) of good completions, each scored by every variant.
+Speed: completions of 600 characters with two calls, variants in turn. Length: seconds for inputs of 125 kB to
+1 MB that provoke backtracking; linear means that a doubling doubles. Fuzz: seeded mutations (bytes, tags,
+nesting, huge numbers, surrogates, control characters) of good completions, each scored by every variant.
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import sys
 import time
 from collections import Counter
 
-from timing import ROOT, machine
+from timing import ROOT, machine, options
 from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))
@@ -25,19 +25,20 @@ from prompts import ToolCall, render_completion  # noqa: E402
 from reward import REWARDS, score  # noqa: E402
 
 CALLS = [
-    ToolCall("get_weather_forecast", {"city": "San Francisco", "days": 3, "units": "metric", "details": ["wind"]}),
+    ToolCall("get_forecast", {"city": "San Francisco", "days": 3, "units": "metric", "details": ["wind"]}),
     ToolCall("search_hotels", {"city": "San Francisco", "max_price": 150.5, "parking": True, "stars": 4}),
 ]
-THOUGHT = "The user wants the weather in San Francisco for three days and a hotel there under 150.50 with parking. "
+THOUGHT = "The user wants the weather in San Francisco for three days and a hotel under 150.50 with parking. "
 GOOD = render_completion(CALLS, (THOUGHT * 9)[: 600 - len(render_completion(CALLS, "x")) + 1])
 BASES = (GOOD, render_completion(CALLS, "so"))  # in the second, nearly every mutation meets the calls
 
 PIECES = [
-    "<think>", "</think>", "<tool_call>", "</tool_call>", "<|im_end|>", "<|im_start|>assistant", "[", "]", "{", "}", '"',
-    ",", ":", "\\", "2", "-", ".0", "e9", "1e999", "9" * 400, "9" * 5000, "NaN", "-Infinity", "null", "true", " ", "\n",
-    "\t", "\x00", "\x1f", "\x7f", "\ud800", "\udfff", "\ufeff", "\u2028", "é", "e\u0301", "😀", "\\ud800", "\\u0000",
-    "[" * 300, '{"a":' * 300, "]" * 300, "[" * 70 + "]" * 70, '"name"', '"arguments"', '"name": "x", ', "'", "```json\n",
-    '"[{\\"name\\": \\"x\\"}]"', "<tool_call>[]</tool_call>",
+    "<think>", "</think>", "<tool_call>", "</tool_call>", "<|im_end|>", "<|im_start|>assistant", "[", "]",
+    "{", "}", '"', ",", ":", "\\", "2", "-", ".0", "e9", "1e999", "9" * 400, "9" * 5000, "NaN", "-Infinity",
+    "null", "true", " ", "\n", "\t", "\x00", "\x1f", "\x7f", "\ud800", "\udfff", "\ufeff", "\u2028", "é",
+    "e\u0301", "😀", "\\ud800", "\\u0000", "[" * 300, '{"a":' * 300, "]" * 300, "[" * 70 + "]" * 70, '"name"',
+    '"arguments"', '"name": "x", ', "'", "```json\n", '"[{\\"name\\": \\"x\\"}]"',
+    "<tool_call>[]</tool_call>",
 ]
 
 
@@ -74,7 +75,8 @@ def measure_speed(rounds: int = 7, items: int = 4000) -> None:
             seconds[name].append(time.perf_counter() - start)
     print(f"\ncompletions of {len(GOOD)} characters per second, one core")
     for name, times in seconds.items():
-        print(f"  {name:16} best {items / min(times):9,.0f}   median {items / statistics.median(times):9,.0f}")
+        median = items / statistics.median(times)
+        print(f"  {name:16} best {items / min(times):9,.0f}   median {median:9,.0f}")
 
 
 def measure_length() -> None:
@@ -118,10 +120,7 @@ def fuzz(count: int, seed: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--fuzz", type=int, default=1_000_000, help="mutated completions (0: none)")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = options(__doc__, fuzz=1_000_000, seed=0)
     print(machine())
     measure_speed()
     measure_length()

@@ -1,14 +1,13 @@
 """Rollout engines against Hugging Face's generate(num_return_sequences=G), taking turns in one process.
 
-    python bench/rollout_engines.py [--case 512/64/8] [--prompts 4] [--tails] [--rounds 5]
+    python bench/rollout_engines.py [--case 512/64/8] [--prompts 4] [--tails] [--engines A,B] [--rounds 5]
 
---case P/R/G: prompts of P tokens (give or take a quarter), R new tokens, G samples each. Random weights, 27 million
-parameters, one thread, fp32, process time. --tails: lengths are geometric with mean 13, by declaring one token in
-thirteen a stop token. The floor is the time of the matrix products of one prefill per prompt and of one decode step
-per token, at the rates that this machine reaches for them.
+--case P/R/G: prompts of P tokens (give or take a quarter), R new tokens, G samples each. Random weights, 27
+million parameters, one thread, fp32, process time. --tails: lengths are geometric with mean 13, by declaring
+one token in thirteen a stop token. The floor is the time of the matrix products of one prefill per prompt and
+of one decode step per token, at the rates that this machine reaches for them.
 """
 
-import argparse
 import random
 import statistics
 import time
@@ -16,6 +15,7 @@ import time
 import common
 import torch
 from common import Shape
+from timing import options
 
 SHAPE = Shape(hidden=512, inner=1408, layers=8, heads=8, kv_heads=2, vocab=8192)
 
@@ -35,13 +35,9 @@ def linear_seconds(rows: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", default="512/64/8", help="prompt tokens / new tokens / samples per prompt")
-    parser.add_argument("--prompts", type=int, default=4)
-    parser.add_argument("--tails", action="store_true", help="lengths with mean 13 instead of exactly R")
-    parser.add_argument("--engines", default="shared_prefix,generate", help="the first is compared with the last")
-    parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    args = options(
+        __doc__, case="512/64/8", prompts=4, tails=False, engines="shared_prefix,generate", rounds=5
+    )
     prompt, new, copies = map(int, args.case.split("/"))
     torch.set_num_threads(1)
     model, rng = common.random_model(SHAPE), random.Random(0)

@@ -3,28 +3,31 @@
     python bench/scaling.py [--rounds 3] [--steps 2] [--prompts 8] [--copies 4] [--response 48]
 
 A random Qwen2 of some 7 million parameters on generated data, fp32, one thread per process, on the CPU under
-torchrun. A round starts three runs one after the other, so that a slow minute meets all: 1 process, 2 on the same
-batch, 2 on twice the batch. Each does one step to warm up and then --steps that count. A ratio is tokens per second
-(prompts and responses) of 2 processes over those of 1 in the same step of the same round; efficiency is half of it.
+torchrun. A round starts three runs one after the other, so that a slow minute meets all: 1 process, 2 on the
+same batch, 2 on twice the batch. Each does one step to warm up and then --steps that count. A ratio is tokens
+per second (prompts and responses) of 2 processes over those of 1 in the same step of the same round;
+efficiency is half of it.
 
-Two processes on one machine are not two machines: they share the memory's bandwidth, the last cache, the clock and
-perhaps one core's units, and what they send passes the loopback interface. waiting: the share of a step in which a
-process's CPU was idle. imbalance: seconds of rollout and rewards, longest minus mean, over those of the step.
+Two processes on one machine are not two machines: they share the memory's bandwidth, the last cache, the
+clock and perhaps one core's units, and what they send passes the loopback interface. waiting: the share of a
+step in which a process's CPU was idle. imbalance: seconds of rollout and rewards, longest minus mean, over
+those of the step.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import common
 import torch.distributed as dist
+from timing import options
 
 from corpus.sources import append_jsonl, read_jsonl
 from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
@@ -52,7 +55,8 @@ def worker(out: str, steps: str, *arguments: str) -> None:
         wall = time.perf_counter() - wall
         everyone = run.ranks.gather((seconds["rollout"] + seconds["reward"], busy))
         alone, busy = zip(*everyone)
-        row = {f"{phase}_s": seconds[phase] for phase in PHASES} | {"step_s": wall, "tokens_per_s": tokens / wall}
+        row = {f"{phase}_s": seconds[phase] for phase in PHASES}
+        row |= {"step_s": wall, "tokens_per_s": tokens / wall}
         row["waiting"] = max(0.0, 1 - statistics.mean(busy) / wall)
         row["imbalance"] = (max(alone) - statistics.mean(alone)) / wall
         if step > 1 and run.ranks.main:
@@ -60,31 +64,30 @@ def worker(out: str, steps: str, *arguments: str) -> None:
     dist.destroy_process_group()
 
 
-def run_case(args: argparse.Namespace, model: Path, case: str, folder: Path) -> list[dict[str, float]]:
+def run_case(args: Namespace, model: Path, case: str, folder: Path) -> list[dict[str, float]]:
     """The rows of one run."""
     processes, times = CASES[case]
+    prompts = args.prompts * times
     settings = dict(
-        model=model, data="synthetic", prompt_template=PROMPT, prompts_per_step=args.prompts * times,
-        minibatch_prompts=args.prompts * times, group_size=args.copies, temperature=1.0, max_prompt_tokens=2000,
-        max_response_tokens=args.response, max_tokens_per_micro_batch=args.micro_batch, gradient_checkpointing="false",
-        lr=1e-6, kl_coef=1e-3, synthetic_train=64, eval_cases=2, reward=f"{__file__}:parity", run_dir=folder / "run",
+        model=model, data="synthetic", prompt_template=PROMPT, prompts_per_step=prompts,
+        minibatch_prompts=prompts, group_size=args.copies, temperature=1.0, max_prompt_tokens=2000,
+        max_response_tokens=args.response, max_tokens_per_micro_batch=args.micro_batch, lr=1e-6, kl_coef=1e-3,
+        gradient_checkpointing="false", synthetic_train=64, eval_cases=2, reward=f"{__file__}:parity",
+        run_dir=folder / "run",
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command += [__file__, "--worker", str(folder / "rows.jsonl"), str(args.steps)]
     command += [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    environment = {key: value for key, value in os.environ.items() if key != "RANK"} | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if done.returncode:
         sys.exit(f"the run of {case} failed; its last lines:\n{done.stderr[-3000:]}")
     return read_jsonl(folder / "rows.jsonl")
 
 
-def main(arguments: list[str]) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    defaults = dict(rounds=3, steps=2, prompts=8, copies=4, response=48, micro_batch=2048, hidden=320, layers=6)
-    for name, default in defaults.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    args = parser.parse_args(arguments)
+def main() -> None:
+    args = options(
+        __doc__, rounds=3, steps=2, prompts=8, copies=4, response=48, micro_batch=2048, hidden=320, layers=6
+    )
     rows: dict[str, list[dict[str, float]]] = {case: [] for case in CASES}
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / "model"
@@ -99,11 +102,14 @@ def main(arguments: list[str]) -> None:
         print(f"{key:<14}" + "".join(f"{case:>10}{value:>9.2f}" for case, value in medians.items()))
     result = {}
     for case in ("strong", "weak"):
-        figures = common.spread([b["tokens_per_s"] / a["tokens_per_s"] for a, b in zip(rows["alone"], rows[case])])
+        pairs = list(zip(rows["alone"], rows[case]))
+        figures = common.spread([two["tokens_per_s"] / one["tokens_per_s"] for one, two in pairs])
         figures["efficiency_median"] = figures["ratio_median"] / 2
-        result[case] = figures | {key: statistics.median(row[key] for row in rows[case]) for key in ("waiting", "imbalance")}
+        for key in ("waiting", "imbalance"):
+            figures[key] = statistics.median(row[key] for row in rows[case])
+        result[case] = figures
     common.print_result("scaling", **result, **vars(args))
 
 
 if __name__ == "__main__":
-    worker(*sys.argv[2:]) if sys.argv[1:2] == ["--worker"] else main(sys.argv[1:])
+    worker(*sys.argv[2:]) if sys.argv[1:2] == ["--worker"] else main()

@@ -1,29 +1,32 @@
 """One whole GRPO step against TRL's GRPOTrainer with its transformers rollout; the two take turns.
 
     pip install -r bench/requirements.txt
-    python bench/step_vs_trl.py [--case 512/64/8] [--prompts 8] [--rounds 5] [--trl_batch N] [--continuous_batching]
+    python bench/step_vs_trl.py [--case 512/64/8] [--prompts 8] [--rounds 5] [--trl_batch N]
+      [--continuous_batching]
 
---case P/R/G: P prompt tokens, exactly R new tokens, G completions per prompt. Both sides: the same Qwen2 of about 4
-million random parameters, fp32, one thread, no gradient checkpointing, AdamW, KL to a frozen reference, one update
-per batch, entropy measured, the same cheap reward. Process time of a rollout, rewards, reference log-probs and the
-update. TRL shuffles its prompts, and masks the end token so that no completion ends early. Each side may work on
-smaller batches inside a step: ours takes --micro_batch tokens, TRL --trl_batch completions (0: all at once) with as
-much accumulation as makes it the same update. --continuous_batching: TRL's other rollout. Floor: a step's FLOPs with
-every prompt computed once, attention included, at this machine's rate for a large matrix product.
+--case P/R/G: P prompt tokens, exactly R new tokens, G completions per prompt. Both sides: the same Qwen2 of
+about 4 million random parameters, fp32, one thread, no gradient checkpointing, AdamW, KL to a frozen
+reference, one update per batch, entropy measured, the same cheap reward. Process time of a rollout, rewards,
+reference log-probs and the update. TRL shuffles its prompts, and masks the end token so that no completion
+ends early. Each side may work on smaller batches inside a step: ours takes --micro_batch tokens, TRL
+--trl_batch completions (0: all at once) with as much accumulation as makes it the same update.
+--continuous_batching: TRL's other rollout. Floor: a step's FLOPs with every prompt computed once, attention
+included, at this machine's rate for a large matrix product.
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
 import tempfile
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import common
 import torch
 from common import CPU, Shape
+from timing import options
 from transformers import Qwen2ForCausalLM, TrainerCallback
 from transformers.utils import logging
 
@@ -52,40 +55,39 @@ class StepTimer(TrainerCallback):
         self.seconds = time.process_time() - self.start
 
 
-def make_peer(folder: Path, texts: list[str], new: int, copies: int, args: argparse.Namespace):
+def make_peer(folder: Path, texts: list[str], new: int, copies: int, args: Namespace):
     """TRL's trainer; each call of train() is two steps, the first of which pays for what is made once."""
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
     rows = len(texts) * copies
     batch = args.trl_batch or rows
-    # Continuous batching knows no least length, but any end token, and would take most of the memory for its pages.
+    # Continuous batching knows no least length, but any end token, and would take most of the memory for its
+    # pages.
     never = {"eos_token_id": 2**20} if args.continuous_batching else {"min_new_tokens": new}
     config = GRPOConfig(
         output_dir=str(folder / "trl"), max_steps=2, per_device_train_batch_size=batch,
         gradient_accumulation_steps=rows // batch, steps_per_generation=rows // batch, num_generations=copies,
-        max_completion_length=new, temperature=common.TEMPERATURE, top_k=0, top_p=1.0, generation_kwargs=never, beta=KL,
-        learning_rate=LEARNING_RATE, loss_type="grpo", lr_scheduler_type="constant", bf16=False, use_cpu=True,
-        gradient_checkpointing=False, report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True,
+        max_completion_length=new, temperature=common.TEMPERATURE, top_k=0, top_p=1.0,
+        generation_kwargs=never, beta=KL, learning_rate=LEARNING_RATE, loss_type="grpo", bf16=False,
+        use_cpu=True, lr_scheduler_type="constant", gradient_checkpointing=False, report_to=[],
+        save_strategy="no", logging_steps=1, disable_tqdm=True,
         model_init_kwargs={"dtype": "float32"}, use_transformers_continuous_batching=args.continuous_batching,
         transformers_continuous_batching_config=cpu_pages([len(texts[0]) + new] * rows), max_grad_norm=1.0,
         log_completions=False,
     )
     return GRPOTrainer(
-        model=str(folder), reward_funcs=lambda completion_ids, **_: [reward(ids) for ids in completion_ids], args=config,
+        model=str(folder), args=config,
+        reward_funcs=lambda completion_ids, **_: [reward(ids) for ids in completion_ids],
         train_dataset=Dataset.from_dict({"prompt": texts}),
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", default="512/64/8", help="prompt tokens / new tokens / completions per prompt")
-    parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--micro_batch", type=int, default=2048, help="tokens of our micro-batches")
-    parser.add_argument("--trl_batch", type=int, default=0, help="completions of TRL's micro-batches; 0: all")
-    parser.add_argument("--continuous_batching", action="store_true", help="TRL's other transformers rollout")
-    args = parser.parse_args()
+    args = options(
+        __doc__, case="512/64/8", prompts=8, rounds=5, micro_batch=2048, trl_batch=0,
+        continuous_batching=False,
+    )
     prompt, new, copies = map(int, args.case.split("/"))
     torch.set_num_threads(1)
     logging.set_verbosity_error()

@@ -1,5 +1,8 @@
-"""What prepare_speed, reward_speed and bfcl_speed share: processes that are timed, table rows, and the machine."""
+"""What prepare_speed, reward_speed and bfcl_speed share: processes that are timed, table rows, and the
+machine.
+"""
 
+import argparse
 import os
 import platform
 import re
@@ -17,7 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Spent:
-    """One process: seconds of the clock and of the processor, the largest memory of such processes so far, output."""
+    """One process: seconds of the clock and of the processor, the largest memory of such processes so far,
+    output.
+    """
 
     wall: float
     cpu: float
@@ -36,6 +41,15 @@ def run_process(arguments: Sequence[str]) -> Spent:
     return Spent(wall, cpu, after.ru_maxrss / 1024, done.stdout)
 
 
+def options(about: str, **defaults: int | str | bool) -> argparse.Namespace:
+    """The command line of a script: an option for every default, of its type. about: its docstring."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in defaults.items():
+        kind = {"action": "store_true"} if default is False else {"type": type(default), "default": default}
+        parser.add_argument(f"--{name}", **kind)
+    return parser.parse_args()
+
+
 def table_row(name: str, values: Sequence[float], form: str) -> str:
     """A row of a Markdown table: minimum, median, maximum."""
     row = (min(values), statistics.median(values), max(values))
@@ -45,5 +59,6 @@ def table_row(name: str, values: Sequence[float], form: str) -> str:
 def machine() -> str:
     """Processor, cores, load, version and date."""
     names = re.findall(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    return (f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; "
+    name = names[0] if names else platform.machine()
+    return (f"{name}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; "
             f"Python {platform.python_version()}, {time.strftime('%Y-%m-%d')}")

@@ -2,18 +2,19 @@
 
     python bench/train_step.py [--case 1000/150/5] [--groups 1] [--repetitions 7]
 
---case P/R/G: prompt and response tokens, responses per prompt. A random Qwen2 of about 4M parameters, fp32, one
-thread. Both sides pack the same tokens, compute the same log-probs and the backward; they take turns, and every
-repetition gives one ratio of CPU times. The floor is the packed step's FLOPs at the machine's matrix rate.
+--case P/R/G: prompt and response tokens, responses per prompt. A random Qwen2 of about 4M parameters, fp32,
+one thread. Both sides pack the same tokens, compute the same log-probs and the backward; they take turns, and
+every repetition gives one ratio of CPU times. The floor is the packed step's FLOPs at the machine's matrix
+rate.
 """
 
-import argparse
 import statistics
 import time
 
 import common
 import torch
 from common import CPU, Shape
+from timing import options
 
 from kernel.packing import pack
 
@@ -31,11 +32,7 @@ def timed(model: torch.nn.Module, groups: list, shared: bool) -> tuple[float, fl
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", default="1000/150/5", help="prompt / response tokens / responses per prompt")
-    parser.add_argument("--groups", type=int, default=1, help="prompts per step")
-    parser.add_argument("--repetitions", type=int, default=7)
-    args = parser.parse_args()
+    args = options(__doc__, case="1000/150/5", groups=1, repetitions=7)
     case = prompt, response, copies = tuple(map(int, args.case.split("/")))
     torch.set_num_threads(1)
     model = common.random_model(SHAPE).train()
@@ -49,7 +46,8 @@ def main() -> None:
         "train_step", **common.spread([rows[1] / ours[1] for ours, rows in pairs]),
         forward_ratio_median=statistics.median(rows[0] / ours[0] for ours, rows in pairs),
         token_ratio=copies * (prompt + response) / (prompt + copies * response),
-        packed_s=statistics.median(ours[1] for ours, _ in pairs), floor_s=floor, gflops=rate / 1e9, **vars(args),
+        packed_s=statistics.median(ours[1] for ours, _ in pairs), floor_s=floor,
+        gflops=rate / 1e9, **vars(args),
     )
 
 

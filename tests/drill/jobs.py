@@ -7,6 +7,7 @@ import hashlib
 import json
 import multiprocessing.forkserver
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -22,11 +23,11 @@ RANKS, STEPS = 2, 6
 SETTINGS = dict(
     config=ROOT / "configs/tiny.yaml", prompt_template=ROOT / "configs/tiny_prompt.txt", warmup_steps=0,
     synthetic_train=40, eval_cases=4, steps=STEPS, prompts_per_step=4, minibatch_prompts=4, group_size=4,
-    max_response_tokens=16, max_tokens_per_micro_batch=1024, save_every=1, keep_checkpoints=3, log_samples=1000,
+    max_response_tokens=16, max_tokens_per_micro_batch=1024, save_every=1, keep_checkpoints=3, log_samples=99,
     reward=f"{worker.__file__}:vowels",
 )
 ENVIRONMENT = {  # as in run.sh
-    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/drill'}", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/drill'}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10",
 }
 LIMIT_S = 240.0  # for one run; more than that is a hang
@@ -93,27 +94,29 @@ def kill(pids: list[int], number: int = signal.SIGKILL) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
-    while number == signal.SIGKILL and any(_parent(pid) for pid in pids):
+    while number == signal.SIGKILL and any(map(alive, pids)):
         time.sleep(0.01)
 
 
-def _parent(pid: int) -> int:
-    """The parent of a process; 0 if it is gone or a zombie, which nobody may be there to collect."""
-    try:
-        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
-    except OSError:
-        return 0
-    return 0 if state == "Z" else int(parent)
+def alive(pid: int) -> bool:
+    """Whether a process is there, and no zombie, which nobody may collect."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
 
 
 def rank_pids(job: Job) -> list[int]:
     """The job's ranks, in the order of their start, which is that of their numbers."""
-    pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
-    return sorted(pid for pid in pids if _parent(pid) == job.agent.pid)
+    with contextlib.suppress(OSError):
+        children = Path(f"/proc/{job.agent.pid}/task/{job.agent.pid}/children").read_text()
+        return sorted(filter(alive, map(int, children.split())))
+    return []
 
 
 def wait_until(job: Job, condition: Callable[[], object], limit: float = LIMIT_S) -> bool:
-    """Whether the condition came true before the job ended. Looks every 2 ms: a save takes some ten of them."""
+    """Whether the condition came true before the job ended. Looks every 2 ms: a save takes some ten of
+    them.
+    """
     deadline = time.monotonic() + limit
     while not condition():
         if job.code is not None or time.monotonic() > deadline:
@@ -130,7 +133,7 @@ def over(job: Job, limit: float = LIMIT_S) -> None:
 def ends(job: Job, *parts: str) -> None:
     """Waits for the end: that of a finished run, or one sentence with these parts and no traceback."""
     over(job)
-    errors = [line for line in job.said().splitlines() if line.startswith("error: ")]
+    errors = re.findall(r"\berror: .*", job.said())  # another rank's progress bar may stand before it
     told = f"{job.log}: ended with {job.code}, and with: {job.said()[-400:]!r}"
     if parts:
         assert job.code == 1 and len(errors) == 1 and "run_script" not in job.said(), told
@@ -139,7 +142,7 @@ def ends(job: Job, *parts: str) -> None:
         assert job.code == 0 and (job.run / "model").is_dir(), told
 
 
-# ---------------------------------------------------------------------------------------------- looking at runs
+# -------------------------------------------------------------------------------------------- looking at runs
 
 
 def latest(run: Path) -> int:

@@ -1,4 +1,6 @@
-"""What the drill starts: grpo.py or sft.py, with one function broken on one rank at one step; no hooks needed."""
+"""What the drill starts: grpo.py or sft.py, with one function broken on one rank at one step; no hooks
+needed.
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from numerics import checks  # noqa: E402
 CHECKS = checks(Session(torch.device("cuda", 0), False, Path("unused"), 0.0, []))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here: run it on a machine that has one")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here; run it where one is")
 @pytest.mark.parametrize("name", CHECKS)
 def test_the_gpu_computes_what_fp32_does(name):
     figures = CHECKS[name]()
