@@ -175,9 +175,7 @@ def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 
 def _convert(key: str, value: Any, kind: type) -> Any:
-    """The YAML or command-line value as `kind`. "1e-6" is a string to YAML, and a bool must not pass for an
-    int.
-    """
+    """A YAML or command-line value as `kind`. "1e-6" is text to YAML, and a bool must not pass for an int."""
     try:
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]

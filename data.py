@@ -23,9 +23,6 @@ from prompts import build_messages, encode_prompt, render_calls
 
 INSPECT = "run: python data.py inspect FILE"
 
-# ------------------------------------------------------------------------------------------ files -> examples
-
-
 def load_splits(config) -> Splits:
     """Training and held-out examples as the config asks: generated for "synthetic", else read from files.
 
@@ -115,9 +112,6 @@ def tokenize_splits(splits: Splits, tokenizer, template: str, config, quiet: boo
         what = f"all {len(splits.train)} training prompts are longer than max_prompt_tokens ({limit})"
         raise DataError(f"data: {what}")
     return Splits(train, {name: kept for name, kept in held_out.items() if kept})
-
-
-# ----------------------------------------------------------------------------------------------- the commands
 
 
 def inspect(path: str, count: int) -> None:

@@ -50,9 +50,6 @@ PAPER = (
 )
 
 
-# ----------------------------------------------------------------------------------------------------- scores
-
-
 def _equal(*names: str) -> dict[str, float]:
     return {name: 1 / len(names) for name in names}
 
@@ -173,9 +170,6 @@ def judge(pairs: Iterable[tuple[dict, Problem]], problems: dict[str, Problem]) -
     sizes = Counter(problem.category for problem in problems.values())
     listed, replies = aggregates(categories, sizes), reply_rows(kinds)
     return cases, {"categories": categories, "aggregates": listed, "replies": replies, "sizes": sizes}
-
-
-# --------------------------------------------------------------------------------------------------- commands
 
 
 def score(args: argparse.Namespace) -> None:

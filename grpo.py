@@ -85,9 +85,7 @@ def micro_batch_loss(
 
 @torch.no_grad()
 def store_logprobs(model: nn.Module, updates: Sequence[Update], name: str) -> None:
-    """Collective. Fills in what stays fixed during the updates: `name` is old_logprobs or
-    reference_logprobs.
-    """
+    """Collective. Fills in what stays fixed in the updates. name: old_logprobs or reference_logprobs."""
     for update in updates:
         for micro in update.micros:
             setattr(micro, name, model.logprobs(micro.packed, entropy=False)[0])
@@ -97,9 +95,7 @@ def update_policy(
     policy: nn.Module, optimizer: torch.optim.Optimizer, updates: Sequence[Update], config: Config,
     ranks: Ranks,
 ) -> dict[str, float]:
-    """Collective. The optimizer updates of a step -> metrics: the loss as a mean over updates, others over
-    tokens.
-    """
+    """Collective. The updates of a step -> metrics: the loss is a mean over updates, others over tokens."""
     sums = torch.zeros(5, dtype=torch.float64)
     tokens = 0
     norms: list[float] = []

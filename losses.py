@@ -21,9 +21,7 @@ from config import Config, ConfigError
 
 
 def group_mean(rewards: Tensor) -> Tensor:
-    """reward - mean of its group; exactly 0 where all rewards are equal. Dr. GRPO (arXiv 2503.20783), section
-    3.2.
-    """
+    """reward - mean of the group; exactly 0 if all are equal. Dr. GRPO (arXiv 2503.20783), section 3.2."""
     flat = rewards.amax(1, keepdim=True) == rewards.amin(
         1, keepdim=True
     )  # seven times 0.1 has another mean than 0.1
@@ -126,9 +124,7 @@ LOSSES: dict[str, Loss] = {
 
 
 def loss_of(config: Config) -> Loss:
-    """The row of LOSSES that the settings choose, with the parts that they change. ConfigError for unknown
-    names.
-    """
+    """The row of LOSSES that the settings choose and change. Raises ConfigError for unknown names."""
     tables = {"loss": LOSSES, "advantage": ADVANTAGES, "aggregation": AGGREGATIONS, "kl": KLS}
     for key, table in tables.items():
         name = getattr(config, key)
@@ -145,9 +141,7 @@ def loss_of(config: Config) -> Loss:
 def policy_loss(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, counts: Tensor, loss: Loss
 ) -> tuple[Tensor, Tensor]:
-    """[N] each, counts [R]: tokens per completion -> the loss [N] per token, before any mean, and the ratio
-    [N].
-    """
+    """[N] each, counts [R]: tokens per completion -> the loss of each token [N], and the ratio [N]."""
     ratio = RATIOS[loss.ratio](logprobs - old_logprobs, counts).exp()
     bounded = ratio.clamp(1 - loss.clip_low, 1 + loss.clip_high)
     return SURROGATES[loss.surrogate](ratio, bounded, logprobs, advantages), ratio

@@ -52,9 +52,6 @@ class ModelError(UserError):
     """A model or tokenizer that cannot be used; the message says which and what to do."""
 
 
-# ------------------------------------------------------------------------------------ attention and log-probs
-
-
 @dataclass(frozen=True)
 class Capabilities:
     """How a model is run, found out once when it is loaded.
@@ -121,9 +118,6 @@ def _hidden(model: nn.Module, packed: Packed) -> Tensor:
     return F.embedding(packed.predict, hidden.flatten(0, 1))
 
 
-# ------------------------------------------------------------------------------------------------ load, build
-
-
 def load_tokenizer(path: str, trust_remote_code: bool = False):
     """The tokenizer of a folder or hub id. Raises ModelError with one sentence when it cannot be read."""
     check_path(path)
@@ -155,17 +149,13 @@ def load_model(
 
 
 def prepare_model(model: nn.Module, device: torch.device, gradient_checkpointing: bool = False) -> nn.Module:
-    """Moves a model to its device and makes it ready for token_logprobs; warns where that is not the fast
-    way.
-    """
+    """Moves a model to its device, makes it ready for token_logprobs, and warns if it is slow there."""
     model.to(device)
     return prepare_like(model, model, gradient_checkpointing)
 
 
 def prepare_like(model: nn.Module, twin: nn.Module, gradient_checkpointing: bool) -> nn.Module:
-    """Makes a model ready for token_logprobs, by what a trial of `twin` shows: of itself, or of its
-    `miniature`.
-    """
+    """Makes a model ready for token_logprobs, by a trial of `twin`: of itself, or of its `miniature`."""
     transformers_logging.disable_progress_bar()  # ours are enough
     AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
     AttentionMaskInterface.register(SHARED_PREFIX, lambda *args, **kwargs: None)
@@ -185,9 +175,7 @@ def prepare_like(model: nn.Module, twin: nn.Module, gradient_checkpointing: bool
 
 
 def miniature(config: PreTrainedConfig, device: torch.device, trust_remote_code: bool = False) -> nn.Module:
-    """Two layers of a model with few random weights: for the trial of a model that no rank holds as a
-    whole.
-    """
+    """Two layers with few random weights: for the trial of a model that no rank holds as a whole."""
     small = copy.deepcopy(config)
     small.num_hidden_layers = min(2, config.num_hidden_layers)
     small.vocab_size = 64
@@ -231,9 +219,7 @@ def find_capabilities(model: nn.Module) -> tuple[Capabilities, list[str]]:
 
 
 def _why_not_packed(model: nn.Module, hidden: Tensor) -> str:
-    """Why packed groups cannot be used; "" where they give `hidden`, the output on plain rows of the
-    trial.
-    """
+    """Why packed groups cannot be used; "" where they give `hidden`, the trial's output on plain rows."""
     kinds = set(getattr(model.config, "layer_types", None) or []) - {"full_attention"}
     if kinds:
         return f"it has layers of {', '.join(sorted(kinds))}"

@@ -26,9 +26,7 @@ from prompts import decode_reply, parse_completion, stop_ids
 from reward import RewardFunction
 
 ENGINES: dict[str, Engine] = {
-    "shared_prefix": shared_prefix,
-    "generate": generate,
-    "continuous_batching": continuous_batching,
+    "shared_prefix": shared_prefix, "generate": generate, "continuous_batching": continuous_batching,
 }
 QUERY_CHARACTERS = 500  # of a query, in samples.jsonl
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "GH200": 989, "H800": 989, "A100": 312, "A800": 312, "B200": 2250}
@@ -121,9 +119,7 @@ def sample_groups(
 def score_groups(
     groups: Sequence[Group], items: Sequence[Tokenized], places: Sequence[int], reward: RewardFunction
 ) -> list[Group]:
-    """The groups with the rewards of their completions, with their examples and places in the step's
-    batch.
-    """
+    """The groups with their rewards, examples and places in the step's batch."""
     scored = []
     for group, item, place in zip(groups, items, places):
         example = item.example

@@ -43,20 +43,14 @@ from reward import RewardFunction, reward_function
 
 @dataclass
 class Inputs:
-    """What the settings name. Read before an old run is replaced, so that a mistake costs nothing."""
+    """What the settings name, and what the tokenizer makes of it. sets: what is evaluated, by name."""
 
     reward: RewardFunction
     template: str
     splits: Splits
-
-
-@dataclass
-class Prompts:
-    """What the start model's tokenizer makes of examples and benchmarks. sets: what is evaluated, by name."""
-
-    tokenizer: object
-    tokenized: Splits
-    sets: dict[str, list[JudgedPrompt]]
+    tokenizer: object = None
+    tokenized: Splits | None = None
+    sets: dict[str, list[JudgedPrompt]] = field(default_factory=dict)
 
 
 @dataclass
@@ -72,7 +66,6 @@ class Session:
     folder: Path
     stop: StopFlag
     inputs: Inputs
-    prompts: Prompts
     path: str
     cold: bool
     monitor: Monitor | None  # of the main process
@@ -86,7 +79,7 @@ class Session:
     @property
     def steps(self) -> int:
         """Of the whole run."""
-        return count_steps(self.config, len(self.prompts.tokenized.train), self.batch)
+        return count_steps(self.config, len(self.inputs.tokenized.train), self.batch)
 
 
 def read_inputs(config: Config) -> Inputs:
@@ -95,19 +88,18 @@ def read_inputs(config: Config) -> Inputs:
     reward = reward_function(config.reward, config.lenient)
     template = load_template(config.prompt_template)
     splits = load_splits(config)
-    # a broken function of the user's own stops here
-    reward("", splits.train[0].answer, splits.train[0].tools)
+    reward("", splits.train[0].answer, splits.train[0].tools)  # a broken function of the user's stops here
     return Inputs(reward, template, splits)
 
 
-def read_prompts(config: Config, path: str, inputs: Inputs, quiet: bool) -> Prompts:
-    """Tokenizes examples and benchmarks for the model in `path`."""
+def read_prompts(config: Config, path: str, inputs: Inputs, quiet: bool) -> Inputs:
+    """The inputs with examples and benchmarks tokenized for the model in `path`."""
     tokenizer = load_tokenizer(path, config.trust_remote_code)
     check_tokenizer(tokenizer, inputs.template)
     tokenized = tokenize_splits(inputs.splits, tokenizer, inputs.template, config, quiet=quiet)
     sets = {name: held_out_prompts(examples) for name, examples in tokenized.held_out.items()}
     sets.update(load_benchmarks(config, tokenizer, inputs.template, quiet=quiet))
-    return Prompts(tokenizer, tokenized, sets)
+    return replace(inputs, tokenizer=tokenizer, tokenized=tokenized, sets=sets)
 
 
 def open_session(config: Config, ranks: Ranks, method: str, examined: bool = False) -> Session:
@@ -120,7 +112,8 @@ def open_session(config: Config, ranks: Ranks, method: str, examined: bool = Fal
     quiet = not ranks.main
     inputs = read_inputs(config)
     # A model that is there shows before an old run is replaced whether its tokenizer and prompts will do.
-    prompts = None if config.model == "tiny" else read_prompts(config, config.model, inputs, quiet)
+    if config.model != "tiny":
+        inputs = read_prompts(config, config.model, inputs, quiet)
     folder = open_run(config, ranks)
     stop = StopFlag()
     if ranks.main:
@@ -131,13 +124,14 @@ def open_session(config: Config, ranks: Ranks, method: str, examined: bool = Fal
     earlier = latest_checkpoint(folder / "warmup")
     monitor = open_monitor(config, folder, checkpoint[1]["step"] if checkpoint else 0, ranks)
     path, cold = start_model(config, inputs, ranks)
-    prompts = prompts or read_prompts(config, path, inputs, quiet)
+    if config.model == "tiny":
+        inputs = read_prompts(config, path, inputs, quiet)
     began -= earlier[1]["seconds"] if earlier and not checkpoint else 0.0
-    session = Session(config, ranks, method, folder, stop, inputs, prompts, path, cold, monitor, began)
+    session = Session(config, ranks, method, folder, stop, inputs, path, cold, monitor, began)
     if not examined:
         start = Start(
-            config, ranks, inputs.template, inputs.reward, inputs.splits, prompts.tokenized,
-            prompts.tokenizer, path, session.steps,
+            config, ranks, inputs.template, inputs.reward, inputs.splits, inputs.tokenized, inputs.tokenizer,
+            path, session.steps,
         )
         check_start(start)
     return session
@@ -240,10 +234,8 @@ def load_policy(
 
 
 def begin(session: Session, stage: Stage) -> Run:
-    """Collective. Policy, frozen reference and optimizer; or all of it from the latest checkpoint in
-    stage.folder.
-    """
-    config, ranks, prompts = session.config, session.ranks, session.prompts
+    """Collective. Policy, reference and optimizer, fresh or from the latest checkpoint in stage.folder."""
+    config, ranks, inputs = session.config, session.ranks, session.inputs
     policy = load_policy(config, stage.path, stage.temperature, ranks)
     # The reference is always the model that training started from, also after a resume.
     reference = None
@@ -266,9 +258,9 @@ def begin(session: Session, stage: Stage) -> Run:
         for name in ("log.jsonl", "samples.jsonl"):
             cut_log(stage.folder / name, state["step"] if checkpoint else -1)
     run = Run(
-        config, ranks, session.method, stage.folder, session.stop, prompts.tokenizer, session.inputs.reward,
-        policy, reference, optimizer, saver, prompts.tokenized.train, prompts.sets,
-        list(prompts.tokenized.held_out), session.batch, stage.steps, state, session.began - state["seconds"],
+        config, ranks, session.method, stage.folder, session.stop, inputs.tokenizer, inputs.reward,
+        policy, reference, optimizer, saver, inputs.tokenized.train, inputs.sets,
+        list(inputs.tokenized.held_out), session.batch, stage.steps, state, session.began - state["seconds"],
         session.monitor, Clock(ranks.watchdog),
     )
     if stage.warm_up:
@@ -316,9 +308,7 @@ def log(run: Run, record: dict) -> None:
 
 
 def evaluate_sets(run: Run) -> dict[str, float]:
-    """Collective. Greedy accuracy on every held-out split and benchmark subset -> log entries, kept in
-    run.results.
-    """
+    """Collective. Greedy accuracy on every held-out split and benchmark -> log entries, also run.results."""
     if run.sets:
         with run.phase("evaluate"), gathered_weights(run.policy) as policy:
             run.results = evaluate(policy, run.tokenizer, run.sets, run.config, run.ranks)
@@ -344,9 +334,7 @@ def note_best(run: Run) -> None:
 
 
 def save_or_stop(run: Run, last: bool) -> None:
-    """Collective. A checkpoint where it is time, at the end, or on a signal; after a signal raises
-    Interrupted.
-    """
+    """Collective. Saves where it is time, at the end, or on a signal, after which it raises Interrupted."""
     step = run.state["step"]
     with run.phase("save"):
         ending = run.stop.requested(run.ranks) or last

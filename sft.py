@@ -45,22 +45,15 @@ BETAS = (0.9, 0.95)  # of AdamW
 
 Imitation = tuple[list[int], list[list[int]]]  # a prompt's token ids, and those of each reply to imitate
 
-# ------------------------------------------------------------------------------------------- what is imitated
-
-
 def replies_to_imitate(example: Example, reason: bool = True) -> tuple[str, ...]:
-    """The example's demonstrations; its answer as bare calls where it has none, or where no `reason` is
-    wanted.
-    """
+    """The example's demonstrations; its answer as bare calls where it has none, or without `reason`."""
     if reason and example.demonstrations:
         return example.demonstrations
     return (render_completion(example.answer, ""),)
 
 
 def encode_replies(tokenizer, train: Sequence[Tokenized], config: Config, quiet: bool) -> list[Imitation]:
-    """What every example gives to imitate. Says how many lack the demonstrations that the settings ask
-    for.
-    """
+    """What every example gives to imitate. Says how many lack demonstrations that the settings ask for."""
     bare = sum(not item.example.demonstrations for item in train)
     if bare and config.sft_reason and not quiet:
         print(f"data: {bare} of {len(train)} examples have no demonstrations: their bare calls are imitated")
@@ -69,9 +62,6 @@ def encode_replies(tokenizer, train: Sequence[Tokenized], config: Config, quiet:
         replies = replies_to_imitate(item.example, config.sft_reason)
         imitations.append((item.ids, [encode_reply(tokenizer, text) for text in replies]))
     return imitations
-
-
-# --------------------------------------------------------------------------------------------------- training
 
 
 def sft_update(
@@ -133,9 +123,6 @@ def train(run: Run, budget: float = 0.0) -> None:
             bar.update()
             bar.set_postfix(loss=f"{metrics['loss']:.3f}", refresh=False)
     evaluate_if_missing(run)
-
-
-# ---------------------------------------------------------------------------------------------- warm-up, main
 
 
 def warm_up(session: Session) -> Session:

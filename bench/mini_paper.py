@@ -6,8 +6,9 @@
 
 ablations: all conditions of a seed start from one warmed-up model, half of whose demonstrations have a
 thought, and are tested on the same cases. Equal data: "SFT then RL" imitates one half of the queries and is
-rewarded for the other. Equal compute: SFT stops at the FLOPs of "RL binary" of the same seed; the two parts of
-"SFT then RL" have half of the FLOPs and of the steps. Finished runs (OUT/RECIPE/NAME_SEED) are not done again.
+rewarded for the other. Equal compute: SFT stops at the FLOPs of "RL binary" of the same seed; the two parts
+of "SFT then RL" have half of the FLOPs and of the steps. Finished runs (OUT/RECIPE/NAME_SEED) are not done
+again.
 """
 
 from __future__ import annotations

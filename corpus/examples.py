@@ -75,9 +75,6 @@ def example_kind(example: Example) -> str:
     return "single" if len(example.tools) == 1 else "choice"
 
 
-# ------------------------------------------------------------------------------------------------- the split
-
-
 def record_of(example_id: str) -> str:
     """The record that a step belongs to. Splits go by it: later steps contain the answers of earlier ones."""
     return example_id.partition("#")[0]
@@ -90,9 +87,6 @@ def hold_out(records: Iterable[str], share: float, seed: int) -> set[str]:
     """
     ranked = sorted(set(records), key=lambda name: hashlib.sha256(f"{seed}/split/{name}".encode()).digest())
     return set(ranked[: round(len(ranked) * share)])
-
-
-# ------------------------------------------------------------------------------------------- examples -> JSON
 
 
 def _as_dict(value: Any) -> dict:

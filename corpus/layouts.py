@@ -18,8 +18,6 @@ from corpus.schema import required, wrong_types
 from corpus.sources import DataError, find_file, read_records
 from prompts import ToolCall, build_messages, strict_json
 
-# ---------------------------------------------------------------------------------------- records -> examples
-
 
 def _require(record: dict, **types: Any) -> None:
     if bad := [field for field, wanted in types.items() if not isinstance(record.get(field), wanted)]:
@@ -177,9 +175,6 @@ LAYOUTS = {  # keys that tell a layout, and its reader
 }
 
 
-# ------------------------------------------------------------------------------------------ files -> examples
-
-
 def _start(source: str | Path, layout: str | None) -> tuple[str, Iterator[tuple[int, Any]]]:
     """The layout of a file, and its records. Raises DataError without a record of a known layout."""
     records = read_records(find_file(source))
@@ -277,9 +272,6 @@ def load_examples(source: str | Path, seen: dict | None = None) -> tuple[list[Ex
         examples += read.examples
         dropped += read.dropped
     return examples, dropped
-
-
-# ------------------------------------------------------------------------------------------ examples -> files
 
 
 def trl_row(example: Example, template: str) -> dict:

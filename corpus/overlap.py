@@ -53,9 +53,6 @@ class Match:
     text: str  # what is shared, normalised: the message, its first shared n-gram, or the tool's name
 
 
-# ------------------------------------------------------------------------------------------------- comparison
-
-
 def normalise(text: str) -> list[str]:
     """Lower-case words without punctuation; a Chinese or Japanese character is a word."""
     if not text.isascii():
@@ -122,9 +119,6 @@ def count_matches(matches: Iterable[Match], cases: Iterable[HeldOutCase]) -> dic
                 trained[name, match.kind].add(match.example)
     names = [*dict.fromkeys(category.values()), "all"]
     return {name: {k: f"{len(tested[name, k])} / {len(trained[name, k])}" for k in KINDS} for name in names}
-
-
-# ------------------------------------------------------------------------------------------------ the command
 
 
 def load_held_out(test: str = "", bfcl: str = "", apibank: str = "") -> list[HeldOutCase]:

@@ -67,9 +67,6 @@ class Prepared:
     statistics: dict = field(default_factory=dict)
 
 
-# ------------------------------------------------------------------------------------------------- statistics
-
-
 def prompt_length(example: Example, template: str, tokenizer=None) -> int:
     """Tokens of the whole prompt, or characters of its messages without a tokenizer."""
     if tokenizer is not None:
@@ -105,9 +102,6 @@ def print_statistics(name: str, described: dict) -> None:
     for title, one in described.items():
         if isinstance(one, dict):
             print(f"  {title}: {', '.join(f'{key} {value:,}' for key, value in one.items())}")
-
-
-# ---------------------------------------------------------------------------------------------------- prepare
 
 
 def sift(inputs: list[Input], args: argparse.Namespace, length_of: Measure) -> Prepared:
@@ -259,9 +253,6 @@ def print_table(inputs: list[Input]) -> None:
     print(f"\n{'dropped':22}" + "".join(f"{one.label:>10}" for one in inputs))
     for reason, _ in dropped.most_common():
         print(f"  {reason:20}" + "".join(f"{one.dropped[reason]:>10,}" for one in inputs))
-
-
-# ----------------------------------------------------------------------------------------------- command line
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

@@ -28,9 +28,6 @@ class DataError(UserError):
     """A file that cannot be used; the message names the file, the line where there is one, and what to do."""
 
 
-# --------------------------------------------------------------------------------------------- finding a file
-
-
 def find_file(source: str | Path) -> Path:
     """The file that `source` names: a path, or the hub's "owner/name" or "owner/name/path/in/it.json".
 
@@ -82,9 +79,6 @@ def _download(repository: str, name: str | None) -> Path:
         raise DataError(f"{what} ({first_line(error)}); {todo}") from None
 
 
-# ------------------------------------------------------------------------------------------- files -> records
-
-
 def read_records(path: Path) -> Iterator[tuple[int, Any]]:
     """A JSON array, JSONL (both perhaps gzipped) or Parquet -> numbered records, one after the other.
 
@@ -130,9 +124,6 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
     with parquet.ParquetFile(path) as file:
         batches = file.iter_batches(batch_size=1000)
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-
-
-# ------------------------------------------------------------------------------------- our own JSONL, digests
 
 
 def append_jsonl(path: Path, rows: Iterable[dict]) -> None:

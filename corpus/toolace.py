@@ -110,9 +110,6 @@ def parse_toolace_calls(
     return calls if at + 1 == len(text) else None
 
 
-# ---------------------------------------------------------------------------------------------------- records
-
-
 def role_of(turn: Any) -> str | None:
     """user, assistant, tool or system, in either dialect; None for what is no turn."""
     speaker = turn.get("from") if isinstance(turn, dict) and isinstance(turn.get("value"), str) else None

@@ -51,9 +51,6 @@ class Group:
         return len({reward.total for reward in self.rewards}) == 1
 
 
-# ---------------------------------------------------------------------------------------- order and seeds
-
-
 def batch_for_step(count: int, step: int, size: int, seed: int) -> list[int]:
     """The indices of step `step` (from 0): a fresh shuffle per pass. A batch may span two passes."""
     indices = []
@@ -85,13 +82,8 @@ def shuffled(rewards: Tensor, seed: int, step: int) -> Tensor:
     return rewards.flatten()[torch.randperm(rewards.numel(), generator=generator)].view_as(rewards)
 
 
-# ------------------------------------------------------------------------------------- groups of all ranks
-
-
 def own_places(places: int, ranks: Ranks) -> range:
-    """The places of a batch that this rank samples: place p is sampled by rank p modulo the number of
-    ranks.
-    """
+    """The places of a batch that this rank samples: place p falls to rank p modulo the number of ranks."""
     return range(ranks.rank, places, ranks.world)
 
 
@@ -106,9 +98,6 @@ def gather_groups(groups: Sequence[Group], prompts_per_step: int, ranks: Ranks) 
 def reward_table(groups: Sequence[Group]) -> Tensor:
     """The rewards of scored groups, [P, G]."""
     return torch.tensor([[reward.total for reward in group.rewards] for group in groups])
-
-
-# ----------------------------------------------------------------------------------- updates, micro-batches
 
 
 @dataclass

@@ -71,9 +71,6 @@ def _why(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-# ----------------------------------------------------------------------------------------------------- saving
-
-
 class Saver:
     """Collective to make. Writes a run's checkpoints and deletes old ones.
 
@@ -208,9 +205,6 @@ def _describe(path: Path) -> dict[str, int | str]:
 
 def _digest(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------- loading
 
 
 def complete_steps(run_dir: Path) -> list[int]:

@@ -94,9 +94,6 @@ def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-# ---------------------------------------------------------------------------------------------------- loading
-
-
 def model_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of a folder or hub id. Raises ModelError."""
     check_path(path)
@@ -175,9 +172,6 @@ def release(model: nn.Module) -> None:
     """Frees what a forward without a backward leaves gathered: embeddings and head, 2 GB of a 7B model."""
     if isinstance(model, FSDPModule) and model.free_layers:
         model.reshard()
-
-
-# ---------------------------------------------------------------------------------------------------- rollout
 
 
 @contextlib.contextmanager

@@ -34,9 +34,6 @@ class Interrupted(Exception):
         super().__init__(f"interrupted after step {step}, all is saved; to go on: {again}")
 
 
-# ------------------------------------------------------------------------------------------------------ ranks
-
-
 @dataclass(frozen=True)
 class Ranks:
     """This process among all: rank of world, and its device. Always a process group, also of one process."""
@@ -108,9 +105,6 @@ def torchrun_job() -> str:
     """What stays the same when torchrun starts its processes again, and differs in every other start."""
     job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
     return f"job {job} of process {os.getppid()} on {socket.gethostname()}"
-
-
-# ----------------------------------------------------------------------------------------------- how runs end
 
 
 def _first_of_node() -> bool:
@@ -214,9 +208,6 @@ def phase_of(error: BaseException) -> str:
     """What Clock noted on an error, like " in phase update of step 12"; "" if it came from no phase."""
     notes = [note for note in getattr(error, "__notes__", ()) if note.startswith("in phase ")]
     return f" {notes[0]}" if notes else ""  # the first is the innermost
-
-
-# ----------------------------------------------------------------------------------------------------- phases
 
 
 class Watchdog(threading.Thread):

@@ -81,9 +81,6 @@ def rejection(gold: ToolCall, api: dict) -> str:
     return ""
 
 
-# ---------------------------------------------------------------------------------------------------- reading
-
-
 def read_json(path: Path) -> Any:
     """The value of a .json file, plain or .gz. Raises ReportError."""
     found = find(path)
@@ -150,9 +147,6 @@ def with_dialogue(case: GoldCall, prompts: list[dict]) -> GoldCall:
     shown = [name for name in listed if name in case.apis]
     written, scenario = item["answer"][0]["parameters"], str(item["other"]["sample_id"])
     return replace(case, written=written, shown=shown, history=history, scenario=scenario)
-
-
-# -------------------------------------------------------------------------------------- the official checkout
 
 
 def load_checkout(root: Path) -> dict[str, GoldCall]:
@@ -222,9 +216,6 @@ def literal(node: ast.expr) -> Any:
     if isinstance(node, ast.Dict):
         return {literal(key): literal(value) for key, value in zip(node.keys, node.values)}
     return ast.literal_eval(node)
-
-
-# ----------------------------------------------------------------------------------------------------- asking
 
 
 def choose_cases(cases: Iterable[GoldCall], levels: str, limit: int | None) -> list[GoldCall]:

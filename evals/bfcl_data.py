@@ -26,9 +26,6 @@ DATA_FOLDERS = (".", "bfcl_eval/data", "data", f"{SUITE}/bfcl_eval/data", f"{SUI
 HUB_ID = "gorilla-llm/Berkeley-Function-Calling-Leaderboard"  # a data set of the hub, in v3's names
 
 
-# ------------------------------------------------------------------------------------------- finding, loading
-
-
 def category_of(case_id: str) -> str:
     """v4's name of the category in an id of v3 or v4; "#2" (see load_problems) may follow the id."""
     name = case_id.rpartition("_")[0]
@@ -127,9 +124,6 @@ def choose_problems(folder: str | Path, categories: Iterable[str], limit: int | 
     return wanted
 
 
-# ----------------------------------------------------------------------------------------------------- asking
-
-
 def _append(text: str, sentence: str) -> str:
     return f"{text.rstrip(' .')}. {sentence}" if text.strip() else sentence
 
@@ -164,8 +158,6 @@ def prompt_cases(problems: Iterable[Problem]) -> list[Case]:
         cases.append(Case(problem.id, problem.category, problem.messages, tools))
     return cases
 
-
-# ----------------------------------------------------------------------------------- for the official command
 
 HUGE_NUMBER = re.compile(r"\d{309}")  # beyond the range of floats: the official checker crashes on it
 

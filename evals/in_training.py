@@ -10,13 +10,12 @@ from pathlib import Path
 
 from torch import nn
 
-from config import Config, ConfigError
+from config import Config, ConfigError, UserError
 from corpus.examples import Example, Tokenized, example_kind
 from distributed.ranks import Ranks
 from evals import apibank_data, bfcl_data
 from evals.apibank_check import apibank_verdict
 from evals.bfcl_check import bfcl_verdict
-from evals.report import ReportError
 from kernel.decode import Prompt
 from prompts import encode_prompt
 from reward import score
@@ -90,7 +89,7 @@ def load_benchmarks(
             golds = apibank_data.choose_cases(golds, "", limit)
             judges = [partial(_by_benchmark, apibank_verdict, gold) for gold in golds]
             judged["apibank"] = list(zip(apibank_data.prompt_cases(golds), judges))
-    except ReportError as error:
+    except UserError as error:
         raise ConfigError(f"bfcl or apibank: {error}") from None
     benchmarks, limit = {}, config.max_prompt_tokens
     for name, cases in judged.items():

@@ -39,9 +39,6 @@ class Case:
     tools: list[dict]
 
 
-# ----------------------------------------------------------------------------------------------- command line
-
-
 @dataclass(frozen=True)
 class Script:
     """What an evaluation script adds to the command line. Options: flag -> keywords of add_argument."""
@@ -101,9 +98,6 @@ def run(script: Script, arguments: list[str] | None) -> int:
     return 0
 
 
-# ------------------------------------------------------------------------------------------------------ files
-
-
 def find(path: Path) -> Path | None:
     """`path`, or else `path` with .gz, or else None."""
     return next((file for file in (path, path.with_name(f"{path.name}.gz")) if file.is_file()), None)
@@ -152,9 +146,6 @@ def _write(path: Path, text: str) -> None:
 def write_rows(path: Path, rows: Iterable[dict]) -> None:
     """One JSON object per line, in place of what was there."""
     _write(path, "".join(f"{_ENCODE(row)}\n" for row in rows))
-
-
-# ------------------------------------------------------------------------------------------------- statistics
 
 
 def interval(correct: float, n: float) -> tuple[float, float]:
@@ -231,9 +222,6 @@ def mcnemar(broken: int, fixed: int) -> float:
     return min(1.0, 2 * tail / 2**n)
 
 
-# ------------------------------------------------------------------------------------------- tables and cases
-
-
 def text_table(header: Sequence[str], rows: Iterable[Sequence[Any]], left: int = 1) -> str:
     """Columns in line: the first `left` ones to the left, the others to the right. None becomes "n/a"."""
     cells = [list(header), *([_cell(value) for value in row] for row in rows)]
@@ -290,9 +278,6 @@ def write_cases(cases: Sequence[dict], out: Path, right: str = "valid", reason: 
             f"  expected: {_ENCODE(case['expected'])}\n  came:     {_ENCODE(case['came'])}\n"
         )
     _write(out / "failures.txt", "".join(told))
-
-
-# ----------------------------------------------------------------------------------- two models, case by case
 
 
 def read_verdicts(place: str, right: str) -> list[dict]:

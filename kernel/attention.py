@@ -182,9 +182,6 @@ class _GatherSegments(torch.autograd.Function):
         return grad.to(ctx.dtype), None, None, None, None
 
 
-# ------------------------------------------------------------------------------------------------ of a model
-
-
 def uses_shared_prefix(model: nn.Module) -> bool:
     """Whether a model from model.prepare_model runs on packed groups; else pack with share_prompt=False."""
     return model.capabilities.shared_prefix

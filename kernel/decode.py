@@ -149,9 +149,6 @@ def decode_attention(
     return out.view(rows, 1, heads, size).to(value.dtype), None
 
 
-# --------------------------------------------------------------------------------------------------- decoding
-
-
 def _head_size(config) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 

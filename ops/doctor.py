@@ -54,13 +54,13 @@ def read_start(config: Config, ranks: Ranks) -> Start:
     """Collective. Data, tokenizer and start model as a run finds them; run_dir is the doctor's own folder."""
     inputs = read_inputs(config)
     path, _ = start_model(config, inputs, ranks)
-    prompts = read_prompts(config, path, inputs, quiet=not ranks.main)
-    steps = count_steps(config, len(prompts.tokenized.train), config.prompts_per_step)
+    inputs = read_prompts(config, path, inputs, quiet=not ranks.main)
+    steps = count_steps(config, len(inputs.tokenized.train), config.prompts_per_step)
     if ranks.main:
         (Path(config.run_dir) / "config.yaml").touch()  # whether all ranks see it is a check
     return Start(
-        config, ranks, inputs.template, inputs.reward, inputs.splits, prompts.tokenized, prompts.tokenizer, path,
-        steps, 10**9,
+        config, ranks, inputs.template, inputs.reward, inputs.splits, inputs.tokenized, inputs.tokenizer,
+        path, steps, limit=10**9,
     )
 
 

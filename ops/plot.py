@@ -135,9 +135,6 @@ def print_results(run: Path) -> None:
             print(f"  reward {row['reward']:g} ({row['reason']})\n    {row['completion']}")
 
 
-# ------------------------------------------------------------------------------------------------ the picture
-
-
 def draw(runs: Sequence[Path], target: Path) -> None:
     """Draws the panels that any run has data for. The suffix of `target` decides the format of the file.
 

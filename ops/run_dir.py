@@ -20,8 +20,6 @@ import yaml
 from config import Config, ConfigError
 from distributed.ranks import Ranks, first_problem, torchrun_job
 
-# -------------------------------------------------------------------------------------- run directory and log
-
 
 def open_run(config: Config, ranks: Ranks) -> Path:
     """Collective. Makes run_dir with config.yaml and git.txt, or checks that it may be resumed, and locks it.
@@ -101,9 +99,7 @@ def _in_use(path: Path, owner: str) -> str:
 
 
 def _differences(path: Path, config: Config) -> str:
-    """Why a run that began with run_dir/config.yaml cannot go on with this config, or ""; prints other
-    changes.
-    """
+    """Why the run in this folder cannot go on with these settings, or ""; prints changes that may be."""
     before = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     # a setting that is newer than the run had its default then
     before = dataclasses.asdict(Config()) | before
@@ -158,9 +154,7 @@ def cut_log(path: Path, step: int) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Gives a folder beside `path` to write into, renamed at the end: a folder named `path` is always
-    complete.
-    """
+    """A folder to write into, renamed to `path` at the end: a folder of that name is always complete."""
     temporary = path.with_name(path.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

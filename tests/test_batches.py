@@ -272,7 +272,7 @@ def test_prompt_seeds_are_distinct():
     assert len({torch.rand(1, generator=g).item() for g in generators}) == 50
 
 
-# ------------------------------------------------------------------------------------------- order of the data
+# ------------------------------------------------------------------------------------------ order of the data
 
 
 def slow_batches(count: int, size: int, seed: int, steps: int) -> list[list[int]]:
