@@ -119,9 +119,7 @@ def evaluate(
     for name, cases in sets.items():
         own = cases[ranks.rank :: ranks.world]
         prompts = [case.prompt for case in own]
-        groups = sample_groups(
-            model, tokenizer, prompts, Decoding.greedy(config), heartbeat=ranks.heartbeat
-        )
+        groups = sample_groups(model, tokenizer, prompts, Decoding.greedy(config), heartbeat=ranks.heartbeat)
         verdicts = [case.judge(group.texts[0]) for case, group in zip(own, groups)]
         hits = Counter(case.part for case, verdict in zip(own, verdicts) if verdict.right)
         calls_right = sum(verdict.calls_right for verdict in verdicts)

@@ -66,13 +66,6 @@ def test_the_busiest_rank_has_at_most_4_3_of_the_best_possible(ranks):
         assert busiest <= 4 / 3 * best
 
 
-def test_equal_lengths_are_shared_out_the_same_way_everywhere():
-    """Every rank works this out alone: where lengths are equal, the place in the batch decides."""
-    assert share_out([5, 5, 5, 5], 2) == [[0, 2], [1, 3]]
-    assert share_out([1, 9, 1, 1], 2) == [[1], [0, 2, 3]], "the longest first, and indices ascend"
-    assert share_out([7], 3) == [[0], [], []] and share_out([], 2) == [[], []]
-
-
 # ----------------------------------------------------------------------------------------- what each computes
 
 
@@ -121,12 +114,6 @@ def test_groups_that_teach_nothing_are_no_ones_work():
     assert len(targets(one)) + len(targets(other)) == one.total_tokens
     nothing = plans(2, settings_of(skip_zero_variance=True), advantages=0 * ADVANTAGES)
     assert all(update.total_tokens == 0 and not update.micros for (update,) in nothing)
-
-
-def test_rows_are_for_models_that_take_no_packed_groups_and_the_budget_can_be_another():
-    (update,) = plans(2, settings_of(), share_prompt=False)[1]
-    assert all(micro.packed.layout is None for micro in update.micros)
-    assert len(plans(1, settings_of(max_tokens_per_micro_batch=1))[0][0].micros) == 12
 
 
 # ----------------------------------------------------------------------------------------- what it adds up to
@@ -290,11 +277,6 @@ def test_every_example_comes_once_per_pass(count, size):
     line = [index for batch in batches for index in batch]
     for start in range(0, len(line), count):
         assert sorted(line[start : start + count]) == list(range(count))
-
-
-def test_a_batch_spans_two_passes():
-    first, second, third = (batch_for_step(10, step, 4, 0) for step in range(3))
-    assert len(third) == 4 and set(third[:2]) == set(range(10)) - set(first) - set(second)
 
 
 def test_the_order_depends_on_seed_and_pass_alone():

@@ -258,16 +258,6 @@ def test_an_update_with_a_bad_gradient_is_skipped_and_counted(policy, ranks, poi
     assert math.isfinite(metrics["grad_norm"])
 
 
-def test_the_gradient_norm_is_clipped(policy, ranks):
-    (free,), metrics = updated(policy, settings_of(), ranks)
-    (clipped,), again = updated(policy, settings_of(max_grad_norm=metrics["grad_norm"] / 10), ranks)
-    assert again["grad_norm"] == pytest.approx(metrics["grad_norm"]), (
-        "what is logged is the norm before clipping"
-    )
-    for name in free:
-        assert_close(clipped[name], free[name] / 10, atol=1e-7, rtol=1e-4)
-
-
 # -------------------------------------------------------------------------- whole runs, as a user starts them
 
 SINGLE = [sys.executable, "grpo.py"]
@@ -434,24 +424,17 @@ def test_old_commands_name_the_new_ones(old):
 def task(tmp_path_factory) -> dict[str, object]:
     """A run that needs no model file; none of the tests below gets as far as a step."""
     folder = tmp_path_factory.mktemp("bad")
-    return write_task(folder) | dict(
-        model="tiny", tiny_hidden=16, run_dir=folder / "run"
-    )
+    return write_task(folder) | dict(model="tiny", tiny_hidden=16, run_dir=folder / "run")
 
 
 BAD = {
     "a missing model folder": ({"model": "{tmp}/no-model"}, "no-model' does not exist"),
     "a wrong key": ({"group_sise": 8}, "unknown setting 'group_sise'; did you mean 'group_size'?"),
-    "a value of the wrong type": ({"group_size": "many"}, "group_size must be a whole number, not 'many'"),
     "an empty data file": ({"data": "{tmp}/empty.jsonl"}, "empty.jsonl is empty"),
-    "a data file that does not exist": ({"data": "{tmp}/none.jsonl"}, "none.jsonl does not exist"),
     "a data file that is no data": ({"data": "{tmp}/prose.jsonl"}, "prose.jsonl"),
-    "a template that does not exist": ({"prompt_template": "{tmp}/none.txt"}, "none.txt"),
     "a run directory in use": ({"run_dir": "{tmp}/used"}, "used exists; add --"),
     "nothing to resume": ({"resume": "true"}, "to resume"),
     "prompts that are all too long": ({"max_prompt_tokens": 5}, "longer than max_prompt_tokens (5)"),
-    "an unknown reward": ({"reward": "generous"}, "reward must be one of binary"),
-    "no data at all": ({"data": ""}, "no training file given"),
 }
 
 
@@ -510,9 +493,7 @@ def test_a_resume_with_nothing_left_to_do_evaluates_once(tmp_path):
 
 def test_an_old_run_stays_where_the_new_one_cannot_start(tmp_path):
     """With --overwrite, what is wrong with prompts or benchmarks must show before the old run is gone."""
-    settings = write_task(tmp_path) | dict(
-        model="tiny", tiny_hidden=16, warmup_steps=1
-    )
+    settings = write_task(tmp_path) | dict(model="tiny", tiny_hidden=16, warmup_steps=1)
     settings |= dict(steps=1, prompts_per_step=4, minibatch_prompts=4, group_size=2, max_response_tokens=60)
     settings["run_dir"] = tmp_path / "a"
     run_here(grpo.main, settings)

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, decoders, models, normalizers
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
@@ -98,13 +97,6 @@ def test_greedy_equals_plain_generate(model, tokenizer, many_stops, batch_size):
     )
 
 
-def test_copies_of_a_greedy_prompt_are_equal(model, tokenizer, many_stops):
-    prompts = prompts_of(LENGTHS)
-    single = sample(model, tokenizer, prompts)
-    for one, copies in zip(single, sample(model, tokenizer, prompts, group_size=3, batch_size=7)):
-        assert copies.responses == one.responses * 3
-
-
 @pytest.mark.parametrize("keep_share", [0.0, 1.0])
 def test_dropping_finished_rows_changes_nothing(model, tokenizer, many_stops, monkeypatch, keep_share):
     prompts, settings = prompts_of(LENGTHS), dict(group_size=4, temperature=1.0)
@@ -149,21 +141,6 @@ def test_first_tokens_follow_the_softmax_of_the_logits(model, tokenizer, tempera
     assert deviation(counts, F.softmax(logits / wrong, -1)) > 12
 
 
-def test_second_tokens_follow_the_softmax_after_the_first(model, tokenizer):
-    """The same with the KV cache in use: over pairs of tokens, p(first) p(second | first)."""
-    prompt, temperature = prompts_of([6])[0], 0.5
-    (group,) = sample(model, tokenizer, [prompt], group_size=4000, temperature=temperature, max_new_tokens=2)
-    firsts, counts = torch.tensor([ids[0] for ids in group.responses]).unique(return_counts=True)
-    first = firsts[counts.argmax()].item()
-    seconds = torch.tensor([ids[1] for ids in group.responses if ids[0] == first])
-    use_attention(model, "generate")
-    logits = model(torch.tensor([[*prompt.ids, first]])).logits[0, -1].double().detach()
-    use_attention(model, "train")
-    assert len(seconds) > 300
-    counts = torch.bincount(seconds, minlength=len(logits)).double()
-    assert deviation(counts, F.softmax(logits / temperature, -1)) < 4
-
-
 def test_samples_depend_on_their_own_seed_only(model, tokenizer, many_stops):
     prompts, settings = prompts_of(LENGTHS), dict(group_size=4, temperature=1.0)
     expected = {g.prompt.id: g.responses for g in sample(model, tokenizer, prompts, **settings)}
@@ -187,14 +164,6 @@ def test_another_seed_gives_other_samples_and_copies_differ(model, tokenizer):
     )
     texts = [tuple(response) for group in (first, second) for response in group.responses]
     assert len(set(texts)) == 16
-
-
-def test_long_samples_do_not_repeat_their_random_numbers(model):
-    """Numbers come in blocks of 64 tokens; each block must be new."""
-    blocks = engines.uniform_numbers([Prompt("a", [1], 7)], 2, CPU)
-    numbers = torch.stack([next(blocks) for _ in range(200)])
-    assert numbers.dtype == torch.float64 and numbers.shape == (200, 2)
-    assert len(numbers.unique()) == 400
 
 
 def test_generation_config_does_not_leak_into_samples(model, tokenizer):
@@ -250,12 +219,6 @@ def test_a_stop_token_ends_a_response_and_stays_in_it(model, tokenizer, many_sto
     assert {truncated for _, truncated, _, _ in rows} == {True, False}
 
 
-def test_a_stop_token_at_the_limit_is_no_truncation(model, tokenizer, monkeypatch):
-    monkeypatch.setattr(rollout, "stop_ids", lambda _: list(range(len(tokenizer))))
-    (group,) = sample(model, tokenizer, prompts_of([5]), max_new_tokens=1)
-    assert group.truncated == [False] and group.texts == [""] and len(group.responses[0]) == 1
-
-
 def test_no_prompts_no_groups(model, tokenizer):
     assert sample(model, tokenizer, []) == []
 
@@ -297,28 +260,6 @@ def test_token_texts_of_noise(tokenizer, monkeypatch):
     for ids, texts in zip(rows, token_texts(tokenizer, rows)):
         assert len(texts) == len(ids) and "".join(texts) == decode(ids)
     assert sum(decoded) < 5 * sum(map(len, rows))
-
-
-def test_token_texts_where_spaces_belong_to_words():
-    """Llama 2's kind of tokenizer takes the space from the first word of whatever it decodes, also of one
-    word alone.
-    """
-    words = ["<unk>", "<|im_end|>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a"]
-    bpe = Tokenizer(
-        models.BPE(dict(zip(words, range(300))), [("▁", "a")], unk_token="<unk>", byte_fallback=True)
-    )
-    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    bpe.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", clean_up_tokenization_spaces=False
-    )
-    texts, noise = token_texts(tokenizer, [encode_reply(tokenizer, "a a b東 a"), [2 + 0x41, 2 + 0xFF]])
-    assert texts == ["a", " a", " ", "b", "", "", "東", " a", "<|im_end|>"]
-    assert noise == ["\ufffd\ufffd", ""], (
-        "an A beside a broken byte is broken too: then the first has all of the text"
-    )
 
 
 def groups_of(tokenizer, replies: list[list[str]]) -> list[Group]:

@@ -27,16 +27,15 @@ from helpers import (
 import grpo
 import session
 import sft
-from config import Config, UserError, count_steps
+from config import Config, count_steps
 from corpus.examples import Example, Tokenized
 from corpus.sources import read_jsonl
 from corpus.tiny_model import build_tiny_tokenizer
-from data import load_splits
 from distributed.ranks import Interrupted
 from kernel.attention import use_attention
 from kernel.packing import pack
 from model import count_parameters, load_model
-from prompts import ToolCall, encode_reply, parse_completion, render_calls
+from prompts import ToolCall, parse_completion, render_calls
 from sft import encode_replies, replies_to_imitate, sft_update
 
 torch.set_num_threads(1)
@@ -116,24 +115,12 @@ def test_a_bad_gradient_changes_nothing(policy, ranks):
 # ------------------------------------------------------------------------------------------- what is imitated
 
 
-def test_demonstrations_are_imitated_as_they_are():
-    example = sum_example(0, 1, 2)
-    assert replies_to_imitate(example) == example.demonstrations and len(example.demonstrations) == 3
-
-
 @pytest.mark.parametrize("calls", [[ToolCall("add", {"a": 1, "b": 2})], []])
 def test_an_example_without_demonstrations_is_imitated_as_its_bare_calls(calls):
     example = Example("x", "sums", [{"role": "user", "content": "add 1 and 2"}], [TOOL], calls)
     (reply,) = replies_to_imitate(example)
     assert parse_completion(reply).calls == calls
     assert render_calls(calls) in reply
-
-
-def test_bare_calls_are_imitated_on_request_although_there_are_demonstrations():
-    """No-Reason SFT on the same file as Reason-SFT."""
-    example = sum_example(0, 1, 2)
-    (reply,) = replies_to_imitate(example, reason=False)
-    assert reply == render_calls(example.answer)
 
 
 def test_examples_without_demonstrations_are_counted(capsys):
@@ -146,14 +133,6 @@ def test_examples_without_demonstrations_are_counted(capsys):
     assert [(prompt, len(replies)) for prompt, replies in groups] == [([1], 3), ([2], 1)]
     encode_replies(tokenizer, train, Config(sft_reason=False), quiet=False)
     assert said not in capsys.readouterr().out, "there they are asked for"
-
-
-def test_a_reply_ends_with_the_end_token():
-    """Without it in the loss the model never learns to stop."""
-    tokenizer = build_tiny_tokenizer([], 300)
-    ids = encode_reply(tokenizer, "abc")
-    assert ids[-1] == tokenizer.eos_token_id and ids.count(tokenizer.eos_token_id) == 1
-    assert tokenizer.decode(ids[:-1]) == "abc"
 
 
 def test_steps_or_epochs():
@@ -234,24 +213,6 @@ def test_a_finished_run_that_is_resumed_tells_its_accuracy_again(settings):
     assert ((run_dir / "summary.json").read_text(), (run_dir / "log.jsonl").read_text()) == (summary, log)
 
 
-def test_sft_on_one_half_then_rl_on_the_other(settings):
-    """The paper's fifth recipe in two commands: RL begins with SFT's weights and meets none of its
-    questions.
-    """
-    first, second = {"data_to": 0.5, "sft_reason": "false"}, {"data_from": 0.5, "lr": 0, "steps": 2}
-    start = run_here(sft.main, settings | first)
-    run_dir = run_here(
-        grpo.main, settings | second | {"model": start / "model", "run_dir": start.with_name("rl")}
-    )
-    one, other = weights(start), weights(run_dir)
-    assert all(torch.equal(one[name], other[name]) for name in one), "with a learning rate of 0"
-    taught = load_splits(
-        Config(data=str(settings["data"]), test_data=str(settings["test_data"]), data_to=0.5)
-    ).train
-    asked = {row["prompt_id"] for row in read_jsonl(run_dir / "samples.jsonl")}
-    assert len(taught) == 35 and len(asked) == 16 and not asked & {example.id for example in taught}
-
-
 def test_the_warm_up_of_grpo_is_not_evaluated(settings):
     """It would cost the demo's user time, and its log is not looked at."""
     run_dir = run_here(grpo.main, settings | {"warmup_steps": 2, "steps": 1})
@@ -280,13 +241,3 @@ def test_a_compute_budget_ends_the_run(settings):
     # Starting it once more spends nothing more.
     run_here(sft.main, bounded | {"resume": "true"})
     assert len(read_jsonl(bounded["run_dir"] / "log.jsonl")) == 4
-
-
-def test_a_mistake_is_found_before_an_old_run_is_replaced(settings):
-    """sft.py makes the checks of every start too."""
-    run_dir = run_here(sft.main, settings)
-    for wrong in ({"model": run_dir / "nowhere"}, {"reward": "generous"}, {"max_prompt_tokens": 5}):
-        wrong = {"model": run_dir / "model", "overwrite": "true"} | wrong
-        with pytest.raises(UserError):
-            run_here(sft.main, settings | wrong)
-        assert (run_dir / "summary.json").exists()
