@@ -36,14 +36,14 @@ def _key(default: Any, help: str):
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of grpo.py and sft.py. Defaults are the paper's (arXiv 2505.00024). YAML < --key value."""
+    """Every setting of grpo.py and sft.py. Defaults are the paper's (arXiv 2505.00024)."""
 
     # what is trained, on what, where to
     model: str = _key("Qwen/Qwen2.5-7B-Instruct", 'folder or hub id; "tiny" builds the demo\'s model')
     data: str = _key("", 'training files or hub ids, comma-separated, of any layout; or "synthetic"')
     test_data: str = _key("", "held-out file; empty: test_share of data")
     test_share: float = _key(0.1, "share of the data held out for evaluation (paper: 90/10)")
-    data_from: float = _key(0.0, "first share of the training records that is used, 0 to 1, in an order by seed")
+    data_from: float = _key(0.0, "first share of the training records to use, in an order by seed")
     data_to: float = _key(1.0, "last share: 0 to 0.5 and 0.5 to 1 are halves without a common record")
     prompt_template: str = _key("", "file with a system prompt that has a {tools} slot; empty: our own")
     run_dir: str = _key("runs/grpo", "where config, logs, samples, checkpoints and the final model go")
@@ -54,14 +54,14 @@ class Config:
     # the method
     prompts_per_step: int = _key(1024, "P: prompts per rollout batch")
     group_size: int = _key(5, "G: completions per prompt")
-    minibatch_prompts: int = _key(256, "prompts per optimizer update; 1024 / 256 = 4 updates per rollout batch")
+    minibatch_prompts: int = _key(256, "prompts per optimizer update; 1024 / 256 = 4 updates per batch")
     epochs: float = _key(7.0, "passes over the training prompts; ignored when steps > 0")
     steps: int = _key(0, "rollout batches (sft.py: optimizer steps); 0: from epochs")
     lr: float = _key(1e-6, "AdamW learning rate, constant")
     max_grad_norm: float = _key(1.0, "gradient clipping by global norm")
     temperature: float = _key(0.7, "sampling temperature; also divides the logits of every log-prob")
     loss: str = _key("grpo", "row of losses.LOSSES: grpo, dr_grpo, dapo, gspo, cispo, rloo")
-    advantage: str = _key("", "row of losses.ADVANTAGES: group_std, group_mean, leave_one_out; empty: the loss's")
+    advantage: str = _key("", "group_std, group_mean or leave_one_out; empty: the loss's")
     aggregation: str = _key("", "mean over token, sequence, or a constant length; empty: the loss's")
     clip_eps: float = _key(0.0, "epsilon below the ratio 1; 0: the loss's (grpo: 0.2)")
     clip_eps_high: float = _key(0.0, "epsilon above it; 0: clip_eps, or the loss's (dapo: 0.28)")
@@ -69,18 +69,18 @@ class Config:
     kl: str = _key("k3", "row of losses.KLS, the estimate in the loss: k1, k2, k3")
     reward: str = _key("binary", "row of reward.REWARDS (binary, no_reason, ...) or file.py:function")
     lenient: bool = _key(False, "compare numbers as the tools declare them: 2 equals 2.0 for a number")
-    shuffle_rewards: bool = _key(False, "negative control: permute rewards within the batch; nothing is learnt")
+    shuffle_rewards: bool = _key(False, "negative control: permute rewards in the batch; nothing is learnt")
     skip_zero_variance: bool = _key(False, "leave groups with equal rewards out of the update, KL included")
     resample_rounds: int = _key(0, "dynamic sampling (DAPO): times such groups give way to other prompts")
     max_prompt_tokens: int = _key(4096, "longer prompts are counted and skipped")
     max_response_tokens: int = _key(8192, "longer completions are cut off and count as truncated")
     # speed, memory, many processes
-    rollout_engine: str = _key("shared_prefix", "row of rollout.ENGINES: shared_prefix, generate, continuous_batching")
-    rollout_batch_size: int = _key(256, "sequences decoded at once per rank; fewer where their K/V do not fit")
+    rollout_engine: str = _key("shared_prefix", "or generate, continuous_batching: Hugging Face's, slower")
+    rollout_batch_size: int = _key(256, "sequences decoded at once per rank; fewer where K/V do not fit")
     max_tokens_per_micro_batch: int = _key(16384, "tokens per forward/backward per rank; changes no result")
     gradient_checkpointing: bool = _key(True, "recompute activations in the backward: less memory, more time")
-    sharding: str = _key("full", "full: one shard per process; hsdp: shards inside a node, copies across nodes")
-    offload: str = _key("", "kept in CPU memory: reference (its weights), or all (also weights, gradients, AdamW)")
+    sharding: str = _key("full", "full: one shard per process; hsdp: shards in a node, copies across")
+    offload: str = _key("", "kept in CPU memory: reference, or all (also weights, gradients, AdamW)")
     trust_remote_code: bool = _key(False, "run code that comes with the model; read that code first")
     timeout_minutes: float = _key(60.0, "a rank that waits longer for the others stops the run")
     # looking and saving
@@ -90,13 +90,13 @@ class Config:
     apibank: str = _key("", "the same for API-Bank")
     save_every: int = _key(10, "checkpoint every N steps; 0: only at the end")
     keep_checkpoints: int = _key(2, "older ones are deleted, except the one with the best held-out accuracy")
-    background_save: bool = _key(False, "write checkpoints while training goes on; takes CPU memory for a copy")
+    background_save: bool = _key(False, "write checkpoints while training goes on; takes CPU memory")
     log_samples: int = _key(64, "completions per step written to samples.jsonl and samples.html; 0: none")
     trackers: str = _key("", "besides log.jsonl: tensorboard, wandb or both, comma-separated")
     # supervised fine-tuning (sft.py)
     sft_batch: int = _key(32, "examples per optimizer step")
     sft_lr: float = _key(2e-5, "learning rate of sft.py and of the demo's warm-up; falls linearly to 0")
-    sft_reason: bool = _key(True, "imitate whole replies; false: bare calls alone (the paper's No-Reason SFT)")
+    sft_reason: bool = _key(True, "imitate whole replies; false: bare calls (the paper's No-Reason SFT)")
     sft_flops: float = _key(0.0, "sft.py stops after this much training compute; 0: after steps or epochs")
     # the demo: a tiny model from nothing, on generated data
     warmup_steps: int = _key(0, "SFT steps before RL, for a model that knows nothing yet")
@@ -211,7 +211,8 @@ def _check(c: Config) -> None:
     """Refuses settings that cannot work together, before anything is loaded."""
     positive = (
         "prompts_per_step group_size minibatch_prompts max_prompt_tokens max_response_tokens temperature "
-        "rollout_batch_size max_tokens_per_micro_batch timeout_minutes eval_cases keep_checkpoints sft_batch tiny_hidden"
+        "rollout_batch_size max_tokens_per_micro_batch timeout_minutes eval_cases "
+        "keep_checkpoints sft_batch tiny_hidden"
     )
     for key in positive.split():
         if getattr(c, key) <= 0:
@@ -241,7 +242,8 @@ def _check(c: Config) -> None:
         )
     if c.prompts_per_step % c.minibatch_prompts:
         raise ConfigError(
-            f"prompts_per_step ({c.prompts_per_step}) must be a multiple of minibatch_prompts ({c.minibatch_prompts})"
+            f"prompts_per_step ({c.prompts_per_step}) must be a multiple of "
+            f"minibatch_prompts ({c.minibatch_prompts})"
         )
     if not 0 <= c.test_share < 1:
         raise ConfigError(f"test_share must be from 0 to below 1, not {c.test_share}")

@@ -1,5 +1,6 @@
-"""Training data: files of records -> single-step examples, and a list of everything that was left out and
-why.
+"""Training data: files of records -> examples -> splits -> token ids; and the commands around it.
+
+    python data.py prepare | stats | inspect | overlap | distill, each with its arguments or --help
 """
 
 from __future__ import annotations
@@ -8,29 +9,21 @@ import os
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from tqdm import tqdm
 
-from corpus.examples import (
-    STRICT,
-    Dropped,
-    Example,
-    Splits,
-    Tokenized,
-)
-from corpus.layouts import _gather, read_examples, without_repeats
+from config import UserError
+from corpus.examples import KINDS, Example, Splits, Tokenized, example_kind, hold_out, record_of
+from corpus.layouts import load_examples
 from corpus.sources import DataError
-from prompts import PromptError, encode_prompt
+from corpus.synthetic import synthetic_splits
+from prompts import build_messages, encode_prompt, render_calls
 
+INSPECT = "run: python data.py inspect FILE"
 
-def load_unique(path: str | Path, seen: dict[bytes, str]) -> tuple[list[Example], list[Dropped]]:
-    """load_examples without repeated examples, also those of earlier files with the same `seen`."""
-    quiet = None if int(os.environ.get("RANK", 0)) == 0 else True
-    reads = tqdm(read_examples(path), f"read {path}", unit=" records", leave=False, disable=quiet)
-    return _gather(without_repeats(reads, seen, STRICT, f"{path}: "))
+# ------------------------------------------------------------------------------------------ files -> examples
 
 
 def load_splits(config) -> Splits:
@@ -39,80 +32,59 @@ def load_splits(config) -> Splits:
     Of the training examples the part from data_from to data_to stays; the held-out ones are the same for
     every part. Prints what was dropped, by reason. Raises DataError when nothing is left to train on.
     """
-    if config.data == "synthetic":
-        from corpus.synthetic import synthetic_splits
-
-        splits = synthetic_splits(config)
-    else:
-        splits = _read_splits(config)
+    splits = synthetic_splits(config) if config.data == "synthetic" else _read_splits(config)
     return replace(splits, train=part_of(splits.train, config.data_from, config.data_to, config.seed))
 
 
 def _read_splits(config) -> Splits:
     if not config.data:
         raise DataError("data: no training file given; use --data FILE[,FILE] or --data synthetic")
-    train, held_out = load_files(config.data), []
+    train = load_files(config.data)
+    held_out = []
     if config.test_data:
         held_out = load_files(config.test_data)
         if not held_out:
-            raise DataError(
-                f"test_data: {config.test_data} holds no usable example; run: python data.py inspect FILE"
-            )
+            raise DataError(f"test_data: {config.test_data} holds no usable example; {INSPECT}")
     elif config.test_share:
-        records = _records(train)
-        cut = round(len(records) * config.test_share)
-        apart = set(random.Random(f"{config.seed}/split").sample(records, cut))
-        held_out = [example for example in train if _record(example) in apart]
-        train = [example for example in train if _record(example) not in apart]
+        records = (record_of(example.id) for example in train)
+        apart = hold_out(records, config.test_share, config.seed)
+        held_out = [example for example in train if record_of(example.id) in apart]
+        train = [example for example in train if record_of(example.id) not in apart]
     if not train:
-        raise DataError(
-            f"data: {config.data} leaves no example to train on; run: python data.py inspect FILE"
-        )
+        raise DataError(f"data: {config.data} leaves no example to train on; {INSPECT}")
     # A random part of them, or only the first file's would be evaluated.
     held_out = random.Random(f"{config.seed}/cases").sample(held_out, min(config.eval_cases, len(held_out)))
     return Splits(train, {"held_out": held_out} if held_out else {})
 
 
 def part_of(examples: Sequence[Example], start: float, end: float, seed: int) -> list[Example]:
-    """The examples of the records from share `start` to before share `end` of a seeded shuffle, in their own
-    order.
+    """The examples of the records from share `start` to before share `end` of a shuffle by seed.
 
-    Parts that meet at a share have no example in common and lose none. Raises DataError for a part without
-    examples.
+    They keep their order. Parts that meet at a share have no record in common and lose none. Raises DataError
+    for a part without examples.
     """
-    records = _records(examples)
+    records = sorted({record_of(example.id) for example in examples})
     random.Random(f"{seed}/part").shuffle(records)
     chosen = set(records[round(start * len(records)) : round(end * len(records))])
     if not chosen:
-        raise DataError(
-            f"data_from, data_to: the part from {start:g} to {end:g} of {len(records)} training records is empty; widen it"
-        )
-    return [example for example in examples if _record(example) in chosen]
-
-
-def _record(example: Example) -> str:
-    """What is split goes by record, not by step: later steps of a conversation contain the answers of earlier
-    ones.
-    """
-    return example.id.split("#")[0]
-
-
-def _records(examples: Iterable[Example]) -> list[str]:
-    return sorted({_record(example) for example in examples})
+        what = f"the part from {start:g} to {end:g} of {len(records)} training records is empty"
+        raise DataError(f"data_from, data_to: {what}; widen it")
+    return [example for example in examples if record_of(example.id) in chosen]
 
 
 def load_files(paths: str) -> list[Example]:
     """The examples of comma-separated files, with a printed line about each file and what it dropped."""
-    examples, seen = [], {}
+    examples = []
+    seen: dict[bytes, str] = {}
     for path in filter(None, (part.strip() for part in paths.split(","))):
-        kept, dropped = load_unique(path, seen)
+        kept, dropped = load_examples(path, seen)
         examples += kept
         if int(os.environ.get("RANK", 0)) == 0:
             reasons = Counter(one.reason for one in dropped)
             lost = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
             print(f"data: {path}: {len(kept)} examples" + (f", dropped: {lost}" if lost else ""))
             for one in dropped[:3]:
-                print(f"data: {path}:{one.line} id={one.id or '?'}: {one.reason}: {one.detail}")
+                print(f"data: {path}:{one.line} id={one.id}: {one.reason}: {one.detail}")
             if len(dropped) > 3:
                 print(f"data: … all dropped records: python data.py inspect {path}")
     return examples
@@ -123,57 +95,81 @@ def tokenize_splits(splits: Splits, tokenizer, template: str, config, quiet: boo
 
     Raises DataError when no training prompt is short enough.
     """
-    limit, skipped = config.max_prompt_tokens, 0
+    limit = config.max_prompt_tokens
 
-    def encode(examples: Sequence[Example]) -> list[Tokenized]:  # counts what it leaves out
-        nonlocal skipped
+    def encode(examples: Sequence[Example]) -> list[Tokenized]:
         kept = []
         for example in tqdm(examples, desc="tokenize", leave=False, disable=quiet):
             ids = encode_prompt(tokenizer, example.messages, example.tools, template)
             if len(ids) <= limit:
                 kept.append(Tokenized(example, ids))
-        skipped += len(examples) - len(kept)
         return kept
 
     train = encode(splits.train)
-    held_out = {name: kept for name, examples in splits.held_out.items() if (kept := encode(examples))}
+    held_out = {name: encode(examples) for name, examples in splits.held_out.items()}
+    skipped = len(splits.train) - len(train)
+    skipped += sum(len(splits.held_out[name]) - len(kept) for name, kept in held_out.items())
     if skipped and not quiet:
         print(f"data: {skipped} prompts are longer than max_prompt_tokens ({limit}) and are skipped")
     if not train:
-        raise DataError(
-            f"data: all {len(splits.train)} training prompts are longer than max_prompt_tokens ({limit})"
-        )
-    return Splits(train, held_out)
+        what = f"all {len(splits.train)} training prompts are longer than max_prompt_tokens ({limit})"
+        raise DataError(f"data: {what}")
+    return Splits(train, {name: kept for name, kept in held_out.items() if kept})
+
+
+# ----------------------------------------------------------------------------------------------- the commands
+
+
+def inspect(path: str, count: int) -> None:
+    """Prints how many examples a file gives, what was dropped and why, and `count` prompts and targets."""
+    examples, dropped = load_examples(path)
+    kinds = Counter(example_kind(example) for example in examples)
+    print(f"{path}: {len(examples)} examples ({', '.join(f'{kinds[k]} {k}' for k in KINDS if kinds[k])})")
+    for one in dropped[:20]:
+        print(f"  dropped: line {one.line}, id {one.id}: {one.reason}: {one.detail}")
+    if len(dropped) > 20:
+        reasons = Counter(one.reason for one in dropped)
+        print(f"  … and {len(dropped) - 20} more; by reason: {dict(reasons)}")
+    for example in examples[:count]:
+        print(f"\n{'=' * 20} {example.source} {example.id}")
+        for message in build_messages(example.messages, example.tools):
+            print(f"--- {message['role']}\n{message['content']}")
+        print(f"--- target\n{render_calls(example.answer)}")
+
+
+def _load_tokenizer(path: str):
+    from model import load_tokenizer  # imports torch, which takes seconds
+
+    return load_tokenizer(path)
 
 
 def main(arguments: list[str]) -> None:
-    """`inspect PATH [COUNT]`, `stats FILE …`, `prepare …` or `overlap …`, each in a file that only its
-    command imports.
-    """
-    command = arguments[0] if arguments else ""
-    if command in ("inspect", "stats"):
-        from corpus import describe
-
-        describe.main(arguments)
-    elif command == "prepare":
+    """Hands the arguments to the command, each in a module of its own. Raises UserError."""
+    command, *rest = arguments or [""]
+    if command == "inspect" and len(rest) in (1, 2) and "".join(rest[1:] or "3").isdigit():
+        inspect(rest[0], int(rest[1]) if rest[1:] else 3)
+    elif command in ("prepare", "stats"):
         from corpus import prepare
 
-        prepare.main(arguments[1:])
+        run = prepare.main if command == "prepare" else prepare.stats
+        run(rest, _load_tokenizer)
     elif command == "overlap":
         from corpus import overlap
 
-        overlap.main(arguments[1:])
+        overlap.main(rest)
+    elif command == "distill":
+        from corpus import distill
+
+        distill.main(rest, load_splits, tokenize_splits)
     else:
-        raise DataError(
-            "usage: python data.py inspect, stats, prepare or overlap, each with its arguments or --help"
-        )
+        raise DataError("usage: python data.py inspect FILE [COUNT]; prepare, stats, overlap, distill --help")
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (DataError, PromptError) as error:
+    except (UserError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         sys.exit(130)

@@ -126,15 +126,11 @@ LOSSES: dict[str, Loss] = {
 
 
 def loss_of(config: Config) -> Loss:
-    """The row of LOSSES that the settings choose, with the parts that they change. Raises ConfigError for
-    unknown names.
+    """The row of LOSSES that the settings choose, with the parts that they change. ConfigError for unknown
+    names.
     """
-    for key, table in (
-        ("loss", LOSSES),
-        ("advantage", ADVANTAGES),
-        ("aggregation", AGGREGATIONS),
-        ("kl", KLS),
-    ):
+    tables = {"loss": LOSSES, "advantage": ADVANTAGES, "aggregation": AGGREGATIONS, "kl": KLS}
+    for key, table in tables.items():
         name = getattr(config, key)
         if name not in table and (name or key in ("loss", "kl")):
             raise ConfigError(f"{key} must be one of {', '.join(table)}, not {name!r}")
@@ -166,15 +162,20 @@ def per_completion(values: Tensor, counts: Tensor) -> Tensor:
     return values.new_zeros(len(counts)).index_add(0, owner, values)
 
 
+def sequence_mean(log_ratio: Tensor, counts: Tensor) -> Tensor:
+    """The mean over a completion, at each of its tokens. GSPO, equation 7."""
+    return (per_completion(log_ratio, counts) / counts).repeat_interleave(counts)
+
+
+def sequence_sum(log_ratio: Tensor, counts: Tensor) -> Tensor:
+    """The sum over a completion, at each of its tokens. e^20 is beyond every bound, and a finite number."""
+    return per_completion(log_ratio, counts).clamp(-20, 20).repeat_interleave(counts)
+
+
 RATIOS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "token": lambda log_ratio, counts: log_ratio,
-    "sequence_mean": lambda log_ratio, counts: (per_completion(log_ratio, counts) / counts).repeat_interleave(
-        counts
-    ),
-    # e^20 is far beyond every bound; the product over a long completion may leave the range of numbers
-    "sequence_sum": lambda log_ratio, counts: (
-        per_completion(log_ratio, counts).clamp(-20, 20).repeat_interleave(counts)
-    ),
+    "sequence_mean": sequence_mean,
+    "sequence_sum": sequence_sum,
 }
 
 # the ratio, the ratio inside its bounds, log-probs and advantages, [N] each -> [N]
@@ -185,17 +186,19 @@ SURROGATES: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {
     "weighted": lambda ratio, bounded, logprobs, A: -bounded.detach() * A * logprobs,
 }
 
+
+def equal(counts: Tensor, weight: float) -> Tensor:
+    """[R] -> [R]: the same weight for every completion's tokens."""
+    return torch.full_like(counts, weight, dtype=torch.float32)
+
+
 # counts [R], and of the whole update, all ranks together: tokens, completions, and the longest completion
 # allowed -> weight [R] of each completion's tokens; the loss is the weighted sum
 AGGREGATIONS: dict[str, Callable[[Tensor, int, int, int], Tensor]] = {
     # every token counts the same
-    "token": lambda counts, tokens, completions, longest: torch.full_like(
-        counts, 1 / tokens, dtype=torch.float32
-    ),
+    "token": lambda counts, tokens, completions, longest: equal(counts, 1 / tokens),
     # every completion counts the same, so the tokens of a long one count less
     "sequence": lambda counts, tokens, completions, longest: 1 / (counts * completions),
     # divides by a length that the completions cannot change
-    "constant": lambda counts, tokens, completions, longest: torch.full_like(
-        counts, 1 / (completions * longest), dtype=torch.float32
-    ),
+    "constant": lambda counts, tokens, completions, longest: equal(counts, 1 / (completions * longest)),
 }

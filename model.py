@@ -1,8 +1,8 @@
-"""Models: load or build one, find out how it can be run, compute token log-probs.
+"""Models: load one, find out how it can be run, compute token log-probs.
 
-Training computes every prompt once (packing.py) and holds no full logits (head.py); Qwen2, Qwen3 and Llama
-models work unchanged. What a model can do is tried out when it is loaded; one that can not be packed is
-trained on plain rows.
+Training computes every prompt once (kernel/packing.py) and holds no full logits (kernel/head.py). Qwen2,
+Qwen3 and Llama models work unchanged. A small trial at loading shows what a model can do; one whose attention
+does not take packed groups is trained on plain rows.
 """
 
 from __future__ import annotations
@@ -44,11 +44,8 @@ from kernel.attention import (
 from kernel.head import head_logprobs
 from kernel.packing import Packed, pack
 
-PROBE = [
-    ([1, 2, 3], [[4, 5, 6], [7, 8]]),
-    ([2, 1], [[3, 9, 5, 4], [6]]),
-]  # groups that a new model is tried out on
-PROBE_ERROR = 1e-3  # relative; fp32 rounding stays far below, a wrong mask or position far above
+TRIAL = [([1, 2, 3], [[4, 5, 6], [7, 8]]), ([2, 1], [[3, 9, 5, 4], [6]])]  # groups: prompt, responses
+TRIAL_ERROR = 1e-3  # relative; fp32 rounding stays far below, a wrong mask or position far above
 
 
 class ModelError(UserError):
@@ -59,8 +56,8 @@ class ModelError(UserError):
 
 
 @dataclass(frozen=True)
-class Abilities:
-    """How a model is run, found out once by `prepare_model`.
+class Capabilities:
+    """How a model is run, found out once when it is loaded.
 
     attention: transformers' name of the model's own attention. shared_prefix: whether packed groups give its
     numbers. head_only: whether its logits are its LM head's output and nothing more (Gemma 2 caps them).
@@ -79,17 +76,17 @@ def autocast(device: torch.device):
 def token_logprobs(
     model: nn.Module, packed: Packed, temperature: float, entropy: bool = True, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs of the response tokens, and the entropy at each (no gradient; 0 if not asked for): [N], [N]
-    float32.
+    """Log-probs of the response tokens, and the entropy at each (no gradient; 0 if not asked for): [N], [N],
+    fp32.
 
-    The policy, old and reference models all go through here, with the temperature that the sampler used.
-    chunk: tokens that the LM head does at a time (head.py).
+    Policy and reference both go through here, at the temperature of the sampler (session.load_policy binds
+    it). chunk: tokens that the LM head does at a time (kernel/head.py).
     """
     if packed.layout is not None and not uses_shared_prefix(model):
         raise ValueError(
             "this model does not run on packed groups: use pack(..., share_prompt=uses_shared_prefix(model))"
         )
-    # A sharded model gathers its weights around its own method (sharding.py).
+    # A sharded model gathers its weights around its own method (distributed/fsdp.py).
     forward = getattr(model, "response_logprobs", None) or functools.partial(response_logprobs, model)
     with autocast(packed.ids.device):
         return forward(packed, temperature, entropy, chunk)
@@ -99,8 +96,9 @@ def response_logprobs(
     model: nn.Module, packed: Packed, temperature: float, entropy: bool, chunk: int | None
 ) -> tuple[Tensor, Tensor]:
     """The forward pass of token_logprobs, where the model's weights are at hand."""
-    if model.abilities.head_only:
-        hidden, head = _hidden(model, packed), model.get_output_embeddings()
+    if model.capabilities.head_only:
+        hidden = _hidden(model, packed)
+        head = model.get_output_embeddings()
         return head_logprobs(
             hidden, head.weight, head.bias, packed.target, temperature, entropy=entropy, chunk=chunk
         )
@@ -118,7 +116,7 @@ def _inputs(packed: Packed) -> dict:
 def _hidden(model: nn.Module, packed: Packed) -> Tensor:
     """[N, H]: the last hidden states that predict the response tokens."""
     hidden = model.get_decoder()(**_inputs(packed)).last_hidden_state
-    # The same as indexing, but the rows used several times get their gradient in a fixed order on CPU threads
+    # The same as indexing, but rows used several times get their gradient in a fixed order, on CPU threads
     # too.
     return F.embedding(packed.predict, hidden.flatten(0, 1))
 
@@ -132,25 +130,19 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
     saved = Path(path) / "tokenizer_config.json"
     # AutoTokenizer goes by the model type and would give our byte-level BPE the word splitting of Qwen2.
     try:
-        own = (
-            saved.is_file()
-            and json.loads(saved.read_text("utf-8")).get("tokenizer_class") == "TokenizersBackend"
-        )
-        if own:
+        told = json.loads(saved.read_text("utf-8")).get("tokenizer_class") if saved.is_file() else None
+        if told == "TokenizersBackend":
             return PreTrainedTokenizerFast.from_pretrained(path)
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        hub = "" if Path(path).is_dir() else " (no folder here, so a hub id)"
-        raise ModelError(
-            f"model: no tokenizer could be loaded from {path!r}{hub}: {first_line(error)}"
-        ) from None
+        where = repr(path) if Path(path).is_dir() else f"{path!r} (no folder here, so a hub id)"
+        raise ModelError(f"model: no tokenizer could be loaded from {where}: {first_line(error)}") from None
 
 
 def load_model(
     path: str, device: torch.device, gradient_checkpointing: bool = False, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """A causal LM, to be trained in fp32 (AdamW at lr 1e-6 rounds away in bf16; CUDA computes in bf16 by
-    autocast).
+    """A causal LM in fp32: AdamW's steps at lr 1e-6 round away in bf16. CUDA computes in bf16 by autocast.
 
     path: a folder or hub id. Code from the hub is never run. Raises ModelError when it cannot be loaded.
     """
@@ -163,23 +155,23 @@ def load_model(
 
 
 def prepare_model(model: nn.Module, device: torch.device, gradient_checkpointing: bool = False) -> nn.Module:
-    """Moves a model to its device and finds out how it can be trained; warns once where that is not the fast
+    """Moves a model to its device and makes it ready for token_logprobs; warns where that is not the fast
     way.
     """
     model.to(device)
-    return equip(model, model, gradient_checkpointing)
+    return prepare_like(model, model, gradient_checkpointing)
 
 
-def equip(model: nn.Module, trial: nn.Module, gradient_checkpointing: bool) -> nn.Module:
-    """Makes a model ready for token_logprobs, by what `trial`, itself or a `stand_in`, is found to be able to
-    do.
+def prepare_like(model: nn.Module, twin: nn.Module, gradient_checkpointing: bool) -> nn.Module:
+    """Makes a model ready for token_logprobs, by what a trial of `twin` shows: of itself, or of its
+    `miniature`.
     """
     transformers_logging.disable_progress_bar()  # ours are enough
     AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
     AttentionMaskInterface.register(SHARED_PREFIX, lambda *args, **kwargs: None)
-    for one in {model, trial}:
+    for one in {model, twin}:
         trim_last_layer(one)
-    model.abilities, limits = probe(trial)
+    model.capabilities, limits = find_capabilities(twin)
     if limits and os.environ.get("RANK", "0") == "0":
         warnings.warn(f"model: {'; '.join(limits)}", stacklevel=3)
     if gradient_checkpointing:
@@ -192,44 +184,41 @@ def equip(model: nn.Module, trial: nn.Module, gradient_checkpointing: bool) -> n
     return model
 
 
-def stand_in(config: PreTrainedConfig, device: torch.device, trust_remote_code: bool = False) -> nn.Module:
-    """Two layers of a model with a few random weights: what is tried out where the model itself is in
-    pieces.
+def miniature(config: PreTrainedConfig, device: torch.device, trust_remote_code: bool = False) -> nn.Module:
+    """Two layers of a model with few random weights: for the trial of a model that no rank holds as a
+    whole.
     """
     small = copy.deepcopy(config)
-    small.num_hidden_layers, small.vocab_size = min(2, config.num_hidden_layers), 64
+    small.num_hidden_layers = min(2, config.num_hidden_layers)
+    small.vocab_size = 64
     small.pad_token_id = small.bos_token_id = small.eos_token_id = None
-    if kinds := getattr(
-        config, "layer_types", None
-    ):  # unlike the others first: it is what stands against packing
-        small.layer_types = sorted(kinds, key=lambda kind: kind == "full_attention")[
-            : small.num_hidden_layers
-        ]
+    if kinds := getattr(config, "layer_types", None):  # first those that packing does not know
+        kinds = sorted(kinds, key=lambda kind: kind == "full_attention")
+        small.layer_types = kinds[: small.num_hidden_layers]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(
-            small, dtype=torch.float32, trust_remote_code=trust_remote_code
-        )
-        return model.to(device)
+        options = dict(dtype=torch.float32, trust_remote_code=trust_remote_code)
+        return AutoModelForCausalLM.from_config(small, **options).to(device)
 
 
 @torch.no_grad()
-def probe(model: nn.Module) -> tuple[Abilities, list[str]]:
-    """What a model can do, and a sentence for everything that it can not, tried out on PROBE in the model's
-    own dtype.
+def find_capabilities(model: nn.Module) -> tuple[Capabilities, list[str]]:
+    """What a model can do, and a sentence for everything that it can not, by a trial in the model's own
+    dtype.
 
     The model's own forward pass is the measure: of its LM head alone, and of packed groups.
     """
-    own, training = model.config._attn_implementation, model.training
+    own = model.config._attn_implementation
+    training = model.training
+    limits = []
     model.eval()
-    rows, limits = pack(PROBE, next(model.parameters()).device, share_prompt=False), []
-    hidden, logits = _hidden(model, rows), model(**_inputs(rows)).logits.flatten(0, 1)[rows.predict]
+    rows = pack(TRIAL, next(model.parameters()).device, share_prompt=False)
+    hidden = _hidden(model, rows)
+    logits = model(**_inputs(rows)).logits.flatten(0, 1)[rows.predict]
     head = model.get_output_embeddings()
     head_only = isinstance(head, nn.Linear) and _near(F.linear(hidden, head.weight, head.bias), logits)
     if not head_only:
-        limits.append(
-            "its logits are not its LM head's output alone, so log-probs need the memory of full logits"
-        )
+        limits.append("its logits are not its LM head's output alone, so full logits are held")
     reason = _why_not_packed(model, hidden)
     if reason:
         limits.append(f"{reason}, so prompts are computed once per response and not once per group")
@@ -238,60 +227,50 @@ def probe(model: nn.Module) -> tuple[Abilities, list[str]]:
             model.set_attn_implementation("flash_attention_2")
             own = "flash_attention_2"
     model.train(training)
-    return Abilities(own, not reason, head_only), limits
+    return Capabilities(own, not reason, head_only), limits
 
 
 def _why_not_packed(model: nn.Module, hidden: Tensor) -> str:
-    """What stands against packed groups; nothing where they give `hidden`, the output on the plain rows of
-    PROBE.
+    """Why packed groups cannot be used; "" where they give `hidden`, the output on plain rows of the
+    trial.
     """
     kinds = set(getattr(model.config, "layer_types", None) or []) - {"full_attention"}
     if kinds:
         return f"it has layers of {', '.join(sorted(kinds))}"
-    tries = [(contextlib.nullcontext(), PROBE_ERROR)]
-    if hidden.is_cuda:
-        tries.append(
-            (autocast(hidden.device), 0.1)
-        )  # the kernels of training: may be missing on an older GPU
+    tries = [(contextlib.nullcontext(), TRIAL_ERROR)]
+    if hidden.is_cuda:  # the kernels of training may be missing on an older GPU
+        tries.append((autocast(hidden.device), 0.1))
     for context, error in tries:
         try:
             model.set_attn_implementation(SHARED_PREFIX)
             with context:
-                packed = _hidden(model, pack(PROBE, hidden.device))
+                packed = _hidden(model, pack(TRIAL, hidden.device))
         except UnsupportedAttention as reason:
             return str(reason)
-        except (
-            Exception
-        ) as reason:  # what goes wrong here would go wrong in training, and the reason is printed
+        except Exception as reason:  # it would go wrong in training too; the warning says what
             return f"it does not run on packed groups ({first_line(reason)})"
         if not _near(packed, hidden, error):
             return "packed groups change its output"
     return ""
 
 
-def _near(a: Tensor, b: Tensor, error: float = PROBE_ERROR) -> bool:
+def _near(a: Tensor, b: Tensor, error: float = TRIAL_ERROR) -> bool:
     return bool((a - b).float().norm() <= error * b.float().norm())
 
 
 def check_path(path: str) -> None:
     """Raises ModelError for what looks like a folder and is none."""
     if (Path(path) / "model" / "config.json").is_file() and not (Path(path) / "config.json").is_file():
-        raise ModelError(
-            f"model: {path!r} is the folder of a run; its model is {str(Path(path) / 'model')!r}"
-        )
+        raise ModelError(f"model: {path!r} is the folder of a run; its model is {Path(path) / 'model'}")
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if looks_local and not Path(path).is_dir():
-        raise ModelError(
-            f"model: the folder {path!r} does not exist; give a Hugging Face folder, a hub id or tiny"
-        )
+        raise ModelError(f"model: the folder {path!r} does not exist; give a folder, a hub id or tiny")
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an exception's message, or its name; in our words where the line to act on is a later
-    one.
-    """
+    """The first line of what transformers says; in our words where the line to act on is a later one."""
     if "trust_remote_code" in str(error):
-        return "it needs custom code of its own; read that code, and add --trust_remote_code true if you want to run it"
+        return "it brings code of its own; read that code, and add --trust_remote_code true to run it"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

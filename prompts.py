@@ -1,8 +1,6 @@
-"""The wire format, both directions: messages and tools -> prompt token ids; completion text -> calls or a
-reason.
+"""The wire format, both directions: messages and tools -> prompt token ids; completion text -> calls.
 
-The only file that knows tags, the JSON of calls, system prompts and chat templates. Nothing here imports
-torch.
+The only file that knows tags, the JSON of calls, system prompts and chat templates. It imports no torch.
 """
 
 from __future__ import annotations
@@ -20,23 +18,18 @@ THINK, END_THINK = "<think>", "</think>"
 CALL, END_CALL = "<tool_call>", "</tool_call>"
 TAGS = (THINK, END_THINK, CALL, END_CALL)
 
-MAX_DEPTH = (
-    64  # deeper JSON is refused: Python's own limit depends on the caller's stack, and a verdict must not
-)
+# Deeper JSON is refused: Python's own limit depends on the caller's stack, and a verdict must not.
+MAX_DEPTH = 64
 
 # Every token with which a known model family ends its turn. Llama 3 has three of them: stopping at one only
 # lets the others run on to the length limit.
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
 
-# Headers of an assistant's turn: Tool-N1's released reward looks only at what follows the last one.
-QWEN_MARKER = "<|im_start|>assistant"
-LLAMA_MARKER = "<|start_header_id|>assistant<|end_header_id|>"
-
 SYSTEM_TEMPLATE = """\
-You answer requests by calling tools. Study the conversation and the tools below, decide which calls fulfil the \
-latest request, and compose them. Some requests need one call, some need several, and some need none: when no tool \
-fits, or the user has not given a value that a tool requires, the right answer is the empty list []. Calls belong \
-in the tool-call section only.
+You answer requests by calling tools. Study the conversation and the tools below, decide which calls fulfil \
+the latest request, and compose them. Some requests need one call, some need several, and some need none: \
+when no tool fits, or the user has not given a value that a tool requires, the right answer is the empty \
+list []. Calls belong in the tool-call section only.
 
 The tools, one JSON object per line:
 <tools>
@@ -46,25 +39,24 @@ The tools, one JSON object per line:
 Write every reply in two parts:
 1. First reason about the request between <think> and </think>: what is asked, which tools fit, where each \
 argument's value comes from.
-2. Then give a JSON list between <tool_call> and </tool_call>. Each item is an object with exactly two keys, "name" \
-and "arguments", and "arguments" is an object from parameter names to values.
+2. Then give a JSON list between <tool_call> and </tool_call>. Each item is an object with exactly two keys, \
+"name" and "arguments", and "arguments" is an object from parameter names to values.
 Both parts are required in the same reply, in this order, with nothing before, between or after them.
 
 A complete reply with two calls looks like this:
-<think>Two cities are named, so the forecast tool is called once for each, with the number of days from \
-the request.</think>
-<tool_call>[{"name": "forecast", "arguments": {"city": "Oslo", "days": 2}}, \
-{"name": "forecast", "arguments": {"city": "Lima", "days": 2}}]</tool_call>
+<think>Two cities are named, so the forecast tool is called once for each, with the number of days from the \
+request.</think>
+<tool_call>[{"name": "forecast", "arguments": {"city": "Oslo", "days": 2}}, {"name": "forecast", \
+"arguments": {"city": "Lima", "days": 2}}]</tool_call>
 
-Give each argument the JSON type that its tool declares: a number is written 3 and not "3", a truth value true and \
-not "true", a list [1, 2] and not "[1, 2]". If no tool applies, finish with <tool_call>[]</tool_call>.\
+Give each argument the JSON type that its tool declares: a number is written 3 and not "3", a truth value \
+true and not "true", a list [1, 2] and not "[1, 2]". If no tool applies, finish with \
+<tool_call>[]</tool_call>.\
 """
 
 
 class PromptError(UserError):
-    """A template, tokenizer or conversation that cannot be rendered; the message says which and what to
-    do.
-    """
+    """A template, tokenizer or conversation that cannot be rendered; the message says which and why."""
 
 
 @dataclass(frozen=True)
@@ -75,10 +67,12 @@ class ToolCall:
     arguments: dict[str, Any]
 
     def key(self) -> tuple[str, str]:
-        """(name, canonical JSON of the arguments): equal keys mean equal calls. 1, 1.0, true and "1" all
-        differ.
-        """
+        """(name, canonical JSON of the arguments), equal for equal calls. 1, 1.0, true and "1" all differ."""
         return self.name, canonical_json(self.arguments)
+
+    def as_dict(self) -> dict[str, Any]:
+        """{"name": ..., "arguments": ...}: how a call stands in files and in the wire format."""
+        return {"name": self.name, "arguments": self.arguments}
 
 
 @dataclass(frozen=True)
@@ -94,9 +88,7 @@ class Parsed:
 
 
 def load_template(path: str) -> str:
-    """The system template at `path`, or the project's own for "". Raises PromptError without a `{tools}`
-    slot.
-    """
+    """The system template at `path`, or ours for "". Raises PromptError without a `{tools}` slot."""
     if not path:
         return SYSTEM_TEMPLATE
     try:
@@ -104,9 +96,7 @@ def load_template(path: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"prompt_template: cannot read {path}: {error}") from None
     if text.count("{tools}") != 1:
-        raise PromptError(
-            f"prompt_template: {path} must have one {{tools}} slot, where the list of tools belongs"
-        )
+        raise PromptError(f"prompt_template: {path} must have one {{tools}} slot, where the tools belong")
     return text
 
 
@@ -117,15 +107,13 @@ def render_tools(tools: list[dict]) -> str:
 
 def render_calls(calls: list[ToolCall]) -> str:
     """The tool-call section for `calls`; an empty list gives `<tool_call>[]</tool_call>`."""
-    listed = [{"name": call.name, "arguments": call.arguments} for call in calls]
-    return f"{CALL}{json.dumps(listed, ensure_ascii=False)}{END_CALL}"
+    return f"{CALL}{json.dumps([call.as_dict() for call in calls], ensure_ascii=False)}{END_CALL}"
 
 
 def render_completion(calls: list[ToolCall], think: str) -> str:
-    """A whole reply in the format that the reward asks for. A blank `think` leaves the thought out (No-Reason
-    SFT).
-    """
-    return (f"{THINK}{think}{END_THINK}" if think.strip() else "") + render_calls(calls)
+    """A whole reply in the format that the reward asks for. A blank `think` leaves the thought out."""
+    thought = f"{THINK}{think}{END_THINK}" if think.strip() else ""
+    return thought + render_calls(calls)
 
 
 def build_messages(messages: list[dict], tools: list[dict], template: str = SYSTEM_TEMPLATE) -> list[dict]:
@@ -135,9 +123,11 @@ def build_messages(messages: list[dict], tools: list[dict], template: str = SYST
     of ToolCall). System messages of the data follow ours inside the single system message; past calls are
     rendered as calls. Tools are never handed to the chat template, or they would stand in the prompt twice.
     """
-    system, turns = [template.replace("{tools}", render_tools(tools))], []
+    system = [template.replace("{tools}", render_tools(tools))]
+    turns = []
     for message in messages:
-        role, content = message["role"], message.get("content") or ""
+        role = message["role"]
+        content = message.get("content") or ""
         if role == "system":
             system.append(content)
         elif role in ("user", "assistant", "tool"):
@@ -165,16 +155,14 @@ def render_prompt(
         raise PromptError(f"{_name(tokenizer)}: the tokenizer has no chat template; use an Instruct model")
     chat = build_messages(messages, tools, template)
     try:
-        # Llama 3.1 prints a date into the system header, newer templates today's: a prompt must not change
-        # overnight.
+        # Llama 3.1 prints a date into the system header: a prompt must not change overnight.
         return tokenizer.apply_chat_template(
             chat, tokenize=False, add_generation_prompt=generation_prompt, date_string="26 Jul 2024"
         )
     except jinja2.TemplateError as error:
         roles = " ".join(message["role"] for message in chat)
-        raise PromptError(
-            f"{_name(tokenizer)}: its chat template refuses the roles {roles}: {error}"
-        ) from None
+        refused = f"its chat template refuses the roles {roles}: {error}"
+        raise PromptError(f"{_name(tokenizer)}: {refused}") from None
 
 
 def encode_prompt(
@@ -185,16 +173,12 @@ def encode_prompt(
 
 
 def encode_reply(tokenizer, text: str) -> list[int]:
-    """A reply to imitate as token ids, closed by the token that ends a turn, so that the policy learns to
-    stop.
-    """
+    """A reply to imitate as token ids, closed by the end token, so that the policy learns to stop."""
     return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
 
 
 def stop_ids(tokenizer) -> list[int]:
-    """Sorted ids of every token that ends a reply: the tokenizer's own and those of END_TOKENS that it
-    knows.
-    """
+    """Sorted ids of the tokens that end a reply: the tokenizer's own, and those of END_TOKENS it knows."""
     vocabulary = tokenizer.get_vocab()
     ids = {vocabulary[token] for token in END_TOKENS if token in vocabulary}
     if tokenizer.eos_token_id is not None:
@@ -205,21 +189,17 @@ def stop_ids(tokenizer) -> list[int]:
 
 
 def decode_reply(tokenizer, ids: list[int], stops: list[int]) -> str:
-    """Sampled token ids -> text without the closing stop token. Special tokens stay visible: tags may be
-    among them.
-    """
+    """Sampled ids -> text without the closing stop token. Special tokens stay: tags may be among them."""
     body = ids[:-1] if ids and ids[-1] in stops else ids
     return tokenizer.decode(body, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def check_tokenizer(tokenizer, template: str = SYSTEM_TEMPLATE) -> None:
-    """Stops a run before it wastes GPUs: tags must survive the tokenizer, and the chat template must add
-    nothing.
-
-    Raises PromptError when tags are lost in a round trip, when the template drops or repeats the system
-    prompt, or when it prints the tools a second time.
+    """Raises PromptError where a run would train on wrong prompts: when tags are lost in a round trip, or the
+    chat template drops, repeats or adds something.
     """
-    name, tool = _name(tokenizer), {"name": "probe_tool", "description": "", "parameters": {}}
+    name = _name(tokenizer)
+    tool = {"name": "probe_tool", "description": "", "parameters": {}}
     reply = render_completion([ToolCall("probe_tool", {"x": 1})], "probe")
     if decode_reply(tokenizer, tokenizer.encode(reply, add_special_tokens=False), []) != reply:
         raise PromptError(f"{name}: the tags {' '.join(TAGS)} do not survive encoding and decoding")
@@ -234,12 +214,10 @@ def check_tokenizer(tokenizer, template: str = SYSTEM_TEMPLATE) -> None:
     if text.count(system) != 1:
         raise PromptError(f"{name}: its chat template does not print the system prompt exactly once")
     rest = text.replace(system, "")
-    if "probe_tool" in rest or any(
-        rest.count(word) != 1 for word in ("probe question", "probe_call", "probe result")
-    ):
-        raise PromptError(
-            f"{name}: its chat template adds to the conversation or drops turns; choose another tokenizer"
-        )
+    said = ("probe question", "probe_call", "probe result")
+    if "probe_tool" in rest or any(rest.count(words) != 1 for words in said):
+        remedy = "choose another tokenizer"
+        raise PromptError(f"{name}: its chat template adds to the conversation or drops turns; {remedy}")
     if "You are" in rest or rest.count("system") > 1:
         raise PromptError(f"{name}: its chat template adds a second system prompt")
     if text == render_prompt(tokenizer, turns, [tool], template, generation_prompt=False):
@@ -249,9 +227,8 @@ def check_tokenizer(tokenizer, template: str = SYSTEM_TEMPLATE) -> None:
 # -------------------------------------------------------------------------------------------- from the model
 
 
-_CANONICAL = json.JSONEncoder(
-    sort_keys=True, ensure_ascii=True, separators=(",", ":")
-)  # json.dumps makes one per call
+# Kept, because json.dumps makes one for every call.
+_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(",", ":"))
 
 
 def canonical_json(value: Any) -> str:
@@ -291,19 +268,18 @@ def strict_json(text: str) -> Any:
 
 
 def _nested_deeper(value: Any, limit: int) -> bool:
-    """Whether lists and objects are nested more than `limit` deep. Without recursion, so nothing can
-    overflow.
-    """
+    """Whether lists and objects are nested more than `limit` deep. Without recursion: nothing overflows."""
     level = [value]
     for _ in range(limit + 1):
-        level = [
-            inner
-            for outer in level
-            if isinstance(outer, (dict, list))
-            for inner in (outer.values() if isinstance(outer, dict) else outer)
-        ]
-        if not level:
+        inner = []
+        for outer in level:
+            if isinstance(outer, dict):
+                inner += outer.values()
+            elif isinstance(outer, list):
+                inner += outer
+        if not inner:
             return False
+        level = inner
     return True
 
 
@@ -335,14 +311,13 @@ def _parse_calls(text: str) -> tuple[list[ToolCall] | None, str | None]:
 
 
 def parse_completion(text: str) -> Parsed:
-    """Reads a reply strictly: `<think>…</think>` with something in it, then `<tool_call>[…]</tool_call>`,
-    then an end.
+    """Reads a reply strictly: `<think>…</think>` with something in it, then `<tool_call>[…]</tool_call>`.
 
     White space around the two parts and one end token are allowed, anything else is an error. Never raises.
     `error` is None or one of: not_text, no_think, text_before_think, think_not_closed, empty_think,
     tag_in_think, text_before_tool_call, no_tool_call, tool_call_not_closed, text_after_tool_call,
-    several_tool_calls, bad_json, not_a_list, bad_call. Without any thought, the calls are still read, so that
-    a reward without reasoning can use them.
+    several_tool_calls, bad_json, not_a_list, bad_call. Without any thought, the calls are still read, for
+    rewards without reasoning.
     """
     if not isinstance(text, str):
         return Parsed(None, None, "not_text")
@@ -367,34 +342,3 @@ def parse_completion(text: str) -> Parsed:
     if not think.strip():
         return Parsed(think, calls, error or "empty_think")
     return Parsed(think, calls, error)
-
-
-def parse_reference(text: str, marker: str, text_raises: bool = False) -> tuple[bool, str | None, Any]:
-    """Reads a reply as Tool-N1's released reward does -> (thought, block, calls), for its variants only.
-
-    What follows the last `marker` counts. thought: both think tags occur, anywhere. block: the text of the
-    last closed tool-call section, None without one. calls: its JSON, of whatever shape; JSON inside a JSON
-    text is read once more, and an object becomes a list; None where it is no JSON. Raises what the reference
-    raises: ValueError for integers of more than 4,300 digits, RecursionError, and with `text_raises`
-    json.JSONDecodeError for a text that is no JSON.
-    """
-    kept = text.rpartition(marker)[2]
-    block, at = None, kept.find(CALL)
-    while at >= 0 and (end := kept.find(END_CALL, at)) >= 0:
-        block = kept[at + len(CALL) : end]
-        at = kept.find(CALL, end)
-    thought = THINK in kept and END_THINK in kept
-    if block is None:
-        return thought, None, None
-    try:
-        calls = json.loads(block.strip())
-    except json.JSONDecodeError:
-        return thought, block, None
-    if isinstance(calls, str):
-        try:
-            calls = json.loads(calls)
-        except json.JSONDecodeError:
-            if text_raises:
-                raise
-            return thought, block, None
-    return thought, block, [calls] if isinstance(calls, dict) else calls

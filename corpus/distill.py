@@ -1,42 +1,36 @@
-"""Replies with reasoning to imitate, from any model: samples, keeps what has full reward, writes the file for
-Reason-SFT.
+"""Replies to imitate, from any model: samples, keeps those with full reward, writes them for Reason-SFT.
 
-    python distill.py --model runs/teacher/model --data train.jsonl --samples 4 --out runs/traces.jsonl
+    python data.py distill --model TEACHER --data train.jsonl --samples 4 --out runs/traces.jsonl
     python sft.py --data runs/traces.jsonl --test_data test.jsonl --run_dir runs/reason_sft
 
-Prompts, sampling and reward are grpo.py's: its settings are taken here, too (`--config FILE`, `--key value`).
-Only its training examples are sampled, so with the same data, seed and test_share the held-out cases stay out
-of the file. OUT.tried remembers every prompt, also those in vain: the same command goes on after a kill. One
-process, with a GPU if there is one; for several, give each a part of the data (data_from, data_to) and a
-file.
+Prompts, sampling and reward are grpo.py's, and so are all other settings (`--config FILE`, `--key value`).
+With the same data, seed and test_share, no held-out case is in the file. OUT.tried remembers every prompt:
+the same command goes on after a kill. Several processes take a part each (data_from, data_to).
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from config import ConfigError, check_positions, load_config
-from corpus.examples import Example, Splits, Tokenized, hashes_of
+from config import Config, ConfigError, check_positions, load_config
+from corpus.examples import Example, Tokenized, hashes_of
 from corpus.layouts import write_examples
 from corpus.sources import DataError, append_jsonl, read_jsonl
-from data import load_splits, tokenize_splits
 from distributed.batches import prompt_seed
-from distributed.ranks import run_script
 from evals.predict import describe_author
-from evals.report import positive
 from kernel.decode import Prompt
 from model import load_model, load_tokenizer
 from prompts import check_tokenizer, load_template
 from reward import REWARDS, RewardFunction, reward_function
-from rollout import ENGINES, sample_groups
+from rollout import Decoding, sample_groups, score_groups
 
 # Settings that decide a sample or its verdict: rows made with others are not mixed.
 FIXED_KEYS = "temperature seed reward lenient max_prompt_tokens max_response_tokens rollout_engine".split()
@@ -48,13 +42,12 @@ def example_key(example: Example) -> str:
 
 
 def read_journal(path: Path, author: dict) -> dict[str, dict]:
-    """The rows of OUT.tried by example_key. Its first row is `author`, what the others are made with; a new
-    file gets it.
+    """The rows of OUT.tried by example_key; the first row is `author`, what the others are made with.
 
     A line that a kill cut off is removed, so that appending is safe. Raises ConfigError for another author.
     """
     rows = read_jsonl(path)
-    if len(rows) < 2:  # nothing was tried, so nothing can be mixed
+    if len(rows) < 2:  # nothing was tried
         path.parent.mkdir(parents=True, exist_ok=True)
         path.unlink(missing_ok=True)
         append_jsonl(path, [author])
@@ -66,71 +59,51 @@ def read_journal(path: Path, author: dict) -> dict[str, dict]:
 
 
 def try_prompts(
-    items: Sequence[Tokenized], tokenizer, reward: RewardFunction, config, samples: int, journal: Path
+    items: Sequence[Tokenized], tokenizer, reward: RewardFunction, config: Config, samples: int, journal: Path
 ) -> None:
-    """Samples `samples` replies of each prompt, which depend on the seed and the example alone; appends a row
-    for each.
+    """Samples `samples` replies of each prompt, by seed and example alone; appends a row for each prompt.
 
-    Rows: key, id, traces (different replies with full reward, as they came), right (how many samples had it),
-    truncated, and reasons of the other samples with counts.
+    Rows: key, id, traces (replies with full reward, each once), right (their number), truncated, reasons.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # In bf16 a teacher takes half the memory, and nothing is trained.
     model = load_model(config.model, device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
     check_positions(config, model.config.max_position_embeddings)
     full = REWARDS[config.reward].right if config.reward in REWARDS else 1.0
+    decoding = replace(Decoding.training(config), group_size=samples)
     items = sorted(items, key=lambda item: len(item.ids))  # prompts of similar length share a batch
-    size, done, found = max(1, config.rollout_batch_size // samples), 0, 0
-    with tqdm(total=len(items), desc="distill") as bar:
-        for start in range(0, len(items), size):
-            batch = items[start : start + size]
-            keys = [example_key(item.example) for item in batch]
-            seeds = [prompt_seed(config.seed, 0, int(key[:16], 16)) for key in keys]
-            groups = sample_groups(
-                model, tokenizer, [Prompt(t.example.id, t.ids, seed) for t, seed in zip(batch, seeds)],
-                group_size=samples, temperature=config.temperature, max_new_tokens=config.max_response_tokens,
-                batch_size=config.rollout_batch_size, engine=config.rollout_engine, progress=True,
-            )
-            rows = []
-            for item, key, group in zip(batch, keys, groups):
-                verdicts = [reward(text, item.example.answer, item.example.tools) for text in group.texts]
-                right = [text for text, verdict in zip(group.texts, verdicts) if verdict.total >= full]
-                row = {
-                    "key": key,
-                    "id": item.example.id,
-                    "traces": list(dict.fromkeys(right)),
-                    "right": len(right),
-                }
-                row |= {"truncated": sum(group.truncated)}
-                rows.append(row | {"reasons": Counter(one.reason for one in verdicts if one.total < full)})
-            append_jsonl(journal, rows)
-            done, found = done + len(rows), found + sum(bool(row["traces"]) for row in rows)
-            bar.update(len(rows))
-            bar.set_postfix(found=f"{found / done:.0%}")
+    size = max(1, config.rollout_batch_size // samples)
+    for start in tqdm(range(0, len(items), size), desc="distill", unit="batch"):
+        batch = items[start : start + size]
+        keys = [example_key(item.example) for item in batch]
+        seeds = [prompt_seed(config.seed, 0, int(key[:16], 16)) for key in keys]
+        prompts = [Prompt(item.example.id, item.ids, seed) for item, seed in zip(batch, seeds)]
+        groups = sample_groups(model, tokenizer, prompts, decoding, progress=True)
+        rows = []
+        for key, group in zip(keys, score_groups(groups, batch, range(len(batch)), reward)):
+            right = [text for text, one in zip(group.texts, group.rewards) if one.total >= full]
+            rows.append({
+                "key": key, "id": group.prompt.id, "traces": list(dict.fromkeys(right)), "right": len(right),
+                "truncated": sum(group.truncated),
+                "reasons": Counter(one.reason for one in group.rewards if one.total < full),
+            })
+        append_jsonl(journal, rows)
 
 
 def with_traces(examples: Sequence[Example], tried: dict[str, dict], keep: int) -> list[Example]:
-    """The examples that have a right reply, in order, with at most `keep` different ones as
-    demonstrations.
-    """
-    traces = [tried.get(example_key(example), {"traces": []})["traces"][:keep] for example in examples]
-    return [
-        dataclasses.replace(e, demonstrations=tuple(texts)) for e, texts in zip(examples, traces) if texts
-    ]
+    """The examples that have a right reply, with at most `keep` different ones as demonstrations."""
+    traces = [tuple(tried[example_key(example)]["traces"][:keep]) for example in examples]
+    return [replace(example, demonstrations=texts) for example, texts in zip(examples, traces) if texts]
 
 
 def report(rows: Sequence[dict], written: Sequence[Example], samples: int) -> str:
-    """What came of the prompts of these rows: how many are solved, the pass rate, and why samples failed, by
-    count.
-    """
-    right, total, reasons = sum(row["right"] for row in rows), samples * len(rows), Counter()
-    for row in rows:
-        reasons.update(row["reasons"])
+    """How many of these rows' prompts are solved, the pass rate, and why samples failed, by count."""
+    right = sum(row["right"] for row in rows)
+    total = samples * len(rows)
+    reasons = sum((Counter(row["reasons"]) for row in rows), Counter())
     traces = sum(len(example.demonstrations) for example in written)
-    lines = [
-        f"{len(written)} of {len(rows)} prompts have a right reply ({len(written) / len(rows):.1%}); {traces} traces kept",
-        f"{right} of {total} samples are right ({right / total:.1%})" + ("; the others:" if reasons else ""),
-    ]
+    solved = f"{len(written)} of {len(rows)} prompts have a right reply ({len(written) / len(rows):.1%})"
+    lines = [f"{solved}; {traces} traces kept", f"{right} of {total} samples are right ({right / total:.1%})"]
     lines += [f"  {count:>9} {count / total:7.1%}  {reason}" for reason, count in reasons.most_common()]
     if cut := sum(row["truncated"] for row in rows):
         lines.append(f"{cut} samples were cut off at max_response_tokens")
@@ -138,62 +111,37 @@ def report(rows: Sequence[dict], written: Sequence[Example], samples: int) -> st
 
 
 def read_options(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """(this script's own options, the other arguments). Raises ConfigError."""
-    parser = argparse.ArgumentParser(prog="python distill.py", add_help=False, allow_abbrev=False)
-
-    def refuse(message: str) -> None:
-        raise ConfigError(f"{message}; see python distill.py --help")
-
-    parser.error = refuse
-    parser.add_argument(
-        "--out", type=Path, default=Path("traces.jsonl"), help="the file to write (default: %(default)s)"
+    """(the command's own options, the settings)."""
+    parser = argparse.ArgumentParser(
+        prog="python data.py distill", description=__doc__.splitlines()[0], allow_abbrev=False,
+        epilog="All other options are settings of grpo.py; python grpo.py --help lists them.",
     )
-    parser.add_argument(
-        "--samples", type=positive, default=4, help="replies tried per prompt (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--keep", type=positive, default=1, help="different right ones kept of each (default: %(default)s)"
-    )
-    options, rest = parser.parse_known_args(arguments)
-    if "--help" in rest:
-        parser.print_help()
-        print("\nand the settings of grpo.py:")
-    return options, rest
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("traces.jsonl"), help="the file to write (default: %(default)s)")
+    add("--samples", type=int, default=4, help="replies tried per prompt (default: %(default)s)")
+    add("--keep", type=int, default=1, help="different right ones kept of each (default: %(default)s)")
+    return parser.parse_known_args(arguments)
 
 
-def main(arguments: list[str]) -> None:
-    """Tries what is not tried yet, then writes the file. Raises DataError where no sample at all is right."""
-    options, rest = read_options(arguments)
-    config = load_config(rest)
+def main(arguments: list[str], load_splits: Callable, tokenize_splits: Callable) -> None:
+    """Tries what is not tried yet, then writes the file. The functions are data.py's. Raises UserError."""
+    options, settings = read_options(arguments)
+    config = load_config(settings)
     out, journal = options.out, Path(f"{options.out}.tried")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ConfigError(
-            "distill.py is one process: start it with python, not torchrun; see its first lines for several"
-        )
     if config.model == "tiny":
-        raise ConfigError(
-            "model: tiny is not trained yet; give the folder or hub id of a model that can do the task"
-        )
-    if config.rollout_engine not in ENGINES:
-        raise ConfigError(
-            f"rollout_engine must be one of {', '.join(ENGINES)}, not {config.rollout_engine!r}"
-        )
-    if out.suffix == ".parquet":
-        raise ConfigError(
-            f"out: {out} would hold JSON lines, not Parquet; give a name that ends in .jsonl or .jsonl.gz"
-        )
+        raise ConfigError("model: tiny is not trained yet; give the folder or hub id of a trained model")
     if out.exists() and not journal.exists():
-        raise ConfigError(f"out: {out} exists, and was not written by distill.py; give another name")
-    reward, template = reward_function(config.reward, config.lenient), load_template(config.prompt_template)
-    splits, tokenizer = load_splits(config), load_tokenizer(config.model, config.trust_remote_code)
+        raise ConfigError(f"out: {out} exists, and was not written by distill; give another name")
+    reward = reward_function(config.reward, config.lenient)
+    template = load_template(config.prompt_template)
+    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     check_tokenizer(tokenizer, template)
     author = describe_author(config.model, template) | {"samples": options.samples}
     author |= {key: getattr(config, key) for key in FIXED_KEYS}
     tried = read_journal(journal, author)
-    items = tokenize_splits(Splits(splits.train, {}), tokenizer, template, config).train
+    train = replace(load_splits(config), held_out={})
+    items = tokenize_splits(train, tokenizer, template, config).train
     missing = [item for item in items if example_key(item.example) not in tried]
-    if tried:
-        print(f"going on: {len(items) - len(missing)} of {len(items)} prompts are tried already")
     try:
         if missing:
             try_prompts(missing, tokenizer, reward, config, options.samples, journal)
@@ -209,10 +157,4 @@ def main(arguments: list[str]) -> None:
             write_examples(out, written)
             print(f"written: {out}")
     if not written:
-        raise DataError(
-            f"no reply of {config.model} got full reward, so {out} is not written; the reasons stand above"
-        )
-
-
-if __name__ == "__main__":
-    run_script(main)
+        raise DataError(f"no reply of {config.model} got full reward, so {out} is not written")

@@ -1,26 +1,30 @@
-"""The records that cross files: a training example, its rows as JSON, and the splits."""
+"""The records that cross files: a training example, what judges it, its JSON, and the split by record."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from prompts import ToolCall
 
 KINDS = ("single", "choice", "parallel", "none")
+KEEPABLE = ("missing_argument", "wrong_type", "contradiction")  # reasons that Rules.keep may name
 
 
-def example_kind(example: Example) -> str:
-    """none (empty answer), parallel (several calls), single (one tool to choose from) or choice."""
-    if len(example.answer) != 1:
-        return "parallel" if example.answer else "none"
-    return "single" if len(example.tools) == 1 else "choice"
+@dataclass(frozen=True)
+class Example:
+    """One step to learn: the conversation so far, the tools, and the calls that are right now."""
 
-
-# --------------------------------------------------------------------------------------- from data to prompts
+    id: str  # "record", or "record#turn" where a record has several steps
+    source: str  # "xlam", "toolace", "synthetic", ...
+    # role (user, assistant, tool, system), content, and for past calls `calls`, a list[ToolCall]
+    messages: list[dict]
+    tools: list[dict]  # {"name", "description", "parameters"} as the record gives them
+    answer: list[ToolCall]  # ground truth; [] = no call is right
+    demonstrations: tuple[str, ...] = ()  # replies to imitate (sft.py), may be empty
 
 
 @dataclass(frozen=True)
@@ -40,65 +44,67 @@ class Splits:
 
 
 @dataclass(frozen=True)
-class Example:
-    """One step to learn: the conversation so far, the tools, and the calls that are right now."""
-
-    id: str
-    source: str  # "xlam", "toolace", "synthetic", ...
-    messages: list[
-        dict
-    ]  # role (user, assistant, tool, system), content, and `calls` (list[ToolCall]) for past calls
-    tools: list[dict]  # {"name", "description", "parameters"} as the record gives them
-    answer: list[ToolCall]  # ground truth; [] = no call is right
-    demonstrations: tuple[str, ...] = ()  # replies to imitate (sft.py), may be empty
-
-
-@dataclass(frozen=True)
 class Dropped:
-    """A record or step left out. `line`: the line of a JSONL file, in a JSON array the record's position from
-    1.
-    """
+    """A record or step left out. `line`: of a JSONL file its line, else the record's position from 1."""
 
-    source: str
-    id: str
     line: int
+    id: str
     reason: str
     detail: str
 
 
 @dataclass(frozen=True)
 class Rules:
-    """How records are judged. keep: reasons, of KEEPABLE, for which nothing is dropped. no_call_turns: a turn
-    of ToolACE that is plain text becomes an example, too, whose answer is [] (toolace.is_text_step says
-    which).
-    """
+    """How records are judged."""
 
-    keep: tuple[str, ...] = ()
-    no_call_turns: bool = False
+    keep: tuple[str, ...] = ()  # reasons, of KEEPABLE, for which nothing is dropped
+    no_call_turns: bool = False  # ToolACE's text turns become examples with answer []
 
 
 STRICT = Rules()
-KEEPABLE = ("missing_argument", "wrong_type", "contradiction")
 
 
 class Unusable(Exception):
-    """(reason, detail): the record or step at hand cannot become an example."""
+    """(reason, detail): the record or step in hand cannot become an example."""
 
 
-# ------------------------------------------------------------------------------------------ examples -> rows
+def example_kind(example: Example) -> str:
+    """none (empty answer), parallel (several calls), single (one tool to choose from) or choice."""
+    if len(example.answer) != 1:
+        return "parallel" if example.answer else "none"
+    return "single" if len(example.tools) == 1 else "choice"
 
 
-def _plain(call: Any) -> dict:
-    """A call as JSON has it; the encoders below ask for it when they meet one."""
-    if not isinstance(call, ToolCall):
-        raise TypeError(f"{type(call).__name__} is not JSON")
-    return {"name": call.name, "arguments": call.arguments}
+# ------------------------------------------------------------------------------------------------- the split
+
+
+def record_of(example_id: str) -> str:
+    """The record that a step belongs to. Splits go by it: later steps contain the answers of earlier ones."""
+    return example_id.partition("#")[0]
+
+
+def hold_out(records: Iterable[str], share: float, seed: int) -> set[str]:
+    """The given share of the records: those with the smallest hashes of (seed, record).
+
+    So the split depends on seed and ids alone, and another file more or less moves few records.
+    """
+    ranked = sorted(set(records), key=lambda name: hashlib.sha256(f"{seed}/split/{name}".encode()).digest())
+    return set(ranked[: round(len(ranked) * share)])
+
+
+# ------------------------------------------------------------------------------------------- examples -> JSON
+
+
+def _as_dict(value: Any) -> dict:
+    if not isinstance(value, ToolCall):
+        raise TypeError(f"{type(value).__name__} is not JSON")
+    return value.as_dict()
 
 
 # What was read from JSON holds no cycles, and looking for them costs a seventh of the time.
-_ENCODER = json.JSONEncoder(default=_plain, check_circular=False)
+_ENCODER = json.JSONEncoder(default=_as_dict, check_circular=False)
 _CANONICAL = json.JSONEncoder(
-    default=_plain, check_circular=False, sort_keys=True, ensure_ascii=False, allow_nan=False
+    default=_as_dict, check_circular=False, sort_keys=True, ensure_ascii=False, allow_nan=False
 )
 
 
@@ -107,26 +113,18 @@ def to_json(value: Any) -> str:
     return _ENCODER.encode(value)
 
 
-def example_row(example: Example) -> dict:
-    """An example in our own layout, which keeps everything as it is."""
-    return {
-        "id": example.id, "source": example.source, "messages": example.messages, "tools": example.tools,
-        "answer": example.answer, "demonstrations": example.demonstrations,
-    }
-
-
 def hashes_of(example: Example) -> tuple[bytes, bytes]:
-    """Hashes of the prompt and of the answer, whose calls may stand in any order. Also the last check of an
-    example: all of it must be JSON, and text that a tokenizer takes.
+    """Hashes of the prompt and of the answer, whose calls may stand in any order.
+
+    Also the last check of an example: all of it must be JSON, and text that a tokenizer takes.
     """
     try:
         prompt = _CANONICAL.encode([example.messages, example.tools]).encode()
         answer = "\n".join(sorted(_CANONICAL.encode(call) for call in example.answer)).encode()
         "".join((example.id, example.source, *example.demonstrations)).encode()
     except UnicodeEncodeError as error:
-        raise Unusable(
-            "bad_text", f"half a surrogate pair, which no tokenizer takes: {error.reason}"
-        ) from None
+        detail = f"half a surrogate pair, which no tokenizer takes: {error.reason}"
+        raise Unusable("bad_text", detail) from None
     except (ValueError, TypeError, RecursionError) as error:
         raise Unusable("broken_json", f"not JSON: {error}") from None
     return hashlib.blake2b(prompt, digest_size=16).digest(), hashlib.blake2b(answer, digest_size=16).digest()

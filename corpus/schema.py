@@ -1,7 +1,6 @@
-"""What a tool declares of its parameters, in the dialects of xLAM, ToolACE, BFCL and JSON Schema: one reader
-for all.
+"""What a tool declares of its parameters, in the dialects of xLAM, ToolACE, BFCL and JSON Schema.
 
-Two uses: data.py drops records whose answer contradicts its own tool, and the lenient reward compares numbers
+Two uses: records whose answer contradicts its own tool are dropped, and the lenient reward compares numbers
 by it.
 """
 
@@ -11,8 +10,7 @@ import math
 import re
 from typing import Any
 
-# Declared names -> JSON types. What is not here (Callable, any, Union, ...) is unclear, and nothing is judged
-# by it.
+# Declared names -> JSON types. By what is not here (Callable, any, Union, ...) nothing is judged.
 TYPES = {
     "str": "string", "string": "string",
     "int": "integer", "integer": "integer",
@@ -24,19 +22,13 @@ TYPES = {
 
 # JSON type -> the Python types of its values; bool is a subclass of int, so types are compared exactly
 FITS = {
-    "string": (str,),
-    "integer": (int,),
-    "number": (int, float),
-    "boolean": (bool,),
-    "array": (list,),
+    "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "array": (list,),
     "object": (dict,),
 }
 
 
 def properties(tool: dict) -> dict[str, Any]:
-    """Parameter name -> declaration: JSON Schema's `properties`, or xLAM's flat parameters. {} where none are
-    readable.
-    """
+    """Parameter name -> declaration: JSON Schema's `properties`, or xLAM's flat parameters; {} if neither."""
     parameters = tool.get("parameters")
     if not isinstance(parameters, dict):
         return {}
@@ -49,9 +41,7 @@ def properties(tool: dict) -> dict[str, Any]:
 
 
 def is_optional(declared: Any) -> bool:
-    """Whether a declaration itself says that the argument may be left out or null: a default, or "str,
-    optional".
-    """
+    """Whether a declaration says that the argument may be left out or null: a default, or "str, optional"."""
     if not isinstance(declared, dict):
         return True
     kind = declared.get("type")
@@ -74,9 +64,7 @@ def required(tool: dict) -> list[str]:
 
 
 def json_type(declared: Any) -> str | None:
-    """The JSON type that a declaration clearly asks for: "str, optional" -> string, List[int] -> array; else
-    None.
-    """
+    """The JSON type that a declaration clearly asks for: "str, optional" -> string, List[int] -> array."""
     kind = declared.get("type") if isinstance(declared, dict) else None
     if isinstance(kind, list):  # JSON Schema's ["string", "null"]
         kinds = [one for one in kind if one != "null"]
@@ -91,24 +79,18 @@ def json_type(declared: Any) -> str | None:
     return TYPES.get(head.strip().lower())
 
 
-def missing_arguments(arguments: dict[str, Any], tool: dict) -> list[str]:
-    """Required parameters that a call leaves out."""
-    return [name for name in required(tool) if name not in arguments]
-
-
 def wrong_types(arguments: dict[str, Any], tool: dict) -> list[str]:
     """Arguments whose JSON type is clearly another than declared, as "name: integer declared, str given".
 
     An integer fits where a number is declared, null where the declaration says optional. Only the top level
     is judged: declarations of what lists and objects hold are too often wrong in the known data.
     """
-    found, needed = [], None
+    found = []
     for name, declared in properties(tool).items():
         kind = json_type(declared) if name in arguments else None
         if kind is None or type(arguments[name]) in FITS[kind]:
             continue
-        needed = required(tool) if needed is None else needed
-        if arguments[name] is None and (name not in needed or is_optional(declared)):
+        if arguments[name] is None and (is_optional(declared) or name not in required(tool)):
             continue
         found.append(f"{name}: {kind} declared, {type(arguments[name]).__name__} given")
     return found
@@ -118,13 +100,10 @@ def _item_declared(declared: dict) -> dict | None:
     """The declaration of a list's items: JSON Schema's `items`, or the float of "List[float]"."""
     if isinstance(declared.get("items"), dict):
         return declared["items"]
-    inner = re.fullmatch(
-        r"(?i:list|array|set|tuple)\[(.*)\](?i:,?\s*optional)?", str(declared.get("type")).strip()
-    )
+    text = str(declared.get("type")).strip()
+    inner = re.fullmatch(r"(?i:list|array|set|tuple)\[(.*)\](?i:,?\s*optional)?", text)
     kinds = {part.strip() for part in inner[1].split(",")} if inner else set()
-    return (
-        {"type": kinds.pop()} if len(kinds) == 1 else None
-    )  # Tuple[int, float] and Dict[...] have no single type
+    return {"type": kinds.pop()} if len(kinds) == 1 else None  # Tuple[int, float] has no single type
 
 
 def _as_declared(value: Any, declared: Any) -> Any:
@@ -145,8 +124,7 @@ def _as_declared(value: Any, declared: Any) -> Any:
 
 
 def lenient_arguments(arguments: dict[str, Any], tool: dict) -> dict[str, Any]:
-    """The arguments with every number that is declared `number` as a float, inside declared lists and objects
-    too.
+    """The arguments with every number that is declared `number` as a float, also inside lists and objects.
 
     Then 2 equals 2.0 where a number is declared, and nowhere else; numeric strings stay strings.
     """

@@ -1,23 +1,18 @@
-"""The demo's model and tokenizer, built from a config and texts without any download."""
+"""The demo's model and tokenizer, built from a config and texts, without any download."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 import torch
-from transformers import (
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from model import prepare_model
 from prompts import END_TOKENS, TAGS
 
 LAYERS, VOCABULARY = 2, 800  # of the demo's model
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -30,12 +25,10 @@ def build_tiny_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTok
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}|[^\p{L}\p{N}]+"), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}|[^\p{L}\p{N}]+"), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
     bpe.decoder = decoders.ByteLevel()
     specials = ["<|im_start|>", *END_TOKENS[:2]]
     trainer = trainers.BpeTrainer(
@@ -53,7 +46,7 @@ def build_tiny_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTok
 
 
 def tiny_config(vocab_size: int, hidden: int, layers: int) -> Qwen2Config:
-    """The demo model's config; the ids of its special tokens are the tokenizer's affair."""
+    """The demo model's config, without the ids of special tokens, which the tokenizer knows."""
     return Qwen2Config(
         vocab_size=vocab_size, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=32768, rope_theta=1e6,
@@ -62,15 +55,16 @@ def tiny_config(vocab_size: int, hidden: int, layers: int) -> Qwen2Config:
 
 
 def build_tiny_model(tokenizer, hidden: int, layers: int, seed: int) -> Qwen2ForCausalLM:
-    """A Qwen2-architecture model of `layers` layers and `hidden` units, initialised from `seed`, fp32.
+    """A Qwen2 model of `layers` layers and `hidden` units, initialised from `seed`, in fp32 on the CPU.
 
-    Attention starts at the identity (queries equal keys, outputs undo values, in random orthogonal bases),
-    which lets a small model find copying in hundreds of steps instead of thousands: after mimetic
-    initialisation, Trockman and Kolter 2023 (arXiv 2305.09828). All else is the usual noise; nothing of the
-    task is in it.
+    It is bare: model.prepare_model makes it ready for token_logprobs. Attention starts at the identity
+    (queries equal keys, outputs undo values, in random orthogonal bases), so a small model learns to copy in
+    hundreds of steps instead of thousands: after mimetic initialisation, Trockman and Kolter 2023 (arXiv
+    2305.09828). All else is the usual noise; nothing of the task is in it.
     """
     config = tiny_config(len(tokenizer), hidden, layers)
-    config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    config.eos_token_id = tokenizer.eos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = Qwen2ForCausalLM(config)
@@ -82,4 +76,4 @@ def build_tiny_model(tokenizer, hidden: int, layers: int, seed: int) -> Qwen2For
                 attention.k_proj.weight.copy_(compare.T)
                 attention.v_proj.weight.copy_(carry.T)
                 attention.o_proj.weight.copy_(carry)
-    return prepare_model(model, torch.device("cpu"))
+    return model

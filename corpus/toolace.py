@@ -1,6 +1,4 @@
-"""ToolACE: its notation for calls, `[Tool Name(param="value", n=[1, 2]), other()]`, read exactly, and its
-records' parts.
-"""
+"""ToolACE: its notation for calls, `[Tool Name(param="value", n=[1, 2]), other()]`, and its records."""
 
 from __future__ import annotations
 
@@ -25,8 +23,8 @@ _PARAMETER = re.compile(r"""([^=,()"']+)=""")  # not only identifiers: "from", "
 _SEPARATOR = re.compile(r"\s*(?:,|(?=[\])]))\s*")  # a comma, or the closing bracket is next
 _OPEN = re.compile(r"\s*\(\s*")
 _ANY_CALL = re.compile(r"""([^()="']*[^()="'\s])\s*\(\s*""")
-_JSON_WORDS = {"True": "true", "False": "false", "None": "null"} | {
-    word: word for word in ("true", "false", "null")
+_JSON_WORDS = {
+    "True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null",
 }
 
 
@@ -39,11 +37,9 @@ def _match(pattern: re.Pattern, text: str, at: int) -> re.Match:
 def _to_json(token: str) -> str:
     """One token of a Python or JSON literal as JSON. What is neither raises here or in strict_json."""
     if token[0] in "\"'":
-        # Escape by escape, because raw line breaks and unknown escapes ("\d") would be errors in a Python
-        # literal.
+        # Escape by escape: raw line breaks and unknown escapes ("\d") would be errors in a Python literal.
         text = _ESCAPE.sub(lambda escape: ast.literal_eval(f'"{escape[0]}"'), token[1:-1])
-        # Joins the surrogate pairs with which JSON writes emoji, and refuses halves, which no tokenizer
-        # takes.
+        # Joins the surrogate pairs with which JSON writes emoji; refuses halves, which no tokenizer takes.
         return json.dumps(text.encode("utf-16", "surrogatepass").decode("utf-16"))
     if token in "[]{},:" or token in _JSON_WORDS:
         return _JSON_WORDS.get(token, token)
@@ -56,10 +52,9 @@ def _to_json(token: str) -> str:
 
 
 def _read_value(text: str, at: int) -> tuple[Any, int]:
-    """(the value at `at`, the position after it). Brackets only tell where it ends; strict_json checks the
-    rest.
-    """
-    tokens, depth = [], 0
+    """(the value at `at`, the position after it). Brackets only tell its end; strict_json checks the rest."""
+    tokens = []
+    depth = 0
     while not tokens or depth > 0:
         match = _match(_TOKEN, text, at)
         token, at = match[1], match.end()
@@ -71,8 +66,9 @@ def _read_value(text: str, at: int) -> tuple[Any, int]:
 
 
 def _read_name(text: str, at: int, names: Sequence[str], any_name: bool) -> tuple[str, int]:
-    """(the name of the call at `at`, the position after its opening bracket). No pattern of all names:
-    compiling one for every record would take longer than all the rest.
+    """(the name of the call at `at`, the position after its opening bracket).
+
+    No pattern of all names: compiling one for every record would take longer than all the rest.
     """
     for name in names:
         if text.startswith(name, at) and (opened := _OPEN.match(text, at + len(name))):
@@ -86,8 +82,7 @@ def _read_name(text: str, at: int, names: Sequence[str], any_name: bool) -> tupl
 def parse_toolace_calls(
     text: str, tool_names: Sequence[str], any_name: bool = False
 ) -> list[ToolCall] | None:
-    """Calls written as `[Tool Name(param="value", other=[1, 2]), second()]`; None when the text is anything
-    else.
+    """Calls written as `[Tool Name(param="value", other=[1, 2]), second()]`; None for any other text.
 
     Names contain spaces, brackets and quotes, so only those in `tool_names` are recognised (`any_name`:
     others too, if plain). Values are JSON, or Python literals that JSON can hold. Reads forwards only, so the
@@ -95,7 +90,8 @@ def parse_toolace_calls(
     """
     # The longest first: "User Feed" must not win over "User Feed (Video Posts) V2".
     names = sorted(tool_names, key=len, reverse=True)
-    text, calls = text.strip(), []
+    text = text.strip()
+    calls = []
     try:
         at = _match(_LIST, text, 0).end()
         while not text.startswith("]", at):
@@ -124,21 +120,17 @@ def role_of(turn: Any) -> str | None:
 
 
 def is_call_turn(turn: Any) -> bool:
-    """Whether a turn of `conversations` holds calls: a function_call, or an assistant's text that opens a
-    list.
-    """
-    return role_of(turn) == "assistant" and (
-        turn["from"] == "function_call" or turn["value"].lstrip()[:1] == "["
-    )
+    """Whether a turn holds calls: a function_call, or an assistant's text that opens a list."""
+    if role_of(turn) != "assistant":
+        return False
+    return turn["from"] == "function_call" or turn["value"].lstrip().startswith("[")
 
 
 def is_text_step(turns: list, index: int, names: Sequence[str]) -> bool:
-    """Whether turn `index`, an assistant's plain text, shows that no call was right: then [] is a sound
-    target.
+    """Whether turn `index`, an assistant's plain text, shows that no call was right: then the target is [].
 
     It must answer a user or the results of calls, and say something. Not so a text after which the assistant
-    goes on by itself ("One moment, I will look that up."), and one that quotes a call of a listed tool in its
-    prose.
+    goes on by itself ("One moment, I will look that up."), nor one that quotes a call of a listed tool.
     """
     text = turns[index]["value"]
     before, after = [role_of(turns[i]) if 0 <= i < len(turns) else None for i in (index - 1, index + 1)]
@@ -147,9 +139,7 @@ def is_text_step(turns: list, index: int, names: Sequence[str]) -> bool:
 
 
 def is_single_turn(record: Any) -> bool:
-    """Whether a record has at most one call turn, and one user message before it (without call turns: in
-    all).
-    """
+    """Whether a record has at most one call turn, after at most one user message (without calls: in all)."""
     turns = record.get("conversations") if isinstance(record, dict) else None
     turns = turns if isinstance(turns, list) else []
     calls = [index for index, turn in enumerate(turns) if is_call_turn(turn)]
@@ -157,21 +147,12 @@ def is_single_turn(record: Any) -> bool:
     return len(calls) <= 1 and sum(role_of(turn) == "user" for turn in asked) <= 1
 
 
-def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse)
-
-
 def find_tools(text: str) -> list[dict] | None:
-    """The first JSON list of tools inside `text`, else None. Other brackets, such as "[func1(...)]", are
-    passed over.
-    """
-    at = text.find("[")
+    """The first JSON list of tools inside `text`, or None. Other brackets ("[func1(...)]") are skipped."""
+    decoder, at = json.JSONDecoder(), text.find("[")
     while at >= 0:
         try:
-            value, end = _DECODER.raw_decode(text, at)
+            value, end = decoder.raw_decode(text, at)
         except (ValueError, RecursionError):
             value, end = None, at + 1
         # "parameters" tells tools from a list of named things inside a tool list that is itself broken.
@@ -183,6 +164,6 @@ def find_tools(text: str) -> list[dict] | None:
 
 def is_named(value: Any) -> bool:
     """Whether `value` is a list of objects with names, as tools and calls are."""
-    return isinstance(value, list) and all(
-        isinstance(v, dict) and isinstance(v.get("name"), str) for v in value
-    )
+    if not isinstance(value, list):
+        return False
+    return all(isinstance(one, dict) and isinstance(one.get("name"), str) for one in value)

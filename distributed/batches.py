@@ -1,13 +1,13 @@
 """From a batch of completions to what each rank computes: groups shared out by tokens, packed into
 micro-batches.
 
-Every rank knows all groups of the batch, so all work out the same plan without talking: who takes which
-group, how many micro-batches the busiest rank has, and how many tokens an update's mean is over.
+Every rank knows all groups of the batch. So all ranks work out the same plan without talking: who takes which
+group, how many micro-batches the busiest rank has, and how many tokens an update's mean is over. Order and
+seeds are functions of position, so a resume computes them instead of replaying them.
 """
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,149 +16,46 @@ import torch
 from torch import Tensor
 
 from config import Config
+from corpus.examples import Example
 from distributed.ranks import Ranks
 from kernel.decode import Prompt
 from kernel.packing import Packed, micro_batches, pack
 from reward import Reward
 
 
-@dataclass
-class MicroBatch:
-    """Packed groups with what the loss needs per response token: all [N].
+@dataclass(frozen=True)
+class Group:
+    """G completions of one prompt. responses end with their stop token unless truncated.
 
-    idle: it only keeps this rank in step with those that have more micro-batches; no loss sees it.
+    logprobs: the sampler's own, per response token, at the sampling temperature: a diagnostic, because the
+    trainer computes its own. place: of the prompt in the step's batch. rewards: [G], once they are scored.
     """
 
-    packed: Packed
-    advantages: Tensor
-    sampler_logprobs: Tensor
-    old_logprobs: Tensor | None = (
-        None  # None: one update per rollout batch, so the policy has not changed yet
-    )
-    ref_logprobs: Tensor | None = None  # None: kl_coef is 0
-    idle: bool = False
+    prompt: Prompt
+    responses: list[list[int]]
+    logprobs: list[list[float]]
+    texts: list[str]
+    truncated: list[bool]
+    place: int = 0
+    example: Example | None = None
+    rewards: tuple[Reward, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the prompt, once, and of all responses."""
+        return len(self.prompt.ids) + sum(map(len, self.responses))
+
+    @property
+    def flat(self) -> bool:
+        """Whether all rewards are equal, so that nothing can be learnt from the group."""
+        return len({reward.total for reward in self.rewards}) == 1
 
 
-@dataclass
-class Minibatch:
-    """This rank's part of one optimizer update. tokens, completions: of the update, on all ranks."""
-
-    micros: list[MicroBatch]
-    tokens: int
-    completions: int
-
-
-def reward_table(scores: list[list[Reward]], config: Config) -> Tensor:
-    """[P, G]; P may be 0 where there are more processes than prompts."""
-    return torch.tensor([[one.total for one in row] for row in scores]).view(len(scores), config.group_size)
-
-
-def gather_groups(groups: Sequence[Group], rewards: Tensor, ranks: Ranks) -> tuple[list[Group], Tensor]:
-    """Collective. All ranks' groups, without their texts, and rewards [P, G], in the order of the batch.
-
-    Place p of a batch is sampled by rank p modulo the number of ranks (`own_places`).
-    """
-    bare = [replace(group, texts=[]) for group in groups]
-    rows = [list(zip(bare, rewards.tolist())) for bare, rewards in ranks.gather((bare, rewards))]
-    pairs = [pair for turn in itertools.zip_longest(*rows) for pair in turn if pair is not None]
-    return [group for group, _ in pairs], torch.tensor([row for _, row in pairs], dtype=rewards.dtype)
-
-
-def own_places(places: int, ranks: Ranks) -> range:
-    """The places of a batch that this rank samples."""
-    return range(ranks.rank, places, ranks.world)
-
-
-def shuffled(rewards: Tensor, seed: int, step: int) -> Tensor:
-    """[P, G] -> [P, G]: the rewards of the whole batch, permuted over all completions.
-
-    The negative control: the same rewards, but telling nothing about the completion that they stand beside.
-    """
-    generator = torch.Generator().manual_seed(prompt_seed(seed, step, -1))
-    return rewards.flatten()[torch.randperm(rewards.numel(), generator=generator)].view_as(rewards)
-
-
-def share_out(tokens: Sequence[int], ranks: int) -> list[list[int]]:
-    """Which of the groups with so many tokens each rank takes: the longest first, always to the rank with the
-    least.
-
-    Longest-processing-time scheduling (Graham 1969): never more than 4/3 of the best. Indices ascend within a
-    rank.
-    """
-    loads, shares = [0] * ranks, [[] for _ in range(ranks)]
-    for i in sorted(range(len(tokens)), key=lambda i: (-tokens[i], i)):
-        rank = loads.index(min(loads))
-        loads[rank] += tokens[i]
-        shares[rank].append(i)
-    return [sorted(share) for share in shares]
-
-
-def make_minibatches(
-    groups: Sequence[Group], advantages: Tensor, config: Config, ranks: Ranks, share_prompt: bool = True
-) -> list[Minibatch]:
-    """The whole batch's groups -> this rank's minibatches (one optimizer update each) of micro-batches (one
-    forward/backward each). All ranks get equally many micro-batches, because sharded weights are gathered by
-    all.
-
-    With skip_zero_variance, groups whose advantages are all 0 are left out: neither loss, KL nor token count
-    sees them. share_prompt: whether the model takes packed groups (model.uses_shared_prefix).
-    """
-    budget, minibatches = config.max_tokens_per_micro_batch, []
-    sizes = [(len(group.prompt.ids), [len(ids) for ids in group.responses]) for group in groups]
-    teaches = (advantages != 0).any(1).tolist()
-    for start in range(0, len(groups), config.minibatch_prompts):
-        kept = range(start, min(start + config.minibatch_prompts, len(groups)))
-        kept = [i for i in kept if teaches[i] or not config.skip_zero_variance]
-        shares = share_out([sizes[i][0] + sum(sizes[i][1]) for i in kept], ranks.world)
-        plans = [micro_batches([sizes[kept[k]] for k in share], budget, share_prompt) for share in shares]
-        own = [kept[k] for k in shares[ranks.rank]]
-        micros = [
-            _micro_batch([(groups[own[k]], advantages[own[k]], part) for k, part in parts], ranks, share_prompt)
-            for parts in plans[ranks.rank]
-        ]
-        missing = max(map(len, plans)) - len(micros)
-        micros += [_idle(ranks, share_prompt) for _ in range(missing)]
-        lengths = [count for i in kept for count in sizes[i][1]]
-        minibatches.append(Minibatch(micros, sum(lengths), len(lengths)))
-    return minibatches
-
-
-def _micro_batch(parts: Sequence[Part], ranks: Ranks, share_prompt: bool) -> MicroBatch:
-    packed = pack(
-        [(group.prompt.ids, group.responses[part]) for group, _, part in parts], ranks.device, share_prompt
-    )
-    per_response = torch.cat([advantages[part] for _, advantages, part in parts]).to(ranks.device)
-    sampled = [x for group, _, part in parts for row in group.logprobs[part] for x in row]
-    sampled = torch.tensor(sampled, device=ranks.device)
-    return MicroBatch(packed, per_response.repeat_interleave(packed.counts), sampled)
-
-
-def _idle(ranks: Ranks, share_prompt: bool) -> MicroBatch:
-    """Two tokens that no loss sees: their forward and backward take part in gathering weights and adding
-    gradients.
-    """
-    nothing = torch.zeros(1, device=ranks.device)
-    return MicroBatch(pack([([0], [[0]])], ranks.device, share_prompt), nothing, nothing, idle=True)
-
-
-def sampler_difference(minibatches: list[Minibatch], ranks: Ranks) -> dict[str, float]:
-    """Collective. Mean |sampler - trainer| log-prob where the old log-probs were computed: a bug detector,
-    not a loss.
-    """
-    micros = [m for batch in minibatches for m in batch.micros if m.old_logprobs is not None and not m.idle]
-    differences = [(m.old_logprobs - m.sampler_logprobs).abs().double().sum().item() for m in micros]
-    total, count = ranks.sum([sum(differences), float(sum(len(m.advantages) for m in micros))])
-    return {"sampling/sampling_logp_difference/mean": total / count} if count else {}
-
-
-# ----------------------------------------------------------------------------------------------- data by step
+# ---------------------------------------------------------------------------------------- order and seeds
 
 
 def batch_for_step(count: int, step: int, size: int, seed: int) -> list[int]:
-    """The indices of step `step` (from 0): a fresh shuffle per pass, and a function of position alone.
-
-    Resume computes this instead of replaying a generator. A batch may span two passes.
-    """
+    """The indices of step `step` (from 0): a fresh shuffle per pass. A batch may span two passes."""
     indices = []
     for position in range(step * size, (step + 1) * size):
         epoch, offset = divmod(position, count)
@@ -168,30 +65,160 @@ def batch_for_step(count: int, step: int, size: int, seed: int) -> list[int]:
     return indices
 
 
-@dataclass(frozen=True)
-class Group:
-    """G completions of one prompt. responses end with their stop token unless truncated.
-
-    logprobs: the sampler's own, per response token, at the sampling temperature (a diagnostic: the trainer
-    computes its own).
-    """
-
-    prompt: Prompt
-    responses: list[list[int]]
-    logprobs: list[list[float]]
-    texts: list[str]
-    truncated: list[bool]
-
-
-Part = tuple[Group, Tensor, slice]  # a group, its advantages [G], and which of its responses are meant
-
-
-def prompt_seed(seed: int, step: int, index: int) -> int:
-    """A seed for one prompt of one step: a function of position alone (splitmix64 over the three numbers)."""
+def prompt_seed(seed: int, step: int, place: int) -> int:
+    """A seed for one prompt of one step: splitmix64 over the three numbers."""
     mixed = 0
-    for number in (seed, step, index):
+    for number in (seed, step, place):
         mixed = (mixed + number + 0x9E3779B97F4A7C15) % 2**64
         mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
         mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) % 2**64
         mixed ^= mixed >> 31
     return mixed % 2**63
+
+
+def shuffled(rewards: Tensor, seed: int, step: int) -> Tensor:
+    """[P, G] -> [P, G]: the rewards of the whole batch, permuted over all completions.
+
+    The negative control: the same rewards, but they say nothing about the completion that they stand beside.
+    """
+    generator = torch.Generator().manual_seed(prompt_seed(seed, step, -1))
+    return rewards.flatten()[torch.randperm(rewards.numel(), generator=generator)].view_as(rewards)
+
+
+# ------------------------------------------------------------------------------------- groups of all ranks
+
+
+def own_places(places: int, ranks: Ranks) -> range:
+    """The places of a batch that this rank samples: place p is sampled by rank p modulo the number of
+    ranks.
+    """
+    return range(ranks.rank, places, ranks.world)
+
+
+def gather_groups(groups: Sequence[Group], prompts_per_step: int, ranks: Ranks) -> list[Group]:
+    """Collective. All ranks' groups, without texts and examples, in the order of the batch."""
+    bare = [replace(group, texts=[], example=None) for group in groups]
+    everyone = [group for part in ranks.gather(bare) for group in part]
+    # What was resampled lies beyond the batch, and stands where the group stood that it replaces.
+    return sorted(everyone, key=lambda group: group.place % prompts_per_step)
+
+
+def reward_table(groups: Sequence[Group]) -> Tensor:
+    """The rewards of scored groups, [P, G]."""
+    return torch.tensor([[reward.total for reward in group.rewards] for group in groups])
+
+
+# ----------------------------------------------------------------------------------- updates, micro-batches
+
+
+@dataclass
+class MicroBatch:
+    """Packed groups with what the loss needs per response token: all [N].
+
+    old_logprobs is None where there is one update per rollout batch: the policy has not changed yet.
+    reference_logprobs is None where kl_coef is 0. idle: it only keeps this rank in step with ranks that have
+    more micro-batches; no loss sees it.
+    """
+
+    packed: Packed
+    advantages: Tensor
+    sampler_logprobs: Tensor
+    old_logprobs: Tensor | None = None
+    reference_logprobs: Tensor | None = None
+    idle: bool = False
+
+
+@dataclass
+class Update:
+    """One optimizer update: this rank's micro-batches, and what all ranks' micro-batches hold together."""
+
+    micros: list[MicroBatch]
+    total_tokens: int
+    total_completions: int
+
+
+def share_out(tokens: Sequence[int], ranks: int) -> list[list[int]]:
+    """Which of the groups with so many tokens each rank takes: the longest first, always to the rank with the
+    least. Longest-processing-time scheduling (Graham 1969): never more than 4/3 of the best. Indices ascend
+    within a rank.
+    """
+    loads = [0] * ranks
+    shares: list[list[int]] = [[] for _ in range(ranks)]
+    for i in sorted(range(len(tokens)), key=lambda i: (-tokens[i], i)):
+        rank = loads.index(min(loads))
+        loads[rank] += tokens[i]
+        shares[rank].append(i)
+    return [sorted(share) for share in shares]
+
+
+def plan_micro_batches(
+    sizes: Sequence[tuple[int, list[int]]], budget: int, ranks: Ranks, share_prompt: bool
+) -> list[list[tuple[int, slice]]]:
+    """This rank's micro-batches: for each the groups, by index, and which of their responses are meant.
+
+    sizes: (prompt length, response lengths) per group. Sharded weights are gathered by all ranks together, so
+    all get as many micro-batches as the busiest one: those that are empty only keep in step.
+    """
+    shares = share_out([prompt + sum(replies) for prompt, replies in sizes], ranks.world)
+    packed = [micro_batches([sizes[i] for i in share], budget, share_prompt) for share in shares]
+    own = shares[ranks.rank]
+    batches = [[(own[k], part) for k, part in batch] for batch in packed[ranks.rank]]
+    return batches + [[] for _ in range(max(map(len, packed)) - len(batches))]
+
+
+def make_updates(
+    groups: Sequence[Group], advantages: Tensor, config: Config, ranks: Ranks, share_prompt: bool = True
+) -> list[Update]:
+    """The whole batch's groups and advantages [P, G] -> the optimizer updates, with this rank's micro-batches
+    (one forward and backward each).
+
+    With skip_zero_variance, groups whose advantages are all 0 are left out: neither loss, KL nor token count
+    sees them. share_prompt: whether the model takes packed groups (kernel.attention.uses_shared_prefix).
+    """
+    teaches = (advantages != 0).any(1).tolist()
+    updates = []
+    for start in range(0, len(groups), config.minibatch_prompts):
+        kept = range(start, min(start + config.minibatch_prompts, len(groups)))
+        kept = [i for i in kept if teaches[i] or not config.skip_zero_variance]
+        sizes = [(len(groups[i].prompt.ids), [len(ids) for ids in groups[i].responses]) for i in kept]
+        micros = []
+        for batch in plan_micro_batches(sizes, config.max_tokens_per_micro_batch, ranks, share_prompt):
+            parts = [(groups[kept[k]], advantages[kept[k]], part) for k, part in batch]
+            micros.append(_micro_batch(parts, ranks, share_prompt) if parts else _idle(ranks, share_prompt))
+        total_tokens = sum(sum(replies) for _, replies in sizes)
+        total_completions = sum(len(replies) for _, replies in sizes)
+        updates.append(Update(micros, total_tokens, total_completions))
+    return updates
+
+
+def _micro_batch(
+    parts: Sequence[tuple[Group, Tensor, slice]], ranks: Ranks, share_prompt: bool
+) -> MicroBatch:
+    """parts: a group, its advantages [G], and which of its responses are meant."""
+    responses = [(group.prompt.ids, group.responses[part]) for group, _, part in parts]
+    packed = pack(responses, ranks.device, share_prompt)
+    per_response = torch.cat([advantages[part] for _, advantages, part in parts]).to(ranks.device)
+    sampled = []
+    for group, _, part in parts:
+        for row in group.logprobs[part]:
+            sampled += row
+    sampler_logprobs = torch.tensor(sampled, device=ranks.device)
+    return MicroBatch(packed, per_response.repeat_interleave(packed.counts), sampler_logprobs)
+
+
+def _idle(ranks: Ranks, share_prompt: bool) -> MicroBatch:
+    """Two tokens that no loss sees: their passes take part in gathering weights and adding gradients."""
+    nothing = torch.zeros(1, device=ranks.device)
+    return MicroBatch(pack([([0], [[0]])], ranks.device, share_prompt), nothing, nothing, idle=True)
+
+
+def sampler_difference(updates: Sequence[Update], ranks: Ranks) -> dict[str, float]:
+    """Collective. Mean |sampler - trainer| log-prob where the old log-probs were computed: it finds bugs."""
+    total = 0.0
+    count = 0
+    for micro in (micro for update in updates for micro in update.micros):
+        if micro.old_logprobs is not None and not micro.idle:
+            total += (micro.old_logprobs - micro.sampler_logprobs).abs().double().sum().item()
+            count += len(micro.advantages)
+    total, count = ranks.sum([total, float(count)])
+    return {"sampling/sampling_logp_difference/mean": total / count} if count else {}

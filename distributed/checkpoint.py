@@ -1,249 +1,205 @@
 """Checkpoints of a sharded run: saved by all ranks, verified, and loaded on any number of them.
 
-    run_dir/latest                 the name of the newest complete checkpoint; replaced last
+    run_dir/latest                 the name of the newest complete checkpoint, for people and scripts
     run_dir/step_N/shard-*         safetensors: every rank's shards of the weights and of AdamW's state
-    run_dir/step_N/state.json      step, seconds, flops, best score, number of ranks
+    run_dir/step_N/state.json      step, seconds, flops, best score
     run_dir/step_N/config.json     and the tokenizer, so that an export needs nothing else
     run_dir/step_N/manifest.json   size and sha256 of every other file, shape of every tensor; written last
 
 Nothing here reads or writes a pickle. A folder named step_N is always complete: it is written as step_N.tmp,
-synced to the disk and renamed. Storage is torch.distributed.checkpoint's safetensors writer and reader, which
-reshard on loading.
+synced to the disk and renamed. PyTorch's distributed safetensors writer and reader do the resharding.
 """
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import (
-    CheckpointException,
-    HuggingFaceStorageReader,
-    HuggingFaceStorageWriter,
-)
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
-from tqdm import tqdm
+from torch.optim import Optimizer
 
 from config import UserError
-from distributed.fsdp import class_name, weights
+from distributed.fsdp import weights
 from distributed.ranks import Ranks, first_problem, torchrun_job
 
 FORMAT = 1
-FILE_BYTES = (
-    2**30
-)  # the writer builds each file in memory first, so a rank's share is cut into files of about this size
+FILE_BYTES = 2**30  # the writer builds each file in memory first, so a rank's share is cut into such files
 OPTIMIZER = "optimizer."  # names of AdamW's tensors: optimizer.exp_avg.NAME and so on
-FAILURES = (
-    CheckpointException,
-    Exception,
-)  # the first is a BaseException; the tokenizer's writer raises bare Exception
+FAILURES = (dcp.CheckpointException, Exception)  # a BaseException; tokenizers raise a bare Exception
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged or of another model; the message names it and says what to do."""
+    """A checkpoint that is missing, damaged, of another model or cannot be written; says what to do."""
 
 
-def checkpoint_tensors(
-    policy: nn.Module, optimizer: torch.optim.Optimizer | None = None
-) -> dict[str, Tensor]:
-    """Weights by parameter name and optimizer state as optimizer.KEY.NAME: views of the live, sharded
-    storage.
-
-    Tied weights appear once. 0-dim `step` is given as [1]: safetensors 0.4 makes slices of 0-dim tensors
-    empty (issue 495).
-    """
+def checkpoint_tensors(policy: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Weights by name, tied ones once, and AdamW's state as optimizer.KEY.NAME: views of the live storage."""
     tensors = weights(policy)
-    for name, parameter in policy.named_parameters() if optimizer else ():
+    for name, parameter in policy.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
+            # The 0-dim `step` as [1]: safetensors 0.4 makes slices of 0-dim tensors empty (issue 495).
             tensors[f"{OPTIMIZER}{key}.{name}"] = value.view(1) if value.dim() == 0 else value
     return tensors
+
+
+@contextlib.contextmanager
+def _on_all(ranks: Ranks, failures=CheckpointError) -> Iterator[None]:
+    """Collective at its end. What fails inside on one rank is raised on all, as CheckpointError."""
+    problem = ""
+    try:
+        yield
+    except failures as error:
+        problem = _why(error)
+    if problem := first_problem(problem, ranks):
+        raise CheckpointError(problem)
+
+
+def _why(error: BaseException) -> str:
+    """One line for an error, of the rank that had it."""
+    if isinstance(error, dcp.CheckpointException) and error.failures:
+        error = min(error.failures.items())[1][0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # ----------------------------------------------------------------------------------------------------- saving
 
 
 class Saver:
-    """Writes a run's checkpoints and deletes old ones. Collective to make; every method is collective.
+    """Collective to make. Writes a run's checkpoints and deletes old ones.
 
     keep: so many of the newest stay, and the one that state["best"]["step"] names. background: save() copies
-    the tensors to CPU memory and returns; the files are written while training goes on, and finish() or the
-    next save() commits them.
+    the tensors to CPU memory and returns; finish() or the next save() commits what a thread has written.
     """
 
     def __init__(self, run_dir: Path, ranks: Ranks, keep: int, background: bool = False) -> None:
-        self.run_dir, self.ranks, self.keep, self.background = run_dir, ranks, keep, background
+        self.run_dir, self.ranks = run_dir, ranks
+        self.keep, self.background = keep, background
         # Planning talks over a group of its own: the default one may be busy with training at that time.
         self.group = dist.new_group(backend="gloo")
-        self.pending: tuple[dict, dict, threading.Thread, list] | None = None
-        if ranks.main:  # what a kill left, also where nothing more will be saved
-            self._clear()
-
-    def save(self, state: dict, policy: nn.Module, tokenizer, optimizer: torch.optim.Optimizer) -> str:
-        """Collective. Writes run_dir/step_N, N = state["step"]; returns "" or why it failed, the same on
-        every rank.
-
-        After a failure the checkpoints before it are as they were. In the background mode the sentence may be
-        about the save before, whose end this one waits for.
-        """
-        before = self.finish()
-        problem, tensors, state = "", {}, copy.deepcopy(state)  # the caller's dict goes on changing
-        try:
-            tensors = checkpoint_tensors(policy, optimizer)
-            if self.ranks.main:
-                needed = sum(
-                    t.numel() * t.element_size() for t in tensors.values()
-                )  # global shapes: that of all ranks
-                problem = self._prepare(state, policy, tokenizer, needed)
-            if self.background and not problem:
-                tensors = BlockingAsyncStager().stage(tensors)
-                if self.ranks.device.type == "cuda":
-                    torch.cuda.synchronize()  # the copies are asynchronous
-        except FAILURES as error:
-            problem = _why(error)
-        if problem := first_problem(problem, self.ranks):
-            return "; ".join(filter(None, [before, self._give_up(state, problem)]))
-        result: list = []
-        thread = threading.Thread(target=lambda: result.append(self._write(state, tensors)), daemon=True)
-        # In this thread where it may be: another one has its own current GPU and stream.
-        thread.start() if self.background else thread.run()
-        self.pending = state, {name: list(t.shape) for name, t in tensors.items()}, thread, result
-        return before if self.background else "; ".join(filter(None, [before, self.finish()]))
-
-    def finish(self) -> str:
-        """Collective. Waits for the files being written, if any, and commits them; "" or why it failed."""
-        if self.pending is None:
-            return ""
-        state, shapes, thread, result = self.pending
-        if self.background:
-            thread.join()
-        self.pending = None
-        files, problem = result[0]
-        every = self.ranks.gather((files, problem))
-        problem = next((f"{why} (rank {rank})" for rank, (_, why) in enumerate(every) if why), "")
-        if not problem and self.ranks.main:
-            try:
-                self._commit(
-                    state, shapes, {name: entry for files, _ in every for name, entry in files.items()}
-                )
-            except FAILURES as error:
-                problem = _why(error)
-        problem = first_problem(problem, self.ranks)
-        return self._give_up(state, problem) if problem else ""
-
-    def _give_up(self, state: dict, problem: str) -> str:
-        """Removes what was written; the sentence for people."""
-        if self.ranks.main:
-            shutil.rmtree(self._folder(state), ignore_errors=True)
-        there = ", ".join(f"step_{step}" for step in complete_steps(self.run_dir)) or "none yet"
-        return f"checkpoint step_{state['step']} was not saved in {self.run_dir}: {problem}; complete ones: {there}"
-
-    def _folder(self, state: dict) -> Path:
-        return self.run_dir / f"step_{state['step']}.tmp"
-
-    def _clear(self) -> None:
-        for leftover in self.run_dir.glob("step_*.tmp"):
+        self.folder: Path | None = None  # that is being written
+        self.files: dict[str, dict] = {}  # what this rank wrote into it, with size and hash
+        self.problem = ""  # why this rank could not
+        for leftover in run_dir.glob("step_*.tmp") if ranks.main else ():  # of a kill
             shutil.rmtree(leftover, ignore_errors=True)
 
-    def _prepare(self, state: dict, policy: nn.Module, tokenizer, needed: int) -> str:
-        """On rank 0: room for the files, and those that are not tensors. Returns what is in the way, or
-        "".
-        """
-        folder = self._folder(state)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        self._clear()
-        free = shutil.disk_usage(self.run_dir).free
-        if free < needed:
-            return f"{needed / 1e9:.3g} GB are needed and {free / 1e9:.3g} GB free; make room or lower keep_checkpoints"
-        folder.mkdir()
-        config = copy.deepcopy(policy.config)
-        config.architectures = [class_name(policy)]
-        config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        text = json.dumps({"format": FORMAT, "ranks": self.ranks.world, "state": state})
-        (folder / "state.json").write_text(text, encoding="utf-8")
-        return ""
+    def save(self, state: dict, policy: nn.Module, tokenizer, optimizer: Optimizer) -> None:
+        """Collective. Writes run_dir/step_N, N = state["step"]. Raises CheckpointError on all ranks alike.
 
-    def _write(self, state: dict, tensors: dict[str, Tensor]) -> tuple[dict, str]:
-        """Collective, on the saver's own group. This rank's files with their sizes and hashes, and why it
-        failed.
+        Older checkpoints then stay. With background, it may be the save before that failed.
         """
-        folder, filled, places = self._folder(state), 0, {}
+        self.finish()
+        self.folder = self.run_dir / f"step_{state['step']}.tmp"
+        self.best_step = (state.get("best") or {}).get("step")
+        with self._together():
+            tensors = checkpoint_tensors(policy, optimizer)
+            if self.ranks.main:
+                self._prepare(state, policy, tokenizer, tensors)
+            if self.background:
+                tensors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
+        self.shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        self.thread = threading.Thread(target=self._write, args=(tensors,), daemon=True)
+        self.thread.start()
+        if not self.background:
+            self.finish()
+
+    def finish(self) -> None:
+        """Collective. Waits for the files being written, if any, and commits them. Raises CheckpointError."""
+        if self.folder is None:
+            return
+        self.thread.join()
+        every = self.ranks.gather((self.files, self.problem))
+        with self._together():
+            if problems := [problem for _, problem in every if problem]:
+                raise OSError(problems[0])
+            if self.ranks.main:
+                self._commit({name: entry for files, _ in every for name, entry in files.items()})
+        self.folder = None
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """Collective at its end. What fails inside on one rank ends this save on all of them."""
+        try:
+            with _on_all(self.ranks, FAILURES):
+                yield
+        except CheckpointError as error:
+            folder, self.folder = self.folder, None
+            if self.ranks.main:
+                shutil.rmtree(folder, ignore_errors=True)
+            what = f"checkpoint {folder.stem} was not saved in {self.run_dir}: {error}"
+            raise CheckpointError(f"{what}; complete ones: {_names(complete_steps(self.run_dir))}") from None
+
+    def _prepare(self, state: dict, policy: nn.Module, tokenizer, tensors: dict[str, Tensor]) -> None:
+        """On rank 0: room for the files of all ranks, and those that are not tensors."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        needed = sum(t.numel() * t.element_size() for t in tensors.values()) / 1e9  # shapes are global
+        free = shutil.disk_usage(self.run_dir).free / 1e9
+        if free < needed:
+            raise OSError(f"{needed:.3g} GB needed, {free:.3g} GB free; make room or lower keep_checkpoints")
+        self.folder.mkdir()
+        policy.config.save_pretrained(self.folder)
+        tokenizer.save_pretrained(self.folder)
+        (self.folder / "state.json").write_text(json.dumps({"state": state}), encoding="utf-8")
+
+    def _write(self, tensors: dict[str, Tensor]) -> None:
+        """Collective, on the saver's own group. Leaves this rank's files, or why it failed, in the saver."""
+        self.files, self.problem = {}, ""
+        places, filled = {}, 0
         for name, tensor in tensors.items():  # shapes are global, so every rank comes to the same split
             places[name] = 1 + filled // (FILE_BYTES * self.ranks.world)
             filled += tensor.numel() * tensor.element_size()
         try:
             if self.ranks.device.type == "cuda":
                 torch.cuda.set_device(self.ranks.device)  # a new thread starts on GPU 0
-            writer = HuggingFaceStorageWriter(str(folder), places, save_distributed=True)
+            writer = dcp.HuggingFaceStorageWriter(str(self.folder), places, save_distributed=True)
             dcp.save(tensors, storage_writer=writer, process_group=self.group)
-            return {
-                path.name: _describe(path) for path in folder.glob(f"shard-{self.ranks.rank + 1:05d}-*")
-            }, ""
+            own = self.folder.glob(f"shard-{self.ranks.rank + 1:05d}-*")
+            self.files = {path.name: _describe(path) for path in own}
         except FAILURES as error:
-            return {}, _why(error)
+            self.problem = _why(error)
 
-    def _commit(self, state: dict, shapes: dict[str, list[int]], files: dict[str, dict]) -> None:
+    def _commit(self, files: dict[str, dict]) -> None:
         """On rank 0: manifest, rename, `latest`, and then the deletion of old checkpoints."""
-        folder, final = self._folder(state), self.run_dir / f"step_{state['step']}"
-        shards = {path.name for path in folder.glob("*.safetensors")}
-        if shards != set(files):
-            raise OSError(
-                f"{min(shards ^ set(files))} is not seen by all ranks; run_dir must lie on a disk that all share"
-            )
-        files |= {path.name: _describe(path) for path in folder.iterdir() if path.name not in shards}
-        content = {"format": FORMAT, "files": files, "tensors": shapes}
-        _write_synced(folder / "manifest.json", json.dumps({"sha256": _digest(content), **content}, indent=0))
-        _sync(folder)
-        if final.exists():  # after a resume from an earlier step
-            _remove(final, ".old.tmp", moved_by=folder)
-        else:
-            folder.rename(final)
-        _sync(self.run_dir)
-        _point_to(final)
-        # Later ones can only be there where a choice of an earlier step was interrupted (choose_step).
-        steps = [step for step in complete_steps(self.run_dir) if step <= state["step"]]
-        best = (state.get("best") or {}).get("step")
-        for step in steps[: -self.keep]:
-            if step != best:
-                _remove(self.run_dir / f"step_{step}", ".tmp")
+        shards = {path.name for path in self.folder.glob("*.safetensors")}
+        if strange := shards ^ files.keys():
+            raise OSError(f"not all ranks see {min(strange)}; run_dir must lie on a disk that all share")
+        files = {path.name: files.get(path.name) or _describe(path) for path in self.folder.iterdir()}
+        content = {"format": FORMAT, "files": files, "tensors": self.shapes}
+        _replace(self.folder / "manifest.json", json.dumps({"sha256": _digest(content), **content}))
+        self.folder.rename(self.folder.with_suffix(""))
+        _replace(self.run_dir / "latest", self.folder.stem)
+        for step in complete_steps(self.run_dir)[: -self.keep]:
+            if step != self.best_step:
+                aside = self.run_dir / f"step_{step}.tmp"  # so that a kill never leaves half a checkpoint
+                aside.with_suffix("").rename(aside)
+                shutil.rmtree(aside, ignore_errors=True)
 
 
-def raise_problem(problem: str) -> None:
-    """Raises CheckpointError for a problem that all ranks agree on; the checkpoints before it are as they were."""
-    if problem:
-        raise CheckpointError(problem)
+def _replace(path: Path, text: str) -> None:
+    """Gives a file this content at once; a power cut then loses neither it nor new names beside it."""
+    beside = path.with_name(f"{path.name}.tmp")
+    beside.write_text(text, encoding="utf-8")
+    _sync(beside)
+    beside.replace(path)
+    _sync(path.parent)
 
 
-def _point_to(folder: Path) -> None:
-    """Makes `latest` name this checkpoint."""
-    _write_synced(folder.with_name("latest.tmp"), folder.name)
-    folder.with_name("latest.tmp").replace(folder.with_name("latest"))
-    _sync(folder.parent)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
-def _remove(folder: Path, suffix: str, moved_by: Path | None = None) -> None:
-    """Deletes a checkpoint under another name, so that a kill never leaves half of it; `moved_by` takes its
-    place.
-    """
-    aside = folder.with_name(folder.name + suffix)
-    folder.rename(aside)
-    if moved_by:
-        moved_by.rename(folder)
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _describe(path: Path) -> dict[str, Any]:
+def _describe(path: Path) -> dict[str, int | str]:
     """Size and hash of a file, which is on the disk when this returns."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -252,31 +208,6 @@ def _describe(path: Path) -> dict[str, Any]:
 
 def _digest(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Makes new names in a folder last through a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _why(error: BaseException) -> str:
-    """One line for an error, of the rank that had it."""
-    if isinstance(error, CheckpointException) and error.failures:
-        error = min(error.failures.items())[1][0]
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # ---------------------------------------------------------------------------------------------------- loading
@@ -288,178 +219,112 @@ def complete_steps(run_dir: Path) -> list[int]:
     return sorted(int(name) for name in folders if name.isdecimal())
 
 
-def latest_checkpoint(run_dir: Path, step: int = 0) -> tuple[Path, dict] | None:
-    """(folder, state) of the newest complete checkpoint, or of step N if N > 0; None where there is none at
-    all.
+def _names(steps: list[int]) -> str:
+    return ", ".join(f"step_{step}" for step in steps) or "none"
 
-    Raises CheckpointError if step N is not there, or state.json cannot be read.
+
+def latest_checkpoint(run_dir: Path, step: int = 0) -> tuple[Path, dict] | None:
+    """(folder, state) of the newest complete checkpoint, or of step N if N > 0; None where there is none.
+
+    Raises CheckpointError if step N, or all that `latest` spoke of, is gone or state.json cannot be read.
     """
-    steps, pointer = complete_steps(run_dir), run_dir / "latest"
-    named = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.is_file() else ""
-    if step and step not in steps:
-        there = ", ".join(f"step_{n}" for n in steps) or "none"
-        raise CheckpointError(f"{run_dir} has no complete checkpoint step_{step}; there are: {there}")
-    if named and not steps:
-        raise CheckpointError(
-            f"{run_dir / named} has no manifest.json: incomplete, or of an older version; start again"
-        )
-    if not steps:
+    steps = complete_steps(run_dir)
+    if not steps and not step and not (run_dir / "latest").exists():
         return None
-    names = {f"step_{n}": n for n in steps}
-    folder = (
-        run_dir / f"step_{step or names.get(named, steps[-1])}"
-    )  # a kill while step_N is replaced: the one before
+    if not steps or (step and step not in steps):
+        raise CheckpointError(f"{run_dir} has no complete step_{step or 'N'}; there are: {_names(steps)}")
+    folder = run_dir / f"step_{step or steps[-1]}"
     try:
         return folder, json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"]
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(f"{folder / 'state.json'} is damaged or missing{_earlier(folder)}") from None
 
 
-def choose_step(run_dir: Path, step: int, ranks: Ranks) -> None:
-    """Collective. --resume_step: from now on `latest` names step N's checkpoint. Raises CheckpointError if it
-    is not there.
-
-    Later checkpoints become step_M.given_up, because they would pass for the new branch's; who does not need
-    them deletes them. Not after a restart by torchrun, whose command line is the old one: what was saved
-    since then counts. Its count of restarts would not tell, and is not the same on all nodes.
-    """
-    problem, job, note = "", torchrun_job(), run_dir / "resumed_by"
-    again = "TORCHELASTIC_RUN_ID" in os.environ and note.exists() and note.read_text(encoding="utf-8") == job
-    if step and ranks.main and not again:
-        try:
-            _point_to(latest_checkpoint(run_dir, step)[0])
-            for later in (n for n in complete_steps(run_dir) if n > step):
-                shutil.rmtree(run_dir / f"step_{later}.given_up", ignore_errors=True)
-                (run_dir / f"step_{later}").rename(run_dir / f"step_{later}.given_up")
-                print(
-                    f"resume_step: step_{later} is step_{later}.given_up now; delete it if you do not need it"
-                )
-            note.write_text(job, encoding="utf-8")
-        except CheckpointError as error:
-            problem = str(error)
-    if problem := first_problem(problem, ranks):
-        raise CheckpointError(problem)
-
-
 def _earlier(folder: Path) -> str:
     """The end of a sentence: what to go on from instead of this checkpoint."""
     number = folder.name.removeprefix("step_")
     steps = [n for n in complete_steps(folder.parent) if number.isdecimal() and n < int(number)]
-    if not steps:
-        return "; there is no earlier checkpoint"
-    return f"; earlier ones: {', '.join(f'step_{n}' for n in steps)}; --resume_step {steps[-1]} goes on from the one before"
+    hint = f"; --resume_step {steps[-1]} goes on from the one before" if steps else ""
+    return f"; earlier ones: {_names(steps)}{hint}"
 
 
-def _manifest(folder: Path) -> dict:
-    """The manifest, whose own hash is right. Raises CheckpointError."""
+def choose_step(run_dir: Path, step: int, ranks: Ranks) -> None:
+    """Collective. --resume_step: step N's checkpoint is the newest from now on. Raises CheckpointError.
+
+    Later ones become step_M.given_up, because they would pass for those of the new branch. Not after a
+    restart by torchrun, whose command line is the old one: what was saved since then counts.
+    """
+    job, note = torchrun_job(), run_dir / "resumed_by"
+    again = "TORCHELASTIC_RUN_ID" in os.environ and note.exists() and note.read_text(encoding="utf-8") == job
+    with _on_all(ranks):
+        if step and ranks.main and not again:
+            _replace(run_dir / "latest", latest_checkpoint(run_dir, step)[0].name)
+            for later in (n for n in complete_steps(run_dir) if n > step):
+                aside = run_dir / f"step_{later}.given_up"
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.with_suffix("").rename(aside)
+                print(f"resume_step: step_{later} is {aside.name} now; delete it if you do not need it")
+            note.write_text(job, encoding="utf-8")
+
+
+def check_files(folder: Path, rank: int = 0, world: int = 1) -> dict:
+    """The manifest, after comparing this rank's part of the files with it. Raises CheckpointError."""
     try:
         content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if content.pop("sha256") == _digest(content) and content["format"] == FORMAT:
-            return content
-        why = "is damaged or of another version"
+        if content.pop("sha256") != _digest(content) or content["format"] != FORMAT:
+            raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        why = "is damaged or missing"
-    raise CheckpointError(f"{folder / 'manifest.json'} {why}{_earlier(folder)}")
+        raise CheckpointError(f"{folder}/manifest.json is damaged or missing{_earlier(folder)}") from None
+    files = content["files"]
+    # The reader opens every safetensors file of the folder, so none but our own may be there.
+    if strange := {path.name for path in folder.glob("*.safetensors")} - files.keys():
+        raise CheckpointError(f"{folder / min(strange)} is not in the manifest; find out where it is from")
+    for name in sorted(files, key=lambda name: -files[name]["bytes"])[rank::world]:
+        if not (folder / name).is_file() or _describe(folder / name) != files[name]:
+            raise CheckpointError(f"{folder / name} is missing or damaged{_earlier(folder)}")
+    return content
 
 
-def check_files(folder: Path, ranks: Ranks) -> None:
-    """Collective. Compares every file with the manifest, each rank a part of them.
+def load_checkpoint(folder: Path, policy: nn.Module, optimizer: Optimizer, ranks: Ranks) -> None:
+    """Collective. Reads weights and optimizer state, saved by any number of ranks, into sharded tensors.
 
-    Raises CheckpointError on every rank, naming a damaged or missing file and the earlier checkpoints.
+    Verifies all files first. The learning rate stays as the optimizer has it. Raises CheckpointError.
     """
-    if problem := first_problem(_damage(folder, ranks.rank, ranks.world), ranks):
-        raise CheckpointError(problem)
-
-
-def _damage(folder: Path, rank: int, world: int) -> str:
-    """What is wrong with this rank's part of the files, or ""."""
-    try:
-        files = _manifest(folder)["files"]
-    except CheckpointError as error:
-        return str(error)
-    # The reader opens every safetensors file of the folder, so none may be there that this project did not
-    # write.
-    strange = [path.name for path in folder.glob("*.safetensors") if path.name not in files]
-    if strange:
-        return f"{folder / strange[0]} is not in the manifest; delete it if you know where it is from{_earlier(folder)}"
-    own = sorted(files, key=lambda name: files[name]["bytes"], reverse=True)[rank::world]
-    large = sum(files[name]["bytes"] for name in own) > 4 * FILE_BYTES
-    for name in tqdm(own, desc=f"checking {folder.name}", disable=rank > 0 or not large):
-        path = folder / name
-        if not path.is_file():
-            return f"{path} is missing{_earlier(folder)}"
-        if _describe(path) != files[name]:
-            return f"{path} is damaged: size or sha256 differ from manifest.json{_earlier(folder)}"
-    return ""
-
-
-def load_checkpoint(
-    folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer | None, ranks: Ranks
-) -> None:
-    """Collective. Reads weights and optimizer state into sharded tensors, whatever the number of ranks that
-    saved them.
-
-    Verifies all files first. Learning rate and the like stay as the optimizer has them. Raises
-    CheckpointError.
-    """
-    check_files(folder, ranks)
-    shapes = _manifest(folder)["tensors"]
-    if optimizer:
-        _make_room(policy, optimizer, shapes)
+    with _on_all(ranks):
+        saved = check_files(folder, ranks.rank, ranks.world)["tensors"]
+    _make_room(policy, optimizer, saved)
     tensors = checkpoint_tensors(policy, optimizer)
-    expected = {name: shape for name, shape in shapes.items() if optimizer or not name.startswith(OPTIMIZER)}
-    found = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            sides = (
-                f"{name} is {expected.get(name, 'absent')} there and {found.get(name, 'absent')} in the model"
-            )
-            raise CheckpointError(
-                f"{folder} is of another model: {sides}; choose the model that the run began with"
-            )
-    if problem := first_problem(_read(folder, tensors), ranks):
-        raise CheckpointError(problem)
+    here = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    if wrong := [name for name in saved.keys() | here.keys() if saved.get(name) != here.get(name)]:
+        raise CheckpointError(f"{folder} is of another model: see {min(wrong)}; choose the run's own model")
+    _read(folder, tensors)
 
 
-def _make_room(policy: nn.Module, optimizer: torch.optim.Optimizer, shapes: dict[str, list[int]]) -> None:
-    """Gives the optimizer the (zero) state tensors that the checkpoint has: AdamW makes them in its first
-    step only.
-    """
-    on_device = {}  # whether AdamW wants the step counter beside the parameter
-    for group in optimizer.param_groups:
-        on_device |= {p: bool(group.get("fused") or group.get("capturable")) for p in group["params"]}
-    names = dict(policy.named_parameters())
+def _make_room(policy: nn.Module, optimizer: Optimizer, saved: dict[str, list[int]]) -> None:
+    """Gives a fused AdamW the state that the checkpoint has, as zeros: it makes its own in its first step."""
+    parameters = dict(policy.named_parameters())
     optimizer.state.clear()  # parameters that had no gradient yet have no state there
-    for full_name in (name for name in shapes if name.startswith(OPTIMIZER)):
+    for full_name in saved:
         key, _, name = full_name.removeprefix(OPTIMIZER).partition(".")
-        parameter = names.get(name)
-        if parameter in on_device:
-            step = torch.zeros((), device=parameter.device if on_device[parameter] else "cpu")
-            optimizer.state[parameter][key] = step if key == "step" else torch.zeros_like(parameter)
+        if full_name.startswith(OPTIMIZER) and name in parameters:
+            like = parameters[name]
+            step = torch.zeros((), device=like.device)
+            optimizer.state[like][key] = step if key == "step" else torch.zeros_like(like)
 
 
-def _read(folder: Path, tensors: dict[str, Tensor], alone: bool = False) -> str:
-    """Fills the tensors in place from a checkpoint whose files were verified; why it failed, or ""."""
+def _read(folder: Path, tensors: dict[str, Tensor], alone: bool = False) -> None:
+    """Fills the tensors in place from verified files; collective unless alone. Raises CheckpointError."""
     try:
         with warnings.catch_warnings(action="ignore"):  # that no process group is used, where that is meant
-            dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
-        return ""
+            dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(str(folder)), no_dist=alone)
     except FAILURES as error:
-        return f"{folder} cannot be read: {_why(error)}{_earlier(folder)}"
+        raise CheckpointError(f"{folder} cannot be read: {_why(error)}{_earlier(folder)}") from None
 
 
 def full_state(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All weights of a checkpoint, unsharded on the CPU, as dtype. Needs no process group. Raises
-    CheckpointError.
-    """
-    if problem := _damage(folder, 0, 1):
-        raise CheckpointError(problem)
-    shapes = {
-        name: shape for name, shape in _manifest(folder)["tensors"].items() if not name.startswith(OPTIMIZER)
-    }
-    state = {
-        name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()
-    }  # the reader casts as it copies
-    if problem := _read(folder, state, alone=True):
-        raise CheckpointError(problem)
+    """All weights of a checkpoint as dtype on the CPU, without a process group. Raises CheckpointError."""
+    shapes = check_files(folder)["tensors"]
+    names = [name for name in shapes if not name.startswith(OPTIMIZER)]
+    state = {name: torch.empty(shapes[name], dtype=dtype) for name in names}  # the reader casts as it copies
+    _read(folder, state, alone=True)
     return state

@@ -1,10 +1,9 @@
-"""Sharding by PyTorch's FSDP2: every rank holds its share of weights, gradients and AdamW state, also if it
-is the only one.
+"""Sharding by PyTorch's FSDP2: every rank holds its share of weights, gradients and AdamW state.
 
-Each decoder layer and the rest (embeddings, last norm, LM head) are gathered when they compute and freed
-afterwards; a small model is gathered as one. For the rollout the weights are gathered once, into a twin of
-the model without hooks, so that ranks may generate different numbers of tokens without waiting for each
-other.
+The same code runs on one rank. Each decoder layer and the rest (embeddings, last norm, LM head) are gathered
+when they compute and freed afterwards; a small model is gathered as one. For the rollout the weights are
+gathered once, into a twin of the model without hooks: ranks may then generate different numbers of tokens
+without waiting for each other.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from pathlib import Path
 from types import MethodType
 
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -34,48 +34,42 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from config import ConfigError
 from distributed.ranks import Ranks
 from kernel.attention import trim_last_layer
-from model import ModelError, check_path, equip, first_line, response_logprobs, stand_in
+from model import ModelError, check_path, first_line, miniature, prepare_like, response_logprobs
 
-KEEP_BYTES = (
-    2**30
-)  # a smaller model is gathered as a whole, and stays so until the backward is done: fewer messages
+# A smaller model is gathered as a whole, and stays so until the backward is done: fewer messages.
+KEEP_BYTES = 2**30
 
 
 def make_mesh(ranks: Ranks, sharding: str) -> DeviceMesh:
     """Collective. "full": one shard per rank. "hsdp": shards inside a node, copies across nodes.
 
-    Raises ConfigError for another name, or where the nodes have different numbers of ranks.
+    Raises ConfigError where the nodes have different numbers of ranks.
     """
     if sharding == "full":
         return init_device_mesh(ranks.device.type, (ranks.world,), mesh_dim_names=("shard",))
-    if sharding != "hsdp":
-        raise ConfigError(f"sharding must be full or hsdp, not {sharding!r}")
     inside = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
     sizes = ranks.gather(inside)  # by all, whatever each of them finds
     if ranks.world % inside or len(set(sizes)) > 1:
-        raise ConfigError(
-            "sharding: hsdp needs the same number of processes on every node; use sharding full"
-        )
-    return init_device_mesh(
-        ranks.device.type, (ranks.world // inside, inside), mesh_dim_names=("replicate", "shard")
-    )
+        raise ConfigError("sharding: hsdp needs equally many processes on every node; use sharding full")
+    shape = (ranks.world // inside, inside)
+    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def load_sharded(
-    path: str, mesh: DeviceMesh, device: torch.device, *, frozen: bool = False, gradient_checkpointing: bool = False,
-    offload: bool = False, trust_remote_code: bool = False,
+    path: str, mesh: DeviceMesh, device: torch.device, *, frozen: bool = False,
+    gradient_checkpointing: bool = False, offload: bool = False, trust_remote_code: bool = False,
 ) -> nn.Module:
     """Collective. The causal LM of a folder or hub id, sharded over the mesh; no rank ever holds all of it.
 
     Master weights are fp32 (AdamW at lr 1e-6 rounds away in bf16); on CUDA computation is bf16 and gradients
-    are summed in fp32. frozen: without gradients, and on CUDA stored in bf16: the reference. offload: what is
-    stored lies in CPU memory, optimizer state included, and AdamW runs there. Raises ModelError when the
+    are summed in fp32. frozen: without gradients, and on CUDA stored in bf16: the reference. offload:
+    weights, gradients and optimizer state lie in CPU memory, and AdamW runs there. Raises ModelError when the
     model cannot be loaded.
     """
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     config = model_config(path, trust_remote_code)
     model = skeleton(config, compute if frozen else torch.float32, trust_remote_code)
-    equip(model, stand_in(config, device, trust_remote_code), gradient_checkpointing)
+    prepare_like(model, miniature(config, device, trust_remote_code), gradient_checkpointing)
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     model.free_layers = sum(p.numel() * p.element_size() for p in model.parameters()) > KEEP_BYTES
@@ -115,9 +109,8 @@ def model_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig
 def skeleton(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> nn.Module:
     """A model on the meta device: shapes without memory."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), dtype=dtype, trust_remote_code=trust_remote_code
-        )
+        own = copy.deepcopy(config)  # from_config writes the dtype into it
+        return AutoModelForCausalLM.from_config(own, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def rebuild_rotary(model: nn.Module) -> None:
@@ -130,29 +123,24 @@ def rebuild_rotary(model: nn.Module) -> None:
 
 
 def weight_files(path: str) -> list[Path]:
-    """The safetensors files of a folder or hub id (then downloaded). Raises ModelError where there are
-    none.
-    """
+    """The safetensors files of a folder or hub id (then downloaded). Raises ModelError for none."""
     folder = Path(path)
     if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
         try:
             folder = Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))
         except (OSError, ValueError) as error:
             raise ModelError(f"model: {path!r} could not be downloaded: {first_line(error)}") from None
     files = sorted(folder.glob("*.safetensors"))
     if not files:  # pickled weights can run code when they are read
-        raise ModelError(
-            f"model: {path!r} has no .safetensors files; convert it: save_pretrained writes them"
-        )
+        raise ModelError(f"model: {path!r} has no .safetensors files; convert it: save_pretrained makes them")
     return files
 
 
 @torch.no_grad()
 def stream_weights(model: nn.Module, files: list[Path], path: str) -> None:
-    """Reads this rank's rows of every parameter, one at a time. Raises ModelError for what is missing or does
-    not fit.
+    """Reads this rank's rows of every parameter, one at a time.
+
+    Raises ModelError for what is missing or does not fit.
     """
     wanted = dict(model.named_parameters())  # a tied head is not listed
     try:
@@ -172,24 +160,19 @@ def stream_weights(model: nn.Module, files: list[Path], path: str) -> None:
     except (OSError, SafetensorError) as error:
         raise ModelError(f"model: {file} could not be read: {first_line(error)}") from None
     if wanted:
-        raise ModelError(
-            f"model: {path!r} lacks weights that its config asks for: {', '.join(list(wanted)[:3])}"
-        )
+        some = ", ".join(list(wanted)[:3])
+        raise ModelError(f"model: {path!r} lacks weights that its config asks for: {some}")
 
 
 def first_row(parameter: DTensor) -> int:
-    """Where this rank's rows begin. FSDP2 cuts dimension 0 like torch.chunk: all parts but the last ones are
-    equal.
-    """
+    """Where this rank's rows begin: FSDP2 cuts dimension 0 as torch.chunk does; the last may be short."""
     mesh = parameter.device_mesh
     size = -(-parameter.shape[0] // mesh.size(mesh.ndim - 1))
     return min(parameter.shape[0], mesh.get_local_rank(mesh.ndim - 1) * size)
 
 
 def release(model: nn.Module) -> None:
-    """Frees what forward passes without a backward have left gathered: embeddings and LM head, 2 GB of a 7B
-    model.
-    """
+    """Frees what a forward without a backward leaves gathered: embeddings and head, 2 GB of a 7B model."""
     if isinstance(model, FSDPModule) and model.free_layers:
         model.reshard()
 
@@ -199,11 +182,10 @@ def release(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def gathered_weights(model: nn.Module) -> Iterator[nn.Module]:
-    """Collective at entry. A twin of the model without hooks, over its gathered weights, in the compute
-    dtype.
+    """Collective at entry. A twin of the model without hooks, over gathered weights, in the compute dtype.
 
-    Its weights are those of the moment and are freed at the end. Ranks may use it as often as they like, or
-    not at all.
+    The weights are those of this moment and are freed at the end. Ranks may use the twin as often as they
+    like, or not at all.
     """
     parts = fsdp_modules(model)
     for part in parts:
@@ -221,14 +203,13 @@ def _twin(model: nn.Module) -> nn.Module:
     own_class = type(model).__mro__[2]  # fully_shard puts a class of its own before it
     with torch.device("meta"):
         twin = own_class(copy.deepcopy(model.config))
-    twin.abilities = model.abilities
+    twin.capabilities = model.capabilities
     trim_last_layer(twin)
     modules = dict(twin.named_modules())
     for name, module in model.named_modules():
         for key, tensor in module._parameters.items():  # ties stay ties: both names hold one tensor
-            modules[name]._parameters[key] = (
-                None if tensor is None else nn.Parameter(tensor.data, requires_grad=False)
-            )
+            weight = None if tensor is None else nn.Parameter(tensor.data, requires_grad=False)
+            modules[name]._parameters[key] = weight
         for key, tensor in module._buffers.items():
             modules[name]._buffers[key] = tensor
     return twin.eval()

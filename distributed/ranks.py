@@ -1,4 +1,4 @@
-"""What every script needs around the method: ranks, the run directory and its log, checkpoints."""
+"""This process among all: how ranks start, stop together, and end when one of them dies or hangs."""
 
 from __future__ import annotations
 
@@ -28,11 +28,10 @@ class Interrupted(Exception):
     """A run that was asked to stop and has saved a checkpoint."""
 
     def __init__(self, run_dir: str, step: int) -> None:
-        script, saved = Path(sys.argv[0]).name, Path(run_dir) / "config.yaml"
+        script = Path(sys.argv[0]).name
         start = "bash run.sh train" if script == "grpo.py" else f"python {script} --config"
-        super().__init__(
-            f"interrupted after step {step}, all is saved; to go on: {start} {saved} --resume true"
-        )
+        again = f"{start} {Path(run_dir) / 'config.yaml'} --resume true"
+        super().__init__(f"interrupted after step {step}, all is saved; to go on: {again}")
 
 
 # ------------------------------------------------------------------------------------------------------ ranks
@@ -40,9 +39,7 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: rank of world, and its device. Always a process group, also with one
-    process.
-    """
+    """This process among all: rank of world, and its device. Always a process group, also of one process."""
 
     rank: int
     world: int
@@ -69,26 +66,25 @@ class Ranks:
         return items
 
     def heartbeat(self) -> None:
-        """Tells the watchdog that something got done: for phases that may take longer than
-        timeout_minutes.
-        """
+        """Tells the watchdog of progress: for phases that may take longer than timeout_minutes."""
         if self.watchdog:
             self.watchdog.heartbeat()
 
 
 def start_ranks(timeout_minutes: float = 60.0) -> Ranks:
-    """Collective. Joins torchrun's process group, or makes one of a single process: one path for 1 and N."""
+    """Collective. Joins torchrun's process group, or makes one of a single process: one path for 1 and N.
+
+    Raises ConfigError for restarts by torchrun that could not work.
+    """
     single = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=0)
     if "RANK" not in os.environ:
         os.environ.update({key: str(value) for key, value in single.items()})
-    if (
-        int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0))
-        and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    ):
+    agent_store = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if agent_store and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         # github.com/pytorch/pytorch/issues/135712; seen in half of the restarts with torch 2.13
         raise ConfigError(
-            "torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment, and --standalone or "
-            "--rdzv-backend=c10d; without them, restarted processes look for the dead ones"
+            "torchrun --max-restarts needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment, and "
+            "--standalone or --rdzv-backend=c10d; without them, restarted processes look for the dead ones"
         )
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
@@ -96,8 +92,7 @@ def start_ranks(timeout_minutes: float = 60.0) -> Ranks:
         torch.cuda.set_device(device)
     # Gradients travel by NCCL, small counts and objects by gloo.
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    # A little longer than the watchdog's patience: that one names the phase, while NCCL just kills the
-    # process.
+    # A little longer than the watchdog waits: that one names the phase, while NCCL just kills the process.
     dist.init_process_group(backend, timeout=timedelta(minutes=1.05 * timeout_minutes))
     rank, world = dist.get_rank(), dist.get_world_size()
     # Nobody waits for a single process, and its steps may be slow.
@@ -105,23 +100,28 @@ def start_ranks(timeout_minutes: float = 60.0) -> Ranks:
 
 
 def first_problem(problem: str, ranks: Ranks) -> str:
-    """Collective. The first rank's problem, or "" if none has one: so no rank goes on alone and waits for
-    ever.
-    """
+    """Collective. The first rank's problem, or "" if none has one: so that no rank goes on alone."""
     return next(filter(None, ranks.gather(problem)), "")
 
 
-def _prints() -> bool:
+def torchrun_job() -> str:
+    """What stays the same when torchrun starts its processes again, and differs in every other start."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    return f"job {job} of process {os.getppid()} on {socket.gethostname()}"
+
+
+# ----------------------------------------------------------------------------------------------- how runs end
+
+
+def _first_of_node() -> bool:
     """Whether this process speaks for its machine, so that eight ranks do not say the same eight times."""
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
 class StopFlag:
-    """Set by SIGINT or SIGTERM; a second one ends the process at once. `requested` makes all ranks stop at one
-    step.
+    """Set by SIGINT or SIGTERM, a second one ends the process; `requested` makes all ranks stop at one step.
 
-    A terminal or a scheduler may signal processes that torchrun signals too: what comes within a second is
-    the same.
+    A terminal or a scheduler may signal processes that torchrun signals too: within a second, two are one.
     """
 
     def __init__(self) -> None:
@@ -135,10 +135,8 @@ class StopFlag:
         if self.signal:
             raise SystemExit(128 + number)
         self.signal, self.since = number, time.monotonic()
-        if _prints():
-            os.write(
-                2, b"\nstopping after this step; a second signal stops at once\n"
-            )  # print() may not be re-entered
+        if _first_of_node():  # not by print(), which may not be re-entered
+            os.write(2, b"\nstopping after this step; a second signal stops at once\n")
 
     def requested(self, ranks: Ranks) -> bool:
         """Collective. Whether any rank was asked to stop."""
@@ -146,9 +144,7 @@ class StopFlag:
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """Runs a script's main; the named errors, lost processes and full memory end it with one sentence, not a
-    traceback.
-    """
+    """Runs a script's main. A UserError, lost processes and full memory or disk end it with one sentence."""
     message, lost, code = "", "", 1
     many = int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
@@ -156,31 +152,29 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         code = 0
     except UserError as error:
         message = f"error: {error}"
-        if many and not _prints():  # the machine's first process may say the same
+        if many and not _first_of_node():  # the machine's first process may say the same
             _let_torchrun_end_us(5)
-    except Interrupted as stopped:
-        message, code = str(stopped) if _prints() else "", 130
-    except KeyboardInterrupt:
-        message, code = "interrupted" if _prints() else "", 130
+    except (Interrupted, KeyboardInterrupt) as stopped:
+        message, code = (str(stopped) or "interrupted") if _first_of_node() else "", 130
     except torch.OutOfMemoryError as error:
         message = f"error: out of GPU memory on rank {os.environ.get('RANK', 0)}{phase_of(error)}; "
         message += "lower rollout_batch_size (rollout) or max_tokens_per_micro_batch (update)"
     except SystemExit as stopped:  # --help, or a second signal
         code = stopped.code or 0
     except BaseException as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-        if not many and not full:
-            raise
-        message, lost = traceback.format_exc().rstrip(), lost_processes(error)
-        if full:  # met by a log: checkpoints have their own sentence
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             message = f"error: {error.filename}: {error.strerror}; make room, and go on with --resume true"
+        elif many:
+            lost = lost_processes(error)
+            message = lost or traceback.format_exc().rstrip()
+        else:
+            raise
     if message:
-        print(lost or message, file=sys.stderr, flush=True)
+        print(message, file=sys.stderr, flush=True)
     if lost:  # so that torchrun's table shows the process that died, and not this one
         _let_torchrun_end_us(1)
     if many and code not in (0, 130):
-        # The others may sit in a collective that an orderly end would wait for; torchrun ends them once this
-        # one is gone.
+        # An orderly end would wait for the others, who may sit in a collective; torchrun ends them then.
         sys.stdout.flush()
         os._exit(code)
     if dist.is_initialized():
@@ -190,15 +184,43 @@ def run_script(main: Callable[[list[str]], None]) -> None:
 
 
 def _let_torchrun_end_us(seconds: float) -> None:
-    """Waits in case torchrun is about to end this process, because of another one that spoke or died before
-    it.
-    """
+    """Waits in case torchrun is about to end this process, because another spoke or died before it."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     time.sleep(seconds)
 
 
+# How gloo, NCCL and the store say that another process is gone or silent; other errors are bugs of ours.
+LOST = re.compile(
+    r"connection (was )?(closed|reset|refused|aborted)|broken pipe|timed out|timeout|socket closed"
+    r"|ncclRemoteError|communicator was aborted",
+    re.IGNORECASE,
+)
+
+
+def lost_processes(error: BaseException) -> str:
+    """One sentence if a collective's error means that other processes died or hang; "" for any other."""
+    gloo = isinstance(error, RuntimeError) and "gloo/transport" in str(error)
+    if not (gloo or isinstance(error, dist.DistError)) or not LOST.search(str(error)):
+        return ""
+    said = re.sub(r"^\[\S*/gloo/transport/", "[", str(error).splitlines()[0])[:100]
+    return (
+        f"rank {os.environ.get('RANK', 0)} lost the other processes{phase_of(error)}: one died, or was "
+        "silent for longer than timeout_minutes: see the first error above and torchrun's table below; "
+        f"go on with --resume true ({said})"
+    )
+
+
+def phase_of(error: BaseException) -> str:
+    """What Clock noted on an error, like " in phase update of step 12"; "" if it came from no phase."""
+    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith("in phase ")]
+    return f" {notes[0]}" if notes else ""  # the first is the innermost
+
+
+# ----------------------------------------------------------------------------------------------------- phases
+
+
 class Watchdog(threading.Thread):
-    """Ends this process when a phase goes on for `minutes` without a beat: torchrun then ends the others.
+    """Ends this process when a phase goes `minutes` without a heartbeat; torchrun then ends the others.
 
     A rank that hangs raises no error, and the ranks that wait for it cannot be asked. Says on stderr which
     rank hung in which phase, with the Python stack. Watches nothing between leave() and the next enter().
@@ -217,7 +239,7 @@ class Watchdog(threading.Thread):
         self._phases.append(f"phase {phase} of step {step}")
 
     def heartbeat(self) -> None:
-        """Something got done: the minutes count from now. For phases that may take longer than that."""
+        """Something got done: the minutes count from now."""
         self._beat = time.monotonic()
 
     def leave(self) -> None:
@@ -234,8 +256,9 @@ class Watchdog(threading.Thread):
             if phases and time.monotonic() - self._beat > limit:
                 break
         text = (
-            f"rank {self.rank}: no progress for {self.minutes:g} minutes in {phases[-1]}; this process hangs, or one that "
-            "it waits for; go on with --resume true, and a larger timeout_minutes if all were at work; the stack follows\n"
+            f"rank {self.rank}: no progress for {self.minutes:g} minutes in {phases[-1]}; this process "
+            "hangs, or one that it waits for; go on with --resume true, and a larger timeout_minutes if all "
+            "were at work; the stack follows\n"
         )
         os.write(2, text.encode())  # not print(): the main thread may hold its lock
         faulthandler.dump_traceback(2)
@@ -262,9 +285,7 @@ class Clock:
             self._watchdog.enter(self._stack[-1][0], self._step)
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if (
-            torch.cuda.is_available() and error is None
-        ):  # after an error, it might wait for a rank that is gone
+        if error is None and torch.cuda.is_available():  # after an error, it might wait for a lost rank
             torch.cuda.synchronize()
         phase, start = self._stack.pop()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
@@ -272,39 +293,3 @@ class Clock:
             error.add_note(f"in phase {phase} of step {self._step}")
         if self._watchdog:
             self._watchdog.leave()
-
-
-# How gloo, NCCL and the store say that another process is gone or silent; every other error of theirs is a
-# bug of ours.
-LOST = re.compile(
-    r"connection (was )?(closed|reset|refused|aborted)|broken pipe|timed out|timeout|socket closed"
-    r"|ncclRemoteError|communicator was aborted",
-    re.IGNORECASE,
-)
-
-
-def lost_processes(error: BaseException) -> str:
-    """One sentence if this error of a collective means that other processes died or hang; "" for any other
-    error.
-    """
-    collective = isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and "gloo/transport" in str(error)
-    )
-    if not collective or not LOST.search(str(error)):
-        return ""
-    said = re.sub(r"^\[\S*/gloo/transport/", "[", str(error).splitlines()[0])[:100]
-    return (
-        f"rank {os.environ.get('RANK', 0)} lost the other processes{phase_of(error)}: one died, or was silent for longer "
-        f"than timeout_minutes: see the first error above and torchrun's table below; go on with --resume true ({said})"
-    )
-
-
-def phase_of(error: BaseException) -> str:
-    """What Clock noted on an error, like " in phase update of step 12"; "" if it came from no phase."""
-    notes = [note for note in getattr(error, "__notes__", ()) if note.startswith("in phase ")]
-    return f" {notes[0]}" if notes else ""  # the first is the innermost
-
-
-def torchrun_job() -> str:
-    """What stays the same when torchrun starts its processes again, and differs in every other start."""
-    return f"job {os.environ.get('TORCHELASTIC_RUN_ID', 'none')} of process {os.getppid()} on {socket.gethostname()}"

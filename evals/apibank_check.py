@@ -1,8 +1,7 @@
 """Judges one API-Bank reply in four modes, without running any tool.
 
 The official scorer runs the predicted call on a toy database and lets the API compare the results; the table
-COMPARED_AS says the same of the arguments alone. Sources: API-Bank (arXiv 2304.08244), ToolRL (arXiv
-2504.13958).
+COMPARED_AS says the same of the arguments. Sources: API-Bank (arXiv 2304.08244), ToolRL (arXiv 2504.13958).
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ from operator import eq
 from typing import Any
 
 from evals.apibank_data import GoldCall
-from prompts import CALL, END_CALL, ToolCall
+from evals.bfcl_check import find_block
+from prompts import ToolCall
 
 Comparison = Callable[[Any, Any], bool]  # (predicted value, gold value) -> do they count as the same?
 MODES = ("official", "corrected", "exact", "loose")  # see `judge`
@@ -38,11 +38,8 @@ def after(normalise: Callable[[str], Any], same: Comparison = eq) -> Comparison:
 
     def compare_texts(predicted: Any, gold: Any) -> bool:
         try:
-            return (
-                isinstance(predicted, str)
-                and isinstance(gold, str)
-                and same(normalise(predicted), normalise(gold))
-            )
+            texts = isinstance(predicted, str) and isinstance(gold, str)
+            return texts and same(normalise(predicted), normalise(gold))
         except ValueError:
             return False
 
@@ -61,20 +58,14 @@ def month_and_day(text: str) -> tuple[int, int]:
 
 
 def named_items(predicted: Any, gold: Any) -> bool:
-    """A non-empty list of {"name", "value"} objects with different names. The official API looks no
-    further.
-    """
+    """A non-empty list of {"name", "value"} objects with different names; the official API asks no more."""
     items = predicted if isinstance(predicted, list) else []
     names = [item["name"] for item in items if isinstance(item, dict) and {"name", "value"} <= item.keys()]
-    return (
-        0 < len(items) == len(names)
-        and all(isinstance(n, str) for n in names)
-        and len(set(names)) == len(names)
-    )
+    texts = all(isinstance(name, str) for name in names)
+    return texts and 0 < len(items) == len(names) == len(set(names))
 
 
-# What the APIs do with their input before they look into their databases. Parameters not listed here: equal
-# values.
+# What the APIs do with their input before they look into their databases. Not listed here: equal values.
 COMPARED_AS: dict[Comparison, str] = {
     # more than half of the words in common
     after(str, share_words): "AddAgenda.content AddMeeting.meeting_topic ModifyMeeting.meeting_topic "
@@ -86,29 +77,25 @@ COMPARED_AS: dict[Comparison, str] = {
     named_items: "RecordHealthData.health_data",
     # equal but for spaces or letter case
     after(str.strip): "AppointmentRegistration.patient_name AppointmentRegistration.doctor_name "
-    "ModifyRegistration.appointment_id ModifyRegistration.new_appointment_doctor QueryRegistration.patient_name "
-    "CancelRegistration.appointment_id DocumentQA.url DocumentQA.question SendEmail.subject SendEmail.content",
+    "ModifyRegistration.appointment_id ModifyRegistration.new_appointment_doctor DocumentQA.url "
+    "QueryRegistration.patient_name CancelRegistration.appointment_id DocumentQA.question SendEmail.subject "
+    "SendEmail.content",
     after(str.lower): "Translate.src_lang Translate.tgt_lang",
     after(lambda text: text.strip().lower()): "DeleteScene.name QueryScene.name TimedSwitch.name "
     "CancelTimedSwitch.name EmergencyKnowledge.symptom SymptomSearch.symptom SendEmail.receiver "
     "PlayMusic.music_name SearchEngine.keyword",
-    after(
-        lambda text: text.strip().upper()
-    ): "QueryHealthData.user_id RecordHealthData.user_id QueryStock.stock_code",
+    after(lambda text: text.strip().upper()): "QueryHealthData.user_id RecordHealthData.user_id "
+    "QueryStock.stock_code",
     after(lambda text: text.replace(" ", "")): "Calculator.formula",
     after(lambda text: text.replace("_", " ").strip().lower()): "Dictionary.keyword Wiki.keyword",
     # equal points in time; strptime takes unpadded months and days, but no slashes, no ISO T, no date alone
-    after(
-        lambda text: datetime.strptime(text.strip(), "%Y-%m-%d")
-    ): "AppointmentRegistration.date QueryStock.date "
-    "ModifyRegistration.new_appointment_date QueryRegistration.date",
+    after(lambda text: datetime.strptime(text.strip(), "%Y-%m-%d")): "AppointmentRegistration.date "
+    "QueryStock.date ModifyRegistration.new_appointment_date QueryRegistration.date",
     after(lambda text: datetime.strptime(text.strip(), "%Y-%m-%d %H:%M:%S")): "QueryHealthData.start_time "
     "QueryHealthData.end_time RecordHealthData.time TimedSwitch.time CancelTimedSwitch.time",
     after(lambda text: month_and_day(text.strip())): "QueryHistoryToday.date",
 }
-COMPARISONS = {
-    parameter: same for same, parameters in COMPARED_AS.items() for parameter in parameters.split()
-}
+COMPARISONS = {name: same for same, names in COMPARED_AS.items() for name in names.split()}
 
 # These golds name the device `device_id`, but the schema that the model is shown says `name`: officially such
 # a gold is rejected, and so is every answer. The other modes take either name.
@@ -116,31 +103,16 @@ RENAMED = {"TimedSwitch": {"device_id": "name"}, "CancelTimedSwitch": {"device_i
 
 
 def coerce(value: Any, kind: str) -> Any:
-    """A value as the official tool manager hands it on; ValueError, TypeError or OverflowError if it
-    refuses.
-    """
-    if kind in (
-        "int",
-        "float",
-    ):  # strings must consist of digits (and one point, for a float): no "-3", no " 3"
+    """A value as the official tool manager hands it on. Refuses by ValueError, TypeError or OverflowError."""
+    if kind in ("int", "float"):
+        # Strings must consist of digits (and one point, for a float): no "-3", no " 3".
         if isinstance(value, str) and not value.replace(".", "", kind == "float").isdigit():
             raise ValueError("not an unsigned number")
         return int(value) if kind == "int" else float(value)
     if kind == "bool":
-        # Officially `value == "True"`; but there all golds with a truth value are rejected, so only other
-        # modes differ.
+        # Officially `value == "True"`, but there all golds with a truth value are rejected.
         return {"True": True, "False": False}.get(value, value) if isinstance(value, str) else value
     return value
-
-
-def call_block(output: Any) -> str | None:
-    """The text of the first closed tool-call section, in linear time however many tags there are; None
-    without one.
-    """
-    inside, closed, _ = (
-        output.partition(CALL)[2].partition(END_CALL) if isinstance(output, str) else ("", "", "")
-    )
-    return inside.strip() if closed else None
 
 
 def json_items(text: str) -> list | None:
@@ -152,26 +124,19 @@ def json_items(text: str) -> list | None:
     return value if isinstance(value, list) else [value]
 
 
-def one_call(block: str | None, items: list | None) -> tuple[ToolCall | None, str]:
-    """The one call of the text and JSON items of a tool-call section -> (call, "") or (None, reason)."""
-    if items is None:
-        return None, "no_tool_call" if block is None else "bad_json"
+def read_call(output: str) -> tuple[ToolCall | None, str]:
+    """The one call of a reply -> (call, "") or (None, reason). Laxer than the reward."""
+    block = find_block(output)
+    if block is None:
+        return None, "no_tool_call"
+    if (items := json_items(block)) is None:
+        return None, "bad_json"
     if len(items) != 1:
         return None, "not_one_call"
-    name, arguments = (
-        items[0].get(key) if isinstance(items[0], dict) else None for key in ("name", "arguments")
-    )
-    if not isinstance(name, str) or not isinstance(arguments, dict):
+    call = items[0] if isinstance(items[0], dict) else {}
+    if not isinstance(call.get("name"), str) or not isinstance(call.get("arguments"), dict):
         return None, "bad_call"
-    return ToolCall(name, arguments), ""
-
-
-def read_call(output: Any) -> tuple[ToolCall | None, str]:
-    """The one call of a reply -> (call, "") or (None, reason). Laxer than the reward: thoughts are not looked
-    at.
-    """
-    block = call_block(output)
-    return one_call(block, None if block is None else json_items(block))
+    return ToolCall(call["name"], call["arguments"]), ""
 
 
 def compare(call: ToolCall, case: GoldCall, comparisons: dict[str, Comparison]) -> str:
@@ -191,7 +156,7 @@ def compare(call: ToolCall, case: GoldCall, comparisons: dict[str, Comparison]) 
     except (ValueError, TypeError, OverflowError):
         return "wrong_type"
     try:
-        gold = {key: coerce(value, kinds[key]) for key, value in gold.items()}
+        gold = {key: coerce(value, kinds.get(key, "")) for key, value in gold.items()}
     except (ValueError, TypeError, OverflowError):
         pass  # a gold value that the official code refuses is compared as it stands
     for key in sorted(predicted.keys() | gold.keys()):
@@ -202,20 +167,19 @@ def compare(call: ToolCall, case: GoldCall, comparisons: dict[str, Comparison]) 
     return "correct"
 
 
-def compare_loosely(case: GoldCall, block: str | None, items: list | None) -> str:
-    """ToolRL's protocol: any of several calls, a missing name filled in, but values equal to the gold's
-    strings.
-    """
-    lines = block.splitlines() if block else []  # one JSON value, or one object per line
-    more = [item for line in lines for item in json_items(line) or []] if len(lines) > 1 else []
-    for call in (item for item in (*(items or ()), *more) if isinstance(item, dict)):
+def compare_loosely(case: GoldCall, output: str) -> str:
+    """ToolRL's protocol: any of several calls, without a name too, but values equal to the gold's strings."""
+    block = find_block(output) or ""
+    texts = {block, *block.splitlines()}  # one JSON value, or one object per line
+    items = [item for text in texts for item in json_items(text) or []]
+    for call in (item for item in items if isinstance(item, dict)):
         arguments = call.get("arguments", call.get("parameters"))  # ToolRL's own prompt says "parameters"
         if call.get("name", case.gold.name) == case.gold.name and arguments == case.written:
             return "correct"
     return "no_call_equals_gold"
 
 
-def judge(case: GoldCall, output: Any) -> dict[str, str]:
+def judge(case: GoldCall, output: str) -> dict[str, str]:
     """Mode -> "correct" or the first reason why not, for the reply `output`. Nothing in it can raise.
 
     official: as the official tools judge, which accept no answer where they reject the gold call itself;
@@ -224,20 +188,16 @@ def judge(case: GoldCall, output: Any) -> dict[str, str]:
     no_call_equals_gold. Source: api-bank/evaluator.py, tool_manager.py and the APIs at 483554ea, without
     execution.
     """
-    block = call_block(output)
-    items = None if block is None else json_items(block)
-    call, reason = one_call(block, items)
+    call, reason = read_call(output)
     official = corrected = exact = reason or compare(call, case, COMPARISONS)
-    if corrected == "correct" or corrected.startswith(
-        "wrong_value"
-    ):  # the other reasons do not depend on the table
+    if corrected == "correct" or corrected.startswith("wrong_value"):  # others do not depend on the table
         exact = compare(call, case, {})
     if corrected == "correct" and case.rejected:
         official = "official_rejects_gold"
-    return dict(zip(MODES, (official, corrected, exact, compare_loosely(case, block, items))))
+    return dict(zip(MODES, (official, corrected, exact, compare_loosely(case, output))))
 
 
-def check(case: GoldCall, output: Any, mode: str = "official") -> tuple[bool, str]:
+def apibank_verdict(case: GoldCall, output: str, mode: str = "official") -> tuple[bool, str]:
     """(correct, reason) of one reply in one mode, see judge."""
     reason = judge(case, output)[mode]
     return reason == "correct", reason

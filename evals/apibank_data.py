@@ -1,93 +1,73 @@
-"""API-Bank's cases, one per gold call: from the official checkout, a folder of cases, or the hub's 399 items.
+"""API-Bank's cases, one per gold call, from the official checkout or a folder of cases; and what is asked.
 
 The official checkout is the folder api-bank of AlibabaResearch/DAMO-ConvAI; facts below hold for its commit
-483554ea. Nothing of it is executed: what the APIs look like is read from the literals of their classes. No
-torch here. Source: API-Bank (arXiv 2304.08244).
+483554ea. Nothing of it is executed: what the APIs look like is read from the literals of their classes.
+Source: API-Bank (arXiv 2304.08244).
 """
 
 from __future__ import annotations
 
 import ast
+import gzip
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evals.report import ReportError, read_lines
+from evals.report import Case, ReportError, find, read_objects
 from prompts import ToolCall
-
-EvalError = ReportError  # one error for all input that the user must put right
 
 LEVELS = ("1", "2", "3")
 FOLDERS = {"level-1-given-desc": 1, "level-2-toolsearcher": 2}  # of the official dialogues
-SCENARIOS = (
-    "test-data/level-3.json",
-    "json_test_data/level-3.json",
-    "test_data/level-3.json",
-)  # its name over time
 TOOLRL = "toolrl_level-3-api_processed.json"
 SEARCHER = "ToolSearcher"
 JSON_TYPES = {
-    "str": {"type": "string"}, "int": {"type": "integer"}, "float": {"type": "number"}, "bool": {"type": "boolean"},
-    "list": {"type": "array"}, "list(str)": {"type": "array", "items": {"type": "string"}},
+    "str": {"type": "string"}, "int": {"type": "integer"}, "float": {"type": "number"},
+    "bool": {"type": "boolean"}, "list": {"type": "array"},
+    "list(str)": {"type": "array", "items": {"type": "string"}},
 }
 
-# The hub's file does not say which parameters may be left out; the signatures of the official classes do.
-OPTIONAL = {
-    "ForgotPassword": ("username", "email", "verification_code", "new_password"),
-    "ModifyRegistration": ("new_appointment_date", "new_appointment_doctor"),
-    "RecordHealthData": ("health_data",),
-    "Translate": ("src_lang", "tgt_lang"),
-}
+# What the official prompts say beside the dialogue. 45 of the 508 gold dates need the year.
+YEAR = "The current year is 2023."
+ONE_CALL = "Answer with the one API call that the assistant makes next."
 
 # Gold calls that the official evaluator rejects: API -> (arguments that tell them apart, why). A call is run
-# on a fresh database, so its verdict depends on nothing but its name and arguments. Arguments outside the
-# schema are found by code.
+# on a fresh database, so name and arguments decide. Arguments outside the schema are found by code.
+PASSWORD = "the password is wrong unless an earlier call sets it"
 REJECTED = {
     "QueryScene": [({}, "the scene in the database has other devices than the dialogue says")],
-    "DeleteMeeting": [
-        ({}, "the official comparison looks for an argument `time`, which the API does not have")
-    ],
+    "DeleteMeeting": [({}, "the official comparison looks for an argument `time`, which the API lacks")],
     "ForgotPassword": [
-        ({"status": "Verification Code"}, "it needs an earlier call, which a fresh database forgets")
+        ({"status": "Verification Code"}, "it needs an earlier call, which a fresh database forgets"),
     ],
     "RegisterUser": [({"username": "foo"}, "the user exists unless an earlier call deletes him")],
     "GetUserToken": [
-        (
-            {"username": "foo", "password": "newpassword"},
-            "the password is wrong unless an earlier call sets it",
-        ),
-        (
-            {"username": "user1", "password": "user1newpass"},
-            "the password is wrong unless an earlier call sets it",
-        ),
+        ({"username": "foo", "password": "newpassword"}, PASSWORD),
+        ({"username": "user1", "password": "user1newpass"}, PASSWORD),
     ],
     "QueryRegistration": [
-        ({"patient_name": "Mary", "date": "2023-11-15"}, "an earlier call makes the appointment")
+        ({"patient_name": "Mary", "date": "2023-11-15"}, "an earlier call makes the appointment"),
     ],
 }
 
 
 @dataclass(frozen=True)
 class GoldCall:
-    """One case. `written`: the gold arguments as strings; `apis`: all of the data by name; `shown`: those
-    that belong to the dialogue; `rejected`: why the official tools reject the gold call itself, or "";
-    `scenario`: of level 3.
-
-    history: turns before the call, in the official form: {"role": "User" or "AI", "text"} and {"role": "API",
-    "api_name", "param_dict", "result": {"input", "output", "exception"}}.
+    """One case. Turns of the history are {"role": "User" or "AI", "text"}, or {"role": "API", "api_name",
+    "result": {"input", "output", "exception"}}.
     """
 
     id: str
     level: int
     gold: ToolCall
-    written: dict[str, Any]
-    apis: dict[str, dict]
-    shown: list[str]
+    written: dict[str, Any]  # the gold arguments as strings
+    apis: dict[str, dict]  # all of the data by name
+    shown: list[str]  # those that belong to the dialogue
     history: list[dict]
-    rejected: str = ""
-    scenario: str = ""
+    rejected: str = ""  # why the official tools reject the gold call itself
+    scenario: str = ""  # of level 3
 
 
 def rejection(gold: ToolCall, api: dict) -> str:
@@ -96,7 +76,7 @@ def rejection(gold: ToolCall, api: dict) -> str:
     if unknown:
         return f"the schema has no argument {unknown[0]}"
     for some, why in REJECTED.get(gold.name, []):
-        if some.items() <= {key: gold.arguments[key] for key in some if key in gold.arguments}.items():
+        if all(key in gold.arguments and gold.arguments[key] == value for key, value in some.items()):
             return why
     return ""
 
@@ -104,78 +84,51 @@ def rejection(gold: ToolCall, api: dict) -> str:
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def find(path: Path) -> Path | None:
-    """`path`, or else `path` with .gz, or else None."""
-    return next((p for p in (path, path.with_name(f"{path.name}.gz")) if p.is_file()), None)
-
-
 def read_json(path: Path) -> Any:
-    """The value of a .json file, plain or .gz. Raises EvalError."""
+    """The value of a .json file, plain or .gz. Raises ReportError."""
     found = find(path)
     if found is None:
-        raise EvalError(f"{path}: no such file; it belongs beside the other files of --data")
+        raise ReportError(f"{path}: no such file; it belongs beside the other files of --data")
     try:
-        return json.loads(b"".join(line for _, line in read_lines(found)))
-    except (ValueError, RecursionError) as error:
-        raise EvalError(f"{path}: not JSON ({error}); fetch the file again") from None
-
-
-def read_rows(path: Path) -> list[tuple[int, dict]]:
-    """(line number, object) of a .jsonl or .jsonl.gz file. Raises EvalError."""
-    rows = []
-    for number, line in read_lines(path):
-        try:
-            rows.append((number, dict(json.loads(line))))
-        except (ValueError, TypeError, RecursionError):
-            raise EvalError(f"{path}:{number}: not a JSON object; fetch the file again") from None
-    return rows
+        data = found.read_bytes()
+        return json.loads(gzip.decompress(data) if found.suffix == ".gz" else data)
+    except (OSError, EOFError, ValueError) as error:
+        raise ReportError(f"{path}: not JSON ({error}); fetch the file again") from None
 
 
 def load_cases(place: str | Path) -> dict[str, GoldCall]:
-    """Every case by id, in the order of the data. Raises EvalError.
+    """Every case by id, in the order of the data. Raises UserError.
 
-    place: the checkout's folder api-bank or the folder around it, a folder with cases.jsonl and
-    api_descriptions.json, or the hub's level-1 file of 399 items in query/tools/answers form. Plain files or
-    .gz.
+    place: the checkout's folder api-bank or the folder around it, or a folder with cases.jsonl and
+    api_descriptions.json; files plain or .gz.
     """
     path = Path(place)
-    if path.is_file():
-        return load_hub(path)
     if find(path / "cases.jsonl"):
         return load_folder(path)
     for root in (path, path / "api-bank"):
         if (root / "lv1-lv2-samples").is_dir() and (root / "apis").is_dir():
             return load_checkout(root)
-    raise EvalError(
-        f"{path}: {'no API-Bank data' if path.is_dir() else 'no such file or folder'}; --data takes the official folder "
-        "api-bank (with lv1-lv2-samples and apis), a folder with cases.jsonl and api_descriptions.json, or the hub's "
-        "level-1 file"
-    )
-
-
-# ------------------------------------------------------------------------------------------ a folder of cases
+    what = "the official folder api-bank, or a folder with cases.jsonl and api_descriptions.json"
+    raise ReportError(f"{path}: no API-Bank data; --data takes {what}")
 
 
 def load_folder(folder: Path) -> dict[str, GoldCall]:
-    """Levels 1 and 2 from cases.jsonl and api_descriptions.json; the dialogues of level 3 from ToolRL's file
-    if there.
-    """
+    """cases.jsonl and api_descriptions.json; level 3's dialogues are in ToolRL's file, if any."""
     groups, path, cases = read_json(folder / "api_descriptions.json"), find(folder / "cases.jsonl"), {}
     prompts = read_json(folder / TOOLRL) if find(folder / TOOLRL) else []
     apis = {group: {api["name"]: api for api in groups[group]} for group in ("level1_2", "level3")}
-    for number, row in read_rows(path):
+    for number, row in read_objects(path):
         try:
-            group, gold = (
-                apis["level3" if row["level"] == 3 else "level1_2"],
-                ToolCall(row["api_name"], row["arguments"]),
-            )
+            group = apis["level3" if row["level"] == 3 else "level1_2"]
+            gold = ToolCall(row["api_name"], row["arguments"])
+            written = row.get("arguments_as_written", row["arguments"])
             case = GoldCall(
-                row["id"], row["level"], gold, row.get("arguments_as_written", row["arguments"]), group,
-                row.get("tools", []), row.get("history", []), rejection(gold, group[gold.name]),
+                row["id"], row["level"], gold, written, group, row.get("tools", []), row.get("history", []),
+                rejection(gold, group[gold.name]),
             )
             cases[case.id] = with_dialogue(case, prompts) if case.level == 3 and prompts else case
-        except (KeyError, TypeError, IndexError, ValueError, SyntaxError) as error:
-            raise EvalError(f"{path}:{number}: no usable case ({error!r}); fetch the file again") from None
+        except (KeyError, TypeError) as error:
+            raise ReportError(f"{path}:{number}: no usable case ({error!r}); fetch the file again") from None
     return cases
 
 
@@ -185,53 +138,36 @@ def with_dialogue(case: GoldCall, prompts: list[dict]) -> GoldCall:
     ToolRL's own last sentence (only one call, please) is left out: it is no part of the dialogue.
     """
     item = prompts[int(case.id.partition("#")[2])]
-    shown = [
-        name for name in re.findall(r"^\d+\. (\w+): ", item["system"], re.MULTILINE) if name in case.apis
-    ]
+    listed = re.findall(r"^\d+\. (\w+): ", item["system"], re.MULTILINE)
     turn = re.compile(r"<user>(.*?)</user>|<tool_call>.*?</tool_call>\s*<obs>(.*?)</obs>", re.DOTALL)
     history = []
     for user, seen in turn.findall(item["user"]):
-        result = ast.literal_eval(seen.strip()) if seen else {}
-        called = {
-            "role": "API",
-            "api_name": result.get("api_name"),
-            "param_dict": result.get("input"),
-            "result": result,
-        }
-        history.append(called if seen else {"role": "User", "text": user.strip()})
-    if "only make one tool call" in history[-1].get("text", ""):
-        history.pop()
-    written = item["answer"][0]["parameters"]
-    return replace(
-        case, written=written, shown=shown, history=history, scenario=str(item["other"]["sample_id"])
-    )
+        if seen:
+            result = ast.literal_eval(seen.strip())
+            history.append({"role": "API", "api_name": result.get("api_name"), "result": result})
+        elif "only make one tool call" not in user:
+            history.append({"role": "User", "text": user.strip()})
+    shown = [name for name in listed if name in case.apis]
+    written, scenario = item["answer"][0]["parameters"], str(item["other"]["sample_id"])
+    return replace(case, written=written, shown=shown, history=history, scenario=scenario)
 
 
 # -------------------------------------------------------------------------------------- the official checkout
 
 
 def load_checkout(root: Path) -> dict[str, GoldCall]:
-    """Levels 1 and 2 from the dialogues, level 3 from the scenarios if they are there. ids as in
-    cases.jsonl.
-    """
-    apis, cases = read_apis(root / "apis"), {}
+    """Levels 1 and 2, with ids as in cases.jsonl; no calls of level 3 are there."""
+    apis, cases = read_apis(root / "apis"), []
     for folder, level in FOLDERS.items():
         for path in sorted((root / "lv1-lv2-samples" / folder).glob("*.jsonl")):
-            for case in dialogue_cases(path, f"{folder}/{path.name}", level, apis):
-                cases[case.id] = case
-    if not cases:
-        raise EvalError(
-            f"{root / 'lv1-lv2-samples'}: holds no dialogues ({', '.join(FOLDERS)}); complete the checkout"
-        )
-    path = next((found for name in SCENARIOS if (found := find(root / name))), None)
-    if path and (root / "lv3_apis").is_dir():
-        cases |= {case.id: case for case in scenario_cases(path, read_apis(root / "lv3_apis"))}
-    return cases
+            if path.stat().st_size:  # one official file is empty
+                cases += dialogue_cases(path, f"{folder}/{path.name}", level, apis)
+    return {case.id: case for case in cases}
 
 
 def dialogue_cases(path: Path, name: str, level: int, apis: dict[str, dict]) -> list[GoldCall]:
-    """The cases of one dialogue: its calls, each with the turns before it. Raises EvalError."""
-    rows, cases = read_rows(path), []
+    """The cases of one dialogue: its calls, each with the turns before it. Raises ReportError."""
+    rows, cases = read_objects(path), []
     turns = [row for _, row in rows]
     shown = list(dict.fromkeys(turn["api_name"] for turn in turns if "api_name" in turn))
     for i, (number, turn) in enumerate(rows):
@@ -241,187 +177,122 @@ def dialogue_cases(path: Path, name: str, level: int, apis: dict[str, dict]) -> 
                 why, case_id = rejection(gold, apis[gold.name]), f"{name}#{number - 1}"
                 cases.append(GoldCall(case_id, level, gold, turn["param_dict"], apis, shown, turns[:i], why))
         except (KeyError, TypeError) as error:
-            raise EvalError(f"{path}:{number}: no usable turn ({error!r}); fetch the file again") from None
+            raise ReportError(f"{path}:{number}: no usable turn ({error!r}); fetch the file again") from None
     return cases
-
-
-def scenario_cases(path: Path, apis: dict[str, dict]) -> list[GoldCall]:
-    """Level 3: the calls of every scenario but the searches, as ToolRL counts them, which are not in its file
-    either.
-    """
-    cases = []
-    for number, scenario in enumerate(read_json(path)):
-        try:
-            history, shown = [{"role": "User", "text": scenario["requirement"].strip()}], []
-            for call in scenario["apis"]:
-                if call["api_name"] == SEARCHER:
-                    shown = list(dict.fromkeys([*shown, *found_tools(call["output"])]))
-                    continue
-                name, written = call["api_name"], call["input"]
-                gold = ToolCall(name, native(written, apis[name]))
-                cases.append(GoldCall(
-                    f"level-3#{len(cases)}", 3, gold, written, apis, shown, list(history), rejection(gold, apis[name]),
-                    str(number),
-                ))
-                history.append(
-                    {"role": "API", "api_name": name, "param_dict": written, "result": call["output"]}
-                )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise EvalError(
-                f"{path}: scenario {number} is not usable ({error!r}); fetch the file again"
-            ) from None
-    return cases
-
-
-def found_tools(result: dict) -> list[str]:
-    """Names of the APIs in the result of a search, which may be one description, several or none."""
-    output = result.get("output") or []
-    return [tool["name"] for tool in (output if isinstance(output, list) else [output])]
 
 
 def read_apis(folder: Path) -> dict[str, dict]:
     """Every API class of a folder by name: description, input_parameters, output_parameters, required.
 
-    Only literals are read, so nothing of the checkout runs. required: parameters of `call` without a default;
-    with **kwargs the others of the schema may be left out. Raises EvalError.
+    Only literals are read, so nothing of the checkout runs. Raises ReportError.
     """
     apis = {}
     for path in sorted(folder.glob("*.py")):
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
-            classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
-            found = {node.name: read_class(node) for node in classes}
-        except (OSError, SyntaxError, ValueError, RecursionError) as error:
-            raise EvalError(f"{path}: its API cannot be read ({error}); fetch the checkout again") from None
-        apis |= {name: api for name, api in found.items() if api}
-    if not apis:
-        raise EvalError(f"{folder}: holds no API classes; complete the checkout")
+            found = [read_class(node) for node in tree.body if isinstance(node, ast.ClassDef)]
+        except (SyntaxError, ValueError) as error:
+            raise ReportError(f"{path}: its API cannot be read ({error}); fetch the checkout again") from None
+        apis |= {api["name"]: api for api in found if api}
     return apis
 
 
 def read_class(node: ast.ClassDef) -> dict | None:
-    """One API class; None for a class that describes none. Raises ValueError for values that are no
-    literals.
+    """One API class; None for a class that describes none. Raises ValueError where a value is no literal.
+
+    required: parameters of `call` without a default; with **kwargs the others of the schema may be left out.
     """
-    values, signature = {}, None
+    api, needed = {"name": node.name}, []
     for item in node.body:
-        targets = item.targets if isinstance(item, ast.Assign) else [getattr(item, "target", None)]
-        for target in targets:
-            if isinstance(target, ast.Name) and target.id in (
-                "description",
-                "input_parameters",
-                "output_parameters",
-            ):
-                values[target.id] = literal(item.value)
-        if isinstance(item, ast.FunctionDef) and item.name == "call":
-            signature = item.args
-    if "input_parameters" not in values:
+        if isinstance(item, ast.Assign) and isinstance(item.targets[0], ast.Name):
+            if item.targets[0].id in ("description", "input_parameters", "output_parameters"):
+                api[item.targets[0].id] = literal(item.value)
+        elif isinstance(item, ast.FunctionDef) and item.name == "call":
+            given = [argument.arg for argument in item.args.args]
+            needed = given[1 : len(given) - len(item.args.defaults)]  # the first one is self
+    if "input_parameters" not in api:
         return None
-    if "description" not in values or signature is None:
-        raise ValueError(f"class {node.name} has no description or no method call")
-    for key, parameter in values["input_parameters"].items():
-        if parameter["type"] not in JSON_TYPES:
-            raise ValueError(f"class {node.name}: parameter {key} has the unknown type {parameter['type']!r}")
-    given = [*signature.posonlyargs, *signature.args]
-    needed = given[1 : len(given) - len(signature.defaults)]  # the first one is self
-    needed += [a for a, default in zip(signature.kwonlyargs, signature.kw_defaults) if default is None]
-    names = {a.arg for a in needed}
-    return {
-        "name": node.name,
-        **values,
-        "required": [key for key in values["input_parameters"] if key in names],
-    }
+    return {**api, "required": [key for key in api["input_parameters"] if key in needed]}
 
 
-def literal(node: ast.expr | None) -> Any:
-    """The value of an expression of constants; texts may be joined with +. Raises ValueError for anything
-    else.
-    """
+def literal(node: ast.expr) -> Any:
+    """The value of an expression of constants; texts may be joined with +. Raises ValueError otherwise."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return str(literal(node.left)) + str(literal(node.right))
-    if isinstance(node, ast.Dict) and None not in node.keys:
+        return literal(node.left) + literal(node.right)
+    if isinstance(node, ast.Dict):
         return {literal(key): literal(value) for key, value in zip(node.keys, node.values)}
-    try:
-        return ast.literal_eval(node)
-    except (ValueError, TypeError):
-        raise ValueError(f"line {getattr(node, 'lineno', '?')}: not a literal") from None
+    return ast.literal_eval(node)
 
 
-# --------------------------------------------------------------------------------------------- the hub's file
+# ----------------------------------------------------------------------------------------------------- asking
 
 
-def native(written: dict[str, str], api: dict) -> dict[str, Any]:
-    """Arguments that are all texts with the JSON types of their schema; what does not fit stays as it is."""
-    kinds = {key: parameter["type"] for key, parameter in api["input_parameters"].items()}
-    typed = dict(written)
-    for key, text in written.items():
-        if isinstance(text, str) and kinds.get(key, "str") not in ("str", "float"):
-            try:
-                typed[key] = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
-                pass
-    return typed
+def choose_cases(cases: Iterable[GoldCall], levels: str, limit: int | None) -> list[GoldCall]:
+    """The first `limit` cases of each of the levels, as in "1,2" (""  for all). Raises ReportError."""
+    by_level: dict[str, list[GoldCall]] = {}
+    for case in cases:
+        by_level.setdefault(str(case.level), []).append(case)
+    chosen = []
+    for level in sorted(set(levels.replace(" ", "").split(",")) if levels else by_level):
+        if level not in by_level:
+            raise ReportError(f"--levels: the data has no level {level!r}; choose of {','.join(by_level)}")
+        chosen += by_level[level][:limit]
+    if not all(case.history for case in chosen):
+        what = "the dialogues of level 3 are not there"
+        raise ReportError(f"--data: {what}; add ToolRL's file or choose --levels 1,2")
+    return chosen
 
 
-def load_hub(path: Path) -> dict[str, GoldCall]:
-    """The hub's level-1 calls: a data set of its own, because 10 of its 399 items are repeats. Raises
-    EvalError.
+def prompt_cases(cases: Iterable[GoldCall]) -> list[Case]:
+    """What a model is asked: the dialogue before the gold call, and the APIs that it is shown."""
+    prompts = []
+    for case in cases:
+        tools = [tool_schema(case.apis[name]) for name in offered(case)]
+        prompts.append(Case(case.id, f"level-{case.level}", to_messages(case), tools))
+    return prompts
+
+
+def tool_schema(api: dict) -> dict:
+    """An API description as {"name", "description", "parameters"} with a JSON schema."""
+    properties = {}
+    for key, value in api["input_parameters"].items():
+        properties[key] = {**JSON_TYPES[value["type"]], "description": value["description"]}
+    parameters = {"type": "object", "properties": properties, "required": api["required"]}
+    return {"name": api["name"], "description": api["description"], "parameters": parameters}
+
+
+def offered(case: GoldCall) -> list[str]:
+    """Names of the APIs that the model is shown.
+
+    Level 2 is about finding them: only the search and what it has found so far, as officially. Level 1: in
+    alphabetical order, because their order in the data, that of the calls, gives the answer away.
     """
-    items, cases = read_json(path), {}
-    for number, item in enumerate(items if isinstance(items, list) else [None]):
-        case_id = f"hub-level-1#{number}"
-        try:
-            apis = {tool["name"]: hub_api(tool) for tool in item["tools"]}
-            (answer,) = item["answers"]
-            if answer["name"] not in apis or SEARCHER in apis:
-                raise EvalError(
-                    f"{path}: item {number} is not of level 1; --data takes the hub's level-1 file alone"
-                )
-            gold = ToolCall(answer["name"], native(answer["arguments"], apis[answer["name"]]))
-            why = rejection(gold, apis[gold.name])
-            history = hub_history(item["query"], apis)
-            cases[case_id] = GoldCall(case_id, 1, gold, answer["arguments"], apis, list(apis), history, why)
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, EvalError):
-                raise
-            raise EvalError(
-                f"{path}: item {number} has not the keys query, tools and answers ({error!r})"
-            ) from None
-    return cases
+    if case.level == 2:
+        found = [SEARCHER]
+        for turn in case.history:
+            if turn.get("api_name") == SEARCHER:
+                output = turn["result"]["output"] or []  # one description, several or none
+                found += [tool["name"] for tool in (output if isinstance(output, list) else [output])]
+        return [name for name in dict.fromkeys(found) if name in case.apis]
+    return sorted(case.shown) if case.level == 1 else case.shown
 
 
-def hub_api(tool: dict) -> dict:
-    """An API description of the hub's file in the official form."""
-    inputs = tool["parameters"]
-    required = [key for key in inputs if key not in OPTIONAL.get(tool["name"], ())]
-    return {
-        "name": tool["name"],
-        "description": tool["description"],
-        "input_parameters": inputs,
-        "required": required,
-    }
+def to_messages(case: GoldCall) -> list[dict]:
+    """The dialogue before the gold call as messages of prompts.build_messages.
 
-
-def hub_history(query: list[dict], apis: dict[str, dict]) -> list[dict]:
-    """The turns of an item in the official form; past calls are texts there, and so are their results."""
-    history: list[dict] = []
-    for message in query:
-        role, text = message["role"], message["content"]
-        if role in ("user", "agent"):
-            # The last turn carries a request of the hub's own prompt.
-            text = text.removesuffix("Generate API Request:").removesuffix("\n")
-            history.append({"role": {"user": "User", "agent": "AI"}[role], "text": text})
-        elif role == "assistant":
-            (past,) = json.loads(text.strip("`"))
-            name, written = past["name"], past["arguments"]
-            inputs = native(written, apis[name]) if name in apis else written
-            history.append(
-                {"role": "API", "api_name": name, "param_dict": written, "result": {"input": inputs}}
-            )
+    Nothing is merged or dropped. Two of three dialogues end with the assistant's announcement of the call; it
+    stays a message of its own, as in the official evaluator, and the reply is the assistant's next message.
+    """
+    messages = [{"role": "system", "content": ONE_CALL if case.level == 3 else f"{YEAR} {ONE_CALL}"}]
+    for turn in case.history:
+        if turn["role"] == "API":
+            # `input` has JSON types, `param_dict` only strings; it is null for an API without parameters.
+            result, error = turn["result"], turn["result"]["exception"]
+            past = ToolCall(turn["api_name"], result["input"] or {})
+            answer = {"exception": error} if error else result["output"]
+            messages.append({"role": "assistant", "content": "", "calls": [past]})
+            messages.append({"role": "tool", "content": json.dumps(answer, ensure_ascii=False)})
         else:
-            try:
-                output = ast.literal_eval(text.removesuffix("Generate API Request:").strip())
-            except (ValueError, SyntaxError):
-                output = text.removesuffix("Generate API Request:").removesuffix("\n")
-            history[-1]["result"] |= {"output": output, "exception": None}
-    return history
+            role = {"User": "user", "AI": "assistant"}[turn["role"]]
+            messages.append({"role": role, "content": turn["text"]})
+    return messages

@@ -1,8 +1,7 @@
 """The BFCL checker: one case and one model output -> the official verdict and error type.
 
 The verdicts are those of the official checker (bfcl-eval 2026.3.23; the cases of April 2025, "v3", are judged
-the same way), oddities included: comments marked "Oddity" name rules that nobody would invent. eval_bfcl.py
-is the command.
+the same way), oddities included: comments marked "Oddity" name rules that nobody would invent.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from evals.report import ReportError, shorten
+from evals.report import shorten
 from prompts import CALL, END_CALL
 
 LANGUAGES = {"simple_java": "java", "simple_javascript": "javascript"}  # every other category is Python
@@ -29,15 +28,9 @@ TYPES = {
 }
 
 
-class BfclError(ReportError):
-    """Benchmark data or a row that a person must repair; the message says where and how."""
-
-
 @dataclass(frozen=True)
 class Problem:
-    """One test case. answer: per expected call {name: {parameter: allowed values}}; [] where none is
-    defined.
-    """
+    """One test case. answer: per expected call {name: {parameter: allowed values}}; []: none defined."""
 
     id: str
     category: str
@@ -84,11 +77,9 @@ JS_ENTRY = re.compile(r"([^:]+):(.*?)(?:,\s*(?=[^,]+:)|$)")  # a comma ends an e
 
 
 def read_literal(text: str, declared: str, item: str | None, language: str) -> Any:
-    """A Java or JavaScript literal as a Python value; text that is no literal of the declared type stays
-    text.
+    """A Java or JavaScript literal as a Python value; text that is no literal of the declared type stays.
 
-    declared, item: the documentation's names for the type and, for lists, the type of the elements. Never
-    raises.
+    declared, item: the documentation's names for the type and, for lists, that of the elements. Never raises.
     """
     if declared in COLLECTIONS:
         return COLLECTIONS[declared](text, item)
@@ -200,9 +191,7 @@ IGNORED = str.maketrans("'", '"', " ,./-_*^")
 
 
 def _std(value: Any) -> Any:
-    """A string as it is compared: without IGNORED, in lower case, with one kind of quote. Other values
-    unchanged.
-    """
+    """A string as it is compared: without IGNORED, in lower case, with one kind of quote."""
     return value.translate(IGNORED).lower() if isinstance(value, str) else value
 
 
@@ -282,11 +271,8 @@ def _value_error(value: Any, allowed: list, details: dict, language: str) -> str
     if expected is list:
         given = [_std(element) for element in value]
         # Oddity: list("") is [], so an optional list may be given as [].
-        return (
-            None
-            if any(given == [_std(e) for e in wanted] for wanted in allowed)
-            else "value_error:list/tuple"
-        )
+        same = any(given == [_std(element) for element in wanted] for wanted in allowed)
+        return None if same else "value_error:list/tuple"
     if expected is str:
         return None if _std(value) in [_std(choice) for choice in allowed] else "value_error:string"
     return None if value in allowed else "value_error:others"
@@ -306,15 +292,11 @@ def _show(value: Any) -> str:
 
 
 def _call_fault(function: dict, call: dict, wanted: dict, language: str) -> Fault | None:
-    """What is wrong with one call {name: arguments}: name, required parameters, each argument, omitted
-    ones.
-    """
+    """What is wrong with one call {name: arguments}: name, required parameters, arguments, omitted ones."""
     properties, allowed = function["parameters"]["properties"], next(iter(wanted.values()))
     if function["name"] not in call:
-        return (
-            "simple_function_checker:wrong_func_name",
-            f"{_show(next(iter(call)))} is called, not {function['name']!r}",
-        )
+        words = f"{_show(next(iter(call)))} is called, not {function['name']!r}"
+        return "simple_function_checker:wrong_func_name", words
     arguments = call[function["name"]]
     for name in function["parameters"].get("required", ()):
         if name not in arguments:
@@ -322,16 +304,13 @@ def _call_fault(function: dict, call: dict, wanted: dict, language: str) -> Faul
     for name, value in arguments.items():
         if name not in properties or name not in allowed:
             where = "answer" if name in properties else "function's documentation"
-            return (
-                "simple_function_checker:unexpected_param",
-                f"the parameter {_show(name)} is not in the {where}",
-            )
+            words = f"the parameter {_show(name)} is not in the {where}"
+            return "simple_function_checker:unexpected_param", words
         if error := _value_error(value, allowed[name], properties[name], language):
             expected = f"the allowed values are {_show(allowed[name])}"
             if error.startswith("type_error"):
-                expected = (
-                    f"{properties[name]['type']} is expected{' as text' * (language != 'python')}; {expected}"
-                )
+                as_text = " as text" * (language != "python")
+                expected = f"{properties[name]['type']} is expected{as_text}; {expected}"
             return error, f"{name} is {_show(value)}, but {expected}"
     for name, choices in allowed.items():
         if name not in arguments and "" not in choices:
@@ -340,23 +319,18 @@ def _call_fault(function: dict, call: dict, wanted: dict, language: str) -> Faul
 
 
 def _calls_fault(problem: Problem, calls: list[dict]) -> Fault | None:
-    """What is wrong with a list of calls. The category's name decides how they are matched with the
-    answer.
-    """
+    """What is wrong with a list of calls. The category's name says how they are matched with the answer."""
     language, n = LANGUAGES.get(problem.category, "python"), len(problem.answer)
+    wrong_count = f"the number of calls is {len(calls)}, not {n}"
     if "multiple" in problem.category or "parallel" in problem.category:
         by_name = {function["name"]: function for function in problem.functions}
     if "parallel" in problem.category:
         if len(calls) != n:
-            return (
-                "parallel_function_checker_no_order:wrong_count",
-                f"the number of calls is {len(calls)}, not {n}",
-            )
+            return "parallel_function_checker_no_order:wrong_count", wrong_count
         unused = list(calls)
         for wanted in problem.answer:
             function, faults = by_name[next(iter(wanted))], []
-            # Oddity: the first fitting call is taken, even where only another choice would let all answers
-            # match.
+            # Oddity: the first fitting call is taken, even if only another choice lets all answers match.
             for index, call in enumerate(unused):
                 if not (fault := _call_fault(function, call, wanted, language)):
                     del unused[index]
@@ -368,7 +342,7 @@ def _calls_fault(problem: Problem, calls: list[dict]) -> Fault | None:
         return None
     if "multiple" in problem.category:
         if len(calls) != n:
-            return "multiple_function_checker:wrong_count", f"the number of calls is {len(calls)}, not {n}"
+            return "multiple_function_checker:wrong_count", wrong_count
         return _call_fault(by_name[next(iter(problem.answer[0]))], calls[0], problem.answer[0], language)
     if len(calls) != 1:
         return "simple_function_checker:wrong_count", f"the number of calls is {len(calls)}, not 1"
@@ -376,9 +350,7 @@ def _calls_fault(problem: Problem, calls: list[dict]) -> Fault | None:
 
 
 def find_block(output: str) -> str | None:
-    """What stands between the first <tool_call> and the first </tool_call> after it; None without such a
-    pair.
-    """
+    """What stands between the first <tool_call> and the next </tool_call>, in linear time; or None."""
     inside, closed, _ = output.partition(CALL)[2].partition(END_CALL)
     return inside.strip() if closed else None
 
@@ -412,9 +384,7 @@ def reply_kind(output: str, calls: list[dict] | None) -> str:
 
 
 def find_fault(case: Problem, calls: list[dict] | None) -> Fault | None:
-    """(official error type, the same in words) of the decoded calls (see decode), or None if they are
-    right.
-    """
+    """(official error type, the same in words) of decoded calls (see decode); None if they are right."""
     well_formed = _well_formed(calls)
     if "relevance" in case.category:
         called = bool(well_formed and calls)
@@ -424,18 +394,14 @@ def find_fault(case: Problem, calls: list[dict] | None) -> Fault | None:
             return "irrelevance_error:decoder_success", "a call is made, though no function fits"
         return "relevance_error:decoder_failed", "no readable call is made, though a function fits"
     if calls is None:
-        return (
-            "ast_decoder:decoder_failed",
-            "there is no closed tool-call section, or no JSON list of calls in it",
-        )
+        words = "there is no closed tool-call section, or no JSON list of calls in it"
+        return "ast_decoder:decoder_failed", words
     if not well_formed:
         return "ast_decoder:decoder_wrong_output_format", "the arguments of a call are not an object"
     return _calls_fault(case, calls)
 
 
-def check(case: Problem, output: str) -> tuple[bool, str | None]:
-    """(valid, error type or None) of one model output, as the official checker has it. No output makes it
-    raise.
-    """
+def bfcl_verdict(case: Problem, output: str) -> tuple[bool, str | None]:
+    """(valid, error type or None) of one model output, as the official checker has it. Never raises."""
     fault = find_fault(case, decode(output))
     return fault is None, fault[0] if fault else None

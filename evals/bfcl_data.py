@@ -8,13 +8,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import groupby, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from evals.bfcl_check import LANGUAGES, TYPES, BfclError, Problem, decode, find_block
-from evals.report import make_folder, read_lines, write_rows
-
-if TYPE_CHECKING:
-    from evals.predict import Case
+from config import first_line
+from evals.bfcl_check import LANGUAGES, TYPES, Problem, decode, find_block
+from evals.report import Case, ReportError, find, read_objects, write_rows
 
 SIMPLE = ("simple_python", *LANGUAGES)
 NON_LIVE_AST = (*SIMPLE, "multiple", "parallel", "parallel_multiple")
@@ -23,27 +20,17 @@ LIVE_AST = ("live_simple", "live_multiple", "live_parallel", "live_parallel_mult
 LIVE = (*LIVE_AST, "live_irrelevance", "live_relevance")
 CATEGORIES = (*NON_LIVE, *LIVE)  # named as in v4
 V3_NAMES = {"simple": "simple_python", "java": "simple_java", "javascript": "simple_javascript"}
-GROUPS = {
-    "single_turn": CATEGORIES,
-    "all": CATEGORIES,
-    "non_live": NON_LIVE,
-    "live": LIVE,
-    "python": tuple(name for name in CATEGORIES if name not in LANGUAGES),
-    "non_python": tuple(LANGUAGES),
-}
+GROUPS = {"single_turn": CATEGORIES, "non_live": NON_LIVE, "live": LIVE}
 SUITE = "berkeley-function-call-leaderboard"
 DATA_FOLDERS = (".", "bfcl_eval/data", "data", f"{SUITE}/bfcl_eval/data", f"{SUITE}/data")
-HUB_ID = (
-    "gorilla-llm/Berkeley-Function-Calling-Leaderboard"  # a data set of the Hugging Face hub, in v3's names
-)
+HUB_ID = "gorilla-llm/Berkeley-Function-Calling-Leaderboard"  # a data set of the hub, in v3's names
 
-# ---------------------------------------------------------------------------------------------------- finding
+
+# ------------------------------------------------------------------------------------------- finding, loading
 
 
 def category_of(case_id: str) -> str:
-    """v4's name of the category that an id of v3 or v4 says it belongs to; "#2" (see load_problems) may
-    follow.
-    """
+    """v4's name of the category in an id of v3 or v4; "#2" (see load_problems) may follow the id."""
     name = case_id.rpartition("_")[0]
     return V3_NAMES.get(name, name)
 
@@ -56,102 +43,65 @@ def file_category(category: str, version: str) -> str:
 def select_categories(names: Iterable[str]) -> set[str]:
     """Category names of v3 or v4 and names of GROUPS, each possibly several with commas -> v4 names."""
     chosen: set[str] = set()
-    for name in (part.strip() for text in names for part in text.split(",") if part.strip()):
+    for name in ",".join(names).split(","):
         name = V3_NAMES.get(name, name)
         if name not in GROUPS and name not in CATEGORIES:
-            raise BfclError(
-                f"--categories: unknown {name!r}; choose from {', '.join((*GROUPS, *CATEGORIES))}"
-            )
+            known = ", ".join((*GROUPS, *CATEGORIES))
+            raise ReportError(f"--categories: unknown {name!r}; choose from {known}")
         chosen.update(GROUPS.get(name, (name,)))
     return chosen
 
 
 def _download() -> str:
     """The folder into which the hub's copy was fetched, now or earlier."""
-    files = [
-        f"{place}BFCL_v3_{file_category(name, 'v3')}.json"
-        for place in ("", "possible_answer/")
-        for name in CATEGORIES
-    ]
-    advice = f"fetch it on a machine with network, or give a folder with the files of {SUITE} as --data"
+    names = [f"BFCL_v3_{file_category(name, 'v3')}.json" for name in CATEGORIES]
+    files = [*names, *(f"possible_answer/{name}" for name in names)]
     try:
-        from huggingface_hub import (
-            snapshot_download,  # here, because a folder needs neither package nor network
-        )
+        from huggingface_hub import snapshot_download  # here, because a folder does without it
 
         return snapshot_download(HUB_ID, repo_type="dataset", allow_patterns=files)
     except Exception as error:  # the hub's errors have no common class, and differ between its versions
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise BfclError(
-            f"--data {HUB_ID}: cannot be fetched from the Hugging Face hub ({reason}); {advice}"
-        ) from None
+        what = f"cannot be fetched from the Hugging Face hub ({first_line(error)})"
+        raise ReportError(f"--data {HUB_ID}: {what}; give a folder with the files of {SUITE}") from None
 
 
 def find_data(folder: str | Path) -> tuple[Path, str]:
-    """(folder with the question files, "v3" or "v4") in `folder`, in a checkout or package of BFCL there, or
-    of HUB_ID.
-    """
+    """(folder with the questions, "v3" or "v4") in `folder`, a checkout or package of BFCL, or HUB_ID."""
     if not Path(folder).is_dir():
         if str(folder) != HUB_ID:
-            raise BfclError(
-                f"{folder}: no such folder; --data must be a folder with BFCL_v4_*.json, or {HUB_ID}"
-            )
+            raise ReportError(f"{folder}: no such folder; --data is one with BFCL_v4_*.json, or {HUB_ID}")
         folder = _download()
     for place in (Path(folder) / inner for inner in DATA_FOLDERS):
         for version in ("v4", "v3"):
             if any(place.glob(f"BFCL_{version}_*.json*")):
                 return place, version
-    raise BfclError(
-        f"{folder}: holds no BFCL_v4_*.json or BFCL_v3_*.json; point --data at the folder that does"
-    )
-
-
-# ---------------------------------------------------------------------------------------------------- loading
-
-
-def _load_records(stem: Path) -> list[tuple[str, dict]]:
-    """(file and line, record) for all records of stem.json or stem.json.gz; [] where neither exists."""
-    path = next((path for suffix in ("json", "json.gz") if (path := Path(f"{stem}.{suffix}")).exists()), None)
-    records = []
-    for number, line in read_lines(path) if path else ():
-        try:
-            records.append((f"{path}:{number}", {**json.loads(line)}))
-        except (ValueError, TypeError):
-            raise BfclError(f"{path}:{number}: not a JSON object; fetch this file again") from None
-    return records
+    what = "holds no BFCL_v4_*.json or BFCL_v3_*.json"
+    raise ReportError(f"{folder}: {what}; point --data at the folder that does")
 
 
 def _load_category(folder: Path, version: str, file_name: str) -> Iterator[Problem]:
-    questions = _load_records(folder / f"BFCL_{version}_{file_name}")
-    answers = _load_records(folder / "possible_answer" / f"BFCL_{version}_{file_name}")
+    name = f"BFCL_{version}_{file_name}.json"
+    path, answer_path = find(folder / name), find(folder / "possible_answer" / name)
+    questions = read_objects(path) if path else []
+    answers = read_objects(answer_path) if answer_path else []
     if "relevance" in file_name:
-        answers = [(place, {**question, "ground_truth": []}) for place, question in questions]
+        answers = [(number, {**question, "ground_truth": []}) for number, question in questions]
     if len(answers) != len(questions):
-        raise BfclError(
-            f"{folder}: BFCL_{version}_{file_name} has {len(questions)} questions, but {len(answers)} answers in "
-            "possible_answer; fetch both files again"
-        )
+        counts = f"{len(questions)} questions, but {len(answers)} answers in possible_answer"
+        raise ReportError(f"{folder}: {name} has {counts}; fetch both files again")
     # By row and not by id: v3 has a repeated id, and an answer under a wrong id.
-    for (place, question), (_, answer) in zip(questions, answers):
+    for (number, question), (_, answer) in zip(questions, answers):
         try:
-            name, functions, wanted = question["id"], question["function"], answer["ground_truth"]
+            case_id, functions, wanted = question["id"], question["function"], answer["ground_truth"]
             messages = [message for turn in question["question"] for message in turn]
-            if version == "v4" and answer["id"] != name:
-                raise BfclError(
-                    f"{place}: {name} stands beside the answer to {answer['id']}; fetch both files again"
-                )
-            for function in functions if wanted else ():
-                for details in function["parameters"]["properties"].values():
-                    TYPES[details["items"]["type"] if TYPES[details["type"]] is list else details["type"]]
         except (KeyError, TypeError) as error:
-            raise BfclError(
-                f"{place}: not a BFCL case: {error} is missing or unknown; fetch the file again"
-            ) from None
-        yield Problem(name, V3_NAMES.get(file_name, file_name), messages, functions, wanted)
+            what = f"not a BFCL case: {error} is missing"
+            raise ReportError(f"{path}:{number}: {what}; fetch the file again") from None
+        yield Problem(case_id, V3_NAMES.get(file_name, file_name), messages, functions, wanted)
 
 
 def load_problems(folder: str | Path) -> dict[str, Problem]:
-    """All single-turn cases in `folder` (see find_data) by id, in the order of CATEGORIES. Raises BfclError.
+    """All cases in `folder` (see find_data) by id, in the order of CATEGORIES. Raises ReportError.
 
     The second case under one id (v3 has one) goes by that id with "#2" behind it.
     """
@@ -160,25 +110,20 @@ def load_problems(folder: str | Path) -> dict[str, Problem]:
     for category in CATEGORIES:
         for problem in _load_category(place, version, file_category(category, version)):
             unique = f"{problem.id}#2" if problem.id in problems else problem.id
-            problems[unique] = replace(problem, id=unique) if unique != problem.id else problem
+            problems[unique] = replace(problem, id=unique)
     return problems
 
 
 def choose_problems(folder: str | Path, categories: Iterable[str], limit: int | None = None) -> list[Problem]:
-    """The first `limit` cases of each of the categories (or groups, see select_categories). Raises
-    BfclError.
-    """
-    chosen, problems, names = (
-        select_categories(categories),
-        load_problems(folder).values(),
-        ", ".join(categories),
-    )
-    by_category = groupby(problems, key=lambda problem: problem.category)
-    wanted = [problem for name, listed in by_category if name in chosen for problem in islice(listed, limit)]
+    """The first `limit` cases of each category (or group, see select_categories). Raises ReportError."""
+    chosen = select_categories(categories)
+    wanted = []
+    for name, listed in groupby(load_problems(folder).values(), key=lambda problem: problem.category):
+        if name in chosen:
+            wanted += islice(listed, limit)
     if not wanted:
-        raise BfclError(
-            f"{folder}: holds no case of {names}; choose other --categories or fetch the rest of the data"
-        )
+        what = f"holds no case of {', '.join(categories)}"
+        raise ReportError(f"{folder}: {what}; choose other --categories or fetch the rest of the data")
     return wanted
 
 
@@ -190,9 +135,9 @@ def _append(text: str, sentence: str) -> str:
 
 
 def prompt_tools(functions: list[dict], language: str) -> list[dict]:
-    """The documentation as the model sees it: with the language of the values, and for Java and JavaScript
-    with every parameter as a string that spells the value. The checker uses the documentation without these
-    hints.
+    """The documentation as the model sees it, with the language of the values; the checker has no such hints.
+
+    For Java and JavaScript every parameter is a string that spells the value.
     """
     label = {"python": "Python 3", "java": "Java 8 SDK", "javascript": "JavaScript"}[language]
     tools = json.loads(json.dumps(functions))
@@ -203,9 +148,8 @@ def prompt_tools(functions: list[dict], language: str) -> list[dict]:
             kind = "object of any type" if declared == "any" else f"value of type {declared}"
             hint = f"Give this as a string that spells a {label} {kind}."
             if TYPES[declared] is list:
-                hint += (
-                    f" Its elements are of type {details.pop('items')['type']}, not each spelled as a string."
-                )
+                item = details.pop("items")["type"]
+                hint += f" Its elements are of type {item}, not each spelled as a string."
             if declared == "dict" and "properties" in details:
                 hint += f" Its entries, as a JSON schema: {json.dumps(details.pop('properties'))}"
             details.update(type="string", description=_append(details.get("description", ""), hint))
@@ -213,18 +157,12 @@ def prompt_tools(functions: list[dict], language: str) -> list[dict]:
 
 
 def prompt_cases(problems: Iterable[Problem]) -> list[Case]:
-    """What rollout.py needs to ask a model: messages as they are (system ones included), documentation with
-    hints.
-    """
-    from evals.predict import Case
-
-    return [
-        Case(
-            id=problem.id, category=problem.category, messages=problem.messages,
-            tools=prompt_tools(problem.functions, LANGUAGES.get(problem.category, "python")),
-        )
-        for problem in problems
-    ]
+    """What a model is asked: messages as they are (system ones included), documentation with hints."""
+    cases = []
+    for problem in problems:
+        tools = prompt_tools(problem.functions, LANGUAGES.get(problem.category, "python"))
+        cases.append(Case(problem.id, problem.category, problem.messages, tools))
+    return cases
 
 
 # ----------------------------------------------------------------------------------- for the official command
@@ -235,8 +173,8 @@ HUGE_NUMBER = re.compile(r"\d{309}")  # beyond the range of floats: the official
 def official_result(problem: Problem, output: str) -> str:
     """What the official command is told that the model answered: the JSON list of calls as text, or "null".
 
-    "null", which is no call, where there is no readable list of calls. A number that would crash the official
-    checker becomes "null" as well, but only where calls are expected: both are wrong there.
+    "null" is no call: there is no readable list of calls, or it has a number that would crash the official
+    checker (only where calls are expected: such an answer is wrong anyway).
     """
     calls = decode(output)
     if calls is None:
@@ -245,33 +183,22 @@ def official_result(problem: Problem, output: str) -> str:
     return "null" if "relevance" not in problem.category and HUGE_NUMBER.search(text) else text
 
 
-def write_official(
-    pairs: Iterable[tuple[dict, Problem]], version: str, folder: Path, model_name: str
-) -> list[Path]:
-    """Writes result files that the unmodified `bfcl evaluate` scores to the same accuracies; returns their
-    paths.
+def write_official(pairs: Iterable[tuple[dict, Problem]], version: str, folder: Path, model_name: str) -> int:
+    """Writes result files that the unmodified `bfcl evaluate` scores the same way; returns how many.
 
     pairs: (prediction, case); the first prediction of every case counts, because the official tool knows no
-    samples. The tool goes by `model_name`, which must be one that it knows and whose handler reads JSON lists
-    of calls.
+    samples. model_name: one that the tool knows, and whose handler reads JSON lists of calls.
     """
-    rows: dict[str, dict] = {}
-    files: dict[Path, list[dict]] = {}
-    problems = {}
-    for row, problem in pairs:
-        rows.setdefault(problem.id, row)
-        problems[problem.id] = problem
+    files: dict[Path, dict[str, dict]] = {}
     result = folder / "result" / model_name.replace("/", "_")
-    for name, row in rows.items():
-        problem, group = problems[name], ""
-        if version == "v4":
-            group = "live" if problem.category in LIVE else "non_live"
+    names = {"input_tokens": "input_token_count", "output_tokens": "output_token_count", "latency": "latency"}
+    for row, problem in pairs:
+        group = "" if version == "v3" else "live" if problem.category in LIVE else "non_live"
         path = result / group / f"BFCL_{version}_{file_category(problem.category, version)}_result.json"
-        line = {"id": name.partition("#")[0], "result": official_result(problem, row["output"])}
-        for ours, theirs in (("input_tokens", "input_token_count"), ("output_tokens", "output_token_count")):
-            line |= {theirs: row[ours]} if ours in row else {}
-        files.setdefault(path, []).append(line | ({"latency": row["latency"]} if "latency" in row else {}))
+        line = {"id": problem.id.partition("#")[0], "result": official_result(problem, row["output"])}
+        line |= {theirs: row[ours] for ours, theirs in names.items() if ours in row}
+        files.setdefault(path, {}).setdefault(problem.id, line)
     for path, lines in files.items():
-        make_folder(path.parent)
-        write_rows(path, lines)
-    return list(files)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(path, lines.values())
+    return len(files)

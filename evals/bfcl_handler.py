@@ -1,10 +1,10 @@
 """The official `bfcl` command with this project's prompt and format; needs the full bfcl-eval package.
 
-    python bfcl_handler.py MODEL generate --test-category single_turn --backend vllm
-    python bfcl_handler.py MODEL evaluate --test-category single_turn
+    python -m evals.bfcl_handler MODEL generate --test-category single_turn --backend vllm
+    python -m evals.bfcl_handler MODEL evaluate --test-category single_turn
 
-MODEL is a folder or hub id. Everything after it goes to the official command, in which MODEL is registered
-for this one run, so no file of the package is edited. Folders result/ and score/ appear in BFCL_PROJECT_ROOT.
+MODEL, a folder or hub id, is registered for this one run. Folders result/ and score/ appear in
+BFCL_PROJECT_ROOT.
 """
 
 import os
@@ -12,7 +12,6 @@ import sys
 
 from bfcl_eval.constants.model_config import MODEL_CONFIG_MAPPING, ModelConfig
 from bfcl_eval.model_handler.local_inference.base_oss_handler import OSSHandler
-from bfcl_eval.model_handler.utils import decoded_output_to_execution_list
 from overrides import override
 
 from evals.bfcl_check import decode
@@ -36,17 +35,10 @@ class ToolN1Handler(OSSHandler):
 
     @override
     def decode_ast(self, result, language, has_tool_call_tag):
-        """[{name: arguments}]. Raises ValueError where there is none: to the official runner that is no
-        call.
-        """
-        calls = decode(result)
-        if calls is None:
+        """[{name: arguments}]. Raises ValueError where there is none: officially that is no call."""
+        if (calls := decode(result)) is None:
             raise ValueError("no closed tool-call section with a JSON list of calls")
         return calls
-
-    @override
-    def decode_execute(self, result, has_tool_call_tag):
-        return decoded_output_to_execution_list(self.decode_ast(result, None, has_tool_call_tag))
 
 
 def main(model: str, command: str, *options: str) -> None:
@@ -64,6 +56,4 @@ def main(model: str, command: str, *options: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3:
-        sys.exit(f"usage: python {sys.argv[0]} MODEL generate|evaluate [options of the bfcl command]")
     main(*sys.argv[1:])

@@ -1,6 +1,4 @@
-"""BFCL and API-Bank during training: a fixed subset, answered greedily, judged as the evaluation scripts
-judge it.
-"""
+"""Evaluation during training: held-out splits, and fixed subsets of BFCL and API-Bank, answered greedily."""
 
 from __future__ import annotations
 
@@ -13,41 +11,61 @@ from pathlib import Path
 from torch import nn
 
 from config import Config, ConfigError
-from corpus.examples import KINDS, Tokenized, example_kind
+from corpus.examples import Example, Tokenized, example_kind
 from distributed.ranks import Ranks
-from eval_apibank import choose_cases
-from eval_apibank import prompt_cases as apibank_cases
-from evals import apibank_check, bfcl_check
-from evals.apibank_data import load_cases
-from evals.bfcl_data import LIVE_AST, NON_LIVE_AST, choose_problems
-from evals.bfcl_data import prompt_cases as bfcl_cases
-from evals.predict import Case
+from evals import apibank_data, bfcl_data
+from evals.apibank_check import apibank_verdict
+from evals.bfcl_check import bfcl_verdict
 from evals.report import ReportError
 from kernel.decode import Prompt
 from prompts import encode_prompt
 from reward import score
-from rollout import sample_groups
+from rollout import Decoding, sample_groups
 
-# One figure per category would be noise on a subset: these parts are logged.
-PARTS = dict.fromkeys(NON_LIVE_AST, "non_live") | dict.fromkeys(LIVE_AST, "live")
+# BFCL's parts: one figure per category would be noise on a subset.
+PARTS = dict.fromkeys(bfcl_data.NON_LIVE_AST, "non_live") | dict.fromkeys(bfcl_data.LIVE_AST, "live")
 PARTS |= {"irrelevance": "irrelevance", "live_irrelevance": "irrelevance", "live_relevance": "relevance"}
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """right: full credit, which on held-out examples takes the thought too. calls_right: the calls alone."""
+
+    right: bool
+    calls_right: bool
+
+
+@dataclass(frozen=True)
 class JudgedPrompt:
-    """One benchmark case, ready to be asked: `part` is what it counts for, `judge` the verdict on a reply's
-    text.
-    """
+    """One case, ready to be asked. part: what it counts for. judge: the verdict on a reply's text."""
 
     prompt: Prompt
     part: str
-    judge: Callable[[str], bool]
+    judge: Callable[[str], Verdict]
+
+
+def held_out_prompts(examples: Sequence[Tokenized]) -> list[JudgedPrompt]:
+    """Held-out examples, each counted for its kind and judged by the binary reward."""
+    prompts = []
+    for one in examples:
+        judge = partial(_by_reward, one.example)
+        prompts.append(JudgedPrompt(Prompt(one.example.id, one.ids), example_kind(one.example), judge))
+    return prompts
+
+
+def _by_reward(example: Example, reply: str) -> Verdict:
+    reward = score(reply, example.answer)
+    return Verdict(reward.total == 1, reward.correct)
+
+
+def _by_benchmark(verdict: Callable, case: object, reply: str) -> Verdict:
+    right, _ = verdict(case, reply)
+    return Verdict(right, right)
 
 
 def check_folders(config: Config) -> None:
     """Raises ConfigError where a benchmark's folder is not there. A name with one / may be a hub id."""
-    for key in ("bfcl", "apibank"):
-        folder = getattr(config, key)
+    for key, folder in (("bfcl", config.bfcl), ("apibank", config.apibank)):
         if folder and folder.count("/") != 1 and not Path(folder).exists():
             raise ConfigError(f"{key}: the folder {folder!r} does not exist")
 
@@ -55,101 +73,65 @@ def check_folders(config: Config) -> None:
 def load_benchmarks(
     config: Config, tokenizer, template: str, quiet: bool = False
 ) -> dict[str, list[JudgedPrompt]]:
-    """The first `benchmark_cases` cases of every category of the benchmarks whose folders the config names.
+    """About `eval_cases` cases of each benchmark that the config names, equally many of every category.
 
-    Raises ConfigError when a folder is none, or when no prompt is short enough; longer ones are counted and
-    left out.
+    Raises ConfigError for a folder without data, or where all prompts are too long; such are left out.
     """
-    judged: dict[str, list[tuple[Case, str, Callable[[str], bool]]]] = {}
+    judged = {}
     try:
         if config.bfcl:
-            problems = choose_problems(config.bfcl, ["single_turn"], max(1, config.eval_cases // 20))
-            judged["bfcl"] = [
-                (case, PARTS[problem.category], partial(_right, bfcl_check.check, problem))
-                for case, problem in zip(bfcl_cases(problems), problems)
-            ]
+            limit = max(1, config.eval_cases // len(bfcl_data.CATEGORIES))
+            problems = bfcl_data.choose_problems(config.bfcl, ["single_turn"], limit)
+            judges = [partial(_by_benchmark, bfcl_verdict, problem) for problem in problems]
+            judged["bfcl"] = list(zip(bfcl_data.prompt_cases(problems), judges))
         if config.apibank:
-            golds = list(load_cases(config.apibank).values())
-            golds = choose_cases([gold for gold in golds if gold.history], "", max(1, config.eval_cases // 20))
-            judged["apibank"] = [
-                (case, f"level{gold.level}", partial(_right, apibank_check.check, gold))
-                for case, gold in zip(apibank_cases(golds), golds)
-            ]
+            limit = max(1, config.eval_cases // len(apibank_data.LEVELS))
+            golds = [gold for gold in apibank_data.load_cases(config.apibank).values() if gold.history]
+            golds = apibank_data.choose_cases(golds, "", limit)
+            judges = [partial(_by_benchmark, apibank_verdict, gold) for gold in golds]
+            judged["apibank"] = list(zip(apibank_data.prompt_cases(golds), judges))
     except ReportError as error:
         raise ConfigError(f"bfcl or apibank: {error}") from None
-    benchmarks = {}
+    benchmarks, limit = {}, config.max_prompt_tokens
     for name, cases in judged.items():
-        asked = [
-            JudgedPrompt(
-                Prompt(case.id, encode_prompt(tokenizer, case.messages, case.tools, template)), part, judge
-            )
-            for case, part, judge in cases
-        ]
-        fits = [one for one in asked if len(one.prompt.ids) <= config.max_prompt_tokens]
-        if not fits:
-            raise ConfigError(
-                f"{name}: every prompt is longer than max_prompt_tokens ({config.max_prompt_tokens})"
-            )
+        benchmarks[name] = []
+        for case, judge in cases:
+            ids = encode_prompt(tokenizer, case.messages, case.tools, template)
+            if len(ids) <= limit:
+                part = PARTS.get(case.category, case.category.replace("-", ""))  # API-Bank: level1 to level3
+                benchmarks[name].append(JudgedPrompt(Prompt(case.id, ids), part, judge))
+        if not benchmarks[name]:
+            raise ConfigError(f"{name}: every prompt is longer than max_prompt_tokens ({limit})")
         if not quiet:
-            longer = len(asked) - len(fits)
-            print(
-                f"{name}: {len(fits)} cases"
-                + (f", {longer} more are longer than max_prompt_tokens" if longer else "")
-            )
-        benchmarks[name] = fits
+            fits = len(benchmarks[name])
+            print(f"{name}: {fits} cases; {len(cases) - fits} are longer than max_prompt_tokens ({limit})")
     return benchmarks
 
 
-def _right(check: Callable, case: object, output: str) -> bool:
-    return bool(check(case, output)[0])
-
-
-def evaluate_benchmark(
-    model: nn.Module, tokenizer, cases: Sequence[JudgedPrompt], config: Config, ranks: Ranks, name: str
-) -> dict[str, float]:
-    """Collective. Greedy accuracy as log entries: `{name}/accuracy`, `{name}/n`, and both for every part."""
-    own = cases[ranks.rank :: ranks.world]
-    groups = sample_groups(
-        model, tokenizer, [case.prompt for case in own], group_size=1, temperature=0,
-        max_new_tokens=config.max_response_tokens, batch_size=config.rollout_batch_size, engine=config.rollout_engine,
-        heartbeat=ranks.heartbeat,
-    )
-    totals = Counter(case.part for case in cases)
-    hits = Counter(case.part for case, group in zip(own, groups) if case.judge(group.texts[0]))
-    right = dict(zip(totals, ranks.sum([float(hits[part]) for part in totals])))
-    entries = {f"{name}/accuracy": sum(right.values()) / len(cases), f"{name}/n": len(cases)}
-    for part, n in totals.items():
-        entries |= {f"{name}/accuracy_{part}": right[part] / n, f"{name}/n_{part}": n}
-    return entries
-
-
-# ------------------------------------------------------------------------------------------------- evaluation
-
-
 def evaluate(
-    model: nn.Module, tokenizer, examples: Sequence[Tokenized], config: Config, ranks: Ranks, name: str
+    model: nn.Module, tokenizer, sets: dict[str, list[JudgedPrompt]], config: Config, ranks: Ranks
 ) -> dict[str, float]:
-    """Collective. Greedy accuracy (binary reward) on held-out examples, overall and by kind, as log entries.
+    """Collective. Greedy accuracy on every set of `sets`, by name, as log entries.
 
-    Keys: `{name}/accuracy`, `{name}/n`, `{name}/accuracy_KIND` and `{name}/n_KIND` for every kind that
-    occurs, and `{name}/correct_rate`: the calls alone, as benchmarks judge.
+    Keys: `{name}/accuracy`, `{name}/n`, `{name}/correct_rate` (the calls alone), and `{name}/accuracy_PART`
+    and `{name}/n_PART` for every part that occurs: a kind of held-out examples, or a part of a benchmark.
     """
-    own = examples[ranks.rank :: ranks.world]
-    groups = sample_groups(
-        model, tokenizer, [Prompt(t.example.id, t.ids) for t in own], group_size=1, temperature=0,
-        max_new_tokens=config.max_response_tokens, batch_size=config.rollout_batch_size, engine=config.rollout_engine,
-        heartbeat=ranks.heartbeat,
-    )
-    hits, correct = Counter({kind: 0.0 for kind in KINDS}), 0
-    for item, group in zip(own, groups):
-        one = score(group.texts[0], item.example.answer)
-        hits[example_kind(item.example)] += one.total
-        correct += one.correct
-    totals = Counter(example_kind(t.example) for t in examples)
-    *sums, correct = ranks.sum([*(hits[kind] for kind in KINDS), correct])
-    right = dict(zip(KINDS, sums))
-    entries = {f"{name}/accuracy": sum(right.values()) / len(examples), f"{name}/n": len(examples)}
-    entries[f"{name}/correct_rate"] = correct / len(examples)
-    for kind, n in totals.items():
-        entries |= {f"{name}/accuracy_{kind}": right[kind] / n, f"{name}/n_{kind}": n}
+    entries: dict[str, float] = {}
+    for name, cases in sets.items():
+        own = cases[ranks.rank :: ranks.world]
+        prompts = [case.prompt for case in own]
+        groups = sample_groups(
+            model, tokenizer, prompts, Decoding.greedy(config), heartbeat=ranks.heartbeat
+        )
+        verdicts = [case.judge(group.texts[0]) for case, group in zip(own, groups)]
+        hits = Counter(case.part for case, verdict in zip(own, verdicts) if verdict.right)
+        calls_right = sum(verdict.calls_right for verdict in verdicts)
+        totals = Counter(case.part for case in cases)
+        *right, calls_right = ranks.sum([*(float(hits[part]) for part in totals), float(calls_right)])
+        entries[f"{name}/accuracy"] = sum(right) / len(cases)
+        entries[f"{name}/n"] = len(cases)
+        entries[f"{name}/correct_rate"] = calls_right / len(cases)
+        for (part, n), hit in zip(totals.items(), right):
+            entries[f"{name}/accuracy_{part}"] = hit / n
+            entries[f"{name}/n_{part}"] = n
     return entries

@@ -2,151 +2,140 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
+import os
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from corpus.sources import append_jsonl, read_jsonl
+from evals.report import Case
 from kernel.decode import Prompt
 from model import ModelError, load_model, load_tokenizer
-from prompts import check_tokenizer, encode_prompt
-from rollout import sample_groups
+from prompts import check_tokenizer, encode_prompt, load_template
+from rollout import Decoding, sample_groups
 
 
 @dataclass(frozen=True)
-class Case:
-    """One benchmark case: category is the benchmark's own name for its part."""
+class Sampling:
+    """How replies are made. batch_size: replies decoded at once. temperature: 0 is greedy."""
 
-    id: str
-    category: str
-    messages: list[dict]
-    tools: list[dict]
+    max_prompt_tokens: int
+    max_new_tokens: int
+    batch_size: int
+    temperature: float = 0.0
+    samples: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Open:
+    """A case and the numbers of those of its samples that are still to be made."""
+
+    case: Case
+    prompt: Prompt
+    samples: list[int]
+
+
+def generate(args: argparse.Namespace, cases: Sequence[Case]) -> None:
+    """The command `generate` of both evaluation scripts. Raises ModelError and PromptError."""
+    sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
+    template = load_template(args.prompt_template)
+    write_predictions(args.model, cases, args.out / "predictions.jsonl", template, sampling)
 
 
 def write_predictions(
-    model: str, cases: Sequence[Case], path: Path, *, template: str, max_prompt_tokens: int, max_new_tokens: int,
-    batch_size: int, temperature: float = 0.0, samples: int = 1, seed: int = 0,
+    model: str, cases: Sequence[Case], path: Path, template: str, sampling: Sampling
 ) -> None:
-    """`samples` replies per case of the model in folder or hub id `model`, appended to `path`, one JSON line
-    each.
+    """Appends replies of the model in folder or hub id `model` to `path`, one JSON line each.
 
-    temperature: 0 is greedy. Samples depend on `seed` and their own case only. batch_size: replies decoded at
-    once; cases with prompts of similar length share a batch. Rows: id, category, sample (0 to samples - 1),
-    output, input_tokens, output_tokens, latency (seconds of its batch / replies of its batch), and "skipped"
-    where a prompt is longer than `max_prompt_tokens` (its output is empty). Replies that `path` holds already
-    are not written again, so a killed run goes on where it was. Raises ModelError when those were made with
-    another model or other settings.
+    Rows: id, category, sample (from 0), input_tokens, output, output_tokens, latency (seconds of its batch /
+    replies of its batch), and "skipped" where a prompt is too long (its output is empty). Samples depend on
+    the seed and their own case only. Replies that `path` holds are not made again, so a killed run goes on
+    where it was. Raises ModelError when those were made with another model or other settings.
     """
-    if temperature == 0 and samples > 1:
-        raise ModelError(
-            f"samples: greedy decoding would give {samples} equal replies; set a temperature above 0, or 1"
-        )
+    if sampling.temperature == 0 and sampling.samples > 1:
+        what = f"samples: greedy decoding would give {sampling.samples} equal replies"
+        raise ModelError(f"{what}; set a temperature above 0, or 1")
     path.parent.mkdir(parents=True, exist_ok=True)
-    sampling = {"temperature": temperature, "samples": samples, "seed": seed if temperature else 0}
-    _check_author(path, model, template, max_new_tokens, sampling)
-    todo = _missing(path, cases, samples)
-    if not todo:
-        print(f"{path}: all {len(cases) * samples} replies are there already")
+    _check_author(path, model, template, sampling)
+    missing = _missing(path, cases, sampling.samples)
+    if not missing:
+        print(f"{path}: all {len(cases) * sampling.samples} replies are there already")
         return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer, policy = load_tokenizer(model), load_model(model, device)
+    tokenizer = load_tokenizer(model)
+    policy = load_model(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     check_tokenizer(tokenizer, template)
-    prompts = [
-        Prompt(
-            case.id, encode_prompt(tokenizer, case.messages, case.tools, template),
-            _case_seed(seed, case, nth),
-        )
-        for case, nth, _ in todo
-    ]
-    order = sorted(range(len(todo)), key=lambda i: len(prompts[i].ids))
-    size, count, tokens, start_time = max(1, batch_size // samples), 0, 0, time.perf_counter()
-    with (
-        path.open("a", encoding="utf-8") as file,
-        tqdm(total=len(todo), desc=path.parent.name or "eval") as bar,
-    ):
-        for start in range(0, len(order), size):
-            batch = order[start : start + size]
-            fits = [i for i in batch if len(prompts[i].ids) <= max_prompt_tokens]
-            began = time.perf_counter()
-            # All samples of a case come from one stream of random numbers, so all are made even if some are
-            # there.
-            groups = sample_groups(
-                policy, tokenizer, [prompts[i] for i in fits], group_size=samples, temperature=temperature,
-                max_new_tokens=max_new_tokens, batch_size=batch_size,
-            )
-            latency = round((time.perf_counter() - began) / (len(batch) * samples), 4)
-            replies = dict(zip(fits, groups))
-            for i in batch:
-                case, _, wanted = todo[i]
-                for k in wanted:
-                    row = {
-                        "id": case.id,
-                        "category": case.category,
-                        "sample": k,
-                        "input_tokens": len(prompts[i].ids),
-                    }
-                    if i in replies:
-                        row |= {"output": replies[i].texts[k], "output_tokens": len(replies[i].responses[k])}
-                    else:
-                        row |= {"output": "", "output_tokens": 0, "skipped": "prompt_too_long"}
-                    file.write(json.dumps(row | {"latency": latency}, ensure_ascii=False) + "\n")
-                    count, tokens = count + 1, tokens + row["output_tokens"]
-            file.flush()
-            bar.update(len(batch))
-    spent = time.perf_counter() - start_time
-    print(
-        f"{path}: {count} replies in {spent:.1f} s: {count / spent:.2f} replies/s, {tokens / spent:.0f} new tokens/s"
-    )
+    todo = []
+    for case, nth, samples in missing:
+        ids = encode_prompt(tokenizer, case.messages, case.tools, template)
+        name = f"{sampling.seed}/evaluation/{case.category}/{case.id}/{nth}"  # whatever else is asked
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
+        todo.append(Open(case, Prompt(case.id, ids, seed), samples))
+    todo.sort(key=lambda one: len(one.prompt.ids))  # prompts of similar length share a batch
+    size = max(1, sampling.batch_size // sampling.samples)
+    began = time.perf_counter()
+    for start in tqdm(range(0, len(todo), size), desc=path.parent.name or "eval", unit="batch"):
+        append_jsonl(path, _answer(policy, tokenizer, todo[start : start + size], sampling))
+    print(f"{path}: {len(todo)} cases asked in {time.perf_counter() - began:.1f} s")
+
+
+def _answer(policy, tokenizer, batch: Sequence[Open], sampling: Sampling) -> list[dict]:
+    """The rows of a batch. All samples of a case come from one stream of random numbers, so all are made."""
+    began = time.perf_counter()
+    fits = [one for one in batch if len(one.prompt.ids) <= sampling.max_prompt_tokens]
+    decoding = Decoding(sampling.samples, sampling.temperature, sampling.max_new_tokens, sampling.batch_size)
+    groups = sample_groups(policy, tokenizer, [one.prompt for one in fits], decoding)
+    latency = round((time.perf_counter() - began) / (len(batch) * sampling.samples), 4)
+    replies = {id(one): group for one, group in zip(fits, groups)}
+    rows = []
+    for one in batch:
+        for k in one.samples:
+            row = {"id": one.case.id, "category": one.case.category, "sample": k}
+            row["input_tokens"] = len(one.prompt.ids)
+            if group := replies.get(id(one)):
+                row |= {"output": group.texts[k], "output_tokens": len(group.responses[k])}
+            else:
+                row |= {"output": "", "output_tokens": 0, "skipped": "prompt_too_long"}
+            rows.append(row | {"latency": latency})
+    return rows
 
 
 def describe_author(model: str, template: str) -> dict:
-    """Tells apart what replies are made with: the model in a folder or on the hub, its weights' times, the
-    prompt's hash.
-    """
+    """What replies are made with: the model's folder or hub id, its weights' times, the prompt's hash."""
     weights = [p.stat().st_mtime_ns for p in sorted(Path(model).glob("*.safetensors"))]
     name = str(Path(model).resolve()) if weights else model
     return {"model": name, "weights": weights, "template": hashlib.sha256(template.encode()).hexdigest()}
 
 
-def _check_author(path: Path, model: str, template: str, max_new_tokens: int, sampling: dict) -> None:
-    """Remembers beside `path` what its predictions are made with, and refuses to mix in those of anything
-    else.
-    """
-    author = describe_author(model, template) | {"max_new_tokens": max_new_tokens, **sampling}
+def _check_author(path: Path, model: str, template: str, sampling: Sampling) -> None:
+    """Notes beside `path` what its predictions are made with. Raises ModelError where others are there."""
+    author = describe_author(model, template) | {"max_new_tokens": sampling.max_new_tokens}
+    author |= {"temperature": sampling.temperature, "samples": sampling.samples}
+    author["seed"] = sampling.seed if sampling.temperature else 0
     note = path.with_name("generated_with.json")
     if path.exists() and note.exists():
-        greedy = {
-            "temperature": 0.0,
-            "samples": 1,
-            "seed": 0,
-        }  # what a note says that was written before there was more
-        before = greedy | json.loads(note.read_text(encoding="utf-8"))
+        before = json.loads(note.read_text(encoding="utf-8"))
         changed = [key for key in author if before.get(key) != author[key]]
         if changed:
-            what = f"{', '.join(changed)}; see {note}"
-            raise ModelError(
-                f"{path} was made with another model or other settings ({what}); give another --out"
-            )
+            what = f"another model or other settings ({', '.join(changed)}; see {note})"
+            raise ModelError(f"{path} was made with {what}; give another --out")
     note.write_text(json.dumps(author, indent=1) + "\n", encoding="utf-8")
 
 
-def _case_seed(seed: int, case: Case, nth: int) -> int:
-    """A seed of the case's own: a function of its name, whatever else is asked and in which order."""
-    digest = hashlib.sha256(f"{seed}/evaluation/{case.category}/{case.id}/{nth}".encode()).digest()
-    return int.from_bytes(digest[:8]) >> 1
-
-
 def _missing(path: Path, cases: Sequence[Case], samples: int) -> list[tuple[Case, int, list[int]]]:
-    """(case, how many cases of its id came before, samples that `path` does not hold) for all cases that lack
-    any.
-    """
-    done, met, todo = _finished(path), Counter(), []
+    """(case, how many cases of its id come before, samples that `path` lacks) of all cases that lack any."""
+    if path.exists():  # a line cut off by a kill is removed, so that appending is safe
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    done = Counter((row["category"], row["id"], row.get("sample", 0)) for row in read_jsonl(path))
+    met, todo = Counter(), []
     for case in cases:  # counted, because an id may occur twice
         name = (case.category, case.id)
         wanted = [k for k in range(samples) if done[*name, k] <= met[name]]
@@ -154,17 +143,3 @@ def _missing(path: Path, cases: Sequence[Case], samples: int) -> list[tuple[Case
             todo.append((case, met[name], wanted))
         met[name] += 1
     return todo
-
-
-def _finished(path: Path) -> Counter[tuple[str, str, int]]:
-    """How often each (category, id, sample) is in `path`. A line cut off by a kill is removed, so appending
-    is safe.
-    """
-    if not path.exists():
-        return Counter()
-    data = path.read_bytes()  # bytes, because the cut may be inside a character
-    whole = data[: data.rfind(b"\n") + 1]
-    if whole != data:
-        path.write_bytes(whole)
-    rows = [json.loads(line) for line in whole.split(b"\n") if line]
-    return Counter((row["category"], row["id"], row.get("sample", 0)) for row in rows)

@@ -14,69 +14,14 @@ from kernel.packing import Layout, Span
 # Keywords that models hand to every attention function and that change nothing here: the layout says who
 # attends to whom, and dropout would make the ratio of two passes noise.
 HARMLESS = {
-    "dropout",
-    "position_ids",
-    "cache_position",
-    "use_cache",
-    "output_attentions",
-    "output_hidden_states",
+    "dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
 }
-
-
+SHARED_PREFIX = "shared_prefix"  # the name of shared_prefix_attention in transformers' attention interface
 CAUSAL_BLOCK = 128  # queries at a time on a CPU
 
 
 class UnsupportedAttention(ValueError):
     """A model asks its attention for something that shared_prefix_attention does not do."""
-
-
-# ------------------------------------------------------------------------------------------------- last layer
-
-
-def trim_last_layer(model: nn.Module) -> None:
-    """Registers hooks that leave out what nobody reads. No layer follows the last one, so of its output only
-    the `used` tokens count, those that predict a response token: of a prompt the last, of a response all but
-    the last. The others serve as keys and values there; o_proj and MLP are computed for the used ones alone,
-    and add 0 to the others.
-
-    Exact, and with L layers nearly 1/L of a prompt's work less. `used` comes with the `layout` of a pass: a
-    Layout's, or in the rollout a Prefill's; a pass without is as it was, and a model without o_proj or a
-    dense gated MLP gets no hooks. The attention itself leaves out prompts in causal_attention (only_last),
-    but not where variable-length kernels run.
-    """
-    layer = next(reversed(getattr(model.get_decoder(), "layers", [None])), None)
-    parts = [getattr(getattr(layer, "self_attn", None), "o_proj", None), getattr(layer, "mlp", None)]
-    if parts[0] is None or not hasattr(parts[1], "down_proj"):
-        return
-    now: dict = {}  # about the pass at hand
-
-    def note(_, inputs, keywords):  # at every call of the layer, also when checkpointing calls it again
-        now["used"] = getattr(keywords.get("layout"), "used", None)
-
-    def take(_, inputs):
-        now["tokens"] = inputs[0].shape[1]
-        return inputs if now["used"] is None else (inputs[0].index_select(1, now["used"]),)
-
-    def put(_, inputs, output):
-        if now["used"] is None:
-            return output
-        return output.new_zeros(1, now["tokens"], output.shape[-1]).index_copy(1, now["used"], output)
-
-    layer.register_forward_pre_hook(note, with_kwargs=True)
-    for part in parts:
-        part.register_forward_pre_hook(take)
-        part.register_forward_hook(put)
-
-
-def is_last_layer(attention: nn.Module) -> bool:
-    """Whether an attention module is its model's last: there a prompt's output is read at its last token
-    only.
-    """
-    config = getattr(attention, "config", None)
-    return config is not None and attention.layer_idx == config.num_hidden_layers - 1
-
-
-# -------------------------------------------------------------------------------------------------- attention
 
 
 def attention_backend(device: torch.device) -> str:
@@ -90,15 +35,21 @@ def attention_backend(device: torch.device) -> str:
     return "flash_attn"
 
 
+def kernel_dtype(tensor: Tensor) -> torch.dtype:
+    """What attention computes in: under autocast 16 bits, though rotary embeddings leave fp32 behind."""
+    if tensor.is_cuda and torch.is_autocast_enabled("cuda"):
+        return torch.get_autocast_dtype("cuda")
+    return tensor.dtype
+
+
 def shared_prefix_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, scaling: float, layout: Layout,
-    **others,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, scaling: float,
+    layout: Layout, **others,
 ) -> tuple[Tensor, None]:
     """Attention over packed groups. query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D].
 
-    Equal to one causal pass per prompt + response (tests/test_packing.py), with the prompt's part computed
-    once. Raises UnsupportedAttention where the model asks for more: a window, soft-capped scores, sinks, a
-    bias.
+    Equal to one causal pass per prompt + response. Raises UnsupportedAttention where the model asks for more:
+    a window, capped scores, sinks, a bias.
     """
     unknown = [name for name, x in others.items() if x is not None and name not in HARMLESS]
     if unknown:
@@ -125,7 +76,9 @@ def causal_attention(
 
     only_last: nobody will read the output but at the last token, and it is 0 elsewhere.
     """
-    sdpa, length, grouped = F.scaled_dot_product_attention, query.shape[2], query.shape[1] != key.shape[1]
+    sdpa = F.scaled_dot_product_attention
+    length = query.shape[2]
+    grouped = query.shape[1] != key.shape[1]
     if only_last:
         last = sdpa(query[:, :, -1:], key, value, scale=scaling, enable_gqa=grouped)
         return F.pad(last, (0, 0, length - 1, 0))
@@ -136,7 +89,8 @@ def causal_attention(
     parts = []
     for start in range(0, length, CAUSAL_BLOCK):
         end = min(start + CAUSAL_BLOCK, length)
-        q, k, v = query[:, :, start:end], key[:, :, :end], value[:, :, :end]
+        q = query[:, :, start:end]
+        k, v = key[:, :, :end], value[:, :, :end]
         mask = causal_mask(end - start, end, query)
         parts.append(sdpa(q, k, v, attn_mask=mask, scale=scaling, enable_gqa=grouped))
     return torch.cat(parts, 2)
@@ -144,12 +98,9 @@ def causal_attention(
 
 def causal_mask(queries: int, keys: int, like: Tensor) -> Tensor:
     """[queries, keys] of 0 and -inf, in the dtype and on the device of `like`: the last query sees all keys,
-    the one before it all but one, and so on. A view of a larger mask that is kept, because every layer and
-    pass asks for nearly the same.
+    the one before it all but one, and so on. A view of a larger mask, kept because every layer asks again.
     """
-    rows, past = (
-        1 << max(n - 1, CAUSAL_BLOCK - 1).bit_length() for n in (queries, keys - queries)
-    )  # few sizes
+    rows, past = (1 << max(n - 1, CAUSAL_BLOCK - 1).bit_length() for n in (queries, keys - queries))
     first = past - (keys - queries)
     return _kept_mask(rows, past, like.dtype, like.device)[:queries, first : first + keys]
 
@@ -163,13 +114,10 @@ def _kept_mask(rows: int, past: int, dtype: torch.dtype, device: torch.device) -
 def _response_attention(
     q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, scaling: float, span: Span
 ) -> Tensor:
-    """A group's responses, q [H, N, D], k, v [Hkv, N, D], over the prompt's K/V [Hkv, P, D] and their own ->
-    [H, N, D].
-    """
+    """A group's responses [H or Hkv, N, D] attend to the prompt's K/V [Hkv, P, D] and to their own."""
     q, k, v = (_padded(x, span) for x in (q, k, v))  # [H or Hkv, G, R, D]
-    k, v = (
-        torch.cat([p[:, None].expand(-1, len(x[0]), -1, -1), x], 2) for p, x in ((prompt_k, k), (prompt_v, v))
-    )
+    k = torch.cat([prompt_k[:, None].expand(-1, span.responses, -1, -1), k], 2)
+    v = torch.cat([prompt_v[:, None].expand(-1, span.responses, -1, -1), v], 2)
     # Heads that share keys become more queries: no copies of the keys, and larger blocks for the kernel.
     repeats = len(q) // len(k)
     q = q.unflatten(0, (-1, repeats)).transpose(1, 2).flatten(2, 3)  # [Hkv, G, heads per key · R, D]
@@ -194,17 +142,11 @@ def _real(x: Tensor, span: Span) -> Tensor:
 
 
 def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, layout: Layout) -> Tensor:
-    """[T, H, D], [T, Hkv, D] twice -> [T, H, D]: every segment is causal, aligned to the bottom right of its
-    K/V.
-    """
-    # Rotary embeddings leave fp32 behind under autocast, and flash kernels take 16 bits only.
-    dtype = (
-        torch.get_autocast_dtype("cuda") if query.dtype == torch.float32 and query.is_cuda else query.dtype
-    )
+    """query [T, H, D], key and value [T, Hkv, D] -> [T, H, D]. Segments are causal, aligned bottom right."""
+    dtype = kernel_dtype(query)
     query = query.to(dtype)
-    key, value = (
-        _GatherSegments.apply(x, dtype, layout.kv_index, layout.by_source, layout.uses) for x in (key, value)
-    )
+    gather = (layout.kv_index, layout.by_source, layout.uses)
+    key, value = (_GatherSegments.apply(x, dtype, *gather) for x in (key, value))
     lengths = (layout.cu_q, layout.cu_k, layout.max_q, layout.max_k)
     if attention_backend(query.device) == "flash_attn":
         from flash_attn import flash_attn_varlen_func
@@ -217,17 +159,14 @@ def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float,
 
     options = {"enable_gqa": True}
     if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11 and 2.12
-        repeats, options = query.shape[1] // key.shape[1], {}
+        options = {}
+        repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     return varlen_attn(query, key, value, *lengths, scale=scaling, window_size=(-1, 0), **options)
 
 
 class _GatherSegments(torch.autograd.Function):
-    """x [T, Hkv, D] -> its rows in `dtype`, by segment. A prompt's rows serve G + 1 segments.
-
-    The backward adds their gradients in fp32 and always in the same order: no atomics, no rounding in
-    between.
-    """
+    """x [T, Hkv, D] -> its rows in `dtype`, by segment. The backward adds in fp32 and in a fixed order."""
 
     @staticmethod
     def forward(ctx, x, dtype, rows, by_source, uses):
@@ -243,28 +182,61 @@ class _GatherSegments(torch.autograd.Function):
         return grad.to(ctx.dtype), None, None, None, None
 
 
-SHARED_PREFIX = "shared_prefix"
+# ------------------------------------------------------------------------------------------------ of a model
 
 
 def uses_shared_prefix(model: nn.Module) -> bool:
-    """Whether a prepared model runs on packed groups; else it needs `pack(..., share_prompt=False)`."""
-    return model.abilities.shared_prefix
+    """Whether a model from model.prepare_model runs on packed groups; else pack with share_prompt=False."""
+    return model.capabilities.shared_prefix
 
 
 def use_attention(model: nn.Module, phase: str) -> None:
-    """Switches a model between "train" (packed groups) and "generate" (transformers' own attention with a
-    cache).
-    """
+    """Switches a model's attention. "train": packed groups; "generate": transformers' own, with a cache."""
     packed = phase == "train" and uses_shared_prefix(model)
-    model.set_attn_implementation(SHARED_PREFIX if packed else model.abilities.attention)
+    model.set_attn_implementation(SHARED_PREFIX if packed else model.capabilities.attention)
 
 
 def decoder_inputs(ids: Tensor, positions: Tensor, layout: object) -> dict:
-    """A forward pass's arguments; `layout` is what an attention of ours is told about rows and groups, or
-    None.
-    """
+    """Arguments of a forward pass; `layout` tells an attention of ours where the groups lie (or None)."""
     inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
     if layout is None:
         return inputs
     # A ready 4-d mask makes transformers build none of its own.
     return inputs | {"attention_mask": torch.zeros(1, 1, 1, 1, device=ids.device), "layout": layout}
+
+
+def trim_last_layer(model: nn.Module) -> None:
+    """Registers hooks that leave out what nobody reads in the last layer: nearly 1/L of a prompt's work.
+
+    Only the tokens that predict a response token are read there (`used`, of a pass's `layout`). o_proj and
+    MLP are computed for these alone and add 0 to the others, which still serve as keys and values. Exact. A
+    pass without a layout is unchanged; a model without o_proj or a dense gated MLP gets no hooks.
+    """
+    layer = next(reversed(getattr(model.get_decoder(), "layers", [None])), None)
+    parts = [getattr(getattr(layer, "self_attn", None), "o_proj", None), getattr(layer, "mlp", None)]
+    if parts[0] is None or not hasattr(parts[1], "down_proj"):
+        return
+    now: dict = {}  # `used` and number of tokens of the current pass
+
+    def note(_, inputs, keywords):  # at every call of the layer, also when checkpointing calls it again
+        now["used"] = getattr(keywords.get("layout"), "used", None)
+
+    def take(_, inputs):
+        now["tokens"] = inputs[0].shape[1]
+        return inputs if now["used"] is None else (inputs[0].index_select(1, now["used"]),)
+
+    def put(_, inputs, output):
+        if now["used"] is None:
+            return output
+        return output.new_zeros(1, now["tokens"], output.shape[-1]).index_copy(1, now["used"], output)
+
+    layer.register_forward_pre_hook(note, with_kwargs=True)
+    for part in parts:
+        part.register_forward_pre_hook(take)
+        part.register_forward_hook(put)
+
+
+def is_last_layer(attention: nn.Module) -> bool:
+    """Whether an attention module is its model's last, where only a prompt's last output is read."""
+    config = getattr(attention, "config", None)
+    return config is not None and attention.layer_idx == config.num_hidden_layers - 1

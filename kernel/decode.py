@@ -1,10 +1,8 @@
-"""Rollout engines: prompts -> sampled token ids and their log-probs. Three ways with one signature; see
-ENGINES.
+"""The default rollout engine: prompts -> sampled token ids and their log-probs.
 
-shared_prefix stores the K/V of a prompt once per group, whatever the number of copies, so a decode step reads
-and multiplies it once. generate is plain Hugging Face, the slow reference; continuous_batching is
-transformers' own scheduler. Every sampling rule is explicit here, so nothing of a model's generation_config
-(top_k, top_p, repetition penalty) can leak into the samples.
+It stores the K/V of a prompt once per group, whatever the number of copies, so a decode step reads and
+multiplies it once. Every sampling rule is explicit, so nothing of a model's generation_config (top_k, top_p,
+repetition penalty) can leak into the samples. Engines with the same signature are in hf_engines.py.
 """
 
 from __future__ import annotations
@@ -19,23 +17,19 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from kernel.attention import causal_attention, decoder_inputs, is_last_layer
+from kernel.attention import causal_attention, decoder_inputs, is_last_layer, kernel_dtype
 
 KEEP_SHARE = 0.75  # finished rows are dropped when fewer than this share of the rows is still alive
 BLOCK = 64  # response K/V grow by at least so many tokens, random numbers are drawn for so many
 PREFILL_TOKENS = 16384  # prompts are prefilled in rows of about so many tokens
 PLANNED_TOKENS = 1024  # how long responses are expected to become when the batch size is chosen
-CUDA_STEPS_PER_CHECK = (
-    16  # asking whether rows have finished waits for the GPU, so it is not asked at every step
-)
+CUDA_STEPS_PER_CHECK = 16  # asking whether rows have finished waits for the GPU, so not at every step
 PREFILL, DECODE = "group_prefill", "group_decode"  # entries of transformers' attention interface
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt to be answered. seed: of its own samples, so they depend on neither batch nor number of
-    ranks.
-    """
+    """One prompt. seed: of its own samples, so that they depend on neither batch nor number of ranks."""
 
     id: str
     ids: list[int]
@@ -43,24 +37,19 @@ class Prompt:
 
 
 # (model, prompts, copies of each (1 if greedy), temperature (0: greedy), max_new_tokens, stop ids) ->
-# (response ids, log-probs) of prompt 1 copy 1, prompt 1 copy 2, … The ids end with a stop id unless
-# max_new_tokens came first.
+# (response ids, log-probs) of prompt 1 copy 1, prompt 1 copy 2, … Ids end with a stop id or are cut off.
 Replies = list[tuple[list[int], list[float]]]
 Engine = Callable[[nn.Module, Sequence[Prompt], int, float, int, list[int]], Replies]
 
 
-# ---------------------------------------------------------------------------------------------- shared prefix
-
-
 @dataclass
 class GroupCache:
-    """K/V of n groups while they are decoded: each prompt once, each of the B responses on its own. Hkv heads
-    of size D.
+    """K/V of n groups while they are decoded: each prompt once, each of the B responses (rows) on its own.
 
-    prompt_k, prompt_v: per layer [n, Hkv, P, D], padded on the right; prompt_mask [n, 1, 1, P] adds -inf there. k,
-    v: per layer [B, Hkv, R, D] with room for R tokens, of which own_mask [R] hides those to come. group [B],
-    slot [B]: the group of each row and its place among the group's rows, at most `slots`. at [1]: where the
-    current token is written.
+    prompt_k, prompt_v: per layer [n, Hkv, P, D], padded on the right, where prompt_mask [n, 1, 1, P] is -inf.
+    k, v: per layer [B, Hkv, R, D] with room for R tokens; own_mask [R] is -inf for those to come. group [B],
+    slot [B]: a row's group, and its place among that group's rows, at most `slots`. at [1]: where the current
+    token is written.
     """
 
     prompt_k: list[Tensor]
@@ -77,10 +66,9 @@ class GroupCache:
 
 @dataclass
 class Prefill:
-    """What the prefill pass fills in: the cache's prompts, from `first` on, which lie in the row at (start,
-    length).
+    """What a prefill pass fills in: the cache's prompts from number `first` on.
 
-    used: where each prompt's last token is (packing.trim_last_layer).
+    places: their (start, length) in the row of tokens. used: the last token of each (trim_last_layer).
     """
 
     prompt_k: list[Tensor]
@@ -90,21 +78,12 @@ class Prefill:
     used: Tensor
 
 
-def _kernel_dtype(tensor: Tensor) -> torch.dtype:
-    """Rotary embeddings leave fp32 behind under autocast; K/V are stored in the dtype that is computed in."""
-    if tensor.is_cuda and torch.is_autocast_enabled("cuda"):
-        return torch.get_autocast_dtype("cuda")
-    return tensor.dtype
-
-
 def prefill_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, scaling: float,
     layout: Prefill, **_,
 ) -> tuple[Tensor, None]:
-    """Causal attention over prompts that lie in one row, each on its own; keeps their K/V. [1, H, T, D] ->
-    [1, T, H, D].
-    """
-    dtype = _kernel_dtype(query)
+    """Causal attention over each of the prompts in a row; keeps their K/V. [1, H, T, D] -> [1, T, H, D]."""
+    dtype = kernel_dtype(query)
     query, key, value = (x.to(dtype) for x in (query, key, value))
     parts = []
     for i, (start, length) in enumerate(layout.places, layout.first):
@@ -122,17 +101,13 @@ def _scores(query: Tensor, key: Tensor) -> Tensor:
     shape = (*query.shape[:-1], key.shape[-2])
     with torch.autocast(query.device.type, enabled=False):
         if query.is_cuda:
-            flat = torch.bmm(
-                query.flatten(0, -3), key.flatten(0, -3).transpose(1, 2), out_dtype=torch.float32
-            )
-            return flat.view(shape)
+            transposed = key.flatten(0, -3).transpose(1, 2)
+            return torch.bmm(query.flatten(0, -3), transposed, out_dtype=torch.float32).view(shape)
         return query.float() @ key.float().transpose(-1, -2)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Part of a softmax: (sum of exp(score - top) · value, sum of exp(score - top), top), to be merged with
-    others.
-    """
+    """Part of a softmax, to be merged: sum of exp(score - top) · value, sum of exp(score - top), and top."""
     scores = _scores(query, key) + mask
     top = scores.amax(-1, keepdim=True)
     weights = scores.sub_(top).exp_()
@@ -140,17 +115,18 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> tuple[Te
 
 
 def decode_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, scaling: float, layout: GroupCache,
-    **_,
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, scaling: float,
+    layout: GroupCache, **_,
 ) -> tuple[Tensor, None]:
     """One new token per row: attention to the row's prompt and to its own response so far. -> [B, 1, H, D].
 
     The rows of a group are multiplied with their prompt's K/V together, as one matrix, and the two partial
-    softmaxes are merged. Without host synchronisation, and with shapes that change only when rows leave or
-    the cache grows.
+    softmaxes are merged. No host synchronisation; shapes change only when rows leave or the cache grows.
     """
     rows, heads, _, size = query.shape
-    kv_heads, layer, groups = key.shape[1], module.layer_idx, len(layout.prompt_mask)
+    kv_heads = key.shape[1]
+    groups = len(layout.prompt_mask)
+    layer = module.layer_idx
     own_k, own_v = layout.k[layer], layout.v[layer]
     own_k.index_copy_(2, layout.at, key.to(own_k.dtype))
     own_v.index_copy_(2, layout.at, value.to(own_v.dtype))
@@ -173,9 +149,7 @@ def decode_attention(
     return out.view(rows, 1, heads, size).to(value.dtype), None
 
 
-def _forward(model: nn.Module, ids: Tensor, positions: Tensor, layout: Prefill | GroupCache) -> Tensor:
-    """Hidden states, with one of the two attentions above in every layer."""
-    return model.get_decoder()(**decoder_inputs(ids, positions, layout)).last_hidden_state
+# --------------------------------------------------------------------------------------------------- decoding
 
 
 def _head_size(config) -> int:
@@ -189,42 +163,45 @@ def _attend_by(model: nn.Module, name: str, function: Callable) -> None:
 
 
 def _prefill(model: nn.Module, prompts: Sequence[Prompt], copies: int) -> tuple[GroupCache, Tensor]:
-    """Every prompt once -> (the cache for `copies` rows of each, the logits [n, V] that predict their first
-    tokens).
-    """
+    """Every prompt once -> (the cache for `copies` rows of each, logits [n, V] that predict first tokens)."""
     _attend_by(model, PREFILL, prefill_attention)
-    config, weight = model.config, model.get_output_embeddings().weight
-    kv_heads = config.num_key_value_heads
-    size = _head_size(config)
-    dtype, groups, longest = _kernel_dtype(weight), len(prompts), max(len(p.ids) for p in prompts)
+    config = model.config
+    weight = model.get_output_embeddings().weight
+    device = weight.device
+    groups = len(prompts)
+    longest = max(len(p.ids) for p in prompts)
 
     def room(rows: int, length: int) -> list[Tensor]:
-        shape = (rows, kv_heads, length, size)
-        return [
-            torch.zeros(shape, device=weight.device, dtype=dtype) for _ in range(config.num_hidden_layers)
-        ]
+        shape = (rows, config.num_key_value_heads, length, _head_size(config))
+        dtype = kernel_dtype(weight)
+        return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
 
-    prompt_k, prompt_v, logits, at = room(groups, longest), room(groups, longest), [], 0
+    prompt_k, prompt_v = room(groups, longest), room(groups, longest)
+    logits = []
+    at = 0
     while at < groups:
-        ids, positions, places, first = [], [], [], at
+        first = at
+        ids, positions, places = [], [], []
         while at < groups and (not ids or len(ids) + len(prompts[at].ids) <= PREFILL_TOKENS):
             places.append((len(ids), len(prompts[at].ids)))
             ids += prompts[at].ids
             positions += range(len(prompts[at].ids))
             at += 1
-        row = torch.tensor([ids, positions], device=weight.device)[:, None]
-        last = torch.tensor([start + length - 1 for start, length in places], device=weight.device)
-        hidden = _forward(model, row[0], row[1], Prefill(prompt_k, prompt_v, first, places, last))[0]
-        logits.append(model.get_output_embeddings()(hidden[last]))
-    lengths = torch.tensor([len(p.ids) for p in prompts], device=weight.device)
-    beyond = torch.arange(longest, device=weight.device) >= lengths[:, None]
+        row = torch.tensor([ids, positions], device=device)[:, None]
+        last = torch.tensor([start + length - 1 for start, length in places], device=device)
+        layout = Prefill(prompt_k, prompt_v, first, places, last)
+        hidden = model.get_decoder()(**decoder_inputs(row[0], row[1], layout)).last_hidden_state
+        logits.append(model.get_output_embeddings()(hidden[0, last]))
+    lengths = torch.tensor([len(p.ids) for p in prompts], device=device)
+    padding = torch.arange(longest, device=device) >= lengths[:, None]
     cache = GroupCache(
-        prompt_k, prompt_v, torch.zeros(beyond.shape, device=weight.device).masked_fill(beyond, -torch.inf)[:, None, None],
-        room(groups * copies, BLOCK), room(groups * copies, BLOCK),
-        torch.full((BLOCK,), -torch.inf, device=weight.device),
-        torch.arange(groups, device=weight.device).repeat_interleave(copies),
-        torch.arange(copies, device=weight.device).repeat(groups), copies,
-        torch.zeros(1, dtype=torch.long, device=weight.device),
+        prompt_k, prompt_v,
+        prompt_mask=torch.zeros(padding.shape, device=device).masked_fill(padding, -torch.inf)[:, None, None],
+        k=room(groups * copies, BLOCK), v=room(groups * copies, BLOCK),
+        own_mask=torch.full((BLOCK,), -torch.inf, device=device),
+        group=torch.arange(groups, device=device).repeat_interleave(copies),
+        slot=torch.arange(copies, device=device).repeat(groups), slots=copies,
+        at=torch.zeros(1, dtype=torch.long, device=device),
     )
     return cache, torch.cat(logits)
 
@@ -238,20 +215,17 @@ def _make_room(cache: GroupCache) -> None:
 
 
 def _drop_rows(cache: GroupCache, keep: Tensor) -> None:
-    """Leaves only the rows `keep` (ascending), and only the groups that still have one where that saves
-    enough.
-    """
+    """Leaves the rows `keep` (ascending). Groups without a row go too, but only where that saves enough."""
     group = cache.group[keep]
     present, index, counts = group.unique(return_inverse=True, return_counts=True)
     fewer = len(present) < KEEP_SHARE * len(cache.prompt_mask)
-    for layer in range(len(cache.k)):
-        cache.k[layer], cache.v[layer] = (x[layer][keep] for x in (cache.k, cache.v))
-        if fewer:
-            cache.prompt_k[layer], cache.prompt_v[layer] = (
-                x[layer][present] for x in (cache.prompt_k, cache.prompt_v)
-            )
+    kept = [(cache.k, keep), (cache.v, keep)]
     if fewer:
+        kept += [(cache.prompt_k, present), (cache.prompt_v, present)]
         cache.prompt_mask = cache.prompt_mask[present]
+    for tensors, rows in kept:
+        for layer, x in enumerate(tensors):  # one by one, so that only one is held twice
+            tensors[layer] = x[rows]
     starts = counts.cumsum(0) - counts
     cache.group = index if fewer else group
     cache.slot = torch.arange(len(keep), device=keep.device) - starts[index]
@@ -263,15 +237,15 @@ def shared_prefix(
     model: nn.Module, prompts: Sequence[Prompt], copies: int, temperature: float, max_new_tokens: int,
     stops: list[int],
 ) -> Replies:
-    """The default engine. A sample depends on its prompt's seed alone: not on batch, engine settings or
-    ranks.
-    """
+    """The default engine. A sample depends on its prompt's seed alone, not on batch, settings or ranks."""
     cache, logits = _prefill(model, prompts, copies)
     _attend_by(model, DECODE, decode_attention)
-    rows, device = len(prompts) * copies, logits.device
+    rows = len(prompts) * copies
+    device = logits.device
     logits = logits.repeat_interleave(copies, 0)
     position = torch.tensor([len(p.ids) for p in prompts], device=device).repeat_interleave(copies)
-    noise, stop = uniform_numbers(prompts, copies, device), torch.tensor(stops, device=device)
+    noise = uniform_numbers(prompts, copies, device)
+    stop = torch.tensor(stops, device=device)
     alive = torch.arange(rows, device=device)  # which row of the result each row of the batch writes
     tokens = torch.full((rows, max_new_tokens), -1, device=device)
     logprobs = torch.zeros(rows, max_new_tokens, device=device)
@@ -291,12 +265,13 @@ def shared_prefix(
             if left < KEEP_SHARE * len(alive):
                 keep = running.nonzero()[:, 0]
                 _drop_rows(cache, keep)
-                alive, token, position, running = alive[keep], token[keep], position[keep], running[keep]
+                alive, token, position, running = (x[keep] for x in (alive, token, position, running))
         if step == len(cache.own_mask):
             _make_room(cache)
         cache.at.fill_(step)
         cache.own_mask.index_fill_(0, cache.at, 0.0)
-        hidden = _forward(model, token[:, None], position[:, None], cache)
+        inputs = decoder_inputs(token[:, None], position[:, None], cache)
+        hidden = model.get_decoder()(**inputs).last_hidden_state
         logits = model.get_output_embeddings()(hidden[:, -1])
         position = position + 1
     counts = (tokens >= 0).sum(1).tolist()
@@ -304,27 +279,21 @@ def shared_prefix(
 
 
 def rows_that_fit(model: nn.Module, prompt_tokens: int, copies: int, max_new_tokens: int) -> int:
-    """How many sequences can be decoded at once in the GPU's free memory; on the CPU as many as anybody
-    wants.
+    """How many sequences can be decoded at once in the GPU's free memory; no limit on a CPU.
 
-    Planned for responses of PLANNED_TOKENS at most: few grow longer, and where too many do, the caller tries
-    half.
+    Planned for responses of PLANNED_TOKENS: few grow longer, and where too many do, the caller tries half.
     """
-    weight, config = model.get_output_embeddings().weight, model.config
-    if weight.device.type != "cuda":
+    config = model.config
+    if model.get_output_embeddings().weight.device.type != "cuda":
         return sys.maxsize
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    size = _head_size(config)
-    per_token = (
-        2 * config.num_hidden_layers * config.num_key_value_heads * size * 2
-    )  # keys and values in 16 bits
+    per_token = 4 * config.num_hidden_layers * config.num_key_value_heads * _head_size(config)  # 16 bits
     per_row = per_token * (prompt_tokens / copies + min(max_new_tokens, PLANNED_TOKENS))
     return max(1, int(0.8 * free / (per_row + 12 * config.vocab_size)))  # logits, their exponentials and sums
 
 
 def choose(logits: Tensor, temperature: float, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
-    """[B, V], [B] uniform numbers or None -> the chosen token [B] and its log-prob [B]. Temperature 0 takes
-    the maximum.
+    """logits [B, V], uniform numbers [B] or None -> chosen token [B], log-prob [B]. None takes the maximum.
 
     Inverse-CDF sampling: one number per token decides, so a sample depends on its own prompt's seed only.
     """
@@ -332,20 +301,18 @@ def choose(logits: Tensor, temperature: float, uniform: Tensor | None) -> tuple[
     top = scaled.amax(-1, keepdim=True)
     weights = (scaled - top).exp_()
     if uniform is None:
-        token, total = scaled.argmax(-1, keepdim=True), weights.sum(-1)
+        token = scaled.argmax(-1, keepdim=True)
+        total = weights.sum(-1)
     else:
         cdf = weights.cumsum(-1, dtype=torch.float64)
         total = cdf[:, -1]
-        token = torch.searchsorted(cdf, (uniform * total)[:, None], right=True).clamp(
-            max=logits.shape[-1] - 1
-        )
+        token = torch.searchsorted(cdf, (uniform * total)[:, None], right=True)
+        token = token.clamp(max=logits.shape[-1] - 1)
     return token[:, 0], (scaled.gather(-1, token) - top)[:, 0] - total.float().log()
 
 
 def uniform_numbers(prompts: Sequence[Prompt], copies: int, device: torch.device) -> Iterator[Tensor]:
-    """Endless [rows] vectors of uniform float64 numbers, drawn per prompt from a generator with its own
-    seed.
-    """
+    """Endless [rows] vectors of uniform float64 numbers; each prompt has a generator with its own seed."""
     generators = [torch.Generator().manual_seed(p.seed) for p in prompts]
     while True:
         drawn = torch.cat([torch.rand(copies, BLOCK, generator=g, dtype=torch.float64) for g in generators])

@@ -1,9 +1,8 @@
 """The LM head as token log-probs, with a backward of its own: no [tokens, vocabulary] tensor is ever held.
 
-The head's matrix product is done for a chunk of tokens at a time. The backward computes a chunk's logits
-again, turns them in place into the gradient of the logits, and multiplies that out at once into the gradients
-of hidden states and weight. That fused linear cross-entropy kernels save memory in this way is well known;
-this is the same idea in plain PyTorch, for log-probs and with a temperature.
+The matrix product is done for a chunk of tokens at a time. The backward computes a chunk's logits again,
+turns them in place into their gradient, and multiplies that out at once into the gradients of hidden states
+and weight. Fused linear cross-entropy kernels save memory in the same way.
 """
 
 from __future__ import annotations
@@ -18,22 +17,18 @@ def head_logprobs(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, temperature: float, *,
     entropy: bool = True, chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob of target[i] under softmax((weight @ hidden[i] + bias) / temperature), and that distribution's
-    entropy.
+    """Log-prob of target[i] under softmax((weight @ hidden[i] + bias) / temperature), and its entropy.
 
     hidden [N, H], weight [V, H], bias [V] or None, target [N] -> [N], [N] in fp32 (fp64 for fp64 inputs). The
-    entropy has no gradient, and is 0 where `entropy` is False. Under autocast the matrices are multiplied in
-    its dtype; sums, logits and gradients before rounding are fp32. chunk: tokens at a time; None:
-    CHUNK_LOGITS / V.
+    entropy has no gradient, and is 0 without `entropy`. Under autocast the matrices are multiplied in its
+    dtype; sums, logits and gradients before rounding are fp32. chunk: tokens at a time.
     """
     chunk = chunk or max(1, CHUNK_LOGITS // len(weight))
     return _HeadLogprobs.apply(hidden, weight, bias, target, 1 / temperature, entropy, chunk)
 
 
 class _HeadLogprobs(torch.autograd.Function):
-    """head_logprobs with scale = 1 / temperature. Where everything is one chunk, it is kept and not computed
-    again.
-    """
+    """head_logprobs with scale = 1 / temperature. A single chunk is kept and not computed again."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, scale, entropy, chunk):
@@ -41,8 +36,7 @@ class _HeadLogprobs(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         sums = torch.promote_types(dtype, torch.float32)
         logprobs, entropies = (hidden.new_zeros(len(hidden), dtype=sums) for _ in range(2))
-        # New pages of this size cost about as much as a softmax: the chunks share one buffer, the entropy has
-        # another.
+        # A new buffer costs about as much as a softmax: chunks share one, and the entropy has another.
         buffer = hidden.new_empty(min(chunk, len(hidden)), len(weight), dtype=sums)
         other = torch.empty_like(buffer) if entropy else buffer
         with torch.autocast(device, enabled=False):
@@ -57,14 +51,13 @@ class _HeadLogprobs(torch.autograd.Function):
                 if entropy:
                     logits.sub_(top[:, None])  # softmax does the same, so this changes no log-prob
                 torch.softmax(logits, -1, out=probs)
-                log_top = probs.amax(
-                    -1
-                ).log()  # the largest probability is at least 1 / V: nothing can underflow
+                log_top = probs.amax(-1).log()  # the largest probability is at least 1 / V: no underflow
                 logprobs[rows] = own + log_top
                 if entropy:
                     entropies[rows] = -log_top - torch.bmm(probs[:, None], logits[:, :, None])[:, 0, 0]
         ctx.save_for_backward(hidden, weight, bias, target, probs if len(probs) == len(hidden) else None)
-        ctx.scale, ctx.chunk, ctx.dtype, ctx.sums = scale, chunk, dtype, sums
+        ctx.scale, ctx.chunk = scale, chunk
+        ctx.dtype, ctx.sums = dtype, sums
         ctx.mark_non_differentiable(entropies)
         return logprobs, entropies
 
@@ -108,12 +101,10 @@ def _logits(inputs: Tensor, matrix: Tensor, bias: Tensor | None, scale: float, o
 
 
 def _addmm(out: Tensor, a: Tensor, b: Tensor, beta: float, alpha: float) -> Tensor:
-    """out = beta out + alpha a @ b, in place. Products of 16-bit matrices are summed in fp32 and never
-    rounded to 16.
-    """
+    """out = beta out + alpha a @ b, in place. Products of 16-bit matrices are summed in fp32, not rounded."""
     if a.dtype == out.dtype:
         return torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
     if a.is_cuda:
         return torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, alpha=alpha, out=out)
-    # CPUs have no such product; that of the widened numbers is the same
+    # CPUs have no such product, but that of the widened numbers is the same.
     return torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, alpha=alpha, out=out)

@@ -1,9 +1,8 @@
-"""Groups as one row of tokens, and the attention over such a row.
+"""Groups as one row of tokens, and micro-batches of groups.
 
-A group is packed as [prompt, response 1 … response G]: the positions of each response restart after the
-prompt, and a response attends to the prompt and to itself, so a prompt is computed once however many
-responses it has. The attention is an ordinary entry of transformers' attention interface. Models that need
-more of their attention than it offers get every prompt + response as a row of its own instead.
+A group is packed as [prompt, response 1 … response G]. Positions of each response restart after the prompt,
+and it attends to the prompt and to itself (attention.py), so a prompt is computed once for all responses.
+Models whose attention cannot do that get every prompt + response as a row of its own.
 """
 
 from __future__ import annotations
@@ -14,8 +13,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-# ---------------------------------------------------------------------------------------------------- packing
 
 
 @dataclass(frozen=True)
@@ -35,10 +32,10 @@ class Span:
 class Layout:
     """Where the groups of one packed row lie. Tensors are on the model's device.
 
-    spans: the groups in order: what SDPA needs. kv_index [total_k], cu_q, cu_k [segments + 1] and the longest
-    segments: what variable-length kernels need; segments are each prompt, then each of its responses.
-    by_source [total_k] sorts kv_index, and uses [T] counts how often each token stands in it: to add up
-    gradients. used: the tokens that predict something, ascending.
+    spans: the groups in order, for SDPA. kv_index [total_k], cu_q and cu_k [segments + 1], max_q and max_k:
+    for variable-length kernels, whose segments are each prompt, then each of its responses. by_source
+    [total_k] sorts kv_index, and uses [T] counts how often each token stands in it: to add up gradients.
+    used: the tokens that predict something, ascending.
     """
 
     spans: list[Span]
@@ -54,8 +51,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Packed:
-    """One micro-batch with N response tokens: a single row of T packed tokens, or (layout None) B
-    right-padded rows.
+    """One micro-batch with N response tokens: one row of T tokens, or (layout None) B right-padded rows.
 
     ids, positions [1, T] or [B, T]; predict [N]: the place in the flattened rows whose output predicts each
     response token; target [N]: that token; counts: response tokens per response, in order, so that
@@ -71,12 +67,12 @@ class Packed:
 
 
 def pack(
-    groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], device: torch.device, share_prompt: bool = True
+    groups: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]], device: torch.device,
+    share_prompt: bool = True,
 ) -> Packed:
-    """Packs (prompt ids, list of response ids) groups into one row, or into a row per response where not
-    `shared`.
+    """Groups, (prompt ids, list of response ids), as one row, or without `share_prompt` a row per response.
 
-    Responses keep their end token: it is learned too.
+    Responses keep their end token: it is learned too. Raises ValueError for an empty prompt or response.
     """
     for prompt, responses in groups:
         if not prompt or not responses or not all(responses):
@@ -85,46 +81,43 @@ def pack(
 
 
 def _pack_shared(groups: Sequence[tuple], device: torch.device) -> Packed:
-    ids: list[int] = []
-    positions: list[int] = []
-    predict: list[int] = []
-    target: list[int] = []
-    counts: list[int] = []
-    spans, kv_index, query_lengths, key_lengths = [], [], [], []
+    ids, positions = [], []
+    predict, target, counts = [], [], []
+    spans, kv_index = [], []
+    query_lengths, key_lengths = [], []
     for prompt, responses in groups:
-        start, length, longest = len(ids), len(prompt), max(map(len, responses))
+        start, length = len(ids), len(prompt)
+        sizes = [len(response) for response in responses]
+        longest = max(sizes)
         ids += prompt
         positions += range(length)
-        prompt_rows, real = torch.arange(start, start + length), []
+        counts += sizes
+        query_lengths += [length, *sizes]
+        key_lengths += [length, *(length + size for size in sizes)]
+        prompt_rows = torch.arange(start, start + length)
         kv_index.append(prompt_rows)
-        query_lengths.append(length)
-        key_lengths.append(length)
+        real = []
         for i, response in enumerate(responses):
-            first, size = len(ids), len(response)
+            first, size = len(ids), sizes[i]
             ids += response
             positions += range(length, length + size)
             # The prompt's last token predicts the first response token of every response of the group.
             predict += [start + length - 1, *range(first, first + size - 1)]
             target += response
-            counts.append(size)
             real += range(i * longest, i * longest + size)
             kv_index += [prompt_rows, torch.arange(first, first + size)]
-            query_lengths.append(size)
-            key_lengths.append(length + size)
         spans.append(Span(length, len(responses), longest, torch.tensor(real, device=device)))
     rows = torch.cat(kv_index)
-    cu = [
-        F.pad(torch.tensor(sizes).cumsum(0), (1, 0)).to(device, torch.int32)
-        for sizes in (query_lengths, key_lengths)
-    ]
-    by_source, uses = rows.argsort(stable=True), rows.bincount(minlength=len(ids))
-    indices = (x.to(device) for x in (rows, by_source, uses))
-    used = torch.tensor(sorted(set(predict)), device=device)
-    layout = Layout(spans, *indices, *cu, max(query_lengths), max(key_lengths), used)
-    ids, positions, predict, target, counts = (
-        torch.tensor(x, device=device) for x in (ids, positions, predict, target, counts)
+    cu_q, cu_k = (F.pad(torch.tensor(sizes).cumsum(0), (1, 0)) for sizes in (query_lengths, key_lengths))
+    layout = Layout(
+        spans, kv_index=rows.to(device), by_source=rows.argsort(stable=True).to(device),
+        uses=rows.bincount(minlength=len(ids)).to(device), cu_q=cu_q.to(device, torch.int32),
+        cu_k=cu_k.to(device, torch.int32), max_q=max(query_lengths), max_k=max(key_lengths),
+        used=torch.tensor(sorted(set(predict)), device=device),
     )
-    return Packed(ids[None], positions[None], layout, predict, target, counts)
+    row = torch.tensor([ids, positions], device=device)[:, None]
+    predict, target, counts = (torch.tensor(x, device=device) for x in (predict, target, counts))
+    return Packed(row[0], row[1], layout, predict, target, counts)
 
 
 def _pack_rows(groups: Sequence[tuple], device: torch.device) -> Packed:
@@ -142,22 +135,20 @@ def _pack_rows(groups: Sequence[tuple], device: torch.device) -> Packed:
 def micro_batches(
     sizes: Sequence[tuple[int, Sequence[int]]], budget: int, share_prompt: bool = True
 ) -> list[list[tuple[int, slice]]]:
-    """Cuts groups into micro-batches of at most `budget` tokens, in order: for each, its (group index,
-    responses).
+    """Cuts groups into micro-batches of at most `budget` tokens, in order. -> per micro-batch, its parts as
+    (group index, slice of the group's responses).
 
     sizes: (prompt length, response lengths) per group. Groups stay whole, except one that is larger than the
     budget: its parts repeat the prompt and hold some of its responses. A response is never cut: a prompt +
-    response above the budget stands alone. share_prompt: as in `pack`; without it, tokens are those of the padded
-    rows.
+    response above the budget stands alone. share_prompt: as in `pack`; without it, the padded rows count.
     """
 
     def tokens(parts: list[tuple[int, slice]]) -> int:
         lengths = [(sizes[i][0], sizes[i][1][responses]) for i, responses in parts]
         if share_prompt:
             return sum(prompt + sum(replies) for prompt, replies in lengths)
-        return sum(len(replies) for _, replies in lengths) * max(
-            prompt + max(replies) for prompt, replies in lengths
-        )
+        rows = sum(len(replies) for _, replies in lengths)
+        return rows * max(prompt + max(replies) for prompt, replies in lengths)
 
     batches: list[list[tuple[int, slice]]] = []
     for i, (_, replies) in enumerate(sizes):

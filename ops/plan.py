@@ -1,302 +1,260 @@
-"""`python grpo.py --plan`: whether a run fits its GPUs, how long it would take, and what to change. No
-weights are loaded.
+"""`python -m ops.plan --config C`: whether a run fits its GPUs, what to change, and how long a step takes.
 
-    python grpo.py --config configs/qwen2.5-7b.yaml --plan --gpus 8 --gpu_memory 80
+    python -m ops.plan --config configs/qwen2.5-7b.yaml --gpus 8 --gpu_memory 80
 
-The arithmetic, and what it assumes, is in estimate.py.
+Arithmetic on the model's config.json and the settings; no weights are loaded. Memory is counted from a
+decoder layer of Qwen2, Qwen3 or Llama; tests/test_plan.py compares it with measured bytes. Times are a
+roofline; network, offloading, launches, rewards and evaluations come on top. GB are 10^9 bytes.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
 
-from config import Config, ConfigError, check_positions, load_config
+import torch
+
+from config import Config, ConfigError, load_config
 from corpus.tiny_model import LAYERS, VOCABULARY, tiny_config
-from data import load_splits
-from distributed.fsdp import model_config
-from model import ModelError
-from ops.estimate import GB, USABLE, Assumptions, Plan, Shape, estimate, shape_of
+from distributed.fsdp import model_config, skeleton
+from distributed.ranks import run_script
+from kernel.decode import BLOCK, PLANNED_TOKENS, PREFILL_TOKENS
+from kernel.head import CHUNK_LOGITS
 
-MOST_GPUS = 1024  # that are tried when more are needed
-STEP = 1024  # advised micro-batches are multiples of it
+GB = 1e9
+BF16, FP32 = 2, 4
+CONTEXT = 2.0 * GB  # CUDA context, NCCL's and cuBLAS's buffers: what PyTorch's allocator does not see
+USABLE = 0.95  # of a GPU's memory; the rest is lost between the allocator's blocks
+EFFICIENCY = 0.45  # share of the peak that matrix products reach
+ENGINE_SHARE = 0.8  # of the free memory that kernel.decode.rows_that_fit gives to sequences
+SAMPLING = 26  # bytes per logit in kernel.decode.choose: bf16, two in fp32, two in fp64
 
 
-def main(arguments: list[str]) -> None:
-    """Prints the plan of the run that the settings describe. Options: the fields of Assumptions, before or
-    after them.
+@dataclass(frozen=True)
+class Assumptions:
+    """The GPUs (memory in GB, dense bf16 peak, bandwidth in GB/s; defaults: H100) and the mean lengths."""
 
-    Raises ConfigError with one sentence for an option or setting that cannot be planned.
+    gpus: int = 8
+    gpu_memory: float = 80.0
+    gpu_tflops: float = 989.0
+    gpu_bandwidth: float = 3350.0
+    gpus_per_node: int = 8
+    prompt_tokens: int = 1000
+    response_tokens: int = 300
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder-only transformer. parameters, of_layer (one decoder layer): numbers of weights, tied
+    ones once. qk_norm: queries and keys are normed (Qwen3). kv_bytes: keys and values of a token.
     """
-    options, rest = split_options(arguments)
-    if "--help" in rest:
-        for f in dataclasses.fields(Assumptions):
-            print(f"--{f.name:<28}{f.default!r:<30} {f.metadata['help']}")
-    config = load_config(rest)
-    model = read_model_config(config)
-    check(config, model, options)
-    options = dataclasses.replace(options, examples=options.examples or count_examples(config))
-    print(report(config, shape_of(model, config.trust_remote_code), options))
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    vocab: int
+    parameters: int
+    of_layer: int
+    qk_norm: bool
+    kv_bytes: int
 
 
-def split_options(arguments: list[str]) -> tuple[Assumptions, list[str]]:
-    """(the options of --plan, the other arguments). Raises ConfigError for values that are no positive
-    numbers.
-    """
-    fields = {f.name: f for f in dataclasses.fields(Assumptions)}
-    given: dict[str, Any] = {}
-    rest, waiting = [], list(arguments)
-    while waiting:
-        argument = waiting.pop(0)
-        name, equals, text = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or name not in fields:
-            rest.append(argument)
-            continue
-        if not equals:
-            text = waiting.pop(0) if waiting and not waiting[0].startswith("--") else ""
-        kind, lowest = type(fields[name].default), 0 if name == "examples" else 1e-9
-        try:
-            given[name] = kind(text)
-            valid = lowest <= given[name] < math.inf
-        except ValueError:
-            valid = False
-        if not valid:
-            raise ConfigError(
-                f"{name} must be a {'whole ' if kind is int else ''}number above 0, not {text!r}"
-            )
-    return Assumptions(**given), rest
-
-
-def read_model_config(config: Config):
-    """The model's config.json, from its folder or the hub; the sizes of model.build_tiny_model for "tiny"."""
-    if config.model == "tiny":
-        return tiny_config(VOCABULARY, config.tiny_hidden, LAYERS)
+def shape_of(model, trust_remote_code: bool = False) -> Shape:
+    """The sizes in a model's config; weights are counted on the meta device. Raises ConfigError."""
     try:
-        return model_config(config.model, config.trust_remote_code)
-    except ModelError as error:
-        reason = str(error).rstrip(".")
-        raise ConfigError(
-            f"{reason}; give a folder with a config.json or the id of a model that can be reached"
-        ) from None
+        empty = skeleton(model, torch.float32, trust_remote_code)
+        layer, heads = empty.get_decoder().layers[0], model.num_attention_heads
+        size = getattr(model, "head_dim", None) or model.hidden_size // heads
+        return Shape(
+            model.num_hidden_layers, model.hidden_size, layer.mlp.down_proj.in_features,  # not in an MoE
+            heads, model.num_key_value_heads, size, model.vocab_size,
+            sum(p.numel() for p in empty.parameters()), sum(p.numel() for p in layer.parameters()),
+            hasattr(layer.self_attn, "q_norm"),
+            2 * BF16 * model.num_hidden_layers * model.num_key_value_heads * size,
+        )
+    except (ValueError, AttributeError, KeyError):
+        raise ConfigError(f"plan: {model.model_type} is not a dense model like Qwen2, Qwen3, Llama") from None
 
 
-def check(config: Config, model, a: Assumptions) -> None:
-    """Raises ConfigError for numbers that do not go together, as the run itself would."""
-    if a.gpus > a.gpus_per_node and a.gpus % a.gpus_per_node:
-        raise ConfigError(f"gpus ({a.gpus}) must be a multiple of gpus_per_node ({a.gpus_per_node})")
-    check_positions(config, model.max_position_embeddings)
-    for key in ("prompt_tokens", "response_tokens"):
-        if getattr(a, key) > getattr(config, f"max_{key}"):
-            raise ConfigError(
-                f"{key} ({getattr(a, key)}), a mean, is above max_{key} ({getattr(config, f'max_{key}')})"
-            )
-    if a.efficiency > 1:
-        raise ConfigError(f"efficiency must be a share of the peak, at most 1, not {a.efficiency}")
+def layer_activations(shape: Shape, tokens: float, keys: float) -> float:
+    """Bytes that autograd keeps of one decoder layer in bf16. keys: rows of K/V that its attention reads.
 
-
-def count_examples(config: Config) -> int:
-    """Training prompts, where they can be counted without a download; else 0."""
-    if config.data == "synthetic":
-        return round(config.synthetic_train * (config.data_to - config.data_from))
-    paths = [part.strip() for part in f"{config.data},{config.test_data}".split(",") if part.strip()]
-    return len(load_splits(config).train) if config.data and all(Path(path).exists() for path in paths) else 0
-
-
-# ---------------------------------------------------------------------------------------------------- verdict
-
-
-def fits(plan: Plan, a: Assumptions) -> bool:
-    """Whether every moment leaves the allocator the room that it loses between its blocks."""
-    return plan.peak[1] <= USABLE * a.gpu_memory * GB
-
-
-def _remedies(config: Config) -> dict[str, Any]:
-    """Settings that save memory, with the most saving value of each, cheapest first; without those that are
-    set.
+    Norms keep their input in fp32, and their output before and after the weight; the attention its queries,
+    keys, values, output and sums; the MLP both halves, the activation and the product.
     """
-    longest = config.max_prompt_tokens + config.max_response_tokens
-    remedies: dict[str, Any] = {}
-    if config.max_tokens_per_micro_batch > longest:
-        remedies["max_tokens_per_micro_batch"] = longest
-    if not config.gradient_checkpointing:
-        remedies["gradient_checkpointing"] = True
-    if config.sharding == "hsdp":
-        remedies["sharding"] = "full"
+    queries, kv = shape.heads * shape.head_size, shape.kv_heads * shape.head_size
+    norms = 2 * (8 * shape.hidden + 4) + shape.qk_norm * 6 * (queries + kv)
+    attention, mlp = 2 * BF16 * queries + 4 * shape.heads, 4 * BF16 * shape.intermediate
+    return tokens * (norms + attention + mlp) + keys * 2 * BF16 * kv
+
+
+def update_bytes(config: Config, shape: Shape, a: Assumptions) -> dict[str, float]:
+    """What an update holds besides its state, when the LM head or a layer is in its backward.
+
+    FSDP2 keeps embeddings and head gathered, has one layer at work, the next one gathered and another
+    arriving, and reduces a layer's gradients in fp32 while the next layer's are computed.
+    """
+    copies, group = config.group_size, a.prompt_tokens + config.group_size * a.response_tokens
+    # A prompt + response above the budget stands alone, and long ones will come.
+    tokens = max(config.max_tokens_per_micro_batch, config.max_prompt_tokens + config.max_response_tokens)
+    keys = tokens + tokens * copies * a.prompt_tokens / group
+    replies = tokens * copies * a.response_tokens / group
+    stream, of_layer = BF16 * tokens * shape.hidden, layer_activations(shape, tokens, keys)
+    # The last norm's input (fp32) and output, rotary tables, what the head reads, and every layer.
+    kept = 3 * stream + 2 * BF16 * tokens * shape.head_size + BF16 * replies * shape.hidden
+    kept += shape.layers * (stream if config.gradient_checkpointing else of_layer)
+    chunk = min(CHUNK_LOGITS // shape.vocab, replies)  # tokens whose logits kernel/head.py holds at a time
+    kept += FP32 * chunk * shape.vocab * (chunk == replies)  # a single chunk is kept
+    head = stream + BF16 * replies * shape.hidden + FP32 * chunk * shape.hidden
+    head += (BF16 + FP32) * shape.vocab * (chunk + shape.hidden)  # gradients of logits and weight, rounded
+    layer = 3 * stream + BF16 * tokens * shape.intermediate + of_layer * config.gradient_checkpointing
+    layer += BF16 * (shape.vocab * shape.hidden + shape.of_layer) + 2 * FP32 * shape.of_layer  # unsharded
+    gathered = BF16 * shape.of_layer
+    return {
+        "embeddings and head, bf16": BF16 * (shape.parameters - shape.layers * shape.of_layer),
+        "activations": kept,
+        "backward": max(gathered + head, 3 * gathered + layer),
+    }
+
+
+def cache_bytes(shape: Shape, groups: float, copies: int, prompt: int, response: int) -> float:
+    """kernel.decode.GroupCache: each prompt once, and for `copies` responses room that grows by half."""
+    room = BLOCK
+    while room < response:
+        room += max(BLOCK, room // 2 // BLOCK * BLOCK)
+    return shape.kv_bytes * groups * (prompt + copies * room)
+
+
+def estimate(config: Config, shape: Shape, a: Assumptions) -> tuple[dict[str, dict[str, float]], int]:
+    """Bytes per GPU by moment (update, rollout) and part; how many sequences are decoded at once."""
+    own = shape.parameters / (min(a.gpus, a.gpus_per_node) if config.sharding == "hsdp" else a.gpus)
+    always, gradients = {"CUDA and NCCL": CONTEXT}, {}
     if config.offload != "all":
-        remedies["offload"] = "reference" if config.kl_coef and not config.offload else "all"
-    return remedies
+        always |= {"weights, fp32": FP32 * own, "AdamW": 2 * FP32 * own}
+        gradients = {"gradients, fp32": FP32 * own}
+    if config.kl_coef and not config.offload:
+        always["reference, bf16"] = BF16 * own
+    # The rollout: as many sequences as kernel.decode.rows_that_fit has room for.
+    copies, prompt, policy = config.group_size, a.prompt_tokens, BF16 * shape.parameters
+    length = prompt / copies + min(config.max_response_tokens, PLANNED_TOKENS)
+    free = ENGINE_SHARE * (a.gpu_memory * GB - sum(always.values()) - policy)
+    rows = int(free / (shape.kv_bytes * length + 12 * shape.vocab))
+    wanted = math.ceil(config.prompts_per_step / a.gpus) * copies
+    groups = max(1, min(rows, config.rollout_batch_size, wanted) // copies)
+    prefilled = min(groups * prompt, max(PREFILL_TOKENS, config.max_prompt_tokens))
+    prefill = prefilled * (6 * shape.intermediate + 10 * shape.hidden)
+    longest = cache_bytes(shape, 1, 1, config.max_prompt_tokens, config.max_response_tokens)
+    rollout = {
+        "whole policy, bf16": policy,
+        "keys and values": max(longest, cache_bytes(shape, groups, copies, prompt, a.response_tokens)),
+        "prefill or sampling": max(prefill, SAMPLING * groups * copies * shape.vocab),
+    }
+    update = always | gradients | update_bytes(config, shape, a)
+    return {"update": update, "rollout": always | rollout}, groups * copies
 
 
-def _larger_micro_batch(config: Config, changes: dict[str, Any], shape: Shape, a: Assumptions) -> int:
-    """The largest multiple of STEP above changes' micro-batch that still fits; else changes' own."""
-    smallest, largest = (
-        changes["max_tokens_per_micro_batch"] // STEP + 1,
-        config.max_tokens_per_micro_batch // STEP,
-    )
-    for tokens in range(largest * STEP, (smallest - 1) * STEP, -STEP):
-        if fits(
-            estimate(
-                dataclasses.replace(config, **changes | {"max_tokens_per_micro_batch": tokens}), shape, a
-            ),
-            a,
-        ):
-            return tokens
-    return changes["max_tokens_per_micro_batch"]
-
-
-def advise(config: Config, shape: Shape, a: Assumptions) -> tuple[dict[str, Any], int]:
-    """(the fewest and cheapest settings with which the run fits these GPUs, or none; the fewest GPUs that
-    would do with the settings as they are, doubling; 0 where no number does).
-    """
-    remedies = _remedies(config)
-    found: dict[str, Any] = {}
-    for keys in _subsets(list(remedies)):
-        changes = {key: remedies[key] for key in keys}
-        if fits(estimate(dataclasses.replace(config, **changes), shape, a), a):
-            found = changes
-            break
-    if "max_tokens_per_micro_batch" in found:
-        found["max_tokens_per_micro_batch"] = _larger_micro_batch(config, found, shape, a)
-    return found, next((n for n in _more_gpus(config, a) if _fits_on(config, shape, a, n)), 0)
-
-
-def _subsets(keys: list[str]) -> Iterator[tuple[str, ...]]:
-    for size in range(1, len(keys) + 1):
-        yield from itertools.combinations(keys, size)
-
-
-def _more_gpus(config: Config, a: Assumptions) -> Iterator[int]:
-    gpus = a.gpus * 2
-    while gpus <= min(MOST_GPUS, config.minibatch_prompts):
-        yield gpus
-        gpus *= 2
-
-
-def _fits_on(config: Config, shape: Shape, a: Assumptions, gpus: int) -> bool:
-    more = dataclasses.replace(a, gpus=gpus)
-    return (gpus <= a.gpus_per_node or gpus % a.gpus_per_node == 0) and fits(
-        estimate(config, shape, more), more
-    )
+def peak(config: Config, shape: Shape, a: Assumptions) -> float:
+    """Bytes per GPU at the moment that needs most."""
+    return max(sum(parts.values()) for parts in estimate(config, shape, a)[0].values())
 
 
 def verdict(config: Config, shape: Shape, a: Assumptions) -> str:
-    """One line: whether it fits, and if not, what to change."""
-    plan = estimate(config, shape, a)
-    moment, peak = plan.peak
-    need = f"{peak / GB:.1f} of {a.gpu_memory:g} GB at the worst moment ({moment})"
-    if fits(plan, a):
-        less = f"; rollout_batch_size {plan.rows} would do: more sequences are not decoded at once"
-        return f"fits: {need}{less if plan.rows_admitted < config.rollout_batch_size else ''}"
-    found, gpus = advise(config, shape, a)
+    """One line: whether it fits, and if not, the fewest and cheapest settings to change, or how many GPUs."""
+    most, room = peak(config, shape, a), USABLE * a.gpu_memory * GB
+    need = f"{most / GB:.1f} of {a.gpu_memory:g} GB"
+    if most <= room:
+        return f"fits: {need}"
+    longest = config.max_prompt_tokens + config.max_response_tokens
+    savings = [
+        ("max_tokens_per_micro_batch", min(longest, config.max_tokens_per_micro_batch)),
+        ("gradient_checkpointing", True), ("sharding", "full"), ("offload", "reference"), ("offload", "all"),
+    ]
     ways = []
-    if found:
-        ways.append("set " + ", ".join(f"{key} {str(value).lower()}" for key, value in found.items()))
-    if gpus and (gpus <= 8 * a.gpus or not found):
-        ways.append(f"take {gpus} GPUs")
-    if not ways:
-        least = estimate(dataclasses.replace(config, **_remedies(config)), shape, a).peak[1] / USABLE / GB
-        ways.append(
-            f"take GPUs of {math.ceil(least)} GB or a smaller model: with every saving it needs that much"
-        )
-    return f"does not fit: {need}; {' or '.join(ways)}"
+    for changes in itertools.chain.from_iterable(itertools.combinations(savings, n) for n in range(1, 5)):
+        if peak(replace(config, **dict(changes)), shape, a) <= room:
+            ways.append("set " + ", ".join(f"{key} {str(value).lower()}" for key, value in changes))
+            break
+    more = (2 * a.gpus, 4 * a.gpus, 8 * a.gpus)
+    enough = [gpus for gpus in more if peak(config, shape, replace(a, gpus=gpus)) <= room]
+    ways += [f"take {gpus} GPUs" for gpus in enough[:1]]
+    return f"does not fit: {need}; {' or '.join(ways) or 'take larger GPUs or a smaller model'}"
 
 
-# ------------------------------------------------------------------------------------------------------ table
+def step(config: Config, shape: Shape, a: Assumptions) -> dict[str, tuple[float, float]]:
+    """FLOPs (2 per multiply-add) and seconds of each phase, on the GPU with most prompts.
+
+    Decoding takes as long as its arithmetic, or as reading weights and K/V where that is slower.
+    """
+    copies, prompt, response = config.group_size, a.prompt_tokens, a.response_tokens
+    linear, head = 2 * shape.of_layer * shape.layers, 2 * shape.vocab * shape.hidden
+    pair = 4 * shape.heads * shape.head_size * shape.layers  # scores, then values
+    of_prompt = prompt * linear + pair * prompt * (prompt + 1) / 2
+    of_replies = copies * response * (linear + pair * (prompt + (response + 1) / 2))
+    logits = copies * response * head
+    sampled = math.ceil(config.prompts_per_step / a.gpus)
+    updates = config.prompts_per_step // config.minibatch_prompts
+    trained = updates * math.ceil(config.minibatch_prompts / a.gpus)
+    forward = trained * (of_prompt + of_replies + logits)
+    again = trained * (logits + (of_prompt + of_replies) * config.gradient_checkpointing)
+    flops = {
+        "prefill": sampled * (of_prompt + head),
+        "decode": sampled * (of_replies + logits),
+        "reference": forward * (config.kl_coef > 0),
+        "old_logprobs": forward * (updates > 1),
+        "update": 3 * forward + again,  # the backward is two forwards; the head's chunks are computed again
+    }
+    seconds = {name: count / (a.gpu_tflops * 1e12 * EFFICIENCY) for name, count in flops.items()}
+    batches = math.ceil(sampled * copies / estimate(config, shape, a)[1])
+    weights = BF16 * (shape.of_layer * shape.layers + shape.vocab * shape.hidden)
+    read = response * (batches * weights + sampled * shape.kv_bytes * (prompt + copies * response / 2))
+    seconds["decode"] = max(seconds["decode"], read / (a.gpu_bandwidth * GB))
+    return {name: (flops[name], seconds[name]) for name in flops}
 
 
 def report(config: Config, shape: Shape, a: Assumptions) -> str:
-    """The tables as text; the last line is the verdict."""
-    plan = estimate(config, shape, a)
-    title = f"{config.model}: {shape.parameters / 1e9:.2f}B parameters on {a.gpus} x {a.gpu_memory:g} GB"
-    parts = [
-        title,
-        "",
-        *memory_table(plan),
-        "",
-        *rollout_lines(config, plan, a),
-        "",
-        *time_table(config, plan, a),
-        "",
-    ]
-    copies = config.keep_checkpoints + 1
-    size = plan.checkpoint / GB
-    parts.append(
-        f"disk: {size:.0f} GB a checkpoint, {copies * size:.0f} GB for {copies}: keep_checkpoints and the next one"
-    )
-    if plan.host_memory:
-        parts.append(f"CPU memory for what is offloaded: {plan.host_memory / GB:.0f} GB a machine")
-    return "\n".join([*parts, verdict(config, shape, a)])
+    """Memory by part, its verdict, and the phases of a step, as text."""
+    moments, rows = estimate(config, shape, a)
+    update, rollout = moments["update"], moments["rollout"]
+    lines = [f"{config.model}: {shape.parameters / 1e9:.2f}B parameters on {a.gpus} x {a.gpu_memory:g} GB"]
+    lines.append(f"\n{'GB per GPU':<28}{'update':>10}{'rollout':>10}")
+    for name in update | rollout:
+        lines.append(f"{name:<28}{update.get(name, 0.0) / GB:10.1f}{rollout.get(name, 0.0) / GB:10.1f}")
+    lines.append(f"{'sum':<28}{sum(update.values()) / GB:10.1f}{sum(rollout.values()) / GB:10.1f}")
+    lines.append(verdict(config, shape, a))
+    lines.append(f"\n{rows} sequences are decoded at once; K/V: {shape.kv_bytes / 1024:g} KiB per token")
+    lines.append(f"disk: {3 * FP32 * shape.parameters / GB:.0f} GB a checkpoint")
+    if config.offload == "all":
+        lines.append(f"CPU memory: {18 * shape.parameters / GB:.0f} GB over all machines")
+    lines.append(f"\n{'phase of a step':<28}{'PFLOP':>10}{'seconds':>10}  per GPU")
+    for name, (flops, seconds) in step(config, shape, a).items():
+        lines.append(f"{name:<28}{flops / 1e15:10.1f}{seconds:10.1f}")
+    for more in (replace(a, gpus=gpus) for gpus in sorted({a.gpus, 64, 512})):
+        seconds = sum(seconds for _, seconds in step(config, shape, more).values())
+        size = peak(config, shape, more) / GB
+        lines.append(f"{f'a step on {more.gpus} GPUs':<38}{seconds:10.1f}  with {size:.0f} GB each")
+    return "\n".join(lines)
 
 
-def memory_table(plan: Plan) -> list[str]:
-    """GB per GPU: a row for each part, a column for each moment."""
-    names = list(dict.fromkeys(part for parts in plan.moments.values() for part in parts))
-    heads = {"head": "LM head", "layers": "layers", "root": "last reduce", "rollout": "rollout"}
-    lines = [f"{'GB per GPU':<28}" + "".join(f"{heads[moment]:>12}" for moment in plan.moments)]
-    for name in names:
-        sizes = [
-            f"{parts[name] / GB:12.1f}" if name in parts else " " * 12 for parts in plan.moments.values()
-        ]
-        lines.append(f"{name:<28}" + "".join(sizes).rstrip())
-    return [
-        *lines,
-        f"{'sum':<28}" + "".join(f"{sum(parts.values()) / GB:12.1f}" for parts in plan.moments.values()),
-    ]
+def main(arguments: list[str]) -> None:
+    """Prints the plan of the run that the settings describe. Raises ConfigError or ModelError."""
+    parser = argparse.ArgumentParser("ops.plan", allow_abbrev=False, description=Assumptions.__doc__)
+    for f in dataclasses.fields(Assumptions):
+        parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default, help=str(f.default))
+    options, rest = parser.parse_known_args(arguments)
+    config = load_config(rest)
+    options.prompt_tokens = min(options.prompt_tokens, config.max_prompt_tokens)
+    options.response_tokens = min(options.response_tokens, config.max_response_tokens)
+    model = tiny_config(VOCABULARY, config.tiny_hidden, LAYERS)
+    if config.model != "tiny":
+        model = model_config(config.model, config.trust_remote_code)
+    print(report(config, shape_of(model, config.trust_remote_code), Assumptions(**vars(options))))
 
 
-def rollout_lines(config: Config, plan: Plan, a: Assumptions) -> list[str]:
-    """The K/V budget and what it means in sequences."""
-    wanted, size = config.rollout_batch_size, plan.kv_per_token
-    room = "fits" if plan.rows_admitted >= wanted else "is more than fits"
-    return [
-        f"K/V: {size / 1024:g} KiB per token of a sequence; room for {plan.kv_budget / GB:.1f} GB, "
-        f"{plan.kv_budget / size:,.0f} tokens",
-        f"sequences at once: {plan.rows_at_means:,} at the mean lengths ({a.prompt_tokens} + {a.response_tokens} tokens), "
-        f"{plan.rows_admitted:,} as the engine plans",
-        f"rollout_batch_size {wanted} {room}: {plan.rows} are decoded at once",
-    ]
-
-
-def time_table(config: Config, plan: Plan, a: Assumptions) -> list[str]:
-    """FLOPs over all GPUs and seconds of each phase of a step, then of a step, an epoch and the run."""
-
-    def line(name: str, flops: float, seconds: float, note: str) -> str:
-        return f"{name:<28}{flops / 1e15:12,.1f}{seconds:12,.2f}  {note}"
-
-    lines = [f"{'phase of a step':<28}{'PFLOP':>12}{'seconds':>12}  bound by"]
-    for phase in plan.phases:
-        seconds = phase.seconds(a)
-        bound = max(seconds, key=seconds.__getitem__)
-        lines.append(line(phase.name, phase.flops * a.gpus, seconds[bound], bound))
-    step, flops = (
-        sum(max(p.seconds(a).values()) for p in plan.phases),
-        sum(p.flops for p in plan.phases) * a.gpus,
-    )
-    updates, steps = config.prompts_per_step // config.minibatch_prompts, config.steps
-    lines.append(line("step", flops, step, f"{updates} updates of {plan.micro_batches} micro-batches"))
-    if a.examples:
-        each = a.examples / config.prompts_per_step
-        lines.append(line("epoch", flops * each, step * each, f"{each:.1f} steps, {a.examples:,} prompts"))
-        steps = steps or max(1, math.ceil(config.epochs * each))
-    if steps:
-        lines.append(
-            line("run", flops * steps, step * steps, f"{steps} steps, {step * steps / 3600:.1f} hours")
-        )
-    if not a.examples:
-        lines.append("epoch: unknown; give --examples N, the number of training prompts")
-    sent, wire = (
-        sum(p.network + p.between for p in plan.phases),
-        sum(p.seconds(a)["network"] for p in plan.phases),
-    )
-    lines.append(
-        f"communication of FSDP: {sent / GB:.0f} GB per GPU and step, {wire:.2f} s, mostly while computing"
-    )
-    if host := sum(p.host for p in plan.phases):
-        lines.append(
-            f"to and from the CPU: {host / GB:.0f} GB per GPU and step, AdamW included, {host / a.host / GB:.1f} s"
-        )
-    return lines
+if __name__ == "__main__":
+    run_script(main)

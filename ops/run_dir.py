@@ -43,9 +43,9 @@ def open_run(config: Config, ranks: Ranks) -> Path:
 # What a resumed run must share with its first part; steps, rates, saving, speed and the like may change.
 FIXED_KEYS = (
     "model data test_data test_share data_from data_to prompt_template seed prompts_per_step group_size "
-    "minibatch_prompts temperature loss advantage aggregation kl reward lenient shuffle_rewards skip_zero_variance "
-    "resample_rounds max_prompt_tokens max_response_tokens warmup_steps sft_batch sft_reason synthetic_flaws "
-    "synthetic_thoughts synthetic_train"
+    "minibatch_prompts temperature loss advantage aggregation kl reward lenient shuffle_rewards "
+    "skip_zero_variance resample_rounds max_prompt_tokens max_response_tokens warmup_steps sft_batch "
+    "sft_reason synthetic_flaws synthetic_thoughts synthetic_train"
 ).split()
 # What failed at start leaves these behind, and may be started again under the same name.
 START_FILES = ("config.yaml", "config.yaml.tmp", "git.txt", "lock", "tensorboard", "wandb", "wandb_id.txt")
@@ -55,10 +55,8 @@ SAVED = ("latest", "warmup/latest", "warmup/model")  # what a run can go on from
 
 def _claim(path: Path, config: Config) -> str:
     """Makes the run directory for this run, and locks it; returns why it cannot, or ""."""
-    lock, used = (
-        path / "lock",
-        path.exists() and any(entry.name not in START_FILES for entry in path.iterdir()),
-    )
+    lock = path / "lock"
+    used = path.exists() and any(entry.name not in START_FILES for entry in path.iterdir())
     free, owner = take_lock(lock) if lock.exists() else (True, "")
     if not free:
         return _in_use(path, owner)
@@ -67,15 +65,10 @@ def _claim(path: Path, config: Config) -> str:
     # another's run. The count of restarts would not tell, and is not the same on all nodes.
     again = "TORCHELASTIC_RUN_ID" in os.environ and owner.endswith(f"\n{torchrun_job()}\n")
     if again:
-        print(
-            "restarted: "
-            + ("going on from the last checkpoint" if started else "no checkpoint yet, from the beginning")
-        )
+        print(f"restarted: going on from {'the last checkpoint' if started else 'the beginning'}")
     if config.resume or (again and started):
         if not started:
-            return (
-                f"run_dir: {path} has no checkpoint to resume; start without resume, or with --overwrite true"
-            )
+            return f"run_dir: {path} has no checkpoint to resume; start without --resume"
         if problem := _differences(path, config):
             return problem
     elif used and not again:
@@ -108,22 +101,18 @@ def _in_use(path: Path, owner: str) -> str:
 
 
 def _differences(path: Path, config: Config) -> str:
-    """Why a run that began with run_dir/config.yaml cannot go on with this config, or ""; prints what else
-    changed.
+    """Why a run that began with run_dir/config.yaml cannot go on with this config, or ""; prints other
+    changes.
     """
-    before, now = (
-        yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")),
-        dataclasses.asdict(config),
-    )
-    before = (
-        dataclasses.asdict(Config()) | before
-    )  # a setting that is newer than the run had its default then
+    before = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    # a setting that is newer than the run had its default then
+    before = dataclasses.asdict(Config()) | before
+    now = dataclasses.asdict(config)
     changed = {key: f"{key} {before[key]!r} -> {now[key]!r}" for key in now if before[key] != now[key]}
     if fixed := [changed[key] for key in FIXED_KEYS if key in changed]:
         return f"resume: these settings must stay as they were: {', '.join(fixed)}"
-    if free := [
-        text for key, text in changed.items() if key not in ("resume", "overwrite", "resume_step", "run_dir")
-    ]:
+    silent = ("resume", "overwrite", "resume_step", "run_dir")
+    if free := [changed[key] for key in changed if key not in silent]:
         print(f"resume: {', '.join(free)}")
     return ""
 
@@ -147,9 +136,10 @@ def _overwriting(path: Path, config: Config) -> str:
 def git_state() -> str:
     """The commit and what differs from it, so that a run can be traced to its code."""
     here = Path(__file__).parents[1]
-    run = lambda *words: subprocess.run(
-        ["git", *words], cwd=here, capture_output=True, text=True, errors="replace"
-    )  # noqa: E731
+
+    def run(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, errors="replace")
+
     commit = run("rev-parse", "HEAD")
     if commit.returncode:
         return "no git repository\n"
@@ -168,7 +158,7 @@ def cut_log(path: Path, step: int) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Gives a folder beside `path` to write into and renames it at the end: a folder named `path` is always
+    """Gives a folder beside `path` to write into, renamed at the end: a folder named `path` is always
     complete.
     """
     temporary = path.with_name(path.name + ".tmp")
@@ -194,10 +184,8 @@ def take_lock(path: Path, sign: bool = False) -> tuple[bool, str]:
     except (BlockingIOError, PermissionError):
         return False, said
     except OSError as error:
-        print(
-            f"{path}: this file system has no locks ({error.strerror}); start no second run there",
-            file=sys.stderr,
-        )
+        said_why = f"{path}: this file system has no locks ({error.strerror}); start no second run there"
+        print(said_why, file=sys.stderr)
     if sign:
         owner = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
         os.ftruncate(descriptor, 0)

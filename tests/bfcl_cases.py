@@ -1,6 +1,4 @@
-"""What the tests of BFCL share: cases, replies and data folders made by hand, and where the genuine ones
-lie.
-"""
+"""What the tests of BFCL share: cases, replies and data folders made by hand, and where the real ones lie."""
 
 import gzip
 import json
@@ -23,12 +21,13 @@ def reply(*calls):
     return f"<think>t</think><tool_call>{json.dumps(listed)}</tool_call>"
 
 
-def problem(declared, allowed, item=None, category="simple_python", required=True, id="simple_python_0"):
+def problem(declared, allowed, item=None, category="simple_python", required=True):
     """A case whose one function `f` has one parameter `p`."""
     details = {"type": declared, "description": "d", **({"items": {"type": item}} if item else {})}
     parameters = {"type": "dict", "properties": {"p": details}, "required": ["p"] if required else []}
     function = {"name": "f", "description": "F.", "parameters": parameters}
-    return Problem(id, category, [{"role": "user", "content": "q"}], [function], [{"f": {"p": allowed}}])
+    messages, answer = [{"role": "user", "content": "q"}], [{"f": {"p": allowed}}]
+    return Problem("simple_python_0", category, messages, [function], answer)
 
 
 def write_jsonl(path, rows):
@@ -54,14 +53,8 @@ WRONG = {"id": "simple_python_1", "output": reply(("f", {"p": 2}))}
 
 def score(tmp_path, rows, data, *options):
     """Runs `score` on rows; returns a reader for the files in its --out folder."""
-    write_jsonl(tmp_path / "p.jsonl.gz", rows)
-    arguments = [
-        "--predictions",
-        str(tmp_path / "p.jsonl.gz"),
-        "--data",
-        str(data),
-        "--out",
-        str(tmp_path / "o"),
-    ]
-    assert main(["score", *arguments, *options]) == 0
-    return lambda name: [json.loads(line) for line in (tmp_path / "o" / name).read_text().splitlines()]
+    predictions, out = tmp_path / "p.jsonl.gz", tmp_path / "o"
+    write_jsonl(predictions, rows)
+    paths = ["--predictions", str(predictions), "--data", str(data), "--out", str(out)]
+    assert main(["score", *paths, *options]) == 0
+    return lambda name: [json.loads(line) for line in (out / name).read_text().splitlines()]

@@ -15,7 +15,7 @@ from reward import REWARDS
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "configs" / "ablations"
 # settings that change no result
-UNSEEN = {"rollout_batch_size", "max_tokens_per_micro_batch", "save_every", "eval_every", "alarm_think"}
+UNSEEN = {"rollout_batch_size", "max_tokens_per_micro_batch", "save_every", "eval_every"}
 # What each file may set otherwise than default.yaml.
 DIFFERS = {
     "default": {},

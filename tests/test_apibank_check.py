@@ -2,7 +2,7 @@
 
 import pytest
 
-from evals.apibank_check import MODES, check
+from evals.apibank_check import MODES, apibank_verdict
 from evals.apibank_data import GoldCall
 from prompts import ToolCall, render_calls
 
@@ -46,14 +46,8 @@ def reply(name: str, arguments: dict) -> str:
         ("RecordHealthData.time", "2023-03-05 09:00:00", "2023-03-05T09:00:00", False),
         ("RecordHealthData.time", "2023-03-05 00:00:00", "2023-03-05", False),
         ("RecordHealthData.health_data", [{"name": "a", "value": "1"}], [{"name": "b", "value": "2"}], True),
-        (
-            "RecordHealthData.health_data",
-            [{"name": "a", "value": "1"}],
-            [{"name": "b", "value": "2"}] * 2,
-            False,
-        ),
-        ("RecordHealthData.health_data", [{"name": "a", "value": "1"}], [{"name": "b"}], False),
-        ("RecordHealthData.health_data", [{"name": "a", "value": "1"}], [], False),
+        ("RecordHealthData.health_data", [], [{"name": "b", "value": "2"}] * 2, False),
+        ("RecordHealthData.health_data", [], [{"name": "b"}], False),
         ("QueryHealthData.user_id", "j46801", " J46801", True),
         ("QueryHistoryToday.date", "10-06", "2023-10-6", True),
         ("QueryHistoryToday.date", "02-29", "02-29", True),
@@ -79,7 +73,7 @@ def reply(name: str, arguments: dict) -> str:
 )
 def test_comparison(parameter, gold, predicted, correct):
     name, key = parameter.split(".")
-    assert check(make_case(name, {key: gold}), reply(name, {key: predicted}))[0] is correct
+    assert apibank_verdict(make_case(name, {key: gold}), reply(name, {key: predicted}))[0] is correct
 
 
 CALL = '{"name": "Get", "arguments": {"x": "1"}}'
@@ -108,66 +102,53 @@ CALL = '{"name": "Get", "arguments": {"x": "1"}}'
     ],
 )
 def test_reason(output, reason):
-    assert check(make_case("Get", {"x": "1"}), output) == (reason == "correct", reason)
+    assert apibank_verdict(make_case("Get", {"x": "1"}), output) == (reason == "correct", reason)
 
 
 @pytest.mark.parametrize(
     ("arguments", "correct"),
-    [
-        ({"x": "1"}, True),
-        ({"x": "1", "y": None}, True),
-        ({"x": "1", "y": ""}, True),
-        ({"x": "1", "y": "2"}, False),
-    ],
+    [({}, True), ({"y": None}, True), ({"y": ""}, True), ({"y": "2"}, False)],
 )
 def test_blank_optional_argument_counts_as_absent(arguments, correct):
-    assert check(make_case("Get", {"x": "1"}, optional=("y",)), reply("Get", arguments))[0] is correct
+    case = make_case("Get", {"x": "1"}, optional=("y",))
+    assert apibank_verdict(case, reply("Get", {"x": "1", **arguments}))[0] is correct
 
 
 def test_blank_required_argument_is_compared():
-    assert check(make_case("Get", {"x": ""}), reply("Get", {"x": None})) == (False, "wrong_value:x")
+    assert apibank_verdict(make_case("Get", {"x": ""}), reply("Get", {"x": None})) == (False, "wrong_value:x")
 
 
 def test_switch_takes_either_name_of_the_device_but_not_both():
     """The gold says device_id, the schema that the model sees says name; officially nothing passes."""
     case = make_case("TimedSwitch", {"name": "10"}, accepts=False)
-    answers = [{"name": "10"}, {"device_id": "10"}, {"name": "10", "device_id": "10"}]
-    assert [check(case, reply("TimedSwitch", a), "corrected")[0] for a in answers] == [True, True, False]
-    assert [check(case, reply("TimedSwitch", a))[0] for a in answers] == [False, False, False]
+    for keys, right in ((["name"], True), (["device_id"], True), (["name", "device_id"], False)):
+        output = reply("TimedSwitch", dict.fromkeys(keys, "10"))
+        assert apibank_verdict(case, output, "corrected")[0] is right
+        assert apibank_verdict(case, output)[0] is False
 
 
 def test_gate_is_for_the_official_mode_only():
     case = make_case("Get", {"x": "1"}, accepts=False)
-    assert check(case, reply("Get", {"x": "1"})) == (False, "official_rejects_gold")
-    assert check(case, reply("Get", {"x": "2"})) == (False, "wrong_value:x")
-    assert check(case, reply("Get", {"x": "1"}), "corrected") == (True, "correct")
+    assert apibank_verdict(case, reply("Get", {"x": "1"})) == (False, "official_rejects_gold")
+    assert apibank_verdict(case, reply("Get", {"x": "2"})) == (False, "wrong_value:x")
+    assert apibank_verdict(case, reply("Get", {"x": "1"}), "corrected") == (True, "correct")
 
 
 def test_exact_mode_has_no_comparison_rules():
-    case, right, near = make_case("Calculator", {"formula": "1+2"}), "1+2", "1 + 2"
-    assert [check(case, reply("Calculator", {"formula": f}), "exact")[0] for f in (right, near)] == [
-        True,
-        False,
-    ]
+    case = make_case("Calculator", {"formula": "1+2"})
+    assert apibank_verdict(case, reply("Calculator", {"formula": "1+2"}), "exact")[0]
+    assert not apibank_verdict(case, reply("Calculator", {"formula": "1 + 2"}), "exact")[0]
     undated = make_case("QueryStock", {"date": "soon"})  # which the official tool refuses, the gold's or not
-    assert [check(undated, reply("QueryStock", {"date": "soon"}), mode)[0] for mode in MODES[:3]] == [
-        False,
-        False,
-        True,
-    ]
+    output = reply("QueryStock", {"date": "soon"})
+    assert [apibank_verdict(undated, output, mode)[0] for mode in MODES[:3]] == [False, False, True]
 
 
 @pytest.mark.parametrize(
     ("block", "correct"),
     [
-        (
-            '[{"name": "Other", "arguments": {}}, {"name": "Book", "arguments": {"count": "2"}}]',
-            True,
-        ),  # any call
-        (
-            '{"name": "Other", "parameters": {}}\n{"name": "Book", "parameters": {"count": "2"}}',
-            True,
-        ),  # one per line
+        # any call of a list, or of an object per line
+        ('[{"name": "Other", "arguments": {}}, {"name": "Book", "arguments": {"count": "2"}}]', True),
+        ('{"name": "Other", "parameters": {}}\n{"name": "Book", "parameters": {"count": "2"}}', True),
         ('{"parameters": {"count": "2"}}', True),  # the missing name is filled in
         ('{"name": "Book", "arguments": {"count": 2}}', False),  # golds are strings, so numbers fail
         ('{"name": "Book", "arguments": {"count": "3"}}', False),
@@ -175,31 +156,26 @@ def test_exact_mode_has_no_comparison_rules():
     ],
 )
 def test_loose_mode(block, correct):
-    assert check(make_case("Book", {"count": 2}), f"<tool_call>{block}</tool_call>", "loose")[0] is correct
+    case, output = make_case("Book", {"count": 2}), f"<tool_call>{block}</tool_call>"
+    assert apibank_verdict(case, output, "loose")[0] is correct
 
 
-@pytest.mark.parametrize(
-    "output",
-    [
-        "<tool_call>" + "[" * 100_000 + "]" * 100_000 + "</tool_call>",
-        "<tool_call>" * 200_000,  # quadratic for a regular expression
-        "<tool_call>" + "9" * 10_000 + "</tool_call>",
-        *(
-            f'<tool_call>[{{"name": "Book", "arguments": {{"count": {value}}}}}]</tool_call>'
-            for value in (
-                "Infinity", "NaN", "1e999", '"' + "9" * 10_000 + '"', '"\u00b2"', "[]", "{}", '"\\ud800"', "9" * 4_000,
-                "[" * 900 + "]" * 900,
-            )
-        ),
-        None,
-        7,
-        b"<tool_call>",
-    ],
-    ids=lambda output: repr(output)[-70:-25],
-)
+VALUES = [
+    "Infinity", "NaN", "1e999", '"' + "9" * 10_000 + '"', '"\u00b2"', "[]", "{}", '"\\ud800"', "9" * 4_000,
+    "[" * 900 + "]" * 900,
+]
+HOSTILE = [
+    "<tool_call>" + "[" * 100_000 + "]" * 100_000 + "</tool_call>",
+    "<tool_call>" * 200_000,  # quadratic for a regular expression
+    "<tool_call>" + "9" * 10_000 + "</tool_call>",
+    *(f'<tool_call>[{{"name": "Book", "arguments": {{"count": {value}}}}}]</tool_call>' for value in VALUES),
+]
+
+
+@pytest.mark.parametrize("output", HOSTILE, ids=lambda output: repr(output)[-70:-25])
 @pytest.mark.parametrize("key", ["count", "degrees", "on", "health_data", "plain"])
 def test_no_output_raises(output, key):
     name = "RecordHealthData" if key == "health_data" else "Book"
-    text = output.replace("Book", name).replace("count", key) if isinstance(output, str) else output
+    text = output.replace("Book", name).replace("count", key)
     for mode in MODES:
-        assert check(make_case(name, {key: "gold"}), text, mode)[0] is False
+        assert apibank_verdict(make_case(name, {key: "gold"}), text, mode)[0] is False

@@ -1,4 +1,4 @@
-"""bfcl_check.py against 17,280 official verdicts, and each rule of the official checker as one line."""
+"""evals/bfcl_check.py against 17,280 official verdicts, and each rule of the official checker as one line."""
 
 import gzip
 import json
@@ -7,7 +7,7 @@ import time
 import pytest
 from bfcl_cases import DATA, GOLDEN, needs_shared, problem, reply
 
-from evals.bfcl_check import Problem, check, decode, find_fault, reply_kind
+from evals.bfcl_check import Problem, bfcl_verdict, decode, find_fault, reply_kind
 from evals.bfcl_data import load_problems
 
 # ----------------------------------------------------------------------------------------- official verdicts
@@ -19,7 +19,7 @@ def test_every_golden_verdict_and_error_type():
     with gzip.open(GOLDEN, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     for row in rows:
-        if (found := check(problems[row["id"]], row["output"])) != (row["valid"], row["error_type"]):
+        if (found := bfcl_verdict(problems[row["id"]], row["output"])) != (row["valid"], row["error_type"]):
             different.append((row["id"], row["kind"], row["error_type"], found))
     assert len(rows) == 17280
     assert not different, different[:5]
@@ -27,14 +27,9 @@ def test_every_golden_verdict_and_error_type():
 
 # ------------------------------------------------------------- rules: type (with item), allowed, value, error
 
-SIMPLE, NESTED, OTHERS, STRING = (
-    "type_error:simple",
-    "type_error:nested",
-    "value_error:others",
-    "value_error:string",
-)
-LIST, KEY, VALUE = "value_error:list/tuple", "value_error:dict_key", "value_error:dict_value"
-COUNT = "value_error:list_dict_count"
+SIMPLE, NESTED = "type_error:simple", "type_error:nested"
+OTHERS, STRING, LIST = "value_error:others", "value_error:string", "value_error:list/tuple"
+KEY, VALUE, COUNT = "value_error:dict_key", "value_error:dict_value", "value_error:list_dict_count"
 
 PYTHON_RULES = [
     ("integer", [5], 5.0, SIMPLE),
@@ -72,12 +67,7 @@ PYTHON_RULES = [
     ("dict", [{"a": [1]}], {"a": True}, None),
     ("dict", [{"a": [1]}], {"a": 1.0}, None),
     ("dict", [{"a": ["X y"]}], {"a": "x-Y"}, None),
-    (
-        "dict",
-        [{"a": [["X"]]}],
-        {"a": ["x"]},
-        VALUE,
-    ),  # strings in lists inside a dict are compared as they are
+    ("dict", [{"a": [["X"]]}], {"a": ["x"]}, VALUE),  # strings in lists in a dict are compared as they are
     ("dict", [{"a": [1]}], {"A": 1}, KEY),
     ("dict", [{"a": [1], "b": [2, ""]}], {"a": 1}, None),
     ("dict", [{"a": [1], "b": [2]}], {"a": 1}, KEY),
@@ -91,27 +81,8 @@ PYTHON_RULES = [
     ("array dict", [[{"a": [1]}, {"a": [2]}]], [{"a": 1}], COUNT),
     ("array string", [], ["a"], SIMPLE),  # some answers allow nothing
     ("string", [], "a", STRING),
-    (
-        "array string",
-        [["a"], "var"],
-        [1],
-        LIST,
-    ),  # "var" vouches for the elements' types, not for their values
+    ("array string", [["a"], "var"], [1], LIST),  # "var" vouches for the elements' types, not their values
 ]
-
-
-@pytest.mark.parametrize(("declared", "allowed", "value", "error"), PYTHON_RULES)
-def test_python_rule(declared, allowed, value, error):
-    assert check(problem(*declared_first(declared, allowed)), reply(("f", {"p": value}))) == (
-        error is None,
-        error,
-    )
-
-
-def declared_first(declared, allowed):
-    """ "array float" -> the arguments (type, allowed, item) of problem()."""
-    name, _, item = declared.partition(" ")
-    return name, allowed, item or None
 
 
 JAVA_RULES = [
@@ -161,14 +132,18 @@ JAVASCRIPT_RULES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("category", "declared", "allowed", "value", "error"),
-    [("simple_java", *rule) for rule in JAVA_RULES]
-    + [("simple_javascript", *rule) for rule in JAVASCRIPT_RULES],
-)
-def test_java_and_javascript_rule(category, declared, allowed, value, error):
-    case = problem(*declared_first(declared, allowed), category=category)
-    assert check(case, reply(("f", {"p": value}))) == (error is None, error)
+RULES = [
+    *(("simple_python", *rule) for rule in PYTHON_RULES),
+    *(("simple_java", *rule) for rule in JAVA_RULES),
+    *(("simple_javascript", *rule) for rule in JAVASCRIPT_RULES),
+]
+
+
+@pytest.mark.parametrize(("category", "declared", "allowed", "value", "error"), RULES)
+def test_rule_of_values(category, declared, allowed, value, error):
+    kind, _, item = declared.partition(" ")  # "array float": its elements are floats
+    case = problem(kind, allowed, item or None, category)
+    assert bfcl_verdict(case, reply(("f", {"p": value}))) == (error is None, error)
 
 
 # (category, calls, error without its prefix); p is required and 1, answers 1 or 2 for parallel
@@ -190,61 +165,57 @@ CALL_RULES = [
 
 @pytest.mark.parametrize(("category", "calls", "error"), CALL_RULES)
 def test_call_rule(category, calls, error):
-    assert check(problem("integer", [1], category=category), reply(*calls)) == (error is None, error)
+    assert bfcl_verdict(problem("integer", [1], category=category), reply(*calls)) == (error is None, error)
 
 
 def test_names_with_dots_must_match_exactly():
     case = problem("integer", [1])
     case.functions[0]["name"] = "a.b"
-    assert check(case, reply(("a.b", {"p": 1})))[0]
-    assert check(case, reply(("a_b", {"p": 1}))) == (False, "simple_function_checker:wrong_func_name")
+    assert bfcl_verdict(case, reply(("a.b", {"p": 1})))[0]
+    assert bfcl_verdict(case, reply(("a_b", {"p": 1}))) == (False, "simple_function_checker:wrong_func_name")
 
 
-def test_a_required_parameter_may_not_be_omitted_and_an_optional_one_only_with_an_empty_string():
-    assert (
-        check(problem("integer", [1, ""]), reply(("f", {})))[1] == "simple_function_checker:missing_required"
-    )
-    assert check(problem("integer", [1, ""], required=False), reply(("f", {}))) == (True, None)
-    optional = problem("integer", [1], required=False)
-    assert check(optional, reply(("f", {}))) == (False, "simple_function_checker:missing_optional")
-
-
-def test_a_wrong_value_is_told_before_an_omitted_parameter():
-    case = problem("integer", [1])
-    case.functions[0]["parameters"]["properties"]["q"] = {"type": "integer"}
-    case.answer[0]["f"]["q"] = [1]
-    assert check(case, reply(("f", {"p": 2}))) == (False, OTHERS)
-    assert check(case, reply(("f", {"p": 1}))) == (False, "simple_function_checker:missing_optional")
+@pytest.mark.parametrize(
+    ("allowed", "required", "error"),
+    [([1, ""], True, "missing_required"), ([1, ""], False, None), ([1], False, "missing_optional")],
+)
+def test_only_an_optional_parameter_with_an_empty_string_may_be_omitted(allowed, required, error):
+    verdict = bfcl_verdict(problem("integer", allowed, required=required), reply(("f", {})))
+    assert verdict == (error is None, error and f"simple_function_checker:{error}")
 
 
 def test_simple_goes_by_the_first_function_and_multiple_by_the_answers_name():
     """A simple case has one function, whose name counts even where the answer spells it otherwise."""
     case = problem("integer", [1])
     case.answer[0] = {"F": {"p": [1]}}
-    assert check(case, reply(("f", {"p": 1}))) == (True, None)
+    assert bfcl_verdict(case, reply(("f", {"p": 1}))) == (True, None)
     case = problem("integer", [1], category="multiple")
     case.functions.insert(0, {**case.functions[0], "name": "other"})
-    assert check(case, reply(("f", {"p": 1}))) == (True, None)
-    assert check(case, reply(("other", {"p": 1}))) == (False, "simple_function_checker:wrong_func_name")
+    assert bfcl_verdict(case, reply(("f", {"p": 1}))) == (True, None)
+    assert bfcl_verdict(case, reply(("other", {"p": 1})))[1] == "simple_function_checker:wrong_func_name"
 
 
 def test_a_parameter_must_be_in_the_documentation_and_in_the_answer():
     case = problem("integer", [1])
     case.functions[0]["parameters"]["properties"]["q"] = {"type": "integer"}
-    assert check(case, reply(("f", {"p": 1, "q": 1}))) == (False, "simple_function_checker:unexpected_param")
+    both = reply(("f", {"p": 1, "q": 1}))
+    assert bfcl_verdict(case, both) == (False, "simple_function_checker:unexpected_param")
+    case.answer[0]["f"]["q"] = [1]
+    assert bfcl_verdict(case, both) == (True, None)
+    # A wrong value is told before a missing parameter.
+    assert bfcl_verdict(case, reply(("f", {"p": 2}))) == (False, OTHERS)
+    assert bfcl_verdict(case, reply(("f", {"p": 1}))) == (False, "simple_function_checker:missing_optional")
 
 
 def test_parallel_calls_are_matched_greedily():
     case = problem("integer", [1, 2], category="parallel")
     case.answer.append({"f": {"p": [1]}})
     first, second = ("f", {"p": 1}), ("f", {"p": 2})
-    assert check(case, reply(first, second)) == (
-        False,
-        "parallel_function_checker_no_order:cannot_find_match",
-    )
-    assert check(case, reply(second, first)) == (True, None)
+    no_match = "parallel_function_checker_no_order:cannot_find_match"
+    assert bfcl_verdict(case, reply(first, second)) == (False, no_match)
+    assert bfcl_verdict(case, reply(second, first)) == (True, None)
     case.answer[0]["f"]["p"] = [2]
-    assert check(case, reply(first, second)) == (True, None)  # in another order than the answers
+    assert bfcl_verdict(case, reply(first, second)) == (True, None)  # in another order than the answers
 
 
 DECODE = "ast_decoder:decoder_failed"
@@ -276,7 +247,7 @@ OUTPUTS = [  # output, error
 
 @pytest.mark.parametrize(("output", "error"), OUTPUTS, ids=range(len(OUTPUTS)))
 def test_decoding(output, error):
-    assert check(problem("integer", [1]), output) == (error is None, error)
+    assert bfcl_verdict(problem("integer", [1]), output) == (error is None, error)
 
 
 @pytest.mark.parametrize(
@@ -286,9 +257,9 @@ def test_decoding(output, error):
 def test_relevance_counts_well_formed_calls_only(output, called):
     for category in ("irrelevance", "live_irrelevance"):
         error = "irrelevance_error:decoder_success" if called else None
-        assert check(Problem("i", category, [], [], []), output) == (not called, error)
+        assert bfcl_verdict(Problem("i", category, [], [], []), output) == (not called, error)
     error = None if called else "relevance_error:decoder_failed"
-    assert check(Problem("i", "live_relevance", [], [], []), output) == (called, error)
+    assert bfcl_verdict(Problem("i", "live_relevance", [], [], []), output) == (called, error)
 
 
 REPLY_KINDS = [
@@ -308,44 +279,19 @@ REPLY_KINDS = [
 def test_no_call_has_three_kinds(output, kind):
     """All three count as a correct refusal, so a broken format would pass for restraint."""
     assert reply_kind(output, decode(output)) == kind
-    assert check(Problem("i", "irrelevance", [], [], []), output)[0] == (kind != "called")
-
-
-FAULTS = [  # category, calls, the error in words
-    ("simple_python", [("g", {"p": 1})], "'g' is called, not 'f'"),
-    ("simple_python", [("f", {})], "the required parameter 'p' is missing"),
-    ("simple_python", [("f", {"p": 1, "q": 2})], "the parameter 'q' is not in the function's documentation"),
-    ("simple_python", [("f", {"p": "1"})], "p is '1', but integer is expected; the allowed values are [1]"),
-    ("simple_java", [("f", {"p": 1})], "p is 1, but integer is expected as text; the allowed values are [1]"),
-    ("simple_python", [("f", {"p": 2})], "p is 2, but the allowed values are [1]"),
-    ("simple_python", [], "the number of calls is 0, not 1"),
-    (
-        "parallel",
-        [("f", {"p": 2})],
-        "no call that is left fits the expected {'f': {'p': [1]}}: p is 2, but the",
-    ),
-    ("irrelevance", [("f", {})], "a call is made, though no function fits"),
-]
-
-
-@pytest.mark.parametrize(("category", "calls", "words"), FAULTS)
-def test_faults_are_told_in_words(category, calls, words):
-    assert find_fault(problem("integer", [1], category=category), decode(reply(*calls)))[1].startswith(words)
+    assert bfcl_verdict(Problem("i", "irrelevance", [], [], []), output)[0] == (kind != "called")
 
 
 def test_a_value_nested_as_deeply_as_json_can_be_read_is_no_crash():
-    """Reading JSON and printing it again have the same limit on depth, but at different depths of the
-    stack.
-    """
+    """Reading JSON and printing it again have the same limit, but at different depths of the stack."""
     for depth in range(900, 1000):
         output = f'<tool_call>[{{"name": "f", "arguments": {{"p": {"[" * depth}{"]" * depth}}}}}]</tool_call>'
-        assert check(problem("integer", [1]), output) in ((False, SIMPLE), (False, DECODE))
+        assert bfcl_verdict(problem("integer", [1]), output) in ((False, SIMPLE), (False, DECODE))
     value = []
     for _ in range(100_000):
         value = [value]
-    assert find_fault(problem("integer", [1]), [{"f": {"p": value}}])[1].startswith(
-        "p is a deeply nested value, but"
-    )
+    _, words = find_fault(problem("integer", [1]), [{"f": {"p": value}}])
+    assert words.startswith("p is a deeply nested value, but")
 
 
 def test_hostile_literals_take_no_time():
@@ -355,8 +301,6 @@ def test_hostile_literals_take_no_time():
         ("HashMap", "simple_java", "new HashMap<>(){" * 800),
         ("array", "simple_javascript", "[[" + "1],[" * 800),
     ]:
-        case = problem(
-            declared, [{"a": [1]}], item="float" if declared == "array" else None, category=category
-        )
-        assert check(case, reply(("f", {"p": text})))[1].startswith(("type_error", "value_error"))
+        case = problem(declared, [{"a": [1]}], "float" if declared == "array" else None, category)
+        assert bfcl_verdict(case, reply(("f", {"p": text})))[1].startswith(("type_error", "value_error"))
     assert time.process_time() - start < 2

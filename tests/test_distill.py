@@ -1,33 +1,29 @@
-"""distill.py: a file of right replies, from the training examples alone, whatever interrupted the run that
-made it.
+"""Distilling: a file of right replies, from the training examples alone, whatever interrupted the run.
 
-The teacher is the model of test_end_to_end.py, which is right in about a third of its samples: it copies two
-digits well, but writes them as text in two of three cases, as its demonstrations did.
+The teacher is the model of helpers.warmed_up_task, which is right in about a third of its samples: it copies
+two digits well, but writes them as text in two of three cases, as its demonstrations did.
 """
 
-import os
-import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from test_end_to_end import as_arguments, run_here, sum_example, warmed_up_task
+from helpers import ENVIRONMENT, ROOT, as_arguments, run_here, warmed_up_task
 
 import sft
 from config import ConfigError, load_config
 from corpus import distill
-from corpus.distill import example_key, with_traces
+from corpus.distill import example_key
+from corpus.examples import Example
 from corpus.layouts import load_examples
 from corpus.sources import DataError, read_jsonl
-from data import load_splits
+from data import load_splits, tokenize_splits
 from reward import score
 
 torch.set_num_threads(1)
 
-ROOT = Path(__file__).parents[1]
 SAMPLES = 4
 KEYS = "model data test_share prompt_template max_prompt_tokens max_response_tokens seed temperature".split()
 
@@ -48,154 +44,86 @@ def settings(task) -> dict[str, object]:
 def straight(settings, tmp_path_factory) -> tuple[Path, str]:
     """The file that a user's command writes, and what it prints."""
     out = tmp_path_factory.mktemp("straight") / "traces.jsonl"
-    command = [sys.executable, "-m", "corpus.distill", *as_arguments(settings | {"out": out})]
-    done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=180,
-    )
+    command = [sys.executable, "data.py", "distill", *as_arguments(settings | {"out": out})]
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     return out, done.stdout
 
 
 def distil(settings: dict[str, object], out: Path, **changes: object) -> Path:
-    distill.main(as_arguments(settings | {"out": out} | changes))
+    distill.main(as_arguments(settings | {"out": out} | changes), load_splits, tokenize_splits)
     return out
 
 
-def copied(straight: tuple[Path, str], folder: Path) -> tuple[Path, Path]:
-    """(traces, journal), as the run left them."""
-    for path in straight[0].parent.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    return folder / "traces.jsonl", folder / "traces.jsonl.tried"
-
-
-def training_examples(settings: dict[str, object]) -> list:
+@pytest.fixture(scope="module")
+def training(settings) -> dict[str, Example]:
     own = {key: value for key, value in settings.items() if key != "samples"}
-    return load_splits(load_config(as_arguments(own))).train
+    return {example.id: example for example in load_splits(load_config(as_arguments(own))).train}
 
 
-# --------------------------------------------------------------------------------------------------- the file
-
-
-def test_every_trace_is_a_right_reply_to_its_training_example(straight, settings):
-    known = {example.id: example for example in training_examples(settings)}
+def test_every_trace_is_a_right_reply_to_its_training_example(straight, training):
     written, dropped = load_examples(straight[0])
-    assert len(known) == 56 and 10 < len(written) < 56 and not dropped, (
-        "in the data's layout, without the held-out cases"
-    )
+    assert len(training) == 56 and 10 < len(written) < 56 and not dropped, "without the held-out cases"
     for example in written:
-        assert example_key(example) == example_key(known[example.id])
-        (trace,) = example.demonstrations
-        assert score(trace, example.answer).total == 1.0
-    assert [e.id for e in written] == [rid for rid in known if rid in {e.id for e in written}], (
-        "in the data's order"
-    )
+        assert example_key(example) == example_key(training[example.id])
+        assert [score(trace, example.answer).total for trace in example.demonstrations] == [1.0]
+    assert [e.id for e in written] == [rid for rid in training if rid in {e.id for e in written}], "in order"
 
 
-def test_the_report_is_what_the_samples_say(straight, settings):
-    rows = read_jsonl(Path(f"{straight[0]}.tried"))[1:]
-    assert sorted(row["id"] for row in rows) == sorted(example.id for example in training_examples(settings))
+def test_the_report_is_what_the_samples_say(straight, training):
+    said, rows = straight[1], read_jsonl(Path(f"{straight[0]}.tried"))[1:]
+    assert sorted(row["id"] for row in rows) == sorted(training)
     assert all(row["right"] + sum(row["reasons"].values()) == SAMPLES for row in rows)
-    assert all(len(set(row["traces"])) == len(row["traces"]) <= row["right"] for row in rows)
     solved, right = sum(bool(row["traces"]) for row in rows), sum(row["right"] for row in rows)
-    assert solved < right, "an equal reply is kept once"
-    said = straight[1]
+    assert solved < right and all(len(row["traces"]) == len(set(row["traces"])) for row in rows)
     assert f"{solved} of 56 prompts have a right reply ({solved / 56:.1%}); {solved} traces kept" in said
-    assert f"{right} of 224 samples are right ({right / 224:.1%}); the others:" in said
-    for reason, count in sum((Counter(row["reasons"]) for row in rows), Counter()).items():
-        assert re.search(rf"^ +{count} +[\d.]+%  {reason}$", said, re.MULTILINE)
-
-
-def test_so_many_different_traces_are_kept():
-    examples = [sum_example(i, i, i) for i in range(3)]
-    tried = {example_key(examples[0]): {"traces": ["a", "b", "c"]}, example_key(examples[2]): {"traces": []}}
-    (found,) = with_traces(examples, tried, keep=2)
-    assert (found.id, found.demonstrations) == (examples[0].id, ("a", "b"))
+    assert f"{right} of 224 samples are right ({right / 224:.1%})" in said
+    assert f" {sum(row['reasons'].get('wrong_arguments', 0) for row in rows)} " in said
 
 
 def test_sft_on_the_traces_teaches_what_the_teacher_knew_sometimes(straight, task, tmp_path):
-    """Reason-SFT from the file: the teacher's own right replies are imitated, and the habit of its wrong ones
-    goes.
-    """
-    training = task | {
-        "data": straight[0],
-        "run_dir": tmp_path / "sft",
-        "steps": 40,
-        "sft_lr": 1e-3,
-        "sft_batch": 8,
-    }
-    log = read_jsonl(run_here(sft.main, training) / "log.jsonl")
+    """The teacher's own right replies are imitated, and the habit of its wrong ones goes."""
+    changes = dict(data=straight[0], run_dir=tmp_path / "sft", steps=40, sft_lr=1e-3, sft_batch=8)
+    log = read_jsonl(run_here(sft.main, task | changes) / "log.jsonl")
     assert log[-1]["held_out/accuracy"] > log[0]["held_out/accuracy"] + 0.3
-    assert log[-1]["held_out/n"] == 30
 
 
-# ---------------------------------------------------------------------------------------------- interruptions
+def test_what_was_found_can_be_used_and_is_not_tried_again(straight, settings, tmp_path, monkeypatch):
+    """Ctrl-C first, then a kill that cuts a line in two. Prompts tried in vain count as tried, too."""
+    out, journal = tmp_path / "traces.jsonl", tmp_path / "traces.jsonl.tried"
+    batches, real = [], distill.sample_groups
 
-
-def test_after_a_kill_only_the_missing_prompts_are_tried(straight, settings, tmp_path, monkeypatch):
-    """The kill cut a line in two. Prompts tried in vain count as tried, and the file is the same to the
-    byte.
-    """
-    out, journal = copied(straight, tmp_path)
-    whole = out.read_bytes()
-    lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(b"".join(lines[:40]) + lines[40][:30])
-    out.unlink()
-    asked, real = [], distill.sample_groups
-    monkeypatch.setattr(
-        distill, "sample_groups", lambda *args, **more: asked.extend(args[2]) or real(*args, **more)
-    )
-    distil(settings, out)
-    assert len(asked) == 57 - 40 and out.read_bytes() == whole
-    assert sorted(journal.read_bytes().splitlines()) == sorted(line.rstrip() for line in lines)
-    monkeypatch.delattr(distill, "load_model")
-    assert distil(settings, out).read_bytes() == whole, "nothing is left, so no model is loaded"
-
-
-def test_what_is_found_before_ctrl_c_can_be_used(straight, settings, tmp_path, monkeypatch, capsys):
-    out, calls, real = tmp_path / "traces.jsonl", [], distill.sample_groups
-
-    def interrupted(*args, **more):
-        calls.append(1)
-        if len(calls) == 4:
+    def sample(model, tokenizer, prompts, *rest, **more):
+        batches.append(len(prompts))
+        if len(batches) == 4:
             raise KeyboardInterrupt
-        return real(*args, **more)
+        return real(model, tokenizer, prompts, *rest, **more)
 
-    monkeypatch.setattr(distill, "sample_groups", interrupted)
+    monkeypatch.setattr(distill, "sample_groups", sample)
     with pytest.raises(KeyboardInterrupt):
         distil(settings, out)
-    assert "32 prompts are not tried yet: the same command goes on" in capsys.readouterr().out
-    early = [example.id for example in load_examples(out)[0]]
-    assert 0 < len(early) <= 24
+    assert 0 < len(load_examples(out)[0]) <= 24
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:20]) + lines[20][:30])
     assert distil(settings, out).read_bytes() == straight[0].read_bytes()
+    assert sum(batches[4:]) == 57 - 20
+    whole = Path(f"{straight[0]}.tried").read_bytes().splitlines()
+    assert sorted(journal.read_bytes().splitlines()) == sorted(whole)
+    monkeypatch.delattr(distill, "load_model")
+    assert distil(settings, out).read_bytes() == straight[0].read_bytes(), "nothing is left to try"
 
 
-@pytest.mark.parametrize(
-    "changed", [{"temperature": 0.9}, {"samples": 2}, {"seed": 1}, {"reward": "no_reason"}]
-)
-def test_samples_of_other_settings_are_not_mixed(straight, settings, tmp_path, changed):
-    out, journal = copied(straight, tmp_path)
-    before = journal.read_bytes()
-    with pytest.raises(
-        ConfigError, match=f"traces.jsonl.tried was made with another {next(iter(changed))}; give another"
-    ):
-        distil(settings, out, **changed)
-    assert journal.read_bytes() == before
-
-
-def test_a_start_that_tried_nothing_binds_nobody(settings, tmp_path):
-    with pytest.raises(DataError, match="all 6 training prompts are longer"):
-        distil(settings, tmp_path / "traces.jsonl", max_prompt_tokens=1, data_to=0.1)
-    assert load_examples(distil(settings, tmp_path / "traces.jsonl", data_to=0.1))[0]
-
-
-# --------------------------------------------------------------------------------------------------- refusals
+@pytest.mark.parametrize("key, other", [("temperature", 0.9), ("samples", 2), ("reward", "no_reason")])
+def test_samples_of_other_settings_are_not_mixed(straight, settings, key, other):
+    before = Path(f"{straight[0]}.tried").read_bytes()
+    with pytest.raises(ConfigError, match=f"traces.jsonl.tried was made with another {key}; give another"):
+        distil(settings, straight[0], **{key: other})
+    assert Path(f"{straight[0]}.tried").read_bytes() == before
 
 
 def test_a_file_of_someone_else_is_not_overwritten(settings, tmp_path):
-    """Above all not the training file itself."""
     (tmp_path / "own.jsonl").write_text("precious")
-    with pytest.raises(ConfigError, match="own.jsonl exists, and was not written by distill.py"):
+    with pytest.raises(ConfigError, match="own.jsonl exists, and was not written by distill"):
         distil(settings, tmp_path / "own.jsonl")
 
 
@@ -204,27 +132,3 @@ def test_nothing_right_is_an_error_and_writes_no_file(settings, tmp_path):
     with pytest.raises(DataError, match="no reply of .* got full reward, so .*traces.jsonl is not written"):
         distil(settings, tmp_path / "traces.jsonl", reward=f"{tmp_path / 'own.py'}:never", data_to=0.1)
     assert not (tmp_path / "traces.jsonl").exists() and (tmp_path / "traces.jsonl.tried").exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        (
-            {"samples": 0},
-            "argument --samples: needs a whole number above 0, not '0'; see python distill.py --help",
-        ),
-        ({"model": "tiny"}, "model: tiny is not trained yet"),
-        ({"out": "x.parquet"}, "out: x.parquet would hold JSON lines, not Parquet"),
-        ({"sample": 3}, "unknown setting 'sample'"),
-    ],
-)
-def test_a_mistake_is_one_sentence(settings, changes, sentence):
-    with pytest.raises(ConfigError, match=re.escape(sentence)):
-        distill.main(as_arguments(settings | changes))
-
-
-def test_torchrun_is_refused(settings, monkeypatch):
-    """Every process would sample the same prompts and append the same rows."""
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="distill.py is one process: start it with python, not torchrun"):
-        distill.main(as_arguments(settings))

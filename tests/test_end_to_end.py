@@ -1,98 +1,30 @@
 """Learning itself: GRPO must raise the reward by far more than noise, and must fail to do so when one line is
-broken.
-
-The task is the demo's in miniature: copy two digits from the request into one call. Two of three
-demonstrations write the numbers as text, so the warmed-up model copies well and gets the type right in a
-third of its samples. Only the habit is left for GRPO to learn, which takes it a few seconds.
+broken. The task is that of helpers.py.
 """
 
 import dataclasses
 import json
-import os
-import random
-import signal
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
+from helpers import run_here, warmed_up_task, weights
 from safetensors.torch import load_file
 
 import grpo
 import reward
-import sft
-from corpus.examples import Example
-from corpus.layouts import load_examples, write_examples
+from corpus.layouts import load_examples
 from corpus.sources import read_jsonl
-from distributed import batches as minibatches
+from distributed import batches
 from distributed.checkpoint import full_state
 from losses import ADVANTAGES
-from prompts import ToolCall, render_completion
 from reward import score
 
 torch.set_num_threads(1)
 
-TOOL = {"name": "add", "description": "adds", "parameters": {"a": {"type": "int"}, "b": {"type": "int"}}}
 # The mean of one step's 64 samples has a standard error of 0.06. Learning rate and steps are such that Adam's
 # random walk under shuffled rewards, whose steps are as long as those of learning, stays far behind.
 RISE = 0.3
-
-
-def sum_example(index: int, a: int, b: int) -> Example:
-    right, text = [ToolCall("add", {"a": a, "b": b})], [ToolCall("add", {"a": str(a), "b": str(b)})]
-    demonstrations = tuple(render_completion(calls, "add") for calls in (right, text, text))
-    question = [{"role": "user", "content": f"add {a} and {b}"}]
-    return Example(f"add-{index}", "sums", question, [TOOL], right, demonstrations)
-
-
-def write_task(folder: Path) -> dict[str, object]:
-    """Writes training and test file, and returns the settings of a run on them."""
-    pairs = [(a, b) for a in range(10) for b in range(10)]
-    random.Random(0).shuffle(pairs)
-    examples = [sum_example(i, *pair) for i, pair in enumerate(pairs)]
-    write_examples(folder / "train.jsonl", examples[:70])
-    write_examples(folder / "test.jsonl", examples[70:])
-    (folder / "template.txt").write_text("{tools}")
-    return dict(
-        data=folder / "train.jsonl", test_data=folder / "test.jsonl", prompt_template=folder / "template.txt",
-        max_prompt_tokens=200, max_response_tokens=40, gradient_checkpointing="false", seed=0,
-        prompts_per_step=8, minibatch_prompts=8, group_size=8, temperature=1.0, lr=2e-4, steps=25,
-        eval_every=0, save_every=0, log_samples=1000,
-    )
-
-
-def as_arguments(settings: dict[str, object]) -> list[str]:
-    return [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-
-
-def run_here(main: Callable[[list[str]], None], settings: dict[str, object]) -> Path:
-    """Runs a script's main in this process, so that its lines can be broken; cleans up after it. Returns
-    run_dir.
-    """
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    environment = dict(os.environ)
-    try:
-        main(as_arguments(settings))
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        os.environ.clear()
-        os.environ.update(environment)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    return Path(settings["run_dir"])
-
-
-def warmed_up_task(folder: Path) -> dict[str, object]:
-    """The settings of a GRPO run that starts from a model that can copy, but writes two of three numbers as
-    text.
-    """
-    settings = write_task(folder)
-    tiny = dict(
-        model="tiny", tiny_hidden=64, sft_lr=4e-3, sft_batch=4, steps=220
-    )
-    return settings | {"model": run_here(sft.main, settings | tiny | {"run_dir": folder / "sft"}) / "model"}
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +78,7 @@ def shifted(pack):
 
 BROKEN = {
     "the sign of the advantage": (ADVANTAGES, "group_std", lambda real: lambda rewards: -real(rewards)),
-    "the position that predicts": (minibatches, "pack", shifted),
+    "the position that predicts": (batches, "pack", shifted),
     "advantages of other completions": (
         ADVANTAGES,
         "group_std",
@@ -201,7 +133,7 @@ def test_nothing_is_learnt_from_shuffled_rewards(settings, tmp_path):
 
 def test_a_learning_rate_of_0_changes_no_bit(settings, tmp_path):
     still = settings | {"lr": 0, "steps": 2, "run_dir": tmp_path, "kl_coef": 0.1, "minibatch_prompts": 4}
-    after = load_file(run_here(grpo.main, still) / "model" / "model.safetensors")
+    after = weights(run_here(grpo.main, still))
     before = load_file(Path(settings["model"]) / "model.safetensors")
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
     log = read_jsonl(tmp_path / "log.jsonl")
@@ -250,10 +182,7 @@ def test_the_log_is_what_the_samples_say(healthy, settings):
 
 def test_the_final_model_is_the_last_checkpoint(healthy):
     assert (healthy / "latest").read_text() == "step_25"
-    final, checkpoint = (
-        load_file(healthy / "model" / "model.safetensors"),
-        full_state(healthy / "step_25", torch.float32),
-    )
-    assert final.keys() == checkpoint.keys() and all(
-        torch.equal(final[name], checkpoint[name]) for name in final
-    )
+    final = weights(healthy)
+    checkpoint = full_state(healthy / "step_25", torch.float32)
+    assert final.keys() == checkpoint.keys()
+    assert all(torch.equal(final[name], checkpoint[name]) for name in final)

@@ -1,57 +1,49 @@
-"""engines.py: every engine gives the same greedy tokens and samples from the same distribution, after an
-update too.
-"""
+"""Every rollout engine gives the slow loop's greedy tokens, and samples that follow the model's softmax."""
 
 from collections.abc import Sequence
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch.testing import assert_close
-from transformers import (
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
 
-from kernel import decode as engines
+from corpus.tiny_model import build_tiny_tokenizer
+from kernel import decode
 from kernel.attention import use_attention
 from kernel.decode import Prompt, shared_prefix
+from kernel.hf_engines import EngineError
 from kernel.packing import pack
-from model import ModelError, prepare_model, token_logprobs
-from rollout import ENGINES
+from model import prepare_model, token_logprobs
+from rollout import ENGINES, sample_groups
 
 torch.set_num_threads(1)
 
 VOCABULARY = 50
 STOPS = list(range(3, VOCABULARY, 6))
-SHAPE = dict(
-    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, max_position_embeddings=512, tie_word_embeddings=False, bos_token_id=None, eos_token_id=3,
-    pad_token_id=None,
-)
-FAMILIES = {
-    "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, head_dim=16)),  # heads wider than hidden / heads
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
-}
-PROMPTS = [
-    Prompt(
-        f"p{i}", torch.randint(VOCABULARY, (n,), generator=torch.Generator().manual_seed(i)).tolist(), 100 + i
+FAMILIES = {"Qwen2": {}, "Qwen3": {"head_dim": 16}, "Llama": {}}  # Qwen3: heads wider than hidden / heads
+
+
+def random_ids(length: int, seed: int) -> list[int]:
+    return torch.randint(VOCABULARY, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+PROMPTS = [Prompt(f"p{i}", random_ids(n, i), 100 + i) for i, n in enumerate([5, 1, 17, 9, 2, 30])]
+
+
+def random_model(family: str, **settings):
+    """With grouped K/V heads and an untied head."""
+    shape = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, eos_token_id=3,
+        num_key_value_heads=2, tie_word_embeddings=False, bos_token_id=None, pad_token_id=None,
     )
-    for i, n in enumerate([5, 1, 17, 9, 2, 30])
-]
+    config = getattr(transformers, f"{family}Config")(**{"vocab_size": VOCABULARY} | shape | settings)
+    torch.manual_seed(0)
+    return prepare_model(getattr(transformers, f"{family}ForCausalLM")(config), torch.device("cpu")).eval()
 
 
-def build(family: str, seed: int = 0):
-    """A random model with peaked distributions, grouped K/V heads and untied head."""
-    torch.manual_seed(seed)
-    model = prepare_model(FAMILIES[family](), torch.device("cpu")).eval()
+def peaked_model(family: str):
+    model = random_model(family, **FAMILIES[family])
     with torch.no_grad():
         for weight in model.parameters():
             if weight.dim() == 2:
@@ -61,12 +53,10 @@ def build(family: str, seed: int = 0):
 
 @pytest.fixture(scope="module")
 def model():
-    return build("qwen2")
+    return peaked_model("Qwen2")
 
 
-def one_by_one(
-    model, prompt: list[int], max_new_tokens: int, stops: Sequence[int] = tuple(STOPS)
-) -> list[int]:
+def one_by_one(model, prompt: list[int], max_new_tokens: int, stops: Sequence[int] = STOPS) -> list[int]:
     """Greedy decoding that computes everything anew for each token: nothing can be stale or out of place."""
     use_attention(model, "generate")
     ids = list(prompt)
@@ -78,11 +68,12 @@ def one_by_one(
     return ids[len(prompt) :]
 
 
-def trainer_logprobs(model, rows, copies: int, temperature: float) -> torch.Tensor:
+def assert_trainers_logprobs(model, rows, copies: int, temperature: float) -> None:
     use_attention(model, "train")
     groups = [(p.ids, [ids for ids, _ in rows[i * copies : (i + 1) * copies]]) for i, p in enumerate(PROMPTS)]
     with torch.no_grad():
-        return token_logprobs(model, pack(groups, torch.device("cpu")), temperature)[0]
+        slow = token_logprobs(model, pack(groups, torch.device("cpu")), temperature)[0]
+    assert_close(torch.tensor([x for _, chances in rows for x in chances]), slow, atol=1e-5, rtol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------------- every engine
@@ -91,29 +82,25 @@ def trainer_logprobs(model, rows, copies: int, temperature: float) -> torch.Tens
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_are_those_of_the_slow_loop(family, engine):
-    model = build(family)
+    model = peaked_model(family)
     slow = [one_by_one(model, prompt.ids, 20) for prompt in PROMPTS]
     rows = ENGINES[engine](model, PROMPTS, 1, 0.0, 20, STOPS)
     assert [ids for ids, _ in rows] == slow
     assert len({len(ids) for ids in slow}) > 2, "rows do finish at different times"
-    fast = torch.tensor([x for _, chances in rows for x in chances])
-    assert_close(fast, trainer_logprobs(model, rows, 1, 1.0), atol=1e-5, rtol=1e-5)
+    assert_trainers_logprobs(model, rows, 1, 1.0)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_log_probs_of_samples_are_the_trainers(model, engine):
     rows = ENGINES[engine](model, PROMPTS, 3, 0.7, 20, STOPS)
     assert len(rows) == 3 * len(PROMPTS)
-    fast = torch.tensor([x for _, chances in rows for x in chances])
-    assert_close(fast, trainer_logprobs(model, rows, 3, 0.7), atol=1e-5, rtol=1e-5)
+    assert_trainers_logprobs(model, rows, 3, 0.7)
     for ids, _ in rows:
         assert not set(ids[:-1]) & set(STOPS) and (len(ids) == 20 or ids[-1] in STOPS)
 
 
 def chi_square(counts: torch.Tensor, distribution: torch.Tensor) -> float:
-    """Pearson's statistic in units of its own standard deviation, over the tokens that are expected 5 times
-    or more.
-    """
+    """Pearson's statistic in units of its standard deviation, over tokens expected 5 times or more."""
     expected = distribution * counts.sum()
     often = expected >= 5
     chi2 = ((counts - expected)[often] ** 2 / expected[often]).sum()
@@ -122,24 +109,18 @@ def chi_square(counts: torch.Tensor, distribution: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_samples_follow_the_softmax_whatever_the_models_own_defaults_say(model, engine):
-    """Qwen2.5-Instruct brings top_k 20, top_p 0.8 and a repetition penalty, which generate() inherits
-    silently.
-    """
+def test_samples_follow_the_softmax_whatever_the_models_own_defaults_say(model, engine, monkeypatch):
+    """generate() silently inherits them; Qwen2.5-Instruct has top_k 20, top_p 0.8, a repetition penalty."""
     prompt, temperature, n = PROMPTS[2], 0.7, 1200
     use_attention(model, "generate")
     with torch.no_grad():
         logits = model(torch.tensor([prompt.ids])).logits[0, -1].double()
     defaults = dict(do_sample=True, top_k=5, top_p=0.5, repetition_penalty=1.5, temperature=0.3, min_p=0.2)
     defaults |= dict(epsilon_cutoff=0.1, no_repeat_ngram_size=1, suppress_tokens=[5])
-    saved = {name: getattr(model.generation_config, name) for name in defaults}
-    try:
+    with monkeypatch.context() as patch:
         for name, value in defaults.items():
-            setattr(model.generation_config, name, value)
+            patch.setattr(model.generation_config, name, value)
         rows = ENGINES[engine](model, [prompt], n, temperature, 1, STOPS)
-    finally:
-        for name, value in saved.items():
-            setattr(model.generation_config, name, value)
     counts = torch.bincount(torch.tensor([ids[0] for ids, _ in rows]), minlength=VOCABULARY).double()
     assert chi_square(counts, F.softmax(logits / temperature, -1)) < 4
     assert chi_square(counts, F.softmax(logits, -1)) > 8, "without the temperature"
@@ -148,18 +129,14 @@ def test_samples_follow_the_softmax_whatever_the_models_own_defaults_say(model, 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_after_an_update_samples_come_from_the_new_weights(engine):
     """A kept prompt cache would answer with the old ones: transformers' persistent manager does."""
-    model = build("qwen2")
+    model = peaked_model("Qwen2")
     before = ENGINES[engine](model, PROMPTS, 2, 1.0, 8, STOPS)
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(1.1)
     after = ENGINES[engine](model, PROMPTS, 2, 1.0, 8, STOPS)
-    fast = torch.tensor([x for _, chances in after for x in chances])
-    assert_close(fast, trainer_logprobs(model, after, 2, 1.0), atol=1e-5, rtol=1e-5)
+    assert_trainers_logprobs(model, after, 2, 1.0)
     assert before != after
-
-
-# ---------------------------------------------------------------------------------------------- shared_prefix
 
 
 def test_neither_prefill_rows_nor_blocks_nor_dropping_change_a_sample(model, monkeypatch):
@@ -168,103 +145,71 @@ def test_neither_prefill_rows_nor_blocks_nor_dropping_change_a_sample(model, mon
     for setting, values in {"PREFILL_TOKENS": (1, 20), "KEEP_SHARE": (0.0, 1.0), "BLOCK": (1, 8)}.items():
         for value in values:
             with monkeypatch.context() as patch:
-                patch.setattr(engines, setting, value)
+                patch.setattr(decode, setting, value)
                 if setting == "BLOCK":  # random numbers come in blocks, too: those must stay as they were
-                    patch.setattr(engines, "uniform_numbers", with_blocks_of(64, engines.uniform_numbers))
+                    patch.setattr(decode, "uniform_numbers", in_blocks_of_64)
                 rows = shared_prefix(model, PROMPTS, 4, 1.0, 40, STOPS[:1])
             assert [ids for ids, _ in rows] == [ids for ids, _ in expected], (setting, value)
 
 
-def with_blocks_of(size: int, real):
-    def numbers(prompts, copies, device):
-        generators = [torch.Generator().manual_seed(p.seed) for p in prompts]
-        while True:
-            yield from torch.cat(
-                [torch.rand(copies, size, generator=g, dtype=torch.float64) for g in generators]
-            ).T
-
-    return numbers
+def in_blocks_of_64(prompts, copies, device):
+    generators = [torch.Generator().manual_seed(p.seed) for p in prompts]
+    while True:
+        yield from torch.cat([torch.rand(copies, 64, generator=g, dtype=torch.float64) for g in generators]).T
 
 
 def test_a_prompt_is_computed_and_stored_once_per_group(model):
     with torch.no_grad():
-        cache, logits = engines._prefill(model, PROMPTS, 4)
+        cache, logits = decode._prefill(model, PROMPTS, 4)
     assert logits.shape == (len(PROMPTS), VOCABULARY)
     assert cache.prompt_k[0].shape == (len(PROMPTS), 2, 30, 8)
-    assert cache.k[0].shape == (4 * len(PROMPTS), 2, engines.BLOCK, 8)
+    assert cache.k[0].shape == (4 * len(PROMPTS), 2, decode.BLOCK, 8)
 
 
 @pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("the mask of padded prompts", lambda cache: cache.prompt_mask.zero_()),
-        ("the mask of tokens to come", lambda cache: cache.own_mask.zero_()),
-        ("which prompt a row belongs to", lambda cache: [x.copy_(x.flip(0)) for x in cache.prompt_k]),
-    ],
+    "change",
+    [lambda cache: cache.prompt_mask.zero_(), lambda cache: cache.own_mask.zero_(),
+     lambda cache: [x.copy_(x.flip(0)) for x in cache.prompt_k]],
+    ids=["padding of prompts is seen", "tokens to come are seen", "a row has another row's prompt"],
 )
-def test_a_wrong_cache_is_noticed(model, monkeypatch, name, change):
+def test_a_wrong_cache_is_noticed(model, monkeypatch, change):
     """The comparison with the slow loop would see each of these."""
-    real = engines._prefill
+    real = decode._prefill
 
     def broken(*args):
         cache, logits = real(*args)
         change(cache)
         return cache, logits
 
-    monkeypatch.setattr(engines, "_prefill", broken)
+    monkeypatch.setattr(decode, "_prefill", broken)
     rows = shared_prefix(model, PROMPTS, 1, 0.0, 20, STOPS)
-    assert [ids for ids, _ in rows] != [one_by_one(model, prompt.ids, 20) for prompt in PROMPTS], name
-
-
-# ---------------------------------------------------------------------------------------- continuous_batching
+    assert [ids for ids, _ in rows] != [one_by_one(model, prompt.ids, 20) for prompt in PROMPTS]
 
 
 def test_a_partial_result_of_continuous_batching_is_an_error(model, monkeypatch):
     """The library prints its exception, returns what it has, and says nothing."""
     real = model.generate_batch
     monkeypatch.setattr(model, "generate_batch", lambda *a, **k: dict(list(real(*a, **k).items())[1:]))
-    with pytest.raises(ModelError, match="returned 11 of 12 completions"):
+    with pytest.raises(EngineError, match="returned 11 of 12 completions"):
         ENGINES["continuous_batching"](model, PROMPTS, 2, 1.0, 4, STOPS)
 
 
-# --------------------------------------------------------------------------------------------------- fallback
-
-
-def test_a_model_with_sliding_windows_is_sampled_by_generate():
-    """The default engine knows only full attention; a window of 8 tokens would be silently ignored."""
-    from test_rollout import build_tiny_tokenizer
-
-    from rollout import sample_groups
-
-    torch.manual_seed(0)
-    window = dict(use_sliding_window=True, sliding_window=8, max_window_layers=0)
-    model = Qwen2ForCausalLM(Qwen2Config(**SHAPE | {"vocab_size": 300}, **window))
-    with pytest.warns(UserWarning, match="sliding"):
-        model = prepare_model(model, torch.device("cpu")).eval()
-    prompt = Prompt("long", torch.randint(250, (30,), generator=torch.Generator().manual_seed(1)).tolist())
-    (group,) = sample_groups(
-        model, build_tiny_tokenizer(["a"], 300), [prompt], group_size=1, temperature=0, max_new_tokens=10, batch_size=4
-    )
-    assert group.responses[0][:10] == one_by_one(model, prompt.ids, 10, stops=())
-
-
 @pytest.mark.filterwarnings("ignore")
-def test_a_model_that_scales_its_logits_is_sampled_by_generate(monkeypatch):
-    """The default engine applies the head alone: without the scale, samples would follow another
-    distribution.
-    """
-    from test_rollout import build_tiny_tokenizer
-
-    from rollout import sample_groups
-
-    torch.manual_seed(0)
-    model = GraniteForCausalLM(GraniteConfig(**SHAPE | {"vocab_size": 300}, logits_scaling=4.0))
-    model = prepare_model(model, torch.device("cpu")).eval()
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("Qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=0)),
+     ("Granite", dict(logits_scaling=4.0))],
+)
+def test_what_the_default_engine_cannot_do_is_sampled_by_generate(family, settings, monkeypatch):
+    """It has full attention and applies the head alone: a window or a scale would be silently ignored."""
+    model = random_model(family, vocab_size=300, **settings)
     called = []
     for name, engine in list(ENGINES.items()):
-        monkeypatch.setitem(
-            ENGINES, name, lambda *args, name=name, engine=engine: called.append(name) or engine(*args)
-        )
-    tokenizer = build_tiny_tokenizer(["a"], 300)
-    sample_groups(model, tokenizer, PROMPTS, group_size=2, temperature=1.0, max_new_tokens=3, batch_size=64)
+        counted = lambda *args, name=name, engine=engine: called.append(name) or engine(*args)  # noqa: E731
+        monkeypatch.setitem(ENGINES, name, counted)
+    tokenizer, prompt = build_tiny_tokenizer(["a"], 300), Prompt("long", random_ids(30, 1))
+    [group] = sample_groups(
+        model, tokenizer, [prompt], group_size=1, temperature=0, max_new_tokens=10, batch_size=4
+    )
     assert called == ["generate"]
+    assert group.responses[0][:10] == one_by_one(model, prompt.ids, 10, stops=())

@@ -1,4 +1,4 @@
-"""head.py: the chunked LM head gives the numbers and gradients of full logits, and never holds them.
+"""kernel/head.py: the chunked LM head gives the numbers and gradients of full logits, and never holds them.
 
 The slow, obvious version is `full`: one matrix product, one log-softmax.
 """
@@ -19,10 +19,9 @@ N, H, V, TEMPERATURE = 20, 8, 50, 0.7
 def inputs(bias: bool = False, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """Leaves that need gradients, and targets among which one token stands twice."""
     generator = torch.Generator().manual_seed(0)
-    draw = lambda *shape: (
-        torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-    )  # noqa: E731
-    leaves = {"hidden": draw(N, H), "weight": draw(V, H), "bias": draw(V) if bias else None}
+    shapes = {"hidden": (N, H), "weight": (V, H)} | ({"bias": (V,)} if bias else {})
+    drawn = {k: torch.randn(*x, generator=generator, dtype=torch.float64) for k, x in shapes.items()}
+    leaves = {"bias": None} | {name: x.to(dtype).requires_grad_() for name, x in drawn.items()}
     return leaves | {"target": torch.tensor([3, 3, 0, V - 1, *range(N - 4)])}
 
 
@@ -57,10 +56,11 @@ def test_the_chunked_head_equals_full_logits(chunk, bias):
 def test_gradients_against_finite_differences(chunk):
     leaves = inputs(bias=True, dtype=torch.float64)
     target = leaves.pop("target")
-    ours = lambda hidden, weight, bias: head_logprobs(hidden, weight, bias, target, TEMPERATURE, chunk=chunk)[
-        0
-    ]  # noqa: E731
-    assert torch.autograd.gradcheck(ours, tuple(leaves.values()))
+
+    def ours(*matrices):
+        return head_logprobs(*matrices, target, TEMPERATURE, chunk=chunk)[0]
+
+    assert torch.autograd.gradcheck(ours, (leaves["hidden"], leaves["weight"], leaves["bias"]))
 
 
 @pytest.mark.parametrize("chunk", [4, 1000])
@@ -92,9 +92,7 @@ def test_a_frozen_weight_gets_no_gradient():
 
 
 def test_the_entropy_changes_no_log_prob():
-    """The old log-probs are computed without it and the new ones with it: the first ratio must be exactly
-    1.
-    """
+    """The old log-probs are computed without it, the new ones with it: the first ratio must be 1 exactly."""
     leaves = inputs()
     with torch.no_grad():
         old, zeros = head_logprobs(**leaves, temperature=TEMPERATURE, chunk=4, entropy=False)
@@ -132,20 +130,11 @@ def test_no_tensor_of_tokens_times_vocabulary():
     assert theirs.elements == N * V > V * H, "full logits are seen where there are some"
 
 
-# -------------------------------------------------------------------------------------------- 16-bit matrices
-
-
 @pytest.mark.parametrize("chunk", [4, 1000])
 def test_autocast_rounds_the_matrices_but_not_the_logits(chunk):
-    """bf16 logits would have three digits: an error of 0.05 nats at 20. Sums, log-probs and gradients are
-    fp32.
-    """
+    """bf16 logits would have three digits, an error of 0.05 nats at 20. Sums and log-probs are fp32."""
     leaves = inputs()
-    rounded = {
-        k: x.detach().bfloat16().float().requires_grad_()
-        for k, x in leaves.items()
-        if k in ("hidden", "weight")
-    }
+    rounded = {k: leaves[k].detach().bfloat16().float().requires_grad_() for k in ("hidden", "weight")}
     rounded |= {"bias": None, "target": leaves["target"]}
     with torch.autocast("cpu", torch.bfloat16):
         logprobs, entropy = head_logprobs(**leaves, temperature=TEMPERATURE, chunk=chunk)

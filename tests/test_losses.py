@@ -6,15 +6,14 @@ import math
 
 import pytest
 import torch
-from test_minibatches import ADVANTAGES as GIVEN
-from test_minibatches import Gradients, random_groups, settings_of
+from helpers import ADVANTAGES as GIVEN
+from helpers import Recorder, assert_same_gradients, random_groups, settings_of, tiny_policy
 from torch.testing import assert_close
 
 from config import ConfigError
-from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
-from distributed.batches import make_minibatches
+from distributed.batches import make_updates
 from distributed.ranks import Ranks
-from grpo import fixed_logprobs, update_policy
+from grpo import store_logprobs, update_policy
 from kernel.packing import pack
 from losses import (
     ADVANTAGES,
@@ -31,7 +30,6 @@ from losses import (
     loss_of,
     policy_loss,
 )
-from model import token_logprobs
 
 torch.set_num_threads(1)
 
@@ -256,10 +254,7 @@ def test_parts_of_an_update_add_up(aggregation):
 
 @pytest.fixture(scope="module")
 def models():
-    return [
-        build_tiny_model(build_tiny_tokenizer([], 300), hidden=16, layers=1, seed=seed).train()
-        for seed in (0, 1)
-    ]
+    return tiny_policy(seed=0), tiny_policy(seed=1)
 
 
 class Alone(Ranks):
@@ -269,7 +264,7 @@ class Alone(Ranks):
         return list(values)
 
 
-def slow_gradient(policy, reference, groups, advantages, config, moved: float) -> list[torch.Tensor]:
+def slow_gradient(policy, reference, groups, advantages, config, moved: float) -> dict[str, torch.Tensor]:
     """The definition of the loss, one completion at a time: the old log-probs are the policy's own, moved by
     `moved`.
     """
@@ -278,14 +273,14 @@ def slow_gradient(policy, reference, groups, advantages, config, moved: float) -
     for group, row in zip(groups, advantages.tolist()):
         for ids, advantage in zip(group.responses, row):
             packed = pack([(group.prompt.ids, [ids])], CPU)
-            new = token_logprobs(policy, packed, config.temperature)[0]
-            ref = token_logprobs(reference, packed, config.temperature)[0].detach()
+            new = policy.logprobs(packed)[0]
+            ref = reference.logprobs(packed)[0].detach()
             values = slow_loss(list(new.double()), list(new.detach().double() + moved), advantage, loss)
             values = [value + config.kl_coef * KLS[config.kl](n, r) for value, n, r in zip(values, new, ref)]
             weight = {"token": 1 / sum(lengths), "sequence": 1 / len(lengths) / len(ids)}
             total += sum(values) * weight.get(loss.aggregation, 1 / len(lengths) / config.max_response_tokens)
     total.backward()
-    gradient = [p.grad.clone() for p in policy.parameters()]
+    gradient = {name: p.grad.clone() for name, p in policy.named_parameters()}
     policy.zero_grad()
     return gradient
 
@@ -300,17 +295,17 @@ CHANGES += [{"aggregation": name} for name in AGGREGATIONS] + [{"clip_eps": 0.05
 def test_an_update_is_its_definition(models, changes, tokens, moved):
     """All groups, several updates' worth of drift, packed or one completion at a time: the same gradient."""
     config = settings_of(kl_coef=0.3, max_response_tokens=12, max_tokens_per_micro_batch=tokens, **changes)
-    (policy, reference), groups = models, random_groups()
-    minibatches = make_minibatches(groups, GIVEN, config, Alone(0, 1, CPU))
-    fixed_logprobs(None, reference, minibatches, config)
-    for micro in minibatches[0].micros:
-        micro.old_logprobs = token_logprobs(policy, micro.packed, config.temperature)[0].detach() + moved
-    recorder = Gradients(policy)
-    update_policy(policy, recorder, minibatches, config, Alone(0, 1, CPU))
-    for found, expected in zip(
-        recorder.seen[0], slow_gradient(policy, reference, groups, GIVEN, config, moved)
-    ):
-        assert (found - expected).norm() <= 1e-5 * expected.norm() + 1e-9
+    policy, reference = models
+    groups = random_groups()
+    updates = make_updates(groups, GIVEN, config, Alone(0, 1, CPU))
+    store_logprobs(reference, updates, "reference_logprobs")
+    store_logprobs(policy, updates, "old_logprobs")
+    for micro in updates[0].micros:
+        micro.old_logprobs += moved
+    recorder = Recorder(policy)
+    update_policy(policy, recorder, updates, config, Alone(0, 1, CPU))
+    expected = slow_gradient(policy, reference, groups, GIVEN, config, moved)
+    assert_same_gradients(recorder.seen[0], expected)
 
 
 # ----------------------------------------------------------------------------------------------- the settings

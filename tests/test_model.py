@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2
 import model as model_module
 from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
 from kernel.attention import use_attention
-from model import Abilities, ModelError, count_parameters, load_model, load_tokenizer, prepare_model
+from model import Capabilities, ModelError, count_parameters, load_model, load_tokenizer, prepare_model
 from ops.export import export
 from prompts import END_TOKENS, TAGS, render_completion, stop_ids
 
@@ -36,10 +36,8 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def exported(tokenizer, tmp_path_factory):
     """(folder, model) of an export whose model had Qwen2.5-Instruct's sampling defaults."""
-    folder, model = (
-        tmp_path_factory.mktemp("exported"),
-        build_tiny_model(tokenizer, hidden=32, layers=2, seed=0),
-    )
+    folder = tmp_path_factory.mktemp("exported")
+    model = prepare_model(build_tiny_model(tokenizer, hidden=32, layers=2, seed=0), CPU)
     defaults = dict(do_sample=True, top_k=20, top_p=0.8, temperature=0.7, repetition_penalty=1.05)
     for name, value in defaults.items():
         setattr(model.generation_config, name, value)
@@ -215,7 +213,7 @@ def test_an_ordinary_model_is_prepared_without_a_word(gradient_checkpointing):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = prepare_model(small_qwen2(), CPU, gradient_checkpointing)
-    assert model.abilities == Abilities(attention="sdpa", shared_prefix=True, head_only=True)
+    assert model.capabilities == Capabilities(attention="sdpa", shared_prefix=True, head_only=True)
     assert (
         any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         == gradient_checkpointing
@@ -241,7 +239,7 @@ def test_wrong_numbers_on_packed_groups_are_found_out(monkeypatch):
     monkeypatch.setattr(model_module, "shared_prefix_attention", wrong)
     with pytest.warns(UserWarning, match="packed groups change its output"):
         model = prepare_model(small_qwen2(), CPU)
-    assert not model.abilities.shared_prefix
+    assert not model.capabilities.shared_prefix
     monkeypatch.undo()
     prepare_model(small_qwen2(), CPU)  # registers the right one again
 

@@ -5,18 +5,20 @@ way round. The model is as it was initialised and the reward counts digits: two 
 token never meet again.
 """
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import as_arguments, run_here, write_task
 from safetensors.torch import load_file
-from test_end_to_end import as_arguments, run_here, write_task
 
 import grpo
 from corpus.sources import read_jsonl
@@ -41,10 +43,8 @@ def settings(tmp_path_factory) -> dict[str, object]:
     tokenizer = build_tiny_tokenizer([task["data"].read_text()], 400)
     export(build_tiny_model(tokenizer, hidden=64, layers=2, seed=0), tokenizer, folder / "model")
     (folder / "own.py").write_text(DIGITS)
-    own = dict(
-        model=folder / "model", reward=f"{folder / 'own.py'}:digits", lr=1e-4, steps=STEPS, timeout_minutes=2
-    )
-    return task | own
+    task |= dict(model=folder / "model", reward=f"{folder / 'own.py'}:digits", lr=1e-4, steps=STEPS)
+    return task | {"timeout_minutes": 2}
 
 
 @pytest.fixture(scope="module")
@@ -64,23 +64,29 @@ def start_agent(rendezvous: list[str], settings: dict[str, object], log: Path) -
     environment = {k: v for k, v in os.environ.items() if k != "RANK"} | {"OMP_NUM_THREADS": "1"}
     with log.open("w") as out:
         return subprocess.Popen(
-            [*command, "grpo.py", *as_arguments(settings)], stdout=out, stderr=out, cwd=ROOT, env=environment,
-            start_new_session=True,
+            [*command, "grpo.py", *as_arguments(settings)], stdout=out, stderr=out, cwd=ROOT,
+            env=environment, start_new_session=True,
         )
 
 
-def end(agents: list[subprocess.Popen]) -> None:
-    """Leaves no process behind, whatever the test found."""
-    for agent in agents:
-        for _ in range(2):  # a second signal stops at once, without a checkpoint
-            if agent.poll() is None:
-                agent.send_signal(signal.SIGTERM)
-                time.sleep(1.2)
-        try:
-            agent.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            os.killpg(agent.pid, signal.SIGKILL)
-            agent.wait()
+@contextlib.contextmanager
+def two_nodes(meet: Callable, settings: dict[str, object], folder: Path) -> Iterator[tuple[list, list[Path]]]:
+    """Two agents and the files with what they say; leaves no process behind, whatever the test finds."""
+    logs = [folder / f"agent{node}.txt" for node in (0, 1)]
+    agents = [start_agent(rendezvous, settings, log) for rendezvous, log in zip(meet(), logs)]
+    try:
+        yield agents, logs
+    finally:
+        for agent in agents:
+            for _ in range(2):  # a second signal stops at once, without a checkpoint
+                if agent.poll() is None:
+                    agent.send_signal(signal.SIGTERM)
+                    time.sleep(1.2)
+            try:
+                agent.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                os.killpg(agent.pid, signal.SIGKILL)
+                agent.wait()
 
 
 def by_c10d() -> list[list[str]]:
@@ -110,12 +116,8 @@ def largest_difference(a: Path, b: Path) -> float:
 @pytest.mark.parametrize(("sharding", "meet"), [("full", by_c10d), ("hsdp", by_node_rank)])
 def test_two_nodes_match_one_process(sharding, meet, settings, alone, tmp_path):
     own = settings | {"sharding": sharding, "run_dir": tmp_path / "run"}
-    logs = [tmp_path / f"agent{node}.txt" for node in (0, 1)]
-    agents = [start_agent(rendezvous, own, log) for rendezvous, log in zip(meet(), logs)]
-    try:
+    with two_nodes(meet, own, tmp_path) as (agents, logs):
         codes = [agent.wait(timeout=100) for agent in agents]
-    finally:
-        end(agents)
     assert codes == [0, 0], logs[0].read_text() + logs[1].read_text()
     assert any("2 process(es)" in log.read_text() for log in logs), "not two runs of one process each"
     assert len(samples(alone)) == STEPS * 64 and samples(tmp_path / "run") == samples(alone)
@@ -124,28 +126,21 @@ def test_two_nodes_match_one_process(sharding, meet, settings, alone, tmp_path):
 
 
 def test_a_signal_to_one_agent_stops_both_and_one_process_goes_on(settings, tmp_path):
-    """Slurm ends a job node by node. Whoever hears of it first must not leave the other waiting for an
-    hour.
-    """
+    """Slurm ends a job node by node. Whoever hears of it first must not leave the other waiting."""
     endless = settings | {"steps": 1000, "run_dir": tmp_path / "run"}
-    logs = [tmp_path / f"agent{node}.txt" for node in (0, 1)]
-    agents = [start_agent(rendezvous, endless, log) for rendezvous, log in zip(by_c10d(), logs)]
-    try:
+    with two_nodes(by_c10d, endless, tmp_path) as (agents, logs):
         deadline = time.monotonic() + 100
         while not read_jsonl(tmp_path / "run" / "log.jsonl")[1:] and time.monotonic() < deadline:
             time.sleep(0.2)
         agents[1].send_signal(signal.SIGTERM)
         codes = [agent.wait(timeout=60) for agent in agents]
-    finally:
-        end(agents)
     said = logs[0].read_text() + logs[1].read_text()
     steps = [row["step"] for row in read_jsonl(tmp_path / "run" / "log.jsonl")]
     assert 0 not in codes and f"interrupted after step {steps[-1]}, all is saved" in said, said
     assert (tmp_path / "run" / "latest").read_text() == f"step_{steps[-1]}"
 
-    short = settings | {
-        "steps": steps[-1] + 1
-    }  # on one process, and compared with a run that was never disturbed
+    # On one process, and compared with a run that was never disturbed.
+    short = settings | {"steps": steps[-1] + 1}
     gone_on = run_here(grpo.main, short | {"run_dir": tmp_path / "run", "resume": "true"})
     undisturbed = run_here(grpo.main, short | {"run_dir": tmp_path / "undisturbed"})
     assert [row["step"] for row in read_jsonl(gone_on / "log.jsonl")] == list(range(steps[-1] + 2))

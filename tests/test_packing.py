@@ -1,9 +1,10 @@
-"""packing.py: packed groups give the numbers and gradients of plain one-by-one forward passes, however they
-are cut.
+"""kernel/packing.py and kernel/attention.py: packed groups give the numbers and gradients of plain one-by-one
+forward passes, however they are cut.
 
 The slow, obvious version is `one_by_one`: transformers' own causal attention over a single prompt + response.
 """
 
+import functools
 import inspect
 import sys
 import types
@@ -16,9 +17,9 @@ import torch.nn.functional as F
 import transformers
 from torch.testing import assert_close
 
-from kernel import packing
+from kernel import attention
 from kernel.attention import shared_prefix_attention, use_attention, uses_shared_prefix
-from kernel.packing import micro_batches, pack
+from kernel.packing import Packed, micro_batches, pack
 from model import prepare_model, token_logprobs
 
 torch.set_num_threads(1)
@@ -28,37 +29,29 @@ VOCAB, TEMPERATURE = 60, 0.7
 
 # Families that run on packed groups, and those that cannot, with the reason that must be given.
 SHARED = {"Qwen2": {}, "Qwen3": {"head_dim": 8}, "Llama": {}}
+WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 PLAIN = {
-    "Qwen2": (
-        {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1},
-        "layers of sliding_attention",
-    ),
-    "Mistral": (
-        {"sliding_window": 16},
-        "attention uses sliding_window",
-    ),  # a window that the trial does not fill
+    "Qwen2": (WINDOW, "layers of sliding_attention"),
+    "Mistral": ({"sliding_window": 16}, "attention uses sliding_window"),  # longer than what is tried
     "Gemma2": ({"head_dim": 8, "layer_types": ["full_attention"] * 2}, "attention uses softcap"),
     "Falcon": ({}, "change its output"),  # has an attention of its own, which the interface does not reach
 }
 
-# (prompt length, response lengths): uneven everywhere, and every shortest case: a prompt of one token, a
-# response of one token, a group of one response.
+# (prompt length, response lengths): uneven, with a prompt of one token, a response of one token, and a group
+# of one response.
 SHAPES = [(7, [3, 1, 5]), (1, [4, 4]), (12, [2]), (4, [1, 9, 2, 6])]
 
 
 def random_model(family: str, gradient_checkpointing: bool = False, **settings):
-    """A random model with 4 heads that share 2 key/value heads, and sharp attention, so that a wrong key is
-    noticed.
-    """
+    """A random model whose 4 heads share 2 key/value heads; its attention is sharp, so wrong keys show."""
     config = getattr(transformers, f"{family}Config")(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, initializer_range=0.3, bos_token_id=0, eos_token_id=0, pad_token_id=0,
         **{"tie_word_embeddings": False} | SHARED.get(family, {}) | settings,
     )
     torch.manual_seed(1)
-    return prepare_model(
-        getattr(transformers, f"{family}ForCausalLM")(config), CPU, gradient_checkpointing
-    ).train()
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    return prepare_model(model, CPU, gradient_checkpointing).train()
 
 
 def random_groups(shapes=SHAPES) -> list[tuple[list[int], list[list[int]]]]:
@@ -101,12 +94,13 @@ def assert_same_gradients(fast: dict[str, torch.Tensor], slow: dict[str, torch.T
 # ------------------------------------------------------------------------------------------- packed log-probs
 
 
+@pytest.mark.parametrize("temperature", [TEMPERATURE, 1.0])
 @pytest.mark.parametrize("family", SHARED)
-def test_packed_logprobs_and_entropy_equal_one_by_one(family):
+def test_packed_logprobs_and_entropy_equal_one_by_one(family, temperature):
     model, groups = random_model(family), random_groups()
     assert uses_shared_prefix(model)
-    logprobs, entropy = token_logprobs(model, pack(groups, CPU), TEMPERATURE)
-    slow_logprobs, slow_entropy = one_by_one(model, groups, TEMPERATURE)
+    logprobs, entropy = token_logprobs(model, pack(groups, CPU), temperature)
+    slow_logprobs, slow_entropy = one_by_one(model, groups, temperature)
     assert logprobs.dtype == torch.float32 and logprobs.requires_grad and not entropy.requires_grad
     assert_close(logprobs, slow_logprobs, atol=1e-5, rtol=1e-5)
     assert_close(entropy, slow_entropy.detach(), atol=1e-5, rtol=1e-5)
@@ -116,22 +110,19 @@ def test_packed_logprobs_and_entropy_equal_one_by_one(family):
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", SHARED)
 def test_gradients_equal_one_by_one(family, tied, gradient_checkpointing):
-    """The prompt is computed once but belongs to G sequences: its gradient must be the sum over all of
-    them.
-    """
+    """A prompt is computed once but belongs to G sequences: its gradient must be the sum over all of them."""
     model = random_model(family, gradient_checkpointing, tie_word_embeddings=tied)
     plain, groups = random_model(family, tie_word_embeddings=tied), random_groups()
-    fast = gradients(
-        model, (token_logprobs(model, pack(groups, CPU), TEMPERATURE)[0] * advantages(groups)).sum()
-    )
-    slow = gradients(plain, (one_by_one(plain, groups, TEMPERATURE)[0] * advantages(groups)).sum())
-    assert_same_gradients(fast, slow)
+    fast = token_logprobs(model, pack(groups, CPU), TEMPERATURE)[0]
+    slow = one_by_one(plain, groups, TEMPERATURE)[0]
+    fast, slow = ((x * advantages(groups)).sum() for x in (fast, slow))
+    assert_same_gradients(gradients(model, fast), gradients(plain, slow))
 
 
 @pytest.mark.parametrize("block", [2, 4, 5])
 def test_prompts_in_blocks_of_queries_give_the_same(block, monkeypatch):
     """Blocks that divide the prompts of SHAPES evenly, unevenly and not at all."""
-    monkeypatch.setattr(packing, "CAUSAL_BLOCK", block)
+    monkeypatch.setattr(attention, "CAUSAL_BLOCK", block)
     model, plain, groups = random_model("Qwen2"), random_model("Qwen2"), random_groups()
     logprobs = token_logprobs(model, pack(groups, CPU), TEMPERATURE)[0]
     slow_logprobs = one_by_one(plain, groups, TEMPERATURE)[0]
@@ -140,13 +131,11 @@ def test_prompts_in_blocks_of_queries_give_the_same(block, monkeypatch):
     assert_same_gradients(gradients(model, fast), gradients(plain, slow))
 
 
-@pytest.mark.parametrize(
-    ("queries", "keys"), [(1, 1), (3, 3), (4, 9), (128, 128), (1, 700), (130, 1000), (300, 301)]
-)
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (4, 9), (128, 128), (1, 700), (130, 1000), (300, 301)])
 def test_the_causal_mask_of_every_size(queries, keys):
     seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
     for dtype in (torch.float32, torch.bfloat16):
-        mask = packing.causal_mask(queries, keys, torch.empty(0, dtype=dtype))
+        mask = attention.causal_mask(queries, keys, torch.empty(0, dtype=dtype))
         assert mask.dtype == dtype and torch.equal(mask == 0, seen) and torch.equal(mask.isneginf(), ~seen)
 
 
@@ -155,23 +144,26 @@ def causal(by: int = 0):
     return lambda queries, keys, like: torch.full((queries, keys), -torch.inf).triu(keys - queries + 1 + by)
 
 
+def without_first(queries: int, keys: int, like: torch.Tensor) -> torch.Tensor:
+    return causal()(queries, keys, like).index_fill(1, torch.tensor([0]), -torch.inf)
+
+
+def predicted_by_the_one_before(p: Packed) -> torch.Tensor:
+    """A response's first token, by the end of the response before it."""
+    return torch.where(p.predict.diff(prepend=p.predict[:1]) == 1, p.predict, p.predict.roll(1) + 1)
+
+
 MASKS = {
     "the future is seen": causal(1),
     "a token does not see itself": causal(-1),
-    "the prompt's first token is not seen": lambda *sizes: causal()(*sizes).index_fill(
-        1, torch.tensor([0]), -torch.inf
-    ),
+    "the prompt's first token is not seen": without_first,
 }
 FIELDS = {
-    "positions run on": lambda p: replace(p, positions=torch.arange(p.ids.shape[1])[None]),
-    "positions of long responses are one too far": lambda p: replace(
-        p, positions=p.positions + (p.positions >= 7)
-    ),
-    "the predictor is the token itself": lambda p: replace(p, predict=p.predict + 1),
-    "the predictor is one too early": lambda p: replace(p, predict=(p.predict - 1).clamp(min=0)),
-    "a response is predicted by the end of the one before": lambda p: replace(
-        p, predict=torch.where(p.predict.diff(prepend=p.predict[:1]) == 1, p.predict, p.predict.roll(1) + 1)
-    ),
+    "positions run on": lambda p: {"positions": torch.arange(p.ids.shape[1])[None]},
+    "long responses are one position too far": lambda p: {"positions": p.positions + (p.positions >= 7)},
+    "the predictor is the token itself": lambda p: {"predict": p.predict + 1},
+    "the predictor is one too early": lambda p: {"predict": (p.predict - 1).clamp(min=0)},
+    "a response is predicted by the one before": lambda p: {"predict": predicted_by_the_one_before(p)},
 }
 
 
@@ -181,48 +173,26 @@ def test_the_comparison_notices_whatever_is_broken(family, broken, monkeypatch):
     model, groups = random_model(family), random_groups()
     slow, _ = one_by_one(model, groups, TEMPERATURE)
     right = pack(groups, CPU)
-    monkeypatch.setattr(packing, "causal_mask", causal())
+    monkeypatch.setattr(attention, "causal_mask", causal())
     assert (token_logprobs(model, right, TEMPERATURE)[0] - slow).abs().max() < 1e-5
-    monkeypatch.setattr(packing, "causal_mask", MASKS.get(broken, causal()))
-    wrong = FIELDS.get(broken, lambda packed: packed)(right)
+    monkeypatch.setattr(attention, "causal_mask", MASKS.get(broken, causal()))
+    wrong = replace(right, **FIELDS.get(broken, lambda p: {})(right))
     assert (token_logprobs(model, wrong, TEMPERATURE)[0] - slow).abs().max() > 1e-2
-
-
-def test_temperature_divides_the_logits():
-    """Log-probs at another temperature than the sampler's are those of another policy."""
-    model, groups = random_model("Qwen2"), random_groups()
-    at = {t: token_logprobs(model, pack(groups, CPU), t)[0] for t in (0.7, 1.0)}
-    assert_close(at[1.0], one_by_one(model, groups, 1.0)[0], atol=1e-5, rtol=1e-5)
-    assert (at[0.7] - at[1.0]).abs().max() > 0.1
 
 
 def test_a_group_depends_on_no_other_group_and_a_response_on_no_other_response():
     model, groups = random_model("Qwen2"), random_groups()
     together = token_logprobs(model, pack(groups, CPU), TEMPERATURE)[0]
-    alone = [
-        token_logprobs(model, pack([(prompt, [response])], CPU), TEMPERATURE)[0]
-        for prompt, responses in groups
-        for response in responses
-    ]
+    singles = [(prompt, [response]) for prompt, responses in groups for response in responses]
+    alone = [token_logprobs(model, pack([single], CPU), TEMPERATURE)[0] for single in singles]
     assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
 
 
-def test_the_first_response_token_is_predicted_by_the_prompts_last_position():
-    model, prompt = random_model("Qwen2"), [5, 6, 7]
-    use_attention(model, "generate")
-    after_prompt = F.log_softmax(model(torch.tensor([prompt])).logits[0, -1] / TEMPERATURE, -1)
-    use_attention(model, "train")
-    logprobs, _ = token_logprobs(model, pack([(prompt, [[8, 1], [9], [3, 3, 3]])], CPU), TEMPERATURE)
-    assert_close(logprobs[[0, 2, 3]], after_prompt[[8, 9, 3]], atol=1e-5, rtol=1e-5)
-
-
-# ---------------------------------------------------------------------------------------------------- packing
+# ---------------------------------------------------------------------------------- packing, micro-batches
 
 
 def test_a_packed_group_in_full():
-    """prompt [10 11 12], responses [20 21] and [30]: positions restart, and the prompt's last token predicts
-    20 and 30.
-    """
+    """Positions restart after the prompt, whose last token predicts 20 and 30."""
     packed = pack([([10, 11, 12], [[20, 21], [30]])], CPU)
     assert packed.ids.tolist() == [[10, 11, 12, 20, 21, 30]]
     assert packed.positions.tolist() == [[0, 1, 2, 3, 4, 3]]
@@ -246,14 +216,10 @@ def test_the_same_group_as_plain_rows():
     assert packed.counts.tolist() == [2, 1] and packed.layout is None
 
 
-@pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("group", [([], [[1]]), ([1], []), ([1], [[2], []])])
-def test_empty_prompts_and_responses_are_refused(group, shared):
+def test_empty_prompts_and_responses_are_refused(group):
     with pytest.raises(ValueError, match="at least one token"):
-        pack([([1, 2], [[3]]), group], CPU, shared)
-
-
-# ---------------------------------------------------------------------------------------------- micro-batches
+        pack([([1, 2], [[3]]), group], CPU)
 
 
 def responses_of(sizes, batches):
@@ -271,13 +237,9 @@ def test_groups_fill_micro_batches_in_order():
 
 def test_a_group_above_the_budget_is_cut_and_repeats_its_prompt():
     # 4 + 2 + 2 fit into 8, another 2 do not; the group behind it fits beside the last part
-    assert micro_batches([(4, [2, 2, 2]), (1, [1])], 8) == [
-        [(0, slice(0, 2))],
-        [(0, slice(2, 3)), (1, slice(0, 1))],
-    ]
-
-
-def test_a_response_above_the_budget_stands_alone():
+    cut = [[(0, slice(0, 2))], [(0, slice(2, 3)), (1, slice(0, 1))]]
+    assert micro_batches([(4, [2, 2, 2]), (1, [1])], 8) == cut
+    # a response above the budget stands alone
     assert micro_batches([(4, [1, 9, 1])], 8) == [[(0, slice(0, 1))], [(0, slice(1, 2))], [(0, slice(2, 3))]]
 
 
@@ -289,22 +251,19 @@ def test_plain_rows_are_counted_with_their_padding():
     assert len(micro_batches([(2, [3]), (2, [1])], 10, share_prompt=False)) == 1
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("share_prompt", [True, False])
 @pytest.mark.parametrize("budget", [1, 8, 16, 17, 40, 1000])
-def test_micro_batches_change_neither_loss_nor_gradients(budget, shared):
-    """Every response once, in order, within the budget where that can be; their sums are those of one large
-    batch.
-    """
+def test_micro_batches_change_neither_loss_nor_gradients(budget, share_prompt):
+    """Every response once, in order, within the budget where possible; the sums are those of one batch."""
     groups, model = random_groups(), random_model("Llama")
     sizes = [(len(prompt), [len(r) for r in responses]) for prompt, responses in groups]
-    batches = micro_batches(sizes, budget, shared)
+    batches = micro_batches(sizes, budget, share_prompt)
     assert responses_of(sizes, batches) == [(i, k) for i, (_, r) in enumerate(sizes) for k in range(len(r))]
-    packed = [
-        pack([(groups[i][0], groups[i][1][part]) for i, part in batch], CPU, shared) for batch in batches
-    ]
-    for batch, micro in zip(batches, packed):
-        assert micro.ids.numel() <= budget or len(responses_of(sizes, [batch])) == 1
-    use_attention(model, "train" if shared else "generate")
+    packed = []
+    for batch in batches:
+        packed.append(pack([(groups[i][0], groups[i][1][part]) for i, part in batch], CPU, share_prompt))
+        assert packed[-1].ids.numel() <= budget or len(responses_of(sizes, [batch])) == 1
+    use_attention(model, "train" if share_prompt else "generate")
     parts = [token_logprobs(model, micro, TEMPERATURE)[0] for micro in packed]
     fast = gradients(model, (torch.cat(parts) * advantages(groups)).sum())
     use_attention(model, "train")
@@ -335,38 +294,32 @@ def test_other_models_are_trained_on_plain_rows_and_say_so_once(family):
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 @pytest.mark.parametrize("family", SHARED)
-def test_the_last_layer_computes_for_tokens_that_predict_something_only(
-    family, gradient_checkpointing, monkeypatch
-):
-    """That nothing else changes is what every other test here says: their slow passes run through the same
-    model.
-    """
-    model, groups, rows = random_model(family, gradient_checkpointing), random_groups(), {}
-    for i, layer in enumerate(model.model.layers):
-        for part in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            part.register_forward_pre_hook(
-                lambda m, x, i=i: rows.setdefault((i, id(m)), set()).add(x[0].shape[1])
-            )
-    queries, sdpa = [], F.scaled_dot_product_attention
-    monkeypatch.setattr(
-        F, "scaled_dot_product_attention", lambda q, *a, **k: queries.append(q.shape[2]) or sdpa(q, *a, **k)
-    )
+def test_the_last_layer_computes_for_predicting_tokens_only(family, gradient_checkpointing, monkeypatch):
+    """That it changes no number is what every other test here says."""
+    model, groups = random_model(family, gradient_checkpointing), random_groups()
+    rows, queries, sdpa = {}, [], F.scaled_dot_product_attention
+
+    def note(part, inputs):
+        rows.setdefault(part, set()).add(inputs[0].shape[1])
+
+    def noting_sdpa(query, *args, **kwargs):
+        queries.append(query.shape[2])
+        return sdpa(query, *args, **kwargs)
+
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.register_forward_pre_hook(note)
+        layer.mlp.down_proj.register_forward_pre_hook(note)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noting_sdpa)
     packed = pack(groups, CPU)
     logprobs = token_logprobs(model, packed, TEMPERATURE)[0]
     prompts = queries[::2]  # a group's prompt, then its responses
     assert prompts == [*(len(prompt) for prompt, _ in groups), *[1] * len(groups)]
-    logprobs.sum().backward()
-    needed = sum(
-        1 + sum(len(r) - 1 for r in responses) for _, responses in groups
-    )  # a prompt's last predicts for all
-    assert [*rows.values()] == [{packed.ids.numel()}] * 2 + [{needed}] * 2, (
-        "also when checkpointing computes it again"
-    )
+    logprobs.sum().backward()  # checkpointing computes it all again
+    needed = sum(1 + sum(len(r) - 1 for r in responses) for _, responses in groups)
+    assert [*rows.values()] == [{packed.ids.numel()}] * 2 + [{needed}] * 2
     one_by_one(model, groups[:1], TEMPERATURE)
-    for seen in [*rows.values()][2:]:
-        assert seen == {needed, *(len(groups[0][0]) + len(r) for r in groups[0][1])}, (
-            "a plain pass is as it was"
-        )
+    plain = {len(groups[0][0]) + len(response) for response in groups[0][1]}
+    assert [*rows.values()][2:] == [{needed, *plain}] * 2, "a plain pass is as it was"
 
 
 def test_a_window_that_no_layer_uses_is_no_reason():
@@ -378,9 +331,7 @@ def test_a_window_that_no_layer_uses_is_no_reason():
 
 
 def test_capped_logits_are_capped_in_the_log_probs_too():
-    """Gemma 2 puts a tanh behind its LM head: log-probs of the head alone would be wrong, and nothing would
-    say so.
-    """
+    """Gemma 2 puts a tanh behind its LM head: log-probs of the head alone would be silently wrong."""
     with pytest.warns(UserWarning, match="logits are not its LM head's output alone"):
         model = random_model("Gemma2", head_dim=8, final_logit_softcapping=3.0)
     groups = random_groups()
@@ -393,9 +344,7 @@ def test_capped_logits_are_capped_in_the_log_probs_too():
 
 
 def slow_varlen_attn(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
-    """What torch.nn.attention.varlen.varlen_attn promises, one segment and one query at a time. [total, H, D]
-    each.
-    """
+    """What torch.nn.attention.varlen.varlen_attn promises, one query at a time. [total, H, D] each."""
     assert window_size == (-1, 0), "causal: any number of keys to the left, none to the right"
     assert cu_q.dtype == cu_k.dtype == torch.int32
     assert max_q == cu_q.diff().max() and max_k == cu_k.diff().max()
@@ -412,44 +361,36 @@ def slow_varlen_attn(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, wind
     return torch.stack(output)
 
 
-def older_varlen_attn(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size):
+def older_varlen_attn(query, key, *others, scale, window_size):
     """torch 2.11's: as many key heads as query heads."""
     assert query.shape[1:] == key.shape[1:]
-    return slow_varlen_attn(query, key, value, cu_q, cu_k, max_q, max_k, scale=scale, window_size=window_size)
+    return slow_varlen_attn(query, key, *others, scale=scale, window_size=window_size)
 
 
-def flash_attn_varlen_func(
-    query, key, value, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal, deterministic
-):
+def flash_attn_varlen_func(*tensors, softmax_scale, causal, deterministic):
     """The flash-attn package's, which takes fewer key heads as they come."""
     assert causal
-    return slow_varlen_attn(
-        query, key, value, cu_q, cu_k, max_q, max_k, scale=softmax_scale, window_size=(-1, 0), enable_gqa=True
-    )
+    return slow_varlen_attn(*tensors, scale=softmax_scale, window_size=(-1, 0), enable_gqa=True)
 
 
 @pytest.mark.parametrize("kernel", [slow_varlen_attn, older_varlen_attn, flash_attn_varlen_func])
 def test_the_variable_length_form_equals_the_cpu_form(kernel, monkeypatch):
-    """CUDA kernels cannot run here; what is handed to them (indices, lengths, heads) and comes back can be
-    checked.
-    """
+    """CUDA kernels cannot run here, but what is handed to them (indices, lengths, heads) can be checked."""
     if kernel is flash_attn_varlen_func:
-        monkeypatch.setattr(packing, "attention_backend", lambda device: "flash_attn")
+        monkeypatch.setattr(attention, "attention_backend", lambda device: "flash_attn")
         monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=kernel))
     else:
         varlen = pytest.importorskip("torch.nn.attention.varlen")
         monkeypatch.setattr(varlen, "varlen_attn", kernel)
     layout, generator = pack(random_groups(), CPU).layout, torch.Generator().manual_seed(3)
-    total, draw = int(layout.cu_q[-1]), lambda *shape: torch.randn(*shape, generator=generator)
-    query, key, value = (draw(total, heads, 8).requires_grad_() for heads in (4, 2, 2))
-    varlen_form = packing._varlen_attention(query, key, value, 0.5, layout)
+    total = int(layout.cu_q[-1])
+    query, key, value, weights = (torch.randn(total, heads, 8, generator=generator) for heads in (4, 2, 2, 4))
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    varlen_form = attention._varlen_attention(query, key, value, 0.5, layout)
     transposed = (x.transpose(0, 1)[None] for x in (query, key, value))
     cpu_form = shared_prefix_attention(None, *transposed, None, scaling=0.5, layout=layout)[0][0]
     assert_close(varlen_form, cpu_form, atol=1e-5, rtol=1e-5)
-    weights = draw(total, 4, 8)
-    ours, theirs = (
-        torch.autograd.grad((x * weights).sum(), (query, key, value)) for x in (varlen_form, cpu_form)
-    )
+    ours, theirs = (torch.autograd.grad((x * weights).sum(), inputs) for x in (varlen_form, cpu_form))
     for one, other in zip(ours, theirs):
         assert_close(one, other, atol=1e-5, rtol=1e-5)
 
@@ -460,12 +401,10 @@ def test_torchs_own_kernel_has_the_arguments_that_are_used():
 
 
 def test_a_prompts_gradient_is_added_in_fp32():
-    """In bf16, the sum of 601 equal parts would stop growing at 256 of them: a prompt and its 600
-    responses.
-    """
+    """In bf16, the sum of a prompt's and its 600 responses' equal parts would stop growing at 256."""
     layout = pack([([1, 2], [[3]] * 600)], CPU).layout
     x = torch.zeros(602, 1, 1, requires_grad=True)
-    rows = packing._GatherSegments.apply(x, torch.bfloat16, layout.kv_index, layout.by_source, layout.uses)
+    rows = attention._GatherSegments.apply(x, torch.bfloat16, layout.kv_index, layout.by_source, layout.uses)
     assert rows.dtype == torch.bfloat16
     rows.backward(torch.ones_like(rows))
     assert x.grad.flatten().tolist() == [601.0, 601.0] + [1.0] * 600
@@ -474,10 +413,8 @@ def test_a_prompts_gradient_is_added_in_fp32():
 @pytest.mark.parametrize("name", ["sliding_window", "softcap", "s_aux", "anything_new"])
 def test_what_the_attention_does_not_do_is_refused(name):
     query = torch.zeros(1, 1, 2, 4)
+    call = functools.partial(shared_prefix_attention, None, query, query, query, None, scaling=1.0)
     layout = pack([([1], [[2]])], CPU).layout
-    call = lambda **others: shared_prefix_attention(
-        None, query, query, query, None, scaling=1.0, layout=layout, **others
-    )  # noqa: E731
-    call(dropout=0.0, position_ids=query, **{name: None})
-    with pytest.raises(packing.UnsupportedAttention, match=name):
-        call(**{name: 4.0})
+    call(layout=layout, dropout=0.0, position_ids=query, **{name: None})
+    with pytest.raises(attention.UnsupportedAttention, match=name):
+        call(layout=layout, **{name: 4.0})

@@ -1,5 +1,6 @@
 """The wire format: what a conversation looks like as text and as tokens, and how a reply is read back."""
 
+import json
 import re
 
 import pytest
@@ -26,7 +27,7 @@ from prompts import (
 
 # Qwen2.5's way: a default system prompt when none is given, and results of tools inside a turn of the user.
 QWEN = """\
-{%- if messages[0].role != "system" -%}{{ "<|im_start|>system\nYou are Qwen, a default.<|im_end|>\n" }}{%- endif -%}
+{%- if messages[0].role != "system" -%}{{ "<|im_start|>system\nYou are Qwen.<|im_end|>\n" }}{%- endif -%}
 {%- for m in messages -%}
 {%- if m.role == "tool" -%}
 {%- if loop.previtem.role != "tool" -%}{{ "<|im_start|>user" }}{%- endif -%}
@@ -53,29 +54,19 @@ LLAMA = """\
 {%- if add_generation_prompt -%}{{ "<|start_header_id|>assistant<|end_header_id|>\n\n" }}{%- endif -%}"""
 
 BEGIN = "<|begin_of_text|>"
-LLAMA_TOKENS = [
-    BEGIN,
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end_of_text|>",
-]
+HEADER = ["<|start_header_id|>", "<|end_header_id|>"]
+LLAMA_TOKENS = [BEGIN, *HEADER, "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"]
 
 
 def qwen(template: str = QWEN):
-    """A tokenizer of single bytes: the ids 0 to 2 are special, 3 to 258 are the bytes, then come the four
-    tags.
-    """
+    """A tokenizer of single bytes: ids 0 to 2 are special, 3 to 258 are the bytes, then come four tags."""
     tokenizer = build_tiny_tokenizer([], 259)
     tokenizer.chat_template = template
     return tokenizer
 
 
 def llama(template: str = LLAMA):
-    """The same bytes with Llama's special tokens from 263 on, the first of which it puts before all that it
-    encodes.
-    """
+    """The same bytes, with Llama's special tokens from 263 on. It puts the first before all it encodes."""
     tokenizer = qwen(template)
     tokenizer.add_tokens(LLAMA_TOKENS, special_tokens=True)
     tokenizer.eos_token = "<|eot_id|>"
@@ -92,13 +83,12 @@ def slow_ids(tokenizer, text: str) -> list[int]:
     ids = []
     for part in re.split(r"(<\|\w+\|>|</?think>|</?tool_call>)", text):
         named = re.fullmatch(r"<.*>", part)
-        ids += (
-            [tokenizer.get_vocab()[part]] if named else [3 + alphabet.index(byte) for byte in part.encode()]
-        )
+        ids += [tokenizer.get_vocab()[part]] if named else [3 + alphabet.index(b) for b in part.encode()]
     return ids
 
 
-ADD = {"name": "add", "description": "é", "parameters": {"a": {"type": "int"}}}
+SPEC = '"name": "add", "description": "é", "parameters": {"a": {"type": "int"}}'
+ADD = json.loads(f"{{{SPEC}}}")
 TALK = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Add 1."},
@@ -108,7 +98,7 @@ TALK = [
     {"role": "user", "content": "Again?"},
 ]
 TEMPLATE = "Tools:\n{tools}"
-TOOL_LINE = '{"type": "function", "function": {"name": "add", "description": "é", "parameters": {"a": {"type": "int"}}}}'
+TOOL_LINE = f'{{"type": "function", "function": {{{SPEC}}}}}'
 PAST_CALL = '<tool_call>[{"name": "add", "arguments": {"a": 1}}]</tool_call>'
 
 # ----------------------------------------------------------------------------------------------- to the model
@@ -153,14 +143,8 @@ def test_golden_ids_literally():
 def test_one_system_message_ours_first_then_those_of_the_data():
     late = {"role": "system", "content": "Later."}
     messages = build_messages([*TALK, late], [ADD], TEMPLATE)
-    assert [message["role"] for message in messages] == [
-        "system",
-        "user",
-        "assistant",
-        "tool",
-        "assistant",
-        "user",
-    ]
+    roles = [message["role"] for message in messages]
+    assert roles == ["system", "user", "assistant", "tool", "assistant", "user"]
     assert messages[0]["content"] == f"Tools:\n{TOOL_LINE}\n\nBe brief.\n\nLater."
 
 
@@ -215,15 +199,9 @@ def test_good_tokenizers_pass(family):
         (qwen, QWEN + "{{ messages[0].content.split('Tools')[1] }}", "adds to the conversation"),
         (qwen, QWEN + "{{ messages[1].content }}", "adds to the conversation"),
         (qwen, QWEN.replace('messages[0].role != "system"', "true"), "adds a second system prompt"),
+        (qwen, QWEN.split("{%- if add_generation_prompt")[0], "does not open the assistant's reply"),
     ],
-    ids=[
-        "none",
-        "no system prompt",
-        "system prompt twice",
-        "tools twice",
-        "question twice",
-        "own system prompt",
-    ],
+    ids=["none", "no system", "system twice", "tools twice", "question twice", "own system", "no opening"],
 )
 def test_chat_templates_that_spoil_the_prompt_are_refused(family, template, complaint):
     with pytest.raises(PromptError, match=complaint):
@@ -237,21 +215,15 @@ def test_tokenizer_that_loses_the_tags_is_refused():
         check_tokenizer(tokenizer)
 
 
-# ----------------------------------------------------------------------------------------------------- tokens
-
-
 def test_every_token_that_ends_a_turn_stops():
     assert stop_ids(qwen()) == [1, 2]  # <|im_end|>, <|endoftext|>
     assert stop_ids(llama()) == [1, 2, 266, 267, 268]  # with <|eot_id|>, <|eom_id|>, <|end_of_text|>
     unknown = qwen()
     unknown.add_special_tokens({"eos_token": "<|halt|>"})  # an unknown family still has its own end token
     assert stop_ids(unknown) == [1, 2, 263]
-
-
-def test_a_vocabulary_without_end_tokens_is_refused():
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0})))
+    endless = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0})))
     with pytest.raises(PromptError, match="no end token, so replies would never stop"):
-        stop_ids(tokenizer)
+        stop_ids(endless)
 
 
 def test_a_reply_to_imitate_is_closed_by_one_end_token():
@@ -261,17 +233,12 @@ def test_a_reply_to_imitate_is_closed_by_one_end_token():
 
 
 def test_decoding_cuts_one_stop_token_and_shows_the_rest():
-    tokenizer = llama()
-    stops, reply = (
-        stop_ids(tokenizer),
-        render_completion([ToolCall("add", {"a": 1})], "so , it 's") + "<|eot_id|>",
-    )
-    ids = tokenizer.encode(reply, add_special_tokens=False)
-    assert decode_reply(tokenizer, ids, stops) == reply.removesuffix("<|eot_id|>")
-    assert decode_reply(tokenizer, [*ids, ids[-1]], stops) == reply
-    assert decode_reply(tokenizer, ids[:-1], stops) == reply.removesuffix(
-        "<|eot_id|>"
-    )  # cut off at the length limit
+    tokenizer, body = llama(), render_completion([ToolCall("add", {"a": 1})], "so , it 's")
+    stops = stop_ids(tokenizer)
+    ids = tokenizer.encode(body + "<|eot_id|>", add_special_tokens=False)
+    assert decode_reply(tokenizer, ids, stops) == body
+    assert decode_reply(tokenizer, ids[:-1], stops) == body  # cut off at the length limit
+    assert decode_reply(tokenizer, [*ids, ids[-1]], stops) == body + "<|eot_id|>"
     assert decode_reply(tokenizer, [], stops) == ""
 
 
@@ -280,16 +247,10 @@ def test_decoding_cuts_one_stop_token_and_shows_the_rest():
 
 @pytest.mark.parametrize(
     "calls",
-    [
-        [],
-        [ToolCall("f", {})],
-        [
-            ToolCall("get 天气 (2)", {"città": "Malmö 😀 \u2028"}),
-            ToolCall("f", {"x": [1, 1.0, True, None, {"": "1"}]}),
-        ],
-        [ToolCall("quote", {"text": 'it\'s "quoted"\n\t\\ \x00'})],
-        [ToolCall("html", {"body": "</tool_call><tool_call> <think></think> <|im_end|>"})],
-    ],
+    [[], [ToolCall("f", {})],
+     [ToolCall("get 天气 (2)", {"città": "Malmö 😀 \u2028"}), ToolCall("f", {"x": [1, 1.0, True, None]})],
+     [ToolCall("quote", {"text": 'it\'s "quoted"\n\t\\ \x00'})],
+     [ToolCall("html", {"body": "</tool_call><tool_call> <think></think> <|im_end|>"})]],
     ids=["no call", "no argument", "unicode and types", "quotes", "tags in a value"],
 )
 def test_what_is_rendered_is_parsed_back(calls):
@@ -298,6 +259,7 @@ def test_what_is_rendered_is_parsed_back(calls):
         assert (parsed.think, parsed.calls, parsed.error) == (think, calls, None)
         assert repr(parsed.calls) == repr(calls)  # 1 == 1.0 == True to Python, but not here
     assert parse_completion(render_completion(calls, " ")).calls == calls
+    assert [ToolCall(**call.as_dict()) for call in calls] == calls
 
 
 def test_the_example_in_our_system_prompt_follows_its_own_rules():
@@ -313,10 +275,7 @@ GOOD = '<think>so</think><tool_call>[{"name": "f", "arguments": {}}]</tool_call>
 @pytest.mark.parametrize(
     "text",
     [GOOD, f" \n{GOOD}\r\n", GOOD.replace("><", ">\n\n<"), GOOD.replace("[", "\n[\t").replace("]", " ]\n")]
-    + [
-        f"{GOOD}\n{end}\n"
-        for end in ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
-    ],
+    + [f"{GOOD}\n<|{end}|>\n" for end in ("im_end", "endoftext", "eot_id", "eom_id", "end_of_text")],
 )
 def test_white_space_and_one_end_token_are_accepted(text):
     parsed = parse_completion(text)
@@ -327,25 +286,18 @@ ERRORS = [
     ("not_text", None),
     ("no_think", GOOD.removeprefix("<think>so</think>")),
     ("no_think", "so</think>" + GOOD.removeprefix("<think>so</think>")),
-    ("no_think", ""),
     ("text_before_think", f"Sure! {GOOD}"),
     ("think_not_closed", GOOD.replace("</think>", "")),
     ("empty_think", GOOD.replace("so", "")),
-    ("empty_think", GOOD.replace("so", " \n\t")),
     ("tag_in_think", GOOD.replace("so", "<tool_call>[]</tool_call>")),
-    ("tag_in_think", GOOD.replace("so", "<think>so")),
     ("text_before_tool_call", GOOD.replace("><", ">Here: <")),
     ("text_before_tool_call", GOOD.replace("so</think>", "so</think></think>")),
     ("no_tool_call", "<think>so</think>"),
-    ("no_tool_call", "<think>so</think>It is 2."),
     ("tool_call_not_closed", GOOD.removesuffix("</tool_call>")),
     ("text_after_tool_call", f"{GOOD} Done."),
-    ("text_after_tool_call", f"{GOOD}<|im_end|><|im_end|>"),
     ("several_tool_calls", f"{GOOD}<tool_call>[]</tool_call>"),
-    ("bad_json", GOOD.replace('"f"', "'f'")),
     ("bad_json", "<think>so</think><tool_call></tool_call>"),
     ("not_a_list", "<think>so</think><tool_call>{}</tool_call>"),
-    ("not_a_list", '<think>so</think><tool_call>"[]"</tool_call>'),
     ("bad_call", "<think>so</think><tool_call>[[]]</tool_call>"),
     ("bad_call", GOOD.replace('"f"', "null")),
     ("bad_call", GOOD.replace("{}", "[]")),

@@ -2,8 +2,7 @@
 sample depends on anything but its own prompt and seed.
 """
 
-import json
-import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,24 +13,21 @@ from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
 import rollout
-from corpus.examples import Example, Tokenized, example_kind
+from corpus.examples import Example
 from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
-from distributed.batches import prompt_seed
-from evals.predict import Case, write_predictions
+from distributed.batches import Group, prompt_seed
 from kernel import decode as engines
 from kernel.attention import use_attention
 from kernel.decode import Prompt
 from kernel.packing import pack
-from model import ModelError, token_logprobs
-from ops.export import export
-from prompts import ToolCall, encode_prompt, encode_reply, stop_ids
+from model import prepare_model, token_logprobs
+from prompts import ToolCall, encode_reply, stop_ids
 from reward import Reward, score
-from rollout import ENGINES, rollout_metrics, sample_groups, sample_rows, token_texts
+from rollout import Decoding, rollout_metrics, sample_groups, sample_rows, token_texts
 
 torch.set_num_threads(1)
 
 CPU = torch.device("cpu")
-TEMPLATE = "Tools: {tools}"
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +40,7 @@ def model(tokenizer):
     """A random model whose distributions are peaked and depend on every token before; end tokens come up now
     and then.
     """
-    model = build_tiny_model(tokenizer, hidden=32, layers=2, seed=0)
+    model = prepare_model(build_tiny_model(tokenizer, hidden=32, layers=2, seed=0), CPU)
     with torch.no_grad():
         generator = torch.Generator().manual_seed(0)
         for weight in model.parameters():
@@ -61,7 +57,7 @@ def prompts_of(lengths: list[int], seed: int = 0) -> list[Prompt]:
 
 def sample(model, tokenizer, prompts, **settings):
     settings = dict(group_size=1, temperature=0, max_new_tokens=24, batch_size=64) | settings
-    return sample_groups(model, tokenizer, prompts, **settings)
+    return sample_groups(model, tokenizer, prompts, Decoding(**settings))
 
 
 LENGTHS = [5, 1, 17, 9, 2, 30, 9, 12, 3, 4, 21, 8]
@@ -82,7 +78,8 @@ def plain_greedy(model, prompt: list[int], stops: list[int], max_new_tokens: int
     use_attention(model, "generate")
     ids = torch.tensor([prompt])
     out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=stops,
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_new_tokens,
+        eos_token_id=stops,
         pad_token_id=0,
     )
     use_attention(model, "train")
@@ -263,33 +260,6 @@ def test_no_prompts_no_groups(model, tokenizer):
     assert sample(model, tokenizer, []) == []
 
 
-# ------------------------------------------------------------------------------------------------------ seeds
-
-
-def test_prompt_seeds_never_change():
-    """Golden values: a run is repeatable years later only if these stay."""
-    golden = {
-        (0, 0, 0): 2558736989570252433,
-        (0, 1, 0): 1482366174331975417,
-        (1, 0, 0): 3569668903477806787,
-        (0, 0, 1): 4764156602392020899,
-        (7, 80, 1023): 56531638041132248,
-        (0, 3, -1): 3489783273225737375,
-    }
-    assert {key: prompt_seed(*key) for key in golden} == golden
-
-
-def test_prompt_seeds_are_distinct():
-    """Neither neighbours nor swapped numbers may share their random numbers."""
-    seeds = {
-        prompt_seed(*key) for key in ((s, t, i) for s in range(12) for t in range(12) for i in range(-1, 12))
-    }
-    assert len(seeds) == 12 * 12 * 13
-    assert all(0 <= seed < 2**63 for seed in seeds)
-    generators = [torch.Generator().manual_seed(seed) for seed in sorted(seeds)[:50]]
-    assert len({torch.rand(1, generator=g).item() for g in generators}) == 50
-
-
 # ------------------------------------------------------------------------------------------ logging of a step
 
 
@@ -351,7 +321,7 @@ def test_token_texts_where_spaces_belong_to_words():
     )
 
 
-def groups_of(tokenizer, replies: list[list[str]]) -> list[rollout.Group]:
+def groups_of(tokenizer, replies: list[list[str]]) -> list[Group]:
     """As they come from sampling; the last reply of all has been cut off."""
     groups = []
     for p, texts in enumerate(replies):
@@ -359,35 +329,34 @@ def groups_of(tokenizer, replies: list[list[str]]) -> list[rollout.Group]:
         cut = [texts is replies[-1] and g == len(texts) - 1 for g in range(len(texts))]
         responses = [ids[:-1] if gone else ids for ids, gone in zip(responses, cut)]
         logprobs = [[-0.12345 * (k + 1) for k in range(len(ids))] for ids in responses]
-        groups.append(rollout.Group(Prompt(f"p{p}", [1], 0), responses, logprobs, texts, cut))
+        groups.append(Group(Prompt(f"p{p}", [1], 0), responses, logprobs, texts, cut))
     return groups
 
 
 def test_rows_for_samples_jsonl(tokenizer):
     """Each completion beside the query and the answer of its own prompt, and no more rows than asked for."""
-    groups = groups_of(tokenizer, [["Paris é", "3 days"], ["Rome", "taxi"]])
+    turns = [("user", "before"), ("assistant", "?"), ("user", "q" * 501)]
+    messages = [{"role": role, "content": text} for role, text in turns]
     call = ToolCall("f", {"x": 1})
-    turns = [
-        {"role": role, "content": text}
-        for role, text in (("user", "before"), ("assistant", "?"), ("user", "q" * 501))
-    ]
     examples = [
-        Example("p0", "xlam", turns, [{"name": "f"}, {"name": "g"}], [call]),
+        Example("p0", "xlam", messages, [{"name": "f"}, {"name": "g"}], [call]),
         Example("p1", "xlam", [], [], []),
     ]
-    rewards = [[Reward(1.0, True, True, "correct"), Reward(0.0, True, False, "no_call")]] * 2
-    advantages = torch.tensor([[0.70712, -0.70712], [0.5, -0.5]])
-    arguments = 7, groups, [Tokenized(one, []) for one in examples], rewards, advantages, tokenizer
+    rewards = (Reward(1.0, True, True, "correct"), Reward(0.0, True, False, "no_call"))
+    groups = [
+        replace(group, example=example, rewards=rewards)
+        for group, example in zip(groups_of(tokenizer, [["Paris é", "3 days"], ["Rome", "taxi"]]), examples)
+    ]
+    arguments = 7, groups, [[0.70712, -0.70712], [0.5, -0.5]], tokenizer
     rows = sample_rows(*arguments, 100, ALONE)
     assert rows[0] == {
-        "step": 7, "prompt_id": "p0", "completion": "Paris é", "reward": 1.0, "reason": "correct", "advantage": 0.7071,
-        "truncated": False, "kind": "choice", "query": "q" * 500 + "…", "answer": [{"name": "f", "arguments": {"x": 1}}],
-        "tokens": ["Paris", " ", "", "é", "<|im_end|>"], "logprobs": [-0.123, -0.247, -0.37, -0.494, -0.617],
+        "step": 7, "prompt_id": "p0", "completion": "Paris é", "reward": 1.0, "reason": "correct",
+        "advantage": 0.7071, "truncated": False, "kind": "choice", "query": "q" * 500 + "…",
+        "answer": [{"name": "f", "arguments": {"x": 1}}], "tokens": ["Paris", " ", "", "é", "<|im_end|>"],
+        "logprobs": [-0.123, -0.247, -0.37, -0.494, -0.617],
     }
-    assert [(row["kind"], row["query"], row["truncated"]) for row in rows[2:]] == [
-        ("none", "", False),
-        ("none", "", True),
-    ]
+    told = [(row["kind"], row["query"], row["truncated"]) for row in rows[2:]]
+    assert told == [("none", "", False), ("none", "", True)]
     assert [row["completion"] for row in rows] == ["Paris é", "3 days", "Rome", "taxi"]
     assert [(row["reason"], row["advantage"]) for row in rows[2:]] == [("correct", 0.5), ("no_call", -0.5)]
     assert sample_rows(*arguments, 3, ALONE) == rows[:3] and sample_rows(*arguments, 0, ALONE) == []
@@ -396,250 +365,20 @@ def test_rows_for_samples_jsonl(tokenizer):
 
 
 def test_think_rate_and_empty_rate(tokenizer):
-    """A thought counts where it is closed and not blank, whatever follows; empty is what says [], and nothing
+    """A thought counts where it is closed and not blank, whatever follows; empty is what says [], nothing
     else.
     """
-    calls, none = '<tool_call>[{"name": "f", "arguments": {}}]</tool_call>', "<tool_call>[]</tool_call>"
-    thought = [
-        "<think>x</think>" + calls,
-        "<think>x</think>" + none,
-        "<think>x</think><tool_call>[",
-        "<think>x</think>",
+    thought, none = "<think>x</think>", "<tool_call>[]</tool_call>"
+    calls = '<tool_call>[{"name": "f", "arguments": {}}]</tool_call>'
+    replies = [
+        [thought + calls, thought + none, thought + "<tool_call>[", thought],
+        ["<think> </think>" + none, none, "<think>x", "[]"],
     ]
-    others = ["<think> </think>" + none, none, "<think>x", "[]"]
-    groups = groups_of(tokenizer, [thought, others])
-    metrics = rollout_metrics(
-        groups, [[score(text, []) for text in texts] for texts in (thought, others)], ALONE
-    )
+    groups = [
+        replace(group, rewards=tuple(score(text, []) for text in group.texts))
+        for group in groups_of(tokenizer, replies)
+    ]
+    metrics = rollout_metrics(groups, ALONE)
     assert metrics["think_rate"] == 4 / 8 and metrics["empty_rate"] == 3 / 8
     assert metrics["correct_rate"] == 3 / 8 and metrics["format_rate"] == 2 / 8 and metrics["reward"] == 1 / 8
     assert metrics["completions/clipped_ratio"] == 1 / 8
-
-
-# ------------------------------------------------------------------------------------------------ predictions
-
-
-@pytest.fixture(scope="module")
-def exported(model, tokenizer, tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("model")
-    export(model, tokenizer, folder)
-    return str(folder)
-
-
-CASES = [
-    Case(f"c{i}", "simple" if i % 2 else "multiple", [{"role": "user", "content": "weather " * (i + 1)}], [])
-    for i in range(5)
-]
-
-
-def predict(exported, cases, path, **settings) -> list[dict]:
-    settings = dict(template=TEMPLATE, max_prompt_tokens=500, max_new_tokens=6, batch_size=2) | settings
-    write_predictions(exported, cases, path, **settings)
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
-def without_latency(rows: list[dict]) -> dict:
-    return {
-        (row["id"], row["sample"]): {key: value for key, value in row.items() if key != "latency"}
-        for row in rows
-    }
-
-
-def test_predictions_are_greedy_replies_one_line_each(exported, model, tokenizer, tmp_path):
-    rows = predict(exported, CASES, tmp_path / "new" / "predictions.jsonl")
-    assert [row["id"] for row in sorted(rows, key=lambda row: row["id"])] == [case.id for case in CASES]
-    by_id = {row["id"]: row for row in rows}
-    for case in CASES:
-        ids = encode_prompt(tokenizer, case.messages, case.tools, TEMPLATE)
-        reply = plain_greedy(model.eval(), ids, stop_ids(tokenizer), 6)
-        row = by_id[case.id]
-        assert (row["category"], row["input_tokens"], row["output_tokens"]) == (
-            case.category,
-            len(ids),
-            len(reply),
-        )
-        assert (
-            row["output"] == rollout.decode_reply(tokenizer, reply, stop_ids(tokenizer))
-            and row["latency"] > 0
-        )
-
-
-def test_a_killed_evaluation_goes_on_where_it_was(exported, tmp_path, monkeypatch):
-    path = tmp_path / "predictions.jsonl"
-    whole = predict(exported, CASES, path)
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[:2]) + lines[2][:17])  # killed in the middle of the third line
-    done = []
-    real = ENGINES["shared_prefix"]
-    monkeypatch.setitem(ENGINES, "shared_prefix", lambda *args: done.append(len(args[1])) or real(*args))
-    again = predict(exported, CASES, path)
-    assert without_latency(again) == without_latency(whole) and len(again) == len(whole)
-    assert path.read_bytes().startswith(b"".join(lines[:2])), "what was there is not touched"
-    assert sum(done) == 3, "only the missing cases are generated"
-
-
-def test_throughput_is_told_at_the_end(exported, tmp_path, capsys):
-    rows = predict(exported, CASES, tmp_path / "p.jsonl")
-    told = capsys.readouterr().out.splitlines()[-1]
-    numbers = re.search(r"5 replies in ([\d.]+) s: ([\d.]+) replies/s, (\d+) new tokens/s$", told)
-    _, replies, tokens = (float(number) for number in numbers.groups())
-    assert tokens / replies == pytest.approx(sum(row["output_tokens"] for row in rows) / 5, rel=0.1)
-
-
-SAMPLED = {"temperature": 1.0, "samples": 3, "batch_size": 6}
-
-
-def test_samples_of_a_case_are_numbered_and_depend_on_seed_and_case_alone(exported, tmp_path):
-    rows = predict(exported, CASES, tmp_path / "a.jsonl", **SAMPLED)
-    assert sorted((row["id"], row["sample"]) for row in rows) == [(c.id, k) for c in CASES for k in range(3)]
-    assert len({row["output"] for row in rows}) > len(CASES)
-    alone = predict(exported, CASES[2:3], tmp_path / "b" / "b.jsonl", **SAMPLED)
-    assert {row["sample"]: row["output"] for row in alone} == {
-        row["sample"]: row["output"] for row in rows if row["id"] == CASES[2].id
-    }
-    other = predict(exported, CASES, tmp_path / "c" / "c.jsonl", seed=1, **SAMPLED)
-    assert without_latency(other) != without_latency(rows)
-    same = [
-        Case(name, "simple", CASES[4].messages, []) for name in ("x", "y", "y")
-    ]  # equal prompts, different cases
-    outputs = [row["output"] for row in predict(exported, same, tmp_path / "d" / "d.jsonl", **SAMPLED)]
-    assert len({tuple(outputs[i : i + 3]) for i in (0, 3, 6)}) == 3
-
-
-def test_a_killed_evaluation_misses_and_repeats_no_sample(exported, tmp_path):
-    """The kill may fall between two samples of one case: exactly the others are added, and they come out the
-    same.
-    """
-    path = tmp_path / "predictions.jsonl"
-    whole = predict(exported, CASES, path, **SAMPLED)
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([*lines[:4], lines[7]]))
-    again = predict(exported, CASES, path, **SAMPLED)
-    assert len(again) == len(whole) and without_latency(again) == without_latency(whole)
-
-
-def test_greedy_samples_are_refused(exported, tmp_path):
-    with pytest.raises(
-        ModelError, match="greedy decoding would give 3 equal replies; set a temperature above 0, or 1"
-    ):
-        predict(exported, CASES, tmp_path / "p.jsonl", samples=3)
-
-
-@pytest.mark.parametrize(
-    ("changed", "name"),
-    [({"seed": 1}, "seed"), ({"samples": 2}, "samples"), ({"temperature": 0.5}, "temperature")],
-)
-def test_replies_of_other_settings_are_not_mixed(exported, tmp_path, changed, name):
-    path = tmp_path / "predictions.jsonl"
-    before = predict(exported, CASES[:1], path, **SAMPLED)
-    with pytest.raises(
-        ModelError, match=f"with another model or other settings .{name}; see .*generated_with.json"
-    ):
-        predict(exported, CASES, path, **(SAMPLED | changed))
-    assert predict(exported, CASES[:1], path, **SAMPLED) == before, "the refusal changes nothing"
-
-
-def test_predictions_from_before_sampling_existed_are_kept(exported, tmp_path):
-    """Older files have no "sample", and their note no temperature: both mean greedy."""
-    path = tmp_path / "predictions.jsonl"
-    whole = predict(exported, CASES, path)
-    path.write_text(
-        "".join(json.dumps({k: v for k, v in row.items() if k != "sample"}) + "\n" for row in whole[:3])
-    )
-    note = tmp_path / "generated_with.json"
-    kept = {
-        k: v for k, v in json.loads(note.read_text()).items() if k not in ("temperature", "samples", "seed")
-    }
-    note.write_text(json.dumps(kept))
-    with pytest.raises(ModelError, match="other settings .temperature;"):
-        predict(exported, CASES, path, temperature=0.5)
-    assert sorted(row["id"] for row in predict(exported, CASES, path)) == [case.id for case in CASES]
-
-
-def test_a_kill_inside_a_character_does_not_stop_the_next_start(exported, tmp_path):
-    """Replies are written as UTF-8, so a line can break off between the bytes of one letter."""
-    path = tmp_path / "predictions.jsonl"
-    row = {
-        "id": "c0",
-        "category": "multiple",
-        "output": "東",
-        "input_tokens": 1,
-        "output_tokens": 1,
-        "latency": 1.0,
-    }
-    line = json.dumps(row, ensure_ascii=False).encode()
-    path.write_bytes(line[: line.index("東".encode()) + 1])
-    assert len(predict(exported, CASES[:1], path)) == 1
-
-
-@pytest.mark.parametrize("character", ["\u2028", "\u0085", "\u001c"])
-def test_unusual_line_ends_in_a_reply_do_not_stop_the_next_start(exported, tmp_path, character):
-    """str.splitlines() also cuts at U+2028 and U+0085, which JSON leaves as they are, and half a line is no
-    JSON.
-    """
-    path = tmp_path / "predictions.jsonl"
-    row = {"id": "c0", "category": "multiple", "output": character, "input_tokens": 1, "output_tokens": 1}
-    path.write_text(json.dumps(row | {"latency": 1.0}, ensure_ascii=False) + "\n", encoding="utf-8")
-    assert [row["id"] for row in predict(exported, CASES[:2], path)] == ["c0", "c1"]
-
-
-def test_a_finished_evaluation_loads_no_model(exported, tmp_path, monkeypatch, capsys):
-    path = tmp_path / "predictions.jsonl"
-    rows = predict(exported, CASES, path)
-    monkeypatch.delattr(rollout, "load_model")
-    assert predict(exported, CASES, path) == rows
-    assert "all 5 replies are there already" in capsys.readouterr().out
-
-
-def test_an_id_that_occurs_twice_is_answered_twice(exported, tmp_path):
-    """BFCL v3 has one id twice; a set of finished ids would lose the second case."""
-    path = tmp_path / "predictions.jsonl"
-    assert len(predict(exported, [CASES[0], CASES[0]], path)) == 2
-    assert len(predict(exported, [CASES[0], CASES[0]], path)) == 2
-    path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])  # killed between the two
-    assert len(predict(exported, [CASES[0], CASES[0]], path)) == 2
-    other = Case("c0", "other", CASES[0].messages, [])
-    assert len(predict(exported, [CASES[0], CASES[0], other], path)) == 3, (
-        "the same id in another category is another"
-    )
-
-
-def test_prompts_beyond_the_limit_are_skipped_and_say_so(exported, tokenizer, tmp_path):
-    lengths = [len(encode_prompt(tokenizer, case.messages, case.tools, TEMPLATE)) for case in CASES]
-    rows = predict(exported, CASES, tmp_path / "p.jsonl", max_prompt_tokens=sorted(lengths)[2])
-    by_id = {row["id"]: row for row in rows}
-    for case, length in zip(CASES, lengths):
-        row, skipped = by_id[case.id], length > sorted(lengths)[2]
-        assert row.get("skipped") == ("prompt_too_long" if skipped else None)
-        assert not skipped or (row["output"], row["output_tokens"]) == ("", 0)
-    assert sum("skipped" in row for row in rows) == 2
-
-
-def test_evaluate_counts_hits_by_kind(model, tokenizer, monkeypatch):
-    """The slow version: hits and cases counted by hand, over two ranks whose sums are added."""
-    from corpus.synthetic import synthetic
-
-    examples = [
-        Tokenized(e, encode_prompt(tokenizer, e.messages, e.tools, TEMPLATE)) for e in synthetic(11, 0)
-    ]
-    hit = lambda text, answer: SimpleNamespace(total=float(len(answer) == 1), correct=bool(answer))  # noqa: E731
-    monkeypatch.setattr(rollout, "score", hit)
-    config = SimpleNamespace(max_response_tokens=2, rollout_batch_size=4, rollout_engine="shared_prefix")
-    sums, beats = [], []
-    both = dict(world=2, heartbeat=lambda: beats.append(1))  # a long evaluation tells the watchdog that it goes on
-    for rank in range(2):
-        ranks = SimpleNamespace(rank=rank, sum=lambda values: sums.append(list(values)) or sums[-1], **both)
-        rollout.evaluate(model, tokenizer, examples, config, ranks, "test")
-    ranks = SimpleNamespace(
-        rank=0, sum=lambda values: list(values) and [a + b for a, b in zip(*sums[:2])], **both
-    )
-    entries = rollout.evaluate(model, tokenizer, examples, config, ranks, "test")
-    assert entries["test/n"] == 11 and len(beats) == 2 + 2 + 2, (
-        "one for every batch of 4 of a rank's 6 or 5 examples"
-    )
-    assert entries["test/accuracy"] == pytest.approx(sum(len(t.example.answer) == 1 for t in examples) / 11)
-    assert entries["test/correct_rate"] == pytest.approx(sum(bool(t.example.answer) for t in examples) / 11)
-    for kind in {example_kind(t.example) for t in examples}:
-        own = [t for t in examples if example_kind(t.example) == kind]
-        assert entries[f"test/n_{kind}"] == len(own)
-        assert entries[f"test/accuracy_{kind}"] == float(kind in ("single", "choice"))

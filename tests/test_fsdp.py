@@ -1,15 +1,18 @@
-"""sharding.py: a model in pieces computes what the whole one does, on 1, 2 and 3 ranks.
+"""fsdp.py: a model in pieces computes what the whole one does, on 1, 2 and 3 ranks.
 
 Ranks are processes of a fork server that has imported torch once; they talk over gloo on the CPU. One start
 runs all CHECKS of a number of ranks, each a plain function; what it found is a test of its own below.
 """
 
 import functools
+import hashlib
 import json
 import multiprocessing
 import os
+import shutil
 import traceback
 import uuid
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,8 +20,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers import as_arguments, run_here, write_task
 from safetensors.torch import load_file, save_file
-from test_end_to_end import as_arguments, write_task
+from test_nodes import free_port
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -31,7 +35,7 @@ from config import Config, ConfigError, load_config
 from corpus.sources import read_jsonl
 from corpus.tiny_model import build_tiny_tokenizer
 from data import load_splits, tokenize_splits
-from distributed import fsdp as sharding
+from distributed import fsdp
 from distributed.batches import Group, batch_for_step, prompt_seed
 from distributed.fsdp import full_tensor, gathered_weights, load_sharded, make_mesh, skeleton
 from distributed.ranks import Ranks, start_ranks
@@ -42,26 +46,21 @@ from losses import group_std, kl_k3, loss_of, policy_loss
 from model import ModelError, load_model, load_tokenizer, prepare_model, token_logprobs
 from ops.export import export
 from prompts import load_template
-from rollout import ENGINES, sample_groups
+from rollout import ENGINES, Decoding, sample_groups
 from sft import sft_update
 
 torch.set_num_threads(1)
-PRELOAD = (
-    "torch.distributed.fsdp transformers.models.qwen2.modeling_qwen2 transformers.models.llama.modeling_llama"
-)
-multiprocessing.set_forkserver_preload(PRELOAD.split())
+MODELS = ["transformers.models.qwen2.modeling_qwen2", "transformers.models.llama.modeling_llama"]
+multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", *MODELS])
 CPU = torch.device("cpu")
 
-SHAPE = dict(
-    vocab_size=301, intermediate_size=20, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1
-)
+HEADS = dict(num_attention_heads=4, num_key_value_heads=1)
+SHAPE = dict(vocab_size=301, intermediate_size=20, num_hidden_layers=2, **HEADS)
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8)
 
 
 def build_models(folder: Path) -> None:
-    """Models whose rows divide by no number of ranks; qwen2's key heads have 2 rows, fewer than three
-    ranks.
-    """
+    """Models whose rows divide by no number of ranks; qwen2's key heads have 2 rows, fewer than 3 ranks."""
     torch.manual_seed(0)
     llama3 = LlamaConfig(**SHAPE, hidden_size=16, tie_word_embeddings=False)
     llama3.rope_parameters = {"rope_type": "llama3", "rope_theta": 100.0, **LLAMA3}
@@ -74,16 +73,8 @@ def build_models(folder: Path) -> None:
             model.save_pretrained(folder / name, max_shard_size="8KB")  # many files
     assert len(list((folder / "llama3").glob("*.safetensors"))) > 2
     models["llama3"].to(torch.bfloat16).save_pretrained(folder / "bf16")
-    old = json.loads((folder / "llama3" / "config.json").read_text())  # as Llama 3.1's own file has it
-    rope = old.pop("rope_parameters")
-    old |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
-    for file in (folder / "llama3").glob("*.safetensors*"):
-        (folder / "old").mkdir(exist_ok=True)
-        (folder / "old" / file.name).write_bytes(file.read_bytes())
-    (folder / "old" / "config.json").write_text(json.dumps(old))
 
 
-NAMES = ("qwen2", "llama3", "bf16", "old")
 GROUPS = [
     ([5, 6, 7], [[8, 9, 10, 11], [12]]),
     ([20], [[21, 22]]),
@@ -93,8 +84,8 @@ PROMPTS = [Prompt(str(i), prompt, i) for i, (prompt, _) in enumerate(GROUPS)]
 IDLE = [([0], [[0]])]
 
 
-def load(ranks: Ranks, path: Path, name: str = "full", **options) -> nn.Module:
-    return load_sharded(str(path), make_mesh(ranks, name), CPU, **options)
+def load(ranks: Ranks, path: Path, sharding: str = "full", **options) -> nn.Module:
+    return load_sharded(str(path), make_mesh(ranks, sharding), CPU, **options)
 
 
 # --------------------------------------------------------------- checks that every rank runs: (ranks, folder)
@@ -102,9 +93,8 @@ def load(ranks: Ranks, path: Path, name: str = "full", **options) -> nn.Module:
 
 def logits_are_those_of_the_whole_model(ranks: Ranks, folder: Path) -> None:
     ids = torch.arange(40).view(2, 20) % 37
-    for name in NAMES:
+    for name in ("qwen2", "llama3", "bf16"):
         sharded, plain = load(ranks, folder / name).eval(), load_model(str(folder / name), CPU).eval()
-        assert sharded.abilities == plain.abilities, "what the stand-in was found to do holds for the model"
         packed = pack(GROUPS, CPU)
         for one, other in zip(token_logprobs(sharded, packed, 0.7), token_logprobs(plain, packed, 0.7)):
             assert_close(one, other, atol=1e-5, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
@@ -114,11 +104,9 @@ def logits_are_those_of_the_whole_model(ranks: Ranks, folder: Path) -> None:
 
 
 def every_rank_reads_its_own_rows_alone(ranks: Ranks, folder: Path) -> None:
-    """Neither a tensor read nor one made while loading is larger than a rank's share of the largest
-    weight.
-    """
+    """Neither a tensor read nor one made while loading exceeds a rank's share of the largest weight."""
     share = -(-301 // ranks.world) * 16
-    real, read = sharding.safe_open, []
+    real, read = fsdp.safe_open, []
 
     class Slices:
         def __init__(self, rows):
@@ -147,34 +135,25 @@ def every_rank_reads_its_own_rows_alone(ranks: Ranks, folder: Path) -> None:
         def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
             out = function(*arguments, **(keywords or {}))
             local = out.to_local() if isinstance(out, DTensor) else out
-            fresh = all(
-                one.alias_info is None for one in function._schema.returns
-            )  # no view: of a mapped file, say
-            if fresh and isinstance(local, torch.Tensor) and local.device.type == "cpu":
+            view = any(one.alias_info for one in function._schema.returns)  # of a mapped file, say
+            if not view and isinstance(local, torch.Tensor) and local.device.type == "cpu":
                 self.largest = max(self.largest, local.numel())
             return out
 
-    sharding.safe_open = File
+    fsdp.safe_open = File
     try:
         with Made() as made:
             model = load(ranks, folder / "llama3")
     finally:
-        sharding.safe_open = real
+        fsdp.safe_open = real
     assert 0.9 * share < max(read) <= share and made.largest <= share, (max(read), made.largest, share)
     local = sum(p.to_local().numel() for p in model.parameters())
     assert local == sum(read), "each of the rank's numbers once"
     assert sum(ranks.sum([local])) == sum(p.numel() for p in model.parameters()), "and together the model"
 
 
-def plain_gradients(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    model = load_model(str(folder / name), CPU).train()
-    logprobs, _ = token_logprobs(model, pack(GROUPS, CPU), 0.7)
-    (logprobs * torch.linspace(-1, 2, len(logprobs))).sum().backward()
-    return {name: p.grad for name, p in model.named_parameters()}
-
-
 def backward(model: nn.Module, ranks: Ranks) -> None:
-    """This rank's part of the loss of plain_gradients: every rank has its own groups, the third none."""
+    """This rank's part of a weighted sum of log-probs: every rank has its own groups, the third none."""
     counts = [sum(map(len, responses)) for _, responses in GROUPS]
     weights = torch.linspace(-1, 2, sum(counts)).split(counts)
     own = [i for i in range(len(GROUPS)) if i % min(ranks.world, 2) == ranks.rank]
@@ -183,24 +162,22 @@ def backward(model: nn.Module, ranks: Ranks) -> None:
 
 
 def gradients_are_the_sum_over_ranks(ranks: Ranks, folder: Path) -> None:
-    """Not the mean, and a tied head's once; with layers freed after the forward pass (large models), and
-    without.
-    """
+    """Not the mean, and a tied head's once; with layers freed after the forward pass, and without."""
     for name in ("qwen2", "llama3"):
-        expected = plain_gradients(folder, name)
-        for checkpointing in (False, True):
-            for keep in (0, 2**30):
-                sharding.KEEP_BYTES = keep
-                model = load(ranks, folder / name, gradient_checkpointing=checkpointing).train()
-                assert model.free_layers == (keep == 0)
-                backward(model, ranks)
-                gradients = {key: full_tensor(p.grad) for key, p in model.named_parameters()}
-                assert gradients.keys() == expected.keys()
-                for key, gradient in gradients.items():
-                    assert (gradient - expected[key]).norm() <= 1e-5 * expected[key].norm() + 1e-6, (
-                        name,
-                        key,
-                    )
+        plain = load_model(str(folder / name), CPU).train()
+        logprobs, _ = token_logprobs(plain, pack(GROUPS, CPU), 0.7)
+        (logprobs * torch.linspace(-1, 2, len(logprobs))).sum().backward()
+        expected = {key: p.grad for key, p in plain.named_parameters()}
+        for checkpointing, keep in ((False, 0), (False, 2**30), (True, 0), (True, 2**30)):
+            fsdp.KEEP_BYTES = keep
+            model = load(ranks, folder / name, gradient_checkpointing=checkpointing).train()
+            assert model.free_layers == (keep == 0)
+            backward(model, ranks)
+            gradients = {key: full_tensor(p.grad) for key, p in model.named_parameters()}
+            assert gradients.keys() == expected.keys()
+            for key, gradient in gradients.items():
+                error = (gradient - expected[key]).norm()
+                assert error <= 1e-5 * expected[key].norm() + 1e-6, (name, key)
 
 
 def steps(model: nn.Module, ranks: Ranks, between=lambda: None, count: int = 3) -> dict[str, torch.Tensor]:
@@ -215,20 +192,17 @@ def steps(model: nn.Module, ranks: Ranks, between=lambda: None, count: int = 3) 
     return {name: full_tensor(p.detach()).clone() for name, p in model.named_parameters()}
 
 
-def reply(
-    model: nn.Module, prompts: list[Prompt], engine: str = "shared_prefix", temperature: float = 0.8
-) -> list:
-    rows = ENGINES[engine](model, prompts, 2 if temperature else 1, temperature, 6, [301])
+def reply(model: nn.Module, prompts: list[Prompt], engine: str = "shared_prefix") -> list:
+    """Two responses per prompt, with the sampler's log-probs."""
+    rows = ENGINES[engine](model, prompts, 2, 0.8, 6, [301])
     use_attention(model, "train")
     return rows
 
 
 def rollouts_between_change_no_bit(ranks: Ranks, folder: Path) -> None:
-    """Ranks that sample different numbers of tokens, one of them none, wait for nobody: a hook would gather
-    weights.
-    """
+    """Ranks that sample different numbers of tokens wait for nobody: a hook would gather weights."""
     for keep in (0, 2**30):
-        sharding.KEEP_BYTES = keep
+        fsdp.KEEP_BYTES = keep
         without = steps(load(ranks, folder / "qwen2").train(), ranks)
         model = load(ranks, folder / "qwen2").train()
 
@@ -253,47 +227,32 @@ def samples_come_from_the_new_weights(ranks: Ranks, folder: Path) -> None:
         for engine in ENGINES:
             with gathered_weights(model) as twin:
                 rows = reply(twin, PROMPTS, engine)
-            for prompt, pair in zip(PROMPTS, zip(rows[::2], rows[1::2])):
-                packed = pack([(prompt.ids, [ids for ids, _ in pair])], CPU)
-                expected = token_logprobs(plain, packed, 0.8)[0]
-                chances = torch.tensor([x for _, logprobs in pair for x in logprobs])
-                assert_close(
-                    chances, expected.detach(), atol=1e-5, rtol=0, msg=lambda text, e=engine: f"{e}: {text}"
-                )
+            for prompt, one, two in zip(PROMPTS, rows[::2], rows[1::2]):
+                packed = pack([(prompt.ids, [one[0], two[0]])], CPU)
+                expected = token_logprobs(plain, packed, 0.8)[0].detach()
+                assert_close(torch.tensor([*one[1], *two[1]]), expected, atol=1e-5, rtol=0)
         with gathered_weights(model) as twin:
             again = reply(twin, PROMPTS)
         assert max(abs(a - b) for (_, one), (_, two) in zip(before, again) for a, b in zip(one, two)) > 1e-3
 
 
 def the_twin_is_plain_tied_and_freed(ranks: Ranks, folder: Path) -> None:
-    for keep in (0, 2**30):
-        sharding.KEEP_BYTES = keep
-        for name in ("qwen2", "llama3"):
-            model = load(ranks, folder / name).train()
-            with gathered_weights(model) as twin:
-                assert type(twin) in (Qwen2ForCausalLM, LlamaForCausalLM) and not twin.training
-                assert not any(isinstance(part, FSDPModule) for part in twin.modules())
-                weights = list(twin.parameters())
-                assert not any(isinstance(weight, DTensor) or weight.requires_grad for weight in weights)
-                head, table = twin.get_output_embeddings().weight, twin.get_input_embeddings().weight
-                assert (head.data_ptr() == table.data_ptr()) == (name == "qwen2"), (
-                    "a tied head takes no memory of its own"
-                )
-                assert all(weight.untyped_storage().size() > 0 for weight in weights)
-            assert all(weight.untyped_storage().size() == 0 for weight in weights), "nothing is left of it"
-            assert all(isinstance(p, DTensor) for p in model.parameters())
-            assert model.training
-
-
-def weights_are_freed_when_sampling_fails(ranks: Ranks, folder: Path) -> None:
-    model = load(ranks, folder / "qwen2").train()
-    try:
-        with gathered_weights(model) as twin:
+    """Also when sampling fails."""
+    for name, keep in (("qwen2", 0), ("qwen2", 2**30), ("llama3", 0), ("llama3", 2**30)):
+        fsdp.KEEP_BYTES = keep
+        model = load(ranks, folder / name).train()
+        with pytest.raises(KeyboardInterrupt), gathered_weights(model) as twin:
+            assert type(twin) in (Qwen2ForCausalLM, LlamaForCausalLM) and not twin.training
+            assert not any(isinstance(part, FSDPModule) for part in twin.modules())
             weights = list(twin.parameters())
+            assert not any(isinstance(weight, DTensor) or weight.requires_grad for weight in weights)
+            head, table = twin.get_output_embeddings().weight, twin.get_input_embeddings().weight
+            tied = head.data_ptr() == table.data_ptr()
+            assert tied == (name == "qwen2"), "a tied head takes no memory of its own"
+            assert all(weight.untyped_storage().size() > 0 for weight in weights)
             raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        pass
-    assert all(weight.untyped_storage().size() == 0 for weight in weights)
+        assert all(weight.untyped_storage().size() == 0 for weight in weights), "nothing is left of it"
+        assert all(isinstance(p, DTensor) for p in model.parameters()) and model.training
 
 
 def offloaded_weights_train_the_same(ranks: Ranks, folder: Path) -> None:
@@ -319,21 +278,18 @@ def a_frozen_model_has_no_gradients(ranks: Ranks, folder: Path) -> None:
 
 
 def fine_tuning_is_the_same_on_all_numbers_of_ranks(ranks: Ranks, folder: Path) -> None:
-    """Three ranks share three groups; with a budget of 1 token, one has two micro-batches more than
-    another.
-    """
+    """Three ranks share three groups; with a budget of 1 token, one has two micro-batches more."""
     plain = load_model(str(folder / "llama3"), CPU).train()
     loss = -token_logprobs(plain, pack(GROUPS, CPU), 1.0)[0].mean()
     loss.backward()
     for budget in (1, 10**6):
         model = load(ranks, folder / "llama3").train()
+        model.logprobs = functools.partial(token_logprobs, model, temperature=1.0)
         config = Config(max_tokens_per_micro_batch=budget, max_grad_norm=1e9)
         metrics = sft_update(model, torch.optim.SGD(model.parameters(), lr=1.0), GROUPS, config, ranks)
         assert abs(metrics["loss"] - loss.item()) < 1e-5
-        for (name, now), before in zip(model.named_parameters(), plain.parameters()):
-            assert_close(
-                full_tensor(now.detach()), (before - before.grad).detach(), atol=1e-5, rtol=0, msg=name
-            )
+        for now, before in zip(model.parameters(), plain.parameters()):
+            assert_close(full_tensor(now.detach()), (before - before.grad).detach(), atol=1e-5, rtol=0)
 
 
 def copies_across_nodes_train_like_shards(ranks: Ranks, folder: Path) -> None:
@@ -347,22 +303,16 @@ def copies_across_nodes_train_like_shards(ranks: Ranks, folder: Path) -> None:
         for name in usual:
             assert_close(state[name], usual[name], atol=1e-6, rtol=0)
         with gathered_weights(model) as twin:
-            assert_close(twin.lm_head.weight.detach(), state["lm_head.weight"], atol=0, rtol=0)
+            assert torch.equal(twin.lm_head.weight, state["lm_head.weight"])
     del os.environ["LOCAL_WORLD_SIZE"]
 
 
-def bad_sharding_is_one_sentence(ranks: Ranks, folder: Path) -> None:
-    """Two ranks on the first node, one on the second: all must refuse, also those whose own number would
-    do.
-    """
-    for name, inside, words in (
-        ("hybrid", 1, "must be full or hsdp"),
-        ("hsdp", 2 if ranks.rank < 2 else 1, "every node"),
-    ):
-        os.environ["LOCAL_WORLD_SIZE"] = str(inside)
-        with pytest.raises(ConfigError, match=words):
-            make_mesh(ranks, name)
-        ranks.gather(None)  # nobody was left waiting
+def uneven_nodes_are_refused_by_all(ranks: Ranks, folder: Path) -> None:
+    """Two ranks on the first node, one on the second, whose own number would do."""
+    os.environ["LOCAL_WORLD_SIZE"] = "2" if ranks.rank < 2 else "1"
+    with pytest.raises(ConfigError, match="every node"):
+        make_mesh(ranks, "hsdp")
+    ranks.gather(None)  # nobody was left waiting
     del os.environ["LOCAL_WORLD_SIZE"]
 
 
@@ -372,64 +322,61 @@ REWARD = """
 def rewards_of(completion, answer, tools):
     return sum(map(ord, completion)) % 5 / 4
 """  # a random model gets nothing right, but must have something to learn
-RUNS = {  # name: (numbers of ranks, settings)
-    "usual": ((1, 2), {}),
-    "small micro-batches": ((2,), {"max_tokens_per_micro_batch": 1}),
-    "llama": ((1, 2), {"model": "llama"}),
-    "hsdp": ((2,), {"sharding": "hsdp"}),
-    "low memory": ((2,), {"low_memory": "true", "gradient_checkpointing": "true"}),
-    "one prompt": ((1, 2), {"prompts_per_step": 1, "minibatch_prompts": 1, "steps": 2}),
+RUNS = {  # name: (numbers of ranks, the slow run that it must equal, settings)
+    "usual": ((1, 2), "usual", {}),
+    "small micro-batches": ((2,), "usual", {"max_tokens_per_micro_batch": 1}),
+    "llama": ((1, 2), "llama", {"model": "llama"}),
+    "hsdp": ((2,), "usual", {"sharding": "hsdp"}),
+    "offload": ((2,), "usual", {"offload": "all", "gradient_checkpointing": "true"}),
+    "one prompt": ((1, 2), "one prompt", {"prompts_per_step": 1, "minibatch_prompts": 1, "steps": 2}),
 }
 
 
 def build_task(folder: Path) -> None:
-    """The settings of a run of 5 steps with 2 updates of 3 prompts each, and two random models to start
-    from.
-    """
+    """The settings of 5 steps with 2 updates of 3 prompts each, and two random models to start from."""
     (folder / "own.py").write_text(REWARD)
     tokenizer = build_tiny_tokenizer(["add 1 and 2"], 301)
     torch.manual_seed(1)
-    shape = SHAPE | dict(vocab_size=len(tokenizer), hidden_size=16, num_key_value_heads=2)
-    models = {
-        "qwen2": Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=True, initializer_range=0.2))
-    }
-    models["llama"] = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False, initializer_range=0.2))
-    for name, model in models.items():
+    shape = SHAPE | dict(hidden_size=16, num_key_value_heads=2, initializer_range=0.2)
+    shape |= {"vocab_size": len(tokenizer)}
+    qwen2 = Qwen2ForCausalLM(Qwen2Config(**shape, tie_word_embeddings=True))
+    llama = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=False))
+    for name, model in (("qwen2", qwen2), ("llama", llama)):
         export(prepare_model(model, CPU), tokenizer, folder / f"start-{name}")
     settings = write_task(folder) | dict(
-        reward=f"{folder / 'own.py'}:rewards_of", model="qwen2", steps=5, prompts_per_step=6, minibatch_prompts=3,
-        group_size=4, max_response_tokens=10, lr=1e-3, kl_coef=0.1, eval_cases=3,
+        reward=f"{folder / 'own.py'}:rewards_of", model="qwen2", steps=5, prompts_per_step=6,
+        minibatch_prompts=3, group_size=4, max_response_tokens=10, lr=1e-3, kl_coef=0.1, eval_cases=3,
+        timeout_minutes=2,
     )
     (folder / "task.json").write_text(json.dumps({key: str(value) for key, value in settings.items()}))
 
 
 def run_settings(folder: Path, name: str) -> dict[str, str]:
-    settings = json.loads((folder / "task.json").read_text()) | RUNS[name][1]
+    settings = json.loads((folder / "task.json").read_text()) | RUNS[name][2]
     return settings | {"model": folder / f"start-{settings['model']}"}
 
 
 def grpo_runs(ranks: Ranks, folder: Path) -> None:
-    """Collective. What the tests of whole runs compare."""
-    grpo.start_ranks = lambda *_: ranks
-    os.environ["LOCAL_WORLD_SIZE"] = "1"  # hsdp: every rank a node
-    for name, (worlds, _) in RUNS.items():
+    """Collective. What the tests of whole runs compare: grpo.py as torchrun starts it, every rank a node."""
+    ports = ranks.gather([free_port() for _ in RUNS])[0]
+    dist.destroy_process_group()
+    place = dict(RANK=ranks.rank, WORLD_SIZE=ranks.world, LOCAL_RANK=0, LOCAL_WORLD_SIZE=1)
+    for port, (name, (worlds, _, _)) in zip(ports, RUNS.items()):
         if ranks.world in worlds:
-            grpo.main(
-                as_arguments(run_settings(folder, name) | {"run_dir": folder / f"{name}-{ranks.world}"})
-            )
+            place |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            os.environ.update({key: str(value) for key, value in place.items()})
+            run_here(grpo.main, run_settings(folder, name) | {"run_dir": folder / f"{name}-{ranks.world}"})
 
 
 def slow_grpo(settings: dict) -> tuple[list[list[str]], dict[str, torch.Tensor]]:
-    """The same without anything that shards or packs: one completion at a time, on whole models. -> (texts,
-    weights).
+    """The same without anything that shards or packs: one completion at a time, on whole models.
+
+    Returns the texts of every step, and the weights.
     """
     config = load_config(as_arguments(settings | {"run_dir": "unused"}))
-    tokenizer = load_tokenizer(config.model)
+    tokenizer, template = load_tokenizer(config.model), load_template(config.prompt_template)
     policy, reference = (load_model(config.model, CPU) for _ in range(2))
-    splits = load_splits(config)
-    train = tokenize_splits(
-        splits, tokenizer, load_template(config.prompt_template), config, quiet=True
-    ).train
+    train = tokenize_splits(load_splits(config), tokenizer, template, config, quiet=True).train
     optimizer, texts = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0), []
 
     def logprobs(model, group: Group, response: list[int]) -> torch.Tensor:
@@ -440,11 +387,9 @@ def slow_grpo(settings: dict) -> tuple[list[list[str]], dict[str, torch.Tensor]]
     for step in range(1, config.steps + 1):
         batch = batch_for_step(len(train), step - 1, config.prompts_per_step, config.seed)
         seeds = [prompt_seed(config.seed, step, place) for place in range(len(batch))]
-        groups = sample_groups(
-            policy, tokenizer, [Prompt(str(i), train[i].ids, seed) for i, seed in zip(batch, seeds)],
-            group_size=config.group_size, temperature=config.temperature, max_new_tokens=config.max_response_tokens,
-            batch_size=config.group_size,
-        )
+        prompts = [Prompt(str(i), train[i].ids, seed) for i, seed in zip(batch, seeds)]
+        decoding = replace(Decoding.training(config), batch_size=config.group_size)
+        groups = sample_groups(policy, tokenizer, prompts, decoding)
         texts.append([text for group in groups for text in group.texts])
         rewards = torch.tensor([[sum(map(ord, text)) % 5 / 4 for text in group.texts] for group in groups])
         assert (rewards.std(1) > 0).any(), "there is something to learn"
@@ -457,9 +402,8 @@ def slow_grpo(settings: dict) -> tuple[list[list[str]], dict[str, torch.Tensor]]
             losses = []
             for i, k in ((i, k) for i, k in fixed if start <= i < start + config.minibatch_prompts):
                 now, (old, ref) = logprobs(policy, groups[i], groups[i].responses[k]), fixed[i, k]
-                loss, _ = policy_loss(
-                    now, old, advantages[i, k].expand_as(now), torch.tensor([len(now)]), loss_of(config)
-                )
+                advantage, counts = advantages[i, k].expand_as(now), torch.tensor([len(now)])
+                loss, _ = policy_loss(now, old, advantage, counts, loss_of(config))
                 losses.append(loss + config.kl_coef * kl_k3(now, ref))
             torch.cat(losses).mean().backward()
             nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)
@@ -477,28 +421,25 @@ CHECKS = {  # what runs on which numbers of ranks
     rollouts_between_change_no_bit: (1, 2),
     samples_come_from_the_new_weights: (1, 2),
     the_twin_is_plain_tied_and_freed: (1, 2),
-    weights_are_freed_when_sampling_fails: (2,),
     offloaded_weights_train_the_same: (2,),
     a_frozen_model_has_no_gradients: (2,),
     fine_tuning_is_the_same_on_all_numbers_of_ranks: (1, 2, 3),
     copies_across_nodes_train_like_shards: (2,),
-    bad_sharding_is_one_sentence: (3,),
-    grpo_runs: (1, 2),
+    uneven_nodes_are_refused_by_all: (3,),
+    grpo_runs: (1, 2),  # the last, because it makes process groups of its own
 }
+CASES = [(check.__name__, world) for check, worlds in CHECKS.items() for world in worlds]
 
 
 def rank_main(rank: int, world: int, folder: Path, store: str) -> None:
     """Runs the checks of this number of ranks; writes what went wrong to a file of this rank."""
     torch.set_num_threads(1)
     # A rank that waits for one that went another way fails after this time instead of hanging.
-    dist.init_process_group(
-        "gloo", init_method=store, rank=rank, world_size=world, timeout=timedelta(seconds=20)
-    )
-    problems = {}
-    for check, worlds in CHECKS.items():
-        if world in worlds:
-            problems[check.__name__] = "not reached"
-    for check in (check for check in CHECKS if check.__name__ in problems):
+    patience = timedelta(seconds=20)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=patience)
+    checks = [check for check, worlds in CHECKS.items() if world in worlds]
+    problems = {check.__name__: "not reached" for check in checks}
+    for check in checks:
         try:
             check(Ranks(rank, world, CPU), folder)
             problems[check.__name__] = ""
@@ -510,7 +451,7 @@ def rank_main(rank: int, world: int, folder: Path, store: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("sharding")
+    folder = tmp_path_factory.mktemp("fsdp")
     build_models(folder)
     build_task(folder)
     return folder
@@ -529,9 +470,7 @@ def problems(folder) -> dict[tuple[str, int], list[str]]:
     return found
 
 
-@pytest.mark.parametrize(
-    "check, world", [(check.__name__, world) for check, worlds in CHECKS.items() for world in worlds]
-)
+@pytest.mark.parametrize(("check", "world"), CASES)
 def test_on_ranks(check, world, problems):
     assert not any(problems[check, world]), "\n".join(problems[check, world])
 
@@ -541,37 +480,27 @@ def test_on_ranks(check, world, problems):
 
 @pytest.fixture(scope="module")
 def slow(folder, problems):
-    """The slow runs by model and prompts per step, made once each."""
-    made = {}
-
-    def run(name: str):
-        settings = run_settings(folder, name)
-        key = str(settings["model"]), settings["prompts_per_step"]
-        made[key] = made.get(key) or slow_grpo(settings)
-        return made[key]
-
-    return run
+    """The slow runs by name, made once each."""
+    return functools.cache(lambda name: slow_grpo(run_settings(folder, name)))
 
 
-@pytest.mark.parametrize(
-    "name, world", [(name, world) for name, (worlds, _) in RUNS.items() for world in worlds]
-)
+@pytest.mark.parametrize(("name", "world"), [(name, world) for name in RUNS for world in RUNS[name][0]])
 def test_a_run_does_what_the_definition_says(name, world, folder, slow):
-    """The same samples; and the same weights, but for the order of float additions: 2e-7 where they moved by
-    9e-3.
-    """
-    texts, expected = slow(name)
-    rows = read_jsonl(folder / f"{name}-{world}" / "samples.jsonl")
+    """The same samples; and the same weights but for the order of sums: 2e-7 where they moved by 9e-3."""
+    texts, expected = slow(RUNS[name][1])
+    run = folder / f"{name}-{world}"
+    rows = read_jsonl(run / "samples.jsonl")
     for step, own in enumerate(texts, 1):
         assert sorted(own) == sorted(row["completion"] for row in rows if row["step"] == step)
-    trained = load_file(folder / f"{name}-{world}" / "model" / "model.safetensors")
+    trained = load_file(run / "model" / "model.safetensors")
     begin = load_file(run_settings(folder, name)["model"] / "model.safetensors")
     assert trained.keys() == expected.keys()
     for key in expected:
         assert_close(trained[key], expected[key], atol=2e-6, rtol=0)
-    assert max((expected[key] - begin[key]).abs().max() for key in expected) > 1e-3, (
-        "there was something to compare"
-    )
+    moved = max((expected[key] - begin[key]).abs().max() for key in expected)
+    assert moved > 1e-3, "there was something to compare"
+    card = (run / "model" / "README.md").read_text()
+    assert hashlib.sha256((folder / "train.jsonl").read_bytes()).hexdigest() in card and "0.001" in card
 
 
 # ------------------------------------------------------------------------------------- what is refused, alone
@@ -587,15 +516,15 @@ def ranks():
     os.environ.update(environment)
 
 
-def copied(folder: Path, target: Path, **changes) -> Path:
-    """llama3 in another folder and one file, with these weights changed, or left out where None."""
+def copied(folder: Path, target: Path, name: str = "llama3", **changes) -> Path:
+    """A model in another folder and one file, with these weights changed, or left out where None."""
     weights = {}
-    for file in (folder / "llama3").glob("*.safetensors"):
+    for file in (folder / name).glob("*.safetensors"):
         weights |= load_file(file)
     target.mkdir()
     weights = {name: weight for name, weight in (weights | changes).items() if weight is not None}
     save_file(weights, target / "model.safetensors")
-    (target / "config.json").write_text((folder / "llama3" / "config.json").read_text())
+    (target / "config.json").write_text((folder / name / "config.json").read_text())
     return target
 
 
@@ -603,26 +532,20 @@ NORM = "model.layers.1.input_layernorm.weight"
 
 
 def only_pickled(path: Path) -> None:
-    weights = load_file(path / "model.safetensors")
-    torch.save(weights, path / "pytorch_model.bin")
+    torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
     (path / "model.safetensors").unlink()
 
 
-REFUSED = {
+REFUSED = {  # (weights to change, or what to do with the folder; words of the sentence)
+    "no folder": (shutil.rmtree, "does not exist"),
     "no weights": (lambda path: (path / "model.safetensors").unlink(), "has no .safetensors files"),
     "pickled weights": (only_pickled, "has no .safetensors files; convert it"),
     "a weight is missing": ({NORM: None}, f"lacks weights that its config asks for: {NORM}"),
     "a weight of another shape": ({NORM: torch.ones(5)}, rf"{NORM} has the shape \(5,\), its config \(16,\)"),
-    "a file cut off": (
-        lambda path: os.truncate(path / "model.safetensors", 5000),
-        "model.safetensors could not be read",
-    ),
+    "a file cut off": (lambda path: os.truncate(path / "model.safetensors", 5000), "could not be read"),
     "no config": (lambda path: (path / "config.json").unlink(), "could not be loaded"),
-    "a config of nothing known": (
-        lambda path: (path / "config.json").write_text("{}"),
-        "could not be loaded",
-    ),
-    "a config that is no JSON": (lambda path: (path / "config.json").write_text("{"), "could not be loaded"),
+    "a config of nothing": (lambda path: (path / "config.json").write_text("{}"), "could not be loaded"),
+    "a config of no JSON": (lambda path: (path / "config.json").write_text("{"), "could not be loaded"),
 }
 
 
@@ -637,21 +560,11 @@ def test_what_cannot_be_loaded_is_one_sentence(case, ranks, folder, tmp_path):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_missing_folder_is_one_sentence(ranks, tmp_path):
-    with pytest.raises(ModelError, match="does not exist"):
-        load(ranks, tmp_path / "none")
-
-
 def test_a_tied_models_second_copy_of_its_head_is_no_mistake(ranks, folder, tmp_path):
     """Files of tied models may hold lm_head.weight all the same."""
-    (path := tmp_path / "model").mkdir()
-    weights = {}
-    for file in (folder / "qwen2").glob("*.safetensors"):
-        weights |= load_file(file)
-    save_file(weights | {"lm_head.weight": torch.zeros(301, 8)}, path / "model.safetensors")
-    (path / "config.json").write_text((folder / "qwen2" / "config.json").read_text())
-    model = load(ranks, path)
-    assert torch.equal(full_tensor(model.lm_head.weight), weights["model.embed_tokens.weight"])
+    path = copied(folder, tmp_path / "model", "qwen2", **{"lm_head.weight": torch.zeros(301, 8)})
+    table = load_file(path / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(full_tensor(load(ranks, path).lm_head.weight), table)
 
 
 EVIL = """
@@ -670,17 +583,12 @@ class Evil(LlamaForCausalLM):
 
 @pytest.mark.parametrize("kind", ["llama", "evil"])
 def test_code_that_comes_with_a_model_does_not_run(kind, ranks, folder, tmp_path, monkeypatch):
-    """Only trust_remote_code runs it; a model that transformers knows is then loaded by transformers' own
-    code.
-    """
+    """Only trust_remote_code runs it; transformers' own code loads a model that transformers knows."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "cache"))
     path = copied(folder, tmp_path / "model")
     (path / "evil.py").write_text(EVIL.format(here=str(path)))
-    config = json.loads((path / "config.json").read_text())
-    config |= {
-        "model_type": kind,
-        "auto_map": {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil"},
-    }
+    config = json.loads((path / "config.json").read_text()) | {"model_type": kind}
+    config["auto_map"] = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil"}
     (path / "config.json").write_text(json.dumps(config))
     if kind == "llama":
         assert type(load(ranks, path)).__name__ == "FSDPLlamaForCausalLM"
@@ -693,10 +601,8 @@ def test_code_that_comes_with_a_model_does_not_run(kind, ranks, folder, tmp_path
 
 def test_rotary_frequencies_keep_their_precision(folder):
     """A reference is made in bf16 on GPUs; in bf16, frequencies would be wrong in the third digit."""
-    config = sharding.model_config(str(folder / "llama3"))
+    config = fsdp.model_config(str(folder / "llama3"))
     model = skeleton(config, torch.bfloat16)
     assert model.lm_head.weight.dtype == torch.bfloat16 and model.lm_head.weight.is_meta
     assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
-    assert config.dtype == torch.float32, (
-        "from_config changes the config that it is given: it must have its own"
-    )
+    assert config.dtype == torch.float32, "from_config changes the config that it is given: not this one"

@@ -1,0 +1,381 @@
+"""One run from set-up to the last save: what grpo.py and sft.py share. No maths.
+
+`open_session` reads all inputs, claims the run's folder and finds the start model; what is wrong with
+settings, data or machine stops there, before an old run is replaced. `begin` builds the Run: weights,
+optimizer and state, fresh or from the latest checkpoint. `finish_step` evaluates, logs and saves where it is
+time. `close` writes the final model.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from config import Config, check_positions, count_steps
+from corpus.examples import Splits, Tokenized
+from corpus.sources import append_jsonl, read_jsonl
+from corpus.tiny_model import LAYERS, VOCABULARY, build_tiny_model, build_tiny_tokenizer
+from data import load_splits, tokenize_splits
+from distributed.checkpoint import Saver, choose_step, latest_checkpoint, load_checkpoint
+from distributed.fsdp import gathered_weights, load_sharded, make_mesh
+from distributed.ranks import Clock, Interrupted, Ranks, StopFlag
+from evals.in_training import JudgedPrompt, evaluate, held_out_prompts, load_benchmarks
+from kernel.attention import attention_backend
+from model import load_tokenizer, prepare_model, token_logprobs
+from ops.checks import Start, check_names, check_start
+from ops.export import export, write_model
+from ops.monitor import Monitor, attempt, close_monitor, open_monitor, show
+from ops.plot import headline, summarize, was_evaluated
+from ops.run_dir import atomic_folder, cut_log, open_run
+from ops.samples_page import write_page
+from prompts import check_tokenizer, load_template, render_prompt
+from reward import RewardFunction, reward_function
+
+# --------------------------------------------------------------------------------------- before any weights
+
+
+@dataclass
+class Inputs:
+    """What the settings name. Read before an old run is replaced, so that a mistake costs nothing."""
+
+    reward: RewardFunction
+    template: str
+    splits: Splits
+
+
+@dataclass
+class Prompts:
+    """What the start model's tokenizer makes of examples and benchmarks. sets: what is evaluated, by name."""
+
+    tokenizer: object
+    tokenized: Splits
+    sets: dict[str, list[JudgedPrompt]]
+
+
+@dataclass
+class Session:
+    """A run before it has weights. path: the start model's folder or hub id; cold: it needs a warm-up first.
+
+    began: time.perf_counter(), moved back by the seconds of a warm-up before a resume.
+    """
+
+    config: Config
+    ranks: Ranks
+    method: str  # "grpo" or "sft"
+    folder: Path
+    stop: StopFlag
+    inputs: Inputs
+    prompts: Prompts
+    path: str
+    cold: bool
+    monitor: Monitor | None  # of the main process
+    began: float
+
+    @property
+    def batch(self) -> int:
+        """Prompts per step."""
+        return self.config.sft_batch if self.method == "sft" else self.config.prompts_per_step
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return count_steps(self.config, len(self.prompts.tokenized.train), self.batch)
+
+
+def read_inputs(config: Config) -> Inputs:
+    """Reward, system prompt and examples. Raises UserError for settings or data that cannot work."""
+    check_names(config)
+    reward = reward_function(config.reward, config.lenient)
+    template = load_template(config.prompt_template)
+    splits = load_splits(config)
+    # a broken function of the user's own stops here
+    reward("", splits.train[0].answer, splits.train[0].tools)
+    return Inputs(reward, template, splits)
+
+
+def read_prompts(config: Config, path: str, inputs: Inputs, quiet: bool) -> Prompts:
+    """Tokenizes examples and benchmarks for the model in `path`."""
+    tokenizer = load_tokenizer(path, config.trust_remote_code)
+    check_tokenizer(tokenizer, inputs.template)
+    tokenized = tokenize_splits(inputs.splits, tokenizer, inputs.template, config, quiet=quiet)
+    sets = {name: held_out_prompts(examples) for name, examples in tokenized.held_out.items()}
+    sets.update(load_benchmarks(config, tokenizer, inputs.template, quiet=quiet))
+    return Prompts(tokenizer, tokenized, sets)
+
+
+def open_session(config: Config, ranks: Ranks, method: str, examined: bool = False) -> Session:
+    """Collective. All that comes before weights. method: "grpo" or "sft". examined: the doctor has looked
+    already.
+
+    Raises UserError, on all ranks, with one sentence about what cannot work.
+    """
+    began = time.perf_counter()
+    quiet = not ranks.main
+    inputs = read_inputs(config)
+    # A model that is there shows before an old run is replaced whether its tokenizer and prompts will do.
+    prompts = None if config.model == "tiny" else read_prompts(config, config.model, inputs, quiet)
+    folder = open_run(config, ranks)
+    stop = StopFlag()
+    if ranks.main:
+        backend = attention_backend(ranks.device)
+        print(f"run: {folder} · {ranks.world} process(es) on {ranks.device} · attention: {backend}")
+    choose_step(folder, config.resume_step, ranks)
+    checkpoint = latest_checkpoint(folder)
+    earlier = latest_checkpoint(folder / "warmup")
+    monitor = open_monitor(config, folder, checkpoint[1]["step"] if checkpoint else 0, ranks)
+    path, cold = start_model(config, inputs, ranks)
+    prompts = prompts or read_prompts(config, path, inputs, quiet)
+    began -= earlier[1]["seconds"] if earlier and not checkpoint else 0.0
+    session = Session(config, ranks, method, folder, stop, inputs, prompts, path, cold, monitor, began)
+    if not examined:
+        start = Start(
+            config, ranks, inputs.template, inputs.reward, inputs.splits, prompts.tokenized,
+            prompts.tokenizer, path, session.steps,
+        )
+        check_start(start)
+    return session
+
+
+def start_model(config: Config, inputs: Inputs, ranks: Ranks) -> tuple[str, bool]:
+    """Collective. The folder (or hub id) of the model to start from, and whether it still needs its warm-up.
+
+    "tiny" is built from a config and the training texts, without any download.
+    """
+    warm = Path(config.run_dir) / "warmup"
+    if (warm / "model").exists():
+        return str(warm / "model"), False
+    if config.model != "tiny":
+        return config.model, config.warmup_steps > 0
+    if ranks.main and not (warm / "start").exists():
+        train = inputs.splits.train
+        bare = build_tiny_tokenizer([], 0)  # knows bytes only, but has the chat template
+        texts = [render_prompt(bare, example.messages, example.tools, inputs.template) for example in train]
+        texts += [text for example in train for text in example.demonstrations]
+        tokenizer = build_tiny_tokenizer(texts, VOCABULARY)
+        model = build_tiny_model(tokenizer, config.tiny_hidden, LAYERS, config.seed)
+        with atomic_folder(warm / "start") as folder:
+            export(prepare_model(model, torch.device("cpu")), tokenizer, folder)
+    ranks.gather(None)
+    return str(warm / "start"), True
+
+
+# ------------------------------------------------------------------------------------------------------ a run
+
+
+@dataclass
+class Stage:
+    """How a Run is built on a session. folder: where checkpoints, log and samples go. path: the start model.
+
+    temperature: divides the logits of every log-prob. reference: whether a frozen copy of the start model is
+    kept.
+    """
+
+    folder: Path
+    path: str
+    steps: int
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    temperature: float = 1.0
+    reference: bool = False
+    warm_up: bool = False  # neither evaluated nor watched
+
+
+@dataclass
+class Run:
+    """What training needs. state: step, seconds, flops and best score, saved with every checkpoint.
+
+    began: time.perf_counter() at the start, moved back by the seconds of the parts before a resume. clock: of
+    the step that is running.
+    """
+
+    config: Config
+    ranks: Ranks
+    method: str
+    folder: Path
+    stop: StopFlag
+    tokenizer: object
+    reward: RewardFunction
+    policy: nn.Module
+    reference: nn.Module | None
+    optimizer: torch.optim.Optimizer
+    saver: Saver
+    train: Sequence[Tokenized]
+    sets: dict[str, list[JudgedPrompt]]
+    held_out: list[str]  # the names of the sets that are not benchmarks
+    batch: int  # prompts per step
+    steps: int  # in all
+    state: dict
+    began: float
+    monitor: Monitor | None
+    clock: Clock
+    results: dict[str, float] = field(default_factory=dict)  # of the latest evaluation
+
+    def phase(self, name: str) -> Clock:
+        """`with run.phase("update"): …` adds to the step's seconds, and tells the watchdog where we are."""
+        return self.clock(name)
+
+
+def load_policy(
+    config: Config, path: str, temperature: float, ranks: Ranks, frozen: bool = False
+) -> nn.Module:
+    """Collective. The model to train, or the frozen reference, sharded as the settings say.
+
+    It has `policy.logprobs(packed)`: model.token_logprobs at its temperature.
+    """
+    offload = config.offload == "all" or (frozen and config.offload == "reference")
+    policy = load_sharded(
+        path, make_mesh(ranks, config.sharding), ranks.device, frozen=frozen, offload=offload,
+        gradient_checkpointing=config.gradient_checkpointing and not frozen,
+        trust_remote_code=config.trust_remote_code,
+    )
+    policy.logprobs = partial(token_logprobs, policy, temperature=temperature)
+    return policy.train(not frozen)
+
+
+def begin(session: Session, stage: Stage) -> Run:
+    """Collective. Policy, frozen reference and optimizer; or all of it from the latest checkpoint in
+    stage.folder.
+    """
+    config, ranks, prompts = session.config, session.ranks, session.prompts
+    policy = load_policy(config, stage.path, stage.temperature, ranks)
+    # The reference is always the model that training started from, also after a resume.
+    reference = None
+    if stage.reference:
+        reference = load_policy(config, stage.path, stage.temperature, ranks, frozen=True)
+    check_positions(config, policy.config.max_position_embeddings)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=stage.lr, weight_decay=0.0, betas=stage.betas, fused=True
+    )
+    saver = Saver(stage.folder, ranks, config.keep_checkpoints, config.background_save)
+    method = "sft" if stage.warm_up else session.method
+    state = {"method": method, "step": 0, "flops": 0.0, "seconds": 0.0}
+    checkpoint = latest_checkpoint(stage.folder)
+    if checkpoint:
+        state = checkpoint[1]
+        load_checkpoint(checkpoint[0], policy, optimizer, ranks)
+    if config.resume and ranks.main and not stage.warm_up:
+        print(f"going on from {checkpoint[0].name if checkpoint else 'the start: no step is saved'}")
+    if ranks.main:  # steps after the checkpoint are done again; without one, all of them
+        for name in ("log.jsonl", "samples.jsonl"):
+            cut_log(stage.folder / name, state["step"] if checkpoint else -1)
+    run = Run(
+        config, ranks, session.method, stage.folder, session.stop, prompts.tokenizer, session.inputs.reward,
+        policy, reference, optimizer, saver, prompts.tokenized.train, prompts.sets,
+        list(prompts.tokenized.held_out), session.batch, stage.steps, state, session.began - state["seconds"],
+        session.monitor, Clock(ranks.watchdog),
+    )
+    if stage.warm_up:
+        since = time.perf_counter() - state["seconds"]
+        run = replace(run, sets={}, monitor=None, batch=config.sft_batch, began=since)
+    elif not checkpoint:
+        evaluate_sets(run)
+        log(run, {"step": 0, **run.results})
+    return run
+
+
+def start_step(run: Run) -> int:
+    """The number of the step that begins, with a clock of its own."""
+    step = run.state["step"] + 1
+    run.clock = Clock(run.ranks.watchdog, step)
+    return step
+
+
+def finish_step(run: Run, metrics: dict[str, float], rows: Sequence[dict] = (), last: bool = False) -> None:
+    """Collective. Evaluates, logs and saves where it is time. Raises Interrupted after a signal, with all
+    saved.
+
+    rows: for samples.jsonl. last: no step follows.
+    """
+    config, state = run.config, run.state
+    if last or (config.eval_every and state["step"] % config.eval_every == 0):
+        metrics = metrics | evaluate_sets(run)
+        note_best(run)
+    state["seconds"] = time.perf_counter() - run.began
+    record = {"step": state["step"], "epoch": round(state["step"] * run.batch / len(run.train), 4), **metrics}
+    record.update({f"time/{phase}_s": seconds for phase, seconds in run.clock.seconds.items()})
+    record.update(seconds=state["seconds"], flops=state["flops"])
+    if rows and run.ranks.main:
+        append_jsonl(run.folder / "samples.jsonl", rows)
+    log(run, record)
+    save_or_stop(run, last)
+
+
+def log(run: Run, record: dict) -> None:
+    """Appends a record to the run's log.jsonl, and shows it."""
+    if run.ranks.main:
+        append_jsonl(run.folder / "log.jsonl", [record])
+    if run.monitor:
+        show(run.monitor, record, run.steps)
+
+
+def evaluate_sets(run: Run) -> dict[str, float]:
+    """Collective. Greedy accuracy on every held-out split and benchmark subset -> log entries, kept in
+    run.results.
+    """
+    if run.sets:
+        with run.phase("evaluate"), gathered_weights(run.policy) as policy:
+            run.results = evaluate(policy, run.tokenizer, run.sets, run.config, run.ranks)
+    return run.results
+
+
+def evaluate_if_missing(run: Run) -> None:
+    """Collective. The evaluation of a resumed run that had no step left to do."""
+    if run.results:
+        return
+    evaluate_sets(run)
+    if run.ranks.main and run.results and not was_evaluated(read_jsonl(run.folder / "log.jsonl")[-1]):
+        log(run, {"step": run.state["step"], **run.results})
+
+
+def note_best(run: Run) -> None:
+    """Remembers the step with the best accuracy on the first held-out split: its checkpoint is kept."""
+    # Bare calls have no thought, which accuracy asks for.
+    key = "accuracy" if run.config.sft_reason else "correct_rate"
+    score = run.results.get(f"{next(iter(run.held_out), '')}/{key}", 0.0)
+    if score > run.state.get("best", {}).get("score", -1.0):
+        run.state["best"] = {"step": run.state["step"], "score": score}
+
+
+def save_or_stop(run: Run, last: bool) -> None:
+    """Collective. A checkpoint where it is time, at the end, or on a signal; after a signal raises
+    Interrupted.
+    """
+    step = run.state["step"]
+    with run.phase("save"):
+        ending = run.stop.requested(run.ranks) or last
+        if ending or (run.config.save_every and step % run.config.save_every == 0):
+            run.saver.save(run.state, run.policy, run.tokenizer, run.optimizer)
+        if ending:
+            run.saver.finish()
+    if ending and run.monitor:
+        close_monitor(run.monitor)
+    if ending:
+        run.ranks.gather(None)  # torchrun signals who is still drawing when another rank has ended
+    if ending and not last:
+        raise Interrupted(run.config.run_dir, step)
+
+
+def close(run: Run) -> None:
+    """Collective. Writes run_dir/model, summary.json and samples.html, and says where they are."""
+    ranks, folder = run.ranks, run.folder
+    summary = run.results
+    if run.method == "grpo":
+        summary = summarize(read_jsonl(folder / "log.jsonl"), run.held_out)
+    write_model(run.policy, run.tokenizer, folder / "model", run.config, run.state, run.results, ranks)
+    if not ranks.main:
+        return
+    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    if run.method == "grpo":
+        print(headline(summary))
+    for name in run.held_out if run.method == "sft" else ():
+        print(f"{name}: greedy accuracy {summary[f'{name}/accuracy']:.3f} (n = {summary[f'{name}/n']})")
+    print(f"model: {folder / 'model'} · curves: {folder / 'curves.png'}")
+    if (folder / "samples.jsonl").exists() and attempt("samples.html", partial(write_page, folder)):
+        print(f"completions: {folder / 'samples.html'}")

@@ -1,0 +1,99 @@
+"""Evaluation during training: fixed subsets, the official verdicts, and sums over ranks for any set."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from config import Config, ConfigError
+from corpus.examples import Example, Tokenized
+from corpus.tiny_model import build_tiny_tokenizer
+from evals import in_training
+from evals.in_training import JudgedPrompt, Verdict, evaluate, held_out_prompts, load_benchmarks
+from kernel.decode import Prompt
+from prompts import ToolCall, render_calls, render_completion
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+needs_data = pytest.mark.skipif(not SHARED.exists(), reason="the benchmarks in ../shared are absent")
+TOKENIZER = build_tiny_tokenizer(["weather in Paris for 3 days"] * 3, 300)
+
+
+def load(**settings) -> dict[str, list[JudgedPrompt]]:
+    settings = {"max_prompt_tokens": 20000} | settings
+    return load_benchmarks(Config(**settings), TOKENIZER, "{tools}", quiet=True)
+
+
+@needs_data
+def test_the_subset_is_the_first_cases_of_each_category():
+    """eval_cases is spread over BFCL's 13 categories, and over API-Bank's 3 levels."""
+    loaded = load(bfcl=str(SHARED / "bfcl"), apibank=str(SHARED / "apibank"), eval_cases=26)
+    parts = {name: [case.part for case in cases] for name, cases in loaded.items()}
+    counts = {part: parts["bfcl"].count(part) for part in parts["bfcl"]}
+    assert counts == {"non_live": 12, "live": 8, "irrelevance": 4, "relevance": 2}
+    assert parts["apibank"] == ["level1"] * 8 + ["level2"] * 8 + ["level3"] * 8
+    assert [case.prompt.id for case in loaded["bfcl"][:2]] == ["simple_python_0", "simple_python_1"]
+
+
+@needs_data
+def test_the_verdict_is_the_official_checkers():
+    case = load(bfcl=str(SHARED / "bfcl"), eval_cases=1)["bfcl"][0]
+    call = {"name": "calculate_triangle_area", "arguments": {"base": 10, "height": 5, "unit": "units"}}
+    right = f"<tool_call>[{json.dumps(call)}]</tool_call>"
+    assert case.judge("<think>so</think>" + right) == Verdict(True, True)
+    assert case.judge(right.replace('"units"', '"Units"')).right
+    for wrong in (right.replace("10", "11"), "", "<tool_call>[]</tool_call>"):
+        assert case.judge(wrong) == Verdict(False, False)
+
+
+@needs_data
+def test_too_long_prompts_are_left_out_and_said(capsys):
+    config = Config(bfcl=str(SHARED / "bfcl"), eval_cases=39, max_prompt_tokens=900)
+    (cases,) = load_benchmarks(config, TOKENIZER, "{tools}").values()
+    assert 0 < len(cases) < 39 and all(len(case.prompt.ids) <= 900 for case in cases)
+    assert f"bfcl: {len(cases)} cases; {39 - len(cases)} are longer" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="bfcl: every prompt is longer than max_prompt_tokens"):
+        load(bfcl=str(SHARED / "bfcl"), max_prompt_tokens=5)
+
+
+@pytest.mark.parametrize("name", ["bfcl", "apibank"])
+def test_a_folder_without_data_stops_at_start(tmp_path, name):
+    with pytest.raises(ConfigError, match="bfcl or apibank: "):
+        load(**{name: str(tmp_path)})
+    with pytest.raises(ConfigError, match=f"{name}: the folder .*none' does not exist"):
+        in_training.check_folders(Config(**{name: str(tmp_path / "none")}))
+
+
+def test_a_held_out_example_is_judged_by_the_binary_reward():
+    """Right calls without a thought are no full credit, but the calls are right."""
+    answer, tool = [ToolCall("f", {"a": 1})], {"name": "f", "description": "", "parameters": {}}
+    example = Example("e0", "test", [{"role": "user", "content": "q"}], [tool], answer)
+    (one,) = held_out_prompts([Tokenized(example, [1, 2])])
+    assert (one.prompt.id, one.prompt.ids, one.part) == ("e0", [1, 2], "single")
+    assert one.judge(render_completion(answer, "so")) == Verdict(True, True)
+    assert one.judge(render_calls(answer)) == Verdict(False, True)
+    assert one.judge(render_completion([], "so")) == Verdict(False, False)
+
+
+def test_accuracy_is_over_all_ranks(monkeypatch):
+    """Cases 0 to 4 in two parts; two ranks, whose sums are added, find what one alone finds."""
+    verdict = lambda text: Verdict(text in "014", text in "0134")  # noqa: E731
+    cases = [JudgedPrompt(Prompt(str(i), [1]), "ab"[i % 2], verdict) for i in range(5)]
+    answer = lambda model, tokenizer, prompts, *_, **__: [SimpleNamespace(texts=[p.id]) for p in prompts]  # noqa: E731
+    monkeypatch.setattr(in_training, "sample_groups", answer)
+    partial_sums = []
+    for rank in (0, 1):
+        total = lambda values: partial_sums.append(list(values)) or values  # noqa: E731
+        ranks = SimpleNamespace(rank=rank, world=2, sum=total, heartbeat=None)
+        evaluate(None, None, {"test": cases}, Config(), ranks)
+    assert [sum(pair) for pair in zip(*partial_sums)] == [2.0, 1.0, 4.0]
+    alone = SimpleNamespace(rank=0, world=1, sum=list, heartbeat=None)
+    entries = evaluate(None, None, {"test": cases, "bfcl": cases[:1]}, Config(), alone)
+    of_test = {
+        "test/accuracy": 0.6, "test/n": 5, "test/correct_rate": 0.8, "test/accuracy_a": 2 / 3, "test/n_a": 3,
+        "test/accuracy_b": 0.5, "test/n_b": 2,
+    }
+    of_bfcl = {
+        "bfcl/accuracy": 1.0, "bfcl/n": 1, "bfcl/correct_rate": 1.0, "bfcl/accuracy_a": 1.0, "bfcl/n_a": 1,
+    }
+    assert list(entries.items()) == list((of_test | of_bfcl).items())  # in this order

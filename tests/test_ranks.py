@@ -1,0 +1,278 @@
+"""distributed/ranks.py: how processes stop together, and what happens when one of them dies or hangs."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from config import ConfigError
+from distributed import ranks as ranks_module
+from distributed.ranks import Clock, Interrupted, Ranks, StopFlag, Watchdog, phase_of, run_script
+
+ROOT = Path(__file__).parents[1]
+
+# -------------------------------------------------------------------------------------------- watchdog, clock
+
+
+def watched(monkeypatch, seconds: int, **events) -> tuple[float, str, int]:
+    """Runs a watchdog of one minute on a false time, with calls at given seconds.
+
+    Returns when it ended the process, its words and the exit code.
+    """
+    now, said = [0.0], []
+
+    def sleep(duration: float) -> None:
+        now[0] += duration
+        if now[0] > seconds:
+            raise TimeoutError
+        for name, *arguments in events.get(f"at_{now[0]:.0f}", ()):
+            getattr(dog, name)(*arguments)
+
+    def leave(code: int) -> None:
+        said.append(code)
+        raise InterruptedError
+
+    false_os = SimpleNamespace(write=lambda _, text: said.append(text.decode()), _exit=leave)
+    monkeypatch.setattr(ranks_module, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    monkeypatch.setattr(ranks_module, "os", false_os)
+    monkeypatch.setattr(ranks_module.threading.Thread, "start", lambda self: None)
+    dog = Watchdog(1.0, 3)
+    try:
+        dog.run()
+    except TimeoutError:
+        return 0.0, "", 0
+    except InterruptedError:
+        return now[0], *said
+
+
+def test_the_watchdog_bites_when_a_phase_stands_still(monkeypatch, capfd):
+    events = [("enter", "rollout", 12), ("leave",), ("enter", "update", 12)]
+    when, said, code = watched(monkeypatch, 200, at_10=events)
+    assert (when, code) == (71, 1)
+    assert said.startswith("rank 3: no progress for 1 minutes in phase update of step 12; ")
+    assert "--resume true" in said
+    assert "most recent call first" in capfd.readouterr().err, "the stack says where"
+
+
+def test_the_watchdog_leaves_in_peace_what_moves_or_is_not_watched(monkeypatch):
+    slow, peace = [("enter", "rollout", 1)], (0.0, "", 0)
+    assert watched(monkeypatch, 160, at_10=slow, at_60=[("heartbeat",)], at_110=[("heartbeat",)]) == peace
+    assert watched(monkeypatch, 200, at_10=slow, at_60=[("leave",)]) == peace
+    assert watched(monkeypatch, 100, at_50=slow) == peace, "the minutes count from the start of the phase"
+
+
+def test_the_watchdog_knows_phases_inside_phases(monkeypatch):
+    outer, inner = ("enter", "evaluate", 1), ("enter", "rollout", 1)
+    assert "phase rollout of step 1;" in watched(monkeypatch, 200, at_10=[outer, inner])[1]
+    when, said, _ = watched(monkeypatch, 200, at_10=[outer, inner], at_60=[("leave",)])
+    assert when == 121 and "phase evaluate of step 1;" in said, "what ends inside is progress"
+
+
+def test_ranks_that_meet_make_progress(monkeypatch):
+    """An evaluation of many cases is one long phase: a sum in which all took part shows that none hangs."""
+    beats: list[int] = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: None)
+    monkeypatch.setattr(dist, "all_gather_object", lambda items, item: None)
+    ranks = Ranks(0, 2, torch.device("cpu"), SimpleNamespace(heartbeat=lambda: beats.append(1)))
+    ranks.sum([1.0])
+    assert len(beats) == 1
+    ranks.gather(None)
+    assert len(beats) == 2
+
+
+def test_an_error_knows_its_phase():
+    clock = Clock(step=12)
+    with pytest.raises(ValueError) as caught, clock("evaluate"), clock("rollout"):
+        raise ValueError("bug")
+    assert phase_of(caught.value) == " in phase rollout of step 12"
+    assert phase_of(ValueError()) == "" and set(clock.seconds) == {"evaluate", "rollout"}
+
+
+# -------------------------------------------------------------------------------------------- how scripts end
+
+PAIR = "[/build/third_party/gloo/gloo/transport/tcp/pair.cc:537]"
+LOST = [
+    RuntimeError(f"{PAIR} Read error [127.0.0.1]:59049: Connection reset by peer. This is typically …"),
+    RuntimeError(f"{PAIR} Connection closed by peer [127.0.0.1]:64644. This is typically caused by …"),
+    RuntimeError(f"{PAIR} Timed out waiting 4000ms for recv operation to complete"),
+    dist.DistBackendError("NCCL error in: x.cpp:1, remote process exited\nncclRemoteError: A call failed …"),
+    dist.DistBackendError("NCCL communicator was aborted on rank 1."),
+    dist.DistNetworkError("The client socket has timed out after 60000ms while trying to connect to (a, 1)."),
+    dist.DistStoreError("wait timeout after 60000ms, keys: /x"),
+]
+ORDINARY = [
+    RuntimeError("Connection closed by peer"),  # of the user's own reward function, for example
+    TimeoutError("timed out"),
+    RuntimeError(f"[enforce fail at {PAIR[1:-1]}] op.preamble.length <= op.nbytes. 100 vs 4. Received …"),
+    dist.DistBackendError("NCCL error in: x.cpp:1\nncclInvalidUsage: This usually reflects invalid usage"),
+    dist.DistNetworkError("The server socket has failed to listen: EADDRINUSE"),
+]
+
+
+@pytest.mark.parametrize("error", LOST)
+def test_lost_processes_are_named(error):
+    error.add_note("in phase update of step 12")
+    said = ranks_module.lost_processes(error)
+    assert said.startswith("rank 0 lost the other processes in phase update of step 12: ")
+    assert "--resume true" in said and "/build" not in said and "\n" not in said
+
+
+@pytest.mark.parametrize("error", ORDINARY)
+def test_an_ordinary_error_is_not_taken_for_a_lost_process(error):
+    assert ranks_module.lost_processes(error) == ""
+
+
+DISK = OSError(28, "No space left on device", "log.jsonl")
+ENDS = [  # (error, rank of two, exit code, what it says, pause)
+    (RuntimeError(f"{PAIR} Connection closed by peer"), 1, 1, "rank 1 lost the other processes in phase ", 1),
+    (RuntimeError("a bug"), 1, 1, "Traceback", 0),
+    (torch.OutOfMemoryError("1 GiB"), 1, 1, "error: out of GPU memory on rank 1 in phase update of", 0),
+    (DISK, 0, 1, "error: log.jsonl: No space left on device; make room", 0),
+    (ConfigError("x"), 0, 1, "error: x\n", 0),
+    (ConfigError("x"), 1, 1, "error: x\n", 5),  # rank 0 said it, or did not fail
+    (Interrupted("run", 3), 0, 130, "interrupted after step 3, all is saved; to go on: ", 0),
+    (Interrupted("run", 3), 1, 130, "", 0),
+]
+
+
+@pytest.mark.parametrize(("error", "rank", "code", "words", "pause"), ENDS)
+def test_how_a_script_ends(error, rank, code, words, pause, monkeypatch, capsys):
+    """One sentence, except for bugs; the pauses let torchrun end a process that has nothing to add."""
+    pauses: list[float] = []
+    for name, value in dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=2).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(ranks_module.os, "_exit", sys.exit)
+    monkeypatch.setattr(ranks_module.time, "sleep", pauses.append)
+    monkeypatch.setattr(ranks_module.signal, "signal", lambda *_: None)
+
+    def main(arguments: list[str]) -> None:
+        with Clock(step=4)("update"):
+            raise error
+
+    with pytest.raises(SystemExit) as caught:
+        run_script(main)
+    said = capsys.readouterr().err
+    assert caught.value.code == code and said.startswith(words) and sum(pauses) == pause
+    assert said.count("\n") <= 1 or "a bug\nin phase update of step 4" in said
+
+
+def test_a_bug_in_a_single_process_is_raised(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ZeroDivisionError):
+        run_script(lambda _: 1 / 0)
+
+
+@pytest.mark.parametrize(
+    ("script", "command"),
+    [("grpo.py", "bash run.sh train run/config.yaml"), ("sft.py", "python sft.py --config run/config.yaml")],
+)
+def test_who_is_interrupted_hears_how_to_go_on(script, command, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [f"/somewhere/{script}"])
+    assert str(Interrupted("run", 3)).endswith(f"to go on: {command} --resume true")
+
+
+def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
+    """Slurm signals torchrun's processes, and torchrun does too: that must not cost the checkpoint."""
+    now = [100.0]
+    monkeypatch.setattr(ranks_module.signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(ranks_module.time, "monotonic", lambda: now[0])
+    stop = StopFlag()
+    stop._on_signal(15, None)
+    now[0] = 100.9
+    stop._on_signal(15, None)
+    now[0] = 101.1
+    with pytest.raises(SystemExit):
+        stop._on_signal(2, None)
+
+
+# ------------------------------------------------------------------------------------------ by real processes
+
+
+def test_restarts_need_a_store_that_forgets(monkeypatch):
+    """With torchrun's default, half of the restarts failed: new processes looked for the dead ones."""
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: 1 / 0)
+    with pytest.raises(ConfigError, match="TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        ranks_module.start_ranks()
+
+
+WORKER = """
+import dataclasses, os, signal, sys
+from pathlib import Path
+from config import Config
+from distributed.ranks import Clock, StopFlag, Watchdog, run_script, start_ranks
+from ops.run_dir import open_run
+
+def main(arguments):
+    fault, run_dir = arguments
+    ranks = start_ranks(2.0)
+    open_run(Config(run_dir=run_dir), ranks), StopFlag()
+    assert ranks.watchdog.minutes == 2.0
+    ranks = dataclasses.replace(ranks, watchdog=Watchdog(0.05, ranks.rank))
+    for step in (1, 2):
+        with Clock(ranks.watchdog, step)("update"):
+            ranks.sum([1.0])
+            if step == 2 and ranks.rank == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+                os.kill(os.getpid(), signal.Signals[fault])
+            ranks.sum([1.0])
+        if ranks.main:
+            (Path(run_dir) / "latest").write_text(f"step_{step}")
+    if ranks.main:
+        print("done")
+
+run_script(main)
+"""
+
+
+def start(*command: object, **environment: object) -> subprocess.Popen:
+    """Another process of this project, its stdout and stderr in one pipe."""
+    variables = {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1, "PYTHONUNBUFFERED": 1} | environment
+    inherited = {key: value for key, value in os.environ.items() if key != "RANK"}
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=inherited | {key: str(value) for key, value in variables.items()},
+    )
+
+
+def test_a_rank_that_hangs_ends_the_others(tmp_path):
+    """SIGSTOP stands for any hang: no error, no closed connection. The other rank's watchdog must bite."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = dict(WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=free.getsockname()[1])
+    command = (tmp_path / "worker.py", "SIGSTOP", tmp_path / "run")
+    ranks = [start(*command, RANK=rank, LOCAL_RANK=rank, **shared) for rank in (0, 1)]
+    try:
+        said, _ = ranks[0].communicate(timeout=50)
+        assert "rank 0: no progress for 0.05 minutes in phase update of step 2;" in said
+        assert "in all_reduce" in said, "the stack says where"
+        assert ranks[0].returncode == 1 and ranks[1].poll() is None
+    finally:
+        for process in ranks:
+            process.kill()
+            process.communicate()
+
+
+def test_a_rank_that_is_killed_ends_the_others_and_torchrun_goes_on(tmp_path):
+    """With run.sh's long grace, which must not delay the end. The second start has the lock and `latest`."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    agent = start(
+        "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max-restarts=1",
+        tmp_path / "worker.py", "SIGKILL", tmp_path / "run", TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600,
+        TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1,
+    )
+    try:
+        said, _ = agent.communicate(timeout=100)
+    finally:
+        agent.send_signal(signal.SIGTERM)  # it ends its workers, which kill() would leave behind
+    assert "rank 0 lost the other processes in phase update of step 2" in said
+    assert "going on from the last checkpoint" in said
+    assert said.rstrip().endswith("done") and agent.returncode == 0
