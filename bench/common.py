@@ -91,9 +91,7 @@ def sample(
     model: nn.Module, prompts: Sequence[list[int]], copies: int, new: int, engine: str = "shared_prefix",
     stops: Sequence[int] = (), half: bool = True,
 ) -> Replies:
-    """`copies` responses (1: greedy) to every prompt, of `new` tokens unless one of `stops` comes; half:
-    bf16.
-    """
+    """`copies` responses (1: greedy) of `new` tokens to every prompt; stops: tokens that end one earlier."""
     requests = [Prompt(str(i), ids, i) for i, ids in enumerate(prompts)]
     stops, temperature = list(stops) or [model.config.vocab_size], TEMPERATURE if copies > 1 else 0.0
     with autocast(next(model.parameters()).device) if half else contextlib.nullcontext():

@@ -168,9 +168,7 @@ def step(session: Session) -> None:
 
 
 def step_speed(session: Session) -> dict:
-    """The second of two GRPO steps by the product's own functions, gradient checkpointing on, KL on, one
-    update.
-    """
+    """The second of two GRPO steps, with gradient checkpointing, KL, and one update."""
     load, shape, rows = session.load, session.models["1.5B"], session.load.step_prompts * session.load.copies
     config = Config(
         prompts_per_step=load.step_prompts, minibatch_prompts=load.step_prompts, group_size=load.copies,

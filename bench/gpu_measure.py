@@ -58,9 +58,7 @@ TINY_LOAD = Load(24, 6, 2, (4,), 2, 2, 80, 20, 5, ((9, (3, 1, 5)), (1, (4, 4)), 
 
 @dataclass(frozen=True)
 class Session:
-    """What every measurement needs. Rates in bytes/s and FLOP/s (datasheet: 0 if unknown); deadline by
-    perf_counter.
-    """
+    """What every measurement needs. Rates in bytes/s and FLOP/s; deadline by perf_counter."""
 
     device: torch.device
     tiny: bool
@@ -140,9 +138,7 @@ def emit(session: Session, part: str, name: str, values: dict) -> None:
 
 
 class OutOfTime(BaseException):
-    """A measurement did not end before its deadline. No Exception, or libraries that catch those would go
-    on.
-    """
+    """A measurement did not end in time. No Exception, or libraries that catch those would go on."""
 
 
 def release(device: torch.device) -> None:
@@ -199,9 +195,7 @@ def time_limit(limit: float) -> Iterator[None]:
 
 
 def measure_rates(session: Session) -> Session:
-    """The session with this device's copy rate, bytes read and written, and bf16 matrix rate, on random
-    data.
-    """
+    """The session with this device's copy rate (read and write) and bf16 matrix rate."""
     device, cuda = session.device, session.device.type == "cuda"
     dtype, size, n = (torch.bfloat16, 2**30, 8192) if cuda else (torch.float32, 2**18, 128)
     source = torch.randn(size, device=device, dtype=dtype)

@@ -4,11 +4,10 @@
     python bench/mini_paper.py ablations    rewards, SFT, RL, and SFT then RL, 5 seeds; 45 minutes on 2 cores
     … --seeds 1 --steps 4 --warmup_steps 60 --eval_cases 8     does everything work?
 
-ablations: all conditions of a seed start from one warmed-up model, half of whose demonstrations have a
-thought, and are tested on the same cases. Equal data: "SFT then RL" imitates one half of the queries and is
-rewarded for the other. Equal compute: SFT stops at the FLOPs of "RL binary" of the same seed; the two parts
-of "SFT then RL" have half of the FLOPs and of the steps. Finished runs (OUT/RECIPE/NAME_SEED) are not done
-again.
+ablations: all conditions of a seed start from one warmed-up model, half of whose demonstrations think, and
+are tested on the same cases. Equal data: "SFT then RL" imitates one half of the queries and is rewarded for the
+other. Equal compute: SFT stops at the FLOPs of "RL binary" of the same seed; the parts of "SFT then RL" have
+half of FLOPs and steps. Finished runs (OUT/RECIPE/NAME_SEED) are not done again.
 """
 
 from __future__ import annotations
@@ -49,9 +48,7 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 @dataclass(frozen=True)
 class Part:
-    """One run of a script. start: the part whose model it starts from. budget: its FLOPs, as a share of
-    BASELINE's.
-    """
+    """One run of a script. start: whose model it starts from. budget: its share of BASELINE's FLOPs."""
 
     script: str
     options: tuple[str, ...] = ()
@@ -93,11 +90,9 @@ def seed_parts(steps: int, warmup_steps: int) -> dict[str, Part]:
 
 
 def recipe(parts: dict[str, Part]) -> str:
-    """A short hash of the parts, the code and the demo's settings: runs of another recipe are never
-    reused.
-    """
-    names = [*ROOT.glob("*.py"), *ROOT.glob("[cdek]*/*.py"), *ROOT.glob("configs/tiny*")]
-    code = b"".join(path.read_bytes() for path in sorted(names))
+    """A short hash of parts, code and the demo's settings: runs of another recipe are not reused."""
+    files = [*ROOT.glob("*.py"), *ROOT.glob("[cdek]*/*.py"), *ROOT.glob("configs/tiny*")]
+    code = b"".join(path.read_bytes() for path in sorted(files))
     return hashlib.sha256(repr(parts).encode() + code).hexdigest()[:8]
 
 

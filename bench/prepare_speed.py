@@ -44,9 +44,7 @@ def xlam_records(records: list[dict], count: int) -> Iterator[dict]:
 
 
 def toolace_records(records: list[dict], count: int) -> Iterator[dict]:
-    """`count` records in ToolACE's layout; the texts in double quotes of every call turn get a number,
-    too.
-    """
+    """`count` records in ToolACE's layout, with fresh queries and texts in double quotes."""
     for i, record in enumerate(islice(cycle(records), count)):
         turns = []
         for turn in record["conversations"]:

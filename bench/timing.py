@@ -20,9 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Spent:
-    """One process: seconds of the clock and of the processor, the largest memory of such processes so far,
-    output.
-    """
+    """One process: wall and processor seconds, the largest memory of any so far, its output."""
 
     wall: float
     cpu: float

@@ -41,11 +41,6 @@ class Job:
     log: Path
     run: Path
 
-    @property
-    def code(self) -> int | None:
-        """The exit code; None while it runs."""
-        return self.agent.exitcode
-
     def said(self) -> str:
         """What its processes have printed so far."""
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
@@ -114,12 +109,10 @@ def rank_pids(job: Job) -> list[int]:
 
 
 def wait_until(job: Job, condition: Callable[[], object], limit: float = LIMIT_S) -> bool:
-    """Whether the condition came true before the job ended. Looks every 2 ms: a save takes some ten of
-    them.
-    """
+    """Whether the condition came true before the job ended. Looks often: a save takes 20 ms."""
     deadline = time.monotonic() + limit
     while not condition():
-        if job.code is not None or time.monotonic() > deadline:
+        if job.agent.exitcode is not None or time.monotonic() > deadline:
             return bool(condition())
         time.sleep(0.002)
     return True
@@ -127,19 +120,21 @@ def wait_until(job: Job, condition: Callable[[], object], limit: float = LIMIT_S
 
 def over(job: Job, limit: float = LIMIT_S) -> None:
     """Waits for the end, whatever it is."""
-    assert wait_until(job, lambda: job.code is not None, limit), f"{job.log}: still running after {limit:g} s"
+    ended = wait_until(job, lambda: job.agent.exitcode is not None, limit)
+    assert ended, f"{job.log}: still running after {limit:g} s"
 
 
 def ends(job: Job, *parts: str) -> None:
     """Waits for the end: that of a finished run, or one sentence with these parts and no traceback."""
     over(job)
     errors = re.findall(r"\berror: .*", job.said())  # another rank's progress bar may stand before it
-    told = f"{job.log}: ended with {job.code}, and with: {job.said()[-400:]!r}"
+    code = job.agent.exitcode
+    told = f"{job.log}: ended with {code}, and with: {job.said()[-400:]!r}"
     if parts:
-        assert job.code == 1 and len(errors) == 1 and "run_script" not in job.said(), told
+        assert code == 1 and len(errors) == 1 and "run_script" not in job.said(), told
         assert all(part in errors[0] for part in parts), f"not all of {parts} are in {errors[0]!r}"
     else:
-        assert job.code == 0 and (job.run / "model").is_dir(), told
+        assert code == 0 and (job.run / "model").is_dir(), told
 
 
 # -------------------------------------------------------------------------------------------- looking at runs
