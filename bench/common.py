@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from timing import ROOT, machine
@@ -28,7 +29,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 
 import grpo  # noqa: E402
 from config import Config, load_config  # noqa: E402
-from distributed.batches import Group, make_minibatches  # noqa: E402
+from distributed.batches import Group, make_updates  # noqa: E402
 from distributed.ranks import Clock, Ranks, start_ranks  # noqa: E402
 from kernel.attention import use_attention, uses_shared_prefix  # noqa: E402
 from kernel.decode import Prompt, Replies  # noqa: E402
@@ -36,6 +37,7 @@ from kernel.packing import Packed  # noqa: E402
 from losses import group_std  # noqa: E402
 from model import autocast, prepare_model, token_logprobs  # noqa: E402
 from rollout import ENGINES  # noqa: E402
+from session import Run, begin, open_session, start_step  # noqa: E402
 
 CPU, TEMPERATURE = torch.device("cpu"), 0.7
 
@@ -124,24 +126,27 @@ def grpo_step(step: Step, reward: Callable[[list[int]], float], clock: Clock) ->
             prompt, texts, truncated = Prompt(str(i), ids, i), [""] * copies, [True] * copies
             groups.append(Group(prompt, list(responses), list(sampled), texts, truncated))
         advantages = group_std(torch.tensor([[reward(ids) for ids in group.responses] for group in groups]))
-        updates = make_minibatches(groups, advantages, config, step.ranks, uses_shared_prefix(step.policy))
+        updates = make_updates(groups, advantages, config, step.ranks, uses_shared_prefix(step.policy))
+    for model in (step.policy, step.reference):
+        model.logprobs = partial(token_logprobs, model, temperature=config.temperature)
     with clock("reference"):
-        grpo.fixed_logprobs(step.policy, step.reference, updates, config)
+        grpo.store_logprobs(step.reference, updates, "reference_logprobs")
     with clock("update"):
         grpo.update_policy(step.policy, step.optimizer, updates, config, step.ranks)
 
 
-def start_run(arguments: list[str]) -> grpo.Run:
+def start_run(arguments: list[str]) -> Run:
     """Collective. A run of grpo.py with these settings, set up and not begun."""
     config = load_config(arguments)
-    return grpo.set_up(config, start_ranks(config.timeout_minutes), examined=True)
+    session = open_session(config, start_ranks(config.timeout_minutes), "grpo", examined=True)
+    return begin(session, grpo.grpo_stage(session))
 
 
-def run_step(run: grpo.Run, step: int) -> tuple[dict[str, float], float]:
+def run_step(run: Run) -> tuple[dict[str, float], float]:
     """Collective. One step of such a run -> this rank's seconds by phase, and the tokens of all ranks."""
-    clock = Clock(None, step)
-    metrics, _ = grpo.train_step(run, step, clock)
-    return clock.seconds, metrics["num_tokens"]
+    run.state["step"] = start_step(run)
+    metrics, _ = grpo.grpo_step(run, run.state["step"])
+    return run.clock.seconds, metrics["num_tokens"]
 
 
 

@@ -5,9 +5,9 @@
     … --seeds 1 --steps 4 --warmup_steps 60 --eval_cases 8     does everything work?
 
 ablations: all conditions of a seed start from one warmed-up model, half of whose demonstrations think, and
-are tested on the same cases. Equal data: "SFT then RL" imitates one half of the queries and is rewarded for the
-other. Equal compute: SFT stops at the FLOPs of "RL binary" of the same seed; the parts of "SFT then RL" have
-half of FLOPs and steps. Finished runs (OUT/RECIPE/NAME_SEED) are not done again.
+are tested on the same cases. Equal data: "SFT then RL" imitates one half of the queries and is rewarded for
+the other. Equal compute: SFT stops at the FLOPs of "RL binary" of the same seed; the parts of "SFT then RL"
+have half of FLOPs and steps. Finished runs (OUT/RECIPE/NAME_SEED) are not done again.
 """
 
 from __future__ import annotations

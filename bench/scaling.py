@@ -49,7 +49,7 @@ def worker(out: str, steps: str, *arguments: str) -> None:
     for step in range(1, int(steps) + 2):
         dist.barrier()
         wall, cpu = time.perf_counter(), time.process_time()
-        seconds, tokens = common.run_step(run, step)
+        seconds, tokens = common.run_step(run)
         busy = time.process_time() - cpu
         dist.barrier()
         wall = time.perf_counter() - wall

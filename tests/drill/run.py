@@ -94,7 +94,7 @@ def hang(site: Path, name: str, *, moment: str) -> tuple[int, int]:
         kill([rank_pids(job)[-1]], signal.SIGSTOP)
         over(job, 80)
     said, again = job.said(), lost(job.run)
-    assert job.agent.exitcode and "no progress for" in said and "in phase " in said, f"{job.log} names no phase"
+    assert job.agent.exitcode and "no progress for" in said and "in phase " in said, f"{job.log}: no phase"
     go_on(site, name)
     return 1, again
 
@@ -219,7 +219,7 @@ def all_cases(rounds: int) -> dict[str, dict[str, Case]]:
         "disk": {
             "full": partial(breaks, fault="no_space", rank=0, says=(unsaved, "make room", "step_2")),
             "full_late": partial(breaks, fault="no_space_late", says=(unsaved, "File too large", "step_2")),
-            "log_full": partial(breaks, fault="log_full", rank=0, says=("No space left", "log.jsonl")),
+            "log_full": partial(breaks, fault="log_full", rank=0, says=("No space left", ".jsonl")),
             "read_only": partial(breaks, fault="read_only", rank=0, says=(unsaved, "Read-only file system")),
         },
         "damaged": {
@@ -240,7 +240,7 @@ def all_cases(rounds: int) -> dict[str, dict[str, Case]]:
         "two_runs": {"second_run": second_run},
         "untrusted": {
             "pickled_model": partial(foreign, change=pickle_weights, says="no .safetensors files"),
-            "remote_code": partial(foreign, change=add_code, says="custom code"),
+            "remote_code": partial(foreign, change=add_code, says="code of its own"),
         },
     }
 
