@@ -90,7 +90,7 @@ def test_hole_pays_nothing(name, completion, reason):
 
 def test_no_depth_of_nesting_raises():
     """Where the parser just allowed a depth, comparing needed a few stack frames more, and raised."""
-    for depth in [*range(900, 1100), *range(1100, 60_000, 4999)]:
+    for depth in [*range(1100), *range(1100, 60_000, 4999)]:
         for value in ("[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth):
             score(with_value(value), [ToolCall("f", {"x": 1})])
 
