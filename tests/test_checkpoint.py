@@ -20,34 +20,27 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from helpers import CPU
 from safetensors.torch import load_file, save_file
+from test_run_dir import ONE
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 from corpus.tiny_model import build_tiny_tokenizer
 from distributed import checkpoint
 from distributed.checkpoint import (
-    CheckpointError,
-    Saver,
-    check_files,
-    checkpoint_tensors,
-    choose_step,
-    complete_steps,
-    full_state,
-    latest_checkpoint,
-    load_checkpoint,
+    CheckpointError, Saver, check_files, checkpoint_tensors, choose_step, complete_steps, full_state,
+    latest_checkpoint, load_checkpoint,
 )
 from distributed.ranks import Ranks
-from ops.export import export_model, gather_weights
-from prompts import stop_ids
+from ops.export import gather_weights
 
 torch.set_num_threads(1)
 PRELOAD = "torch.distributed.checkpoint torch.distributed.fsdp transformers.models.qwen2.modeling_qwen2"
 multiprocessing.set_forkserver_preload(PRELOAD.split())
-CPU = torch.device("cpu")
 TOKENIZER = build_tiny_tokenizer([], 300)
 
 
@@ -63,7 +56,8 @@ def rank_main(rank: int, world: int, scenario, store: str, *arguments) -> None:
     patience = timedelta(seconds=20)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=patience)
     scenario(Ranks(rank, world, CPU), *arguments)
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def build_policy(seed: int = 0, tied: bool = True, hidden: int = 16):
@@ -197,33 +191,10 @@ def run(written, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_export_gives_equal_logits(dtype, written, tmp_path):
-    """Sharded weights, gathered or by way of a checkpoint, load as a plain model that computes the same."""
+def test_a_checkpoint_of_two_ranks_holds_the_gathered_weights(dtype, written):
     state, gathered = full_state(written / "run" / "step_4", dtype), load_file(written / "weights.pt")
     assert state.keys() == gathered.keys() and "lm_head.weight" not in state
     assert all(torch.equal(state[name], gathered[name].to(dtype)) for name in state)
-    del state["odd"]
-    config = Qwen2Config.from_pretrained(written / "run" / "step_4")
-    assert config.eos_token_id == TOKENIZER.eos_token_id, "one; the tokenizer knows more of them"
-    plain = Qwen2ForCausalLM(config).to(dtype).eval()
-    plain.load_state_dict(state, strict=False)
-    exported = {name: gathered[name] for name in state}  # fp32, cast on the way
-    out = tmp_path / "out"
-    export_model(config, exported, TOKENIZER, out, dtype, "# card\n")
-    loaded = AutoModelForCausalLM.from_pretrained(out, dtype="auto").eval()
-    assert type(loaded) is Qwen2ForCausalLM and loaded.dtype == dtype
-    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-    ids = torch.arange(20)[None]
-    assert torch.equal(loaded(ids).logits, plain(ids).logits)
-    assert AutoTokenizer.from_pretrained(out).chat_template == TOKENIZER.chat_template
-    assert json.loads((out / "config.json").read_text())["architectures"] == ["Qwen2ForCausalLM"]
-    assert (out / "README.md").read_text() == "# card\n"
-    defaults = json.loads((out / "generation_config.json").read_text())
-    assert sorted(defaults.pop("eos_token_id")) == sorted(stop_ids(TOKENIZER)) and "pad_token_id" in defaults
-    assert not defaults.keys() & {"top_k", "top_p", "do_sample", "temperature", "repetition_penalty"}
-    with pytest.raises(ValueError, match="model.norm.weight"):
-        del exported["model.norm.weight"]
-        export_model(config, exported, TOKENIZER, tmp_path / "x", dtype)
 
 
 # ----------------------------------------------------------------------------------------------------- faults
@@ -248,7 +219,6 @@ FILES = (
 @pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
 def test_a_damaged_file_is_named_and_so_is_the_checkpoint_before(damage, run):
     assert names(run / "step_4") == sorted(FILES)
-    check_files(run / "step_4")
     for file in FILES:
         shutil.copytree(run / "step_2", run / "step_6")
         damage(run / "step_6" / file)
@@ -256,8 +226,6 @@ def test_a_damaged_file_is_named_and_so_is_the_checkpoint_before(damage, run):
         assert str(run / "step_6" / file) in message and "--resume_step 4" in message
         assert file in refusal(full_state, run / "step_6", torch.float32)
         shutil.rmtree(run / "step_6")
-    damage(run / "step_2" / "config.json")
-    assert "earlier ones: none" in refusal(check_files, run / "step_2")
 
 
 def load_damaged(ranks: Ranks, folder: Path) -> None:
@@ -292,9 +260,6 @@ def test_a_pickle_is_never_opened(run, tmp_path):
         (step / name).write_bytes(bomb)
     full_state(step, torch.float32)
     AutoTokenizer.from_pretrained(step)
-    (step / "model.safetensors").write_bytes(bomb)
-    assert "model.safetensors is not in the manifest" in refusal(full_state, step, torch.float32)
-    (step / "model.safetensors").unlink()
     (step / FILES[0]).write_bytes(bomb)
     content = json.loads((step / "manifest.json").read_text())
     content["files"][FILES[0]] = checkpoint._describe(step / FILES[0])
@@ -315,27 +280,17 @@ def save_under_faults(ranks: Ranks, folder: Path, background: bool) -> None:
         saver.save({"step": step}, policy, TOKENIZER, optimizer)
         saver.finish()
 
-    def failure() -> str:
-        """Why step_2 is not saved: all ranks must say the same, and leave nothing half written."""
-        message = refusal(save, 2)
-        assert "step_2 was not saved" in message and len(set(ranks.gather(message))) == 1
-        assert not list(folder.glob("*/*.tmp"))
-        ranks.gather(None)  # before another rank begins the next one
-        return message
-
     save(1)
     for full in range(ranks.world):  # the disk is full for one rank alone; 20 kB are written before
         if ranks.rank == full:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
-        message = failure()
-        assert "File too large" in message and "complete ones: step_1" in message
+        message = refusal(save, 2)
+        assert "step_2 was not saved" in message and "complete ones: step_1" in message
+        assert len(set(ranks.gather(message))) == 1 and not list(folder.glob("*/*.tmp"))
+        ranks.gather(None)  # before another rank begins the next one
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         assert latest_checkpoint(run) == (run / "step_1", {"step": 1})
         check_files(run / "step_1")
-    true_usage = checkpoint.shutil.disk_usage
-    checkpoint.shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000)
-    assert "1e-06 GB free" in failure()
-    checkpoint.shutil.disk_usage = true_usage
     save(2)
     assert latest_checkpoint(run)[0] == run / "step_2", "saving works again once there is room"
 
@@ -435,26 +390,18 @@ def test_which_checkpoint_is_the_latest(run, tmp_path):
     assert "no complete" in refusal(latest_checkpoint, run), "and not a start from the beginning"
 
 
-class OneRank(Ranks):
-    """A single process without a process group: what is gathered is the item itself."""
-
-    def gather(self, item):
-        return [item]
-
-
 def test_a_chosen_step_is_the_latest_from_then_on(tmp_path, monkeypatch):
     """--resume_step: a second resume, or a restart with the old command line, must not choose it again."""
     for step in (1, 2, 3):
         (tmp_path / f"step_{step}").mkdir()
         (tmp_path / f"step_{step}" / "manifest.json").write_text("{}")
         (tmp_path / f"step_{step}" / "state.json").write_text(json.dumps({"state": {"step": step}}))
-    alone = OneRank(0, 1, CPU)
-    choose_step(tmp_path, 2, alone)
+    choose_step(tmp_path, 2, ONE)
     assert latest_checkpoint(tmp_path) == (tmp_path / "step_2", {"step": 2})
-    assert "no complete step_7; there are: step_1, step_2" in refusal(choose_step, tmp_path, 7, alone)
+    assert "no complete step_7; there are: step_1, step_2" in refusal(choose_step, tmp_path, 7, ONE)
     assert complete_steps(tmp_path) == [1, 2] and (tmp_path / "step_3.given_up" / "state.json").exists()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     for job, step, then in (("a", 2, 2), ("a", 1, 2), ("a", 0, 2), ("b", 1, 1)):  # restarts, then a start
         monkeypatch.setattr(checkpoint, "torchrun_job", lambda job=job: job)
-        choose_step(tmp_path, step, alone)
+        choose_step(tmp_path, step, ONE)
         assert latest_checkpoint(tmp_path)[0].name == f"step_{then}"

@@ -50,7 +50,6 @@ def spans() -> list[tuple[str, str]]:
     return found
 
 
-
 def test_the_page_of_settings_is_what_config_prints():
     printed = subprocess.run([sys.executable, "config.py"], cwd=ROOT, capture_output=True, text=True)
     assert PAGES["docs/settings.md"] == printed.stdout, "run: python config.py > docs/settings.md"
@@ -155,6 +154,7 @@ def run(site: Path, words: list[str]) -> int:
 
 def ending(read):
     """The same function, and nothing after it."""
+
     def read_and_end(*args, **kwargs):
         read(*args, **kwargs)
         raise SystemExit

@@ -15,7 +15,7 @@ from kernel.decode import Prompt, shared_prefix
 from kernel.hf_engines import EngineError
 from kernel.packing import pack
 from model import prepare_model, token_logprobs
-from rollout import ENGINES, sample_groups
+from rollout import ENGINES, Decoding, sample_groups
 
 torch.set_num_threads(1)
 
@@ -32,7 +32,6 @@ PROMPTS = [Prompt(f"p{i}", random_ids(n, i), 100 + i) for i, n in enumerate([5, 
 
 
 def random_model(family: str, **settings):
-    """With grouped K/V heads and an untied head."""
     shape = dict(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, eos_token_id=3,
         num_key_value_heads=2, tie_word_embeddings=False, bos_token_id=None, pad_token_id=None,
@@ -76,9 +75,6 @@ def assert_trainers_logprobs(model, rows, copies: int, temperature: float) -> No
     assert_close(torch.tensor([x for _, chances in rows for x in chances]), slow, atol=1e-5, rtol=1e-5)
 
 
-# ----------------------------------------------------------------------------------------------- every engine
-
-
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens_are_those_of_the_slow_loop(family, engine):
@@ -91,12 +87,18 @@ def test_greedy_tokens_are_those_of_the_slow_loop(family, engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_log_probs_of_samples_are_the_trainers(model, engine):
-    rows = ENGINES[engine](model, PROMPTS, 3, 0.7, 20, STOPS)
-    assert len(rows) == 3 * len(PROMPTS)
-    assert_trainers_logprobs(model, rows, 3, 0.7)
-    for ids, _ in rows:
-        assert not set(ids[:-1]) & set(STOPS) and (len(ids) == 20 or ids[-1] in STOPS)
+def test_log_probs_of_samples_are_the_trainers_before_and_after_an_update(engine):
+    """A kept prompt cache would answer with the old weights: transformers' persistent manager does."""
+    model = peaked_model("Qwen2")
+    for _ in range(2):
+        rows = ENGINES[engine](model, PROMPTS, 3, 0.7, 20, STOPS)
+        assert len(rows) == 3 * len(PROMPTS)
+        assert_trainers_logprobs(model, rows, 3, 0.7)
+        for ids, _ in rows:
+            assert not set(ids[:-1]) & set(STOPS) and (len(ids) == 20 or ids[-1] in STOPS)
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(1.1)
 
 
 def chi_square(counts: torch.Tensor, distribution: torch.Tensor) -> float:
@@ -126,44 +128,24 @@ def test_samples_follow_the_softmax_whatever_the_models_own_defaults_say(model, 
     assert chi_square(counts, F.softmax(logits, -1)) > 8, "without the temperature"
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_after_an_update_samples_come_from_the_new_weights(engine):
-    """A kept prompt cache would answer with the old ones: transformers' persistent manager does."""
-    model = peaked_model("Qwen2")
-    before = ENGINES[engine](model, PROMPTS, 2, 1.0, 8, STOPS)
-    with torch.no_grad():
-        for weight in model.parameters():
-            weight.mul_(1.1)
-    after = ENGINES[engine](model, PROMPTS, 2, 1.0, 8, STOPS)
-    assert_trainers_logprobs(model, after, 2, 1.0)
-    assert before != after
-
-
-def test_neither_prefill_rows_nor_blocks_nor_dropping_change_a_sample(model, monkeypatch):
+@pytest.mark.parametrize(
+    ("setting", "value"), [("PREFILL_TOKENS", 1), ("PREFILL_TOKENS", 20), ("KEEP_SHARE", 0.0),
+                           ("KEEP_SHARE", 1.0), ("BLOCK", 1), ("BLOCK", 8)],
+)
+def test_neither_prefill_rows_nor_blocks_nor_dropping_change_a_sample(model, monkeypatch, setting, value):
     expected = shared_prefix(model, PROMPTS, 4, 1.0, 40, STOPS[:1])
     assert max(len(ids) for ids, _ in expected) > 30, "responses outgrow several blocks"
-    for setting, values in {"PREFILL_TOKENS": (1, 20), "KEEP_SHARE": (0.0, 1.0), "BLOCK": (1, 8)}.items():
-        for value in values:
-            with monkeypatch.context() as patch:
-                patch.setattr(decode, setting, value)
-                if setting == "BLOCK":  # random numbers come in blocks, too: those must stay as they were
-                    patch.setattr(decode, "uniform_numbers", in_blocks_of_64)
-                rows = shared_prefix(model, PROMPTS, 4, 1.0, 40, STOPS[:1])
-            assert [ids for ids, _ in rows] == [ids for ids, _ in expected], (setting, value)
+    monkeypatch.setattr(decode, setting, value)
+    if setting == "BLOCK":  # random numbers come in blocks, too: those must stay as they were
+        monkeypatch.setattr(decode, "uniform_numbers", in_blocks_of_64)
+    rows = shared_prefix(model, PROMPTS, 4, 1.0, 40, STOPS[:1])
+    assert [ids for ids, _ in rows] == [ids for ids, _ in expected]
 
 
 def in_blocks_of_64(prompts, copies, device):
     generators = [torch.Generator().manual_seed(p.seed) for p in prompts]
     while True:
         yield from torch.cat([torch.rand(copies, 64, generator=g, dtype=torch.float64) for g in generators]).T
-
-
-def test_a_prompt_is_computed_and_stored_once_per_group(model):
-    with torch.no_grad():
-        cache, logits = decode._prefill(model, PROMPTS, 4)
-    assert logits.shape == (len(PROMPTS), VOCABULARY)
-    assert cache.prompt_k[0].shape == (len(PROMPTS), 2, 30, 8)
-    assert cache.k[0].shape == (4 * len(PROMPTS), 2, decode.BLOCK, 8)
 
 
 @pytest.mark.parametrize(
@@ -208,8 +190,7 @@ def test_what_the_default_engine_cannot_do_is_sampled_by_generate(family, settin
         counted = lambda *args, name=name, engine=engine: called.append(name) or engine(*args)  # noqa: E731
         monkeypatch.setitem(ENGINES, name, counted)
     tokenizer, prompt = build_tiny_tokenizer(["a"], 300), Prompt("long", random_ids(30, 1))
-    [group] = sample_groups(
-        model, tokenizer, [prompt], group_size=1, temperature=0, max_new_tokens=10, batch_size=4
-    )
+    decoding = Decoding(group_size=1, temperature=0, max_new_tokens=10, batch_size=4)
+    [group] = sample_groups(model, tokenizer, [prompt], decoding)
     assert called == ["generate"]
     assert group.responses[0][:10] == one_by_one(model, prompt.ids, 10, stops=())

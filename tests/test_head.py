@@ -1,7 +1,4 @@
-"""kernel/head.py: the chunked LM head gives the numbers and gradients of full logits, and never holds them.
-
-The slow, obvious version is `full`: one matrix product, one log-softmax.
-"""
+"""kernel/head.py: the chunked LM head gives the numbers and gradients of full logits (`full`), unheld."""
 
 import pytest
 import torch
@@ -25,9 +22,8 @@ def inputs(bias: bool = False, dtype: torch.dtype = torch.float32) -> dict[str, 
     return leaves | {"target": torch.tensor([3, 3, 0, V - 1, *range(N - 4)])}
 
 
-def full(hidden, weight, bias, target, temperature=TEMPERATURE):
-    logits = torch.nn.functional.linear(hidden, weight, bias) / temperature
-    logprobs = logits.log_softmax(-1)
+def full(hidden, weight, bias, target):
+    logprobs = (torch.nn.functional.linear(hidden, weight, bias) / TEMPERATURE).log_softmax(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1).detach()
     return logprobs.gather(-1, target[:, None])[:, 0], entropy
 
@@ -40,7 +36,7 @@ def gradients(logprobs: torch.Tensor, leaves: dict) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("chunk", [1, 7, N, 1000, None])
+@pytest.mark.parametrize("chunk", [1, 7, N, None])
 def test_the_chunked_head_equals_full_logits(chunk, bias):
     leaves = inputs(bias)
     logprobs, entropy = head_logprobs(**leaves, temperature=TEMPERATURE, chunk=chunk)
@@ -53,30 +49,8 @@ def test_the_chunked_head_equals_full_logits(chunk, bias):
 
 
 @pytest.mark.parametrize("chunk", [4, 1000])
-def test_gradients_against_finite_differences(chunk):
-    leaves = inputs(bias=True, dtype=torch.float64)
-    target = leaves.pop("target")
-
-    def ours(*matrices):
-        return head_logprobs(*matrices, target, TEMPERATURE, chunk=chunk)[0]
-
-    assert torch.autograd.gradcheck(ours, (leaves["hidden"], leaves["weight"], leaves["bias"]))
-
-
-@pytest.mark.parametrize("chunk", [4, 1000])
-def test_a_tied_head_adds_its_gradient_to_that_of_the_embedding(chunk):
-    leaves = inputs()
-    results = []
-    for way in (lambda **x: head_logprobs(**x, temperature=TEMPERATURE, chunk=chunk), full):
-        hidden = leaves["weight"][leaves["target"].flip(0)].tanh()  # stands for the embedding and the decoder
-        logprobs = way(hidden=hidden, weight=leaves["weight"], bias=None, target=leaves["target"])[0]
-        results.append(torch.autograd.grad(logprobs.sum(), leaves["weight"])[0])
-    assert_close(*results, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("chunk", [4, 1000])
 def test_the_backward_can_run_twice(chunk):
-    """Its buffers are overwritten, so a second run must not read what the first one left there."""
+    """Its buffers are overwritten: a second run must not read what the first one left there."""
     leaves = inputs()
     loss = head_logprobs(**leaves, temperature=TEMPERATURE, chunk=chunk)[0].sum()
     first, second = (torch.autograd.grad(loss, leaves["weight"], retain_graph=True)[0] for _ in range(2))
@@ -84,7 +58,6 @@ def test_the_backward_can_run_twice(chunk):
 
 
 def test_a_frozen_weight_gets_no_gradient():
-    """The reference model's, or that of a model trained with adapters."""
     leaves = inputs()
     leaves["weight"].requires_grad_(False)
     head_logprobs(**leaves, temperature=TEMPERATURE)[0].sum().backward()

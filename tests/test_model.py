@@ -7,9 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-import model as model_module
 from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
 from kernel.attention import use_attention
 from model import Capabilities, ModelError, count_parameters, load_model, load_tokenizer, prepare_model
@@ -20,12 +19,7 @@ torch.set_num_threads(1)
 
 CPU = torch.device("cpu")
 
-# --------------------------------------------------------------------------------- tokenizer, export, loading
-
-TEXTS = [
-    'weather in Paris for 3 days {"name": "get_weather", "arguments": {"city": "Paris"}}',
-    "a taxi in Rome",
-] * 5
+TEXTS = ['weather in Paris {"name": "get_weather", "arguments": {"city": "Paris"}}', "a taxi in Rome"] * 5
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +70,7 @@ def test_a_model_is_decided_by_its_seed(tokenizer):
 def test_tied_parameters_count_once(tokenizer):
     model = build_tiny_model(tokenizer, 32, 1, 0)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    unique = {p.data_ptr(): p.numel() for p in model.parameters()}
-    assert count_parameters(model) == sum(unique.values())
+    assert count_parameters(model) == sum({p.data_ptr(): p.numel() for p in model.parameters()}.values())
 
 
 def test_a_reloaded_model_gives_equal_logits(exported):
@@ -90,25 +83,13 @@ def test_a_reloaded_model_gives_equal_logits(exported):
     assert_close(plain(ids).logits, model(ids).logits, atol=1e-6, rtol=1e-6)
 
 
-def test_an_export_is_a_complete_hugging_face_folder(exported, tokenizer):
+def test_an_export_is_a_hugging_face_folder_without_sampling_defaults(exported, tokenizer):
+    """Qwen2.5-Instruct's top_k 20, top_p 0.8 and repetition penalty would colour every later evaluation."""
     folder, _ = exported
     names = {path.name for path in folder.iterdir()}
     assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
     assert not [name for name in names if name.endswith((".bin", ".pt", ".pkl"))], "nothing is pickled"
-    assert json.loads((folder / "config.json").read_text())["architectures"] == ["Qwen2ForCausalLM"]
-    chat = [{"role": "user", "content": "hello"}]
-    theirs = AutoTokenizer.from_pretrained(folder).apply_chat_template(
-        chat, tokenize=False, add_generation_prompt=True
-    )
-    assert theirs == "<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
-    assert theirs == tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-
-
-def test_sampling_defaults_are_not_exported(exported, tokenizer):
-    """Qwen2.5-Instruct brings top_k 20, top_p 0.8 and a repetition penalty, which would colour every later
-    evaluation.
-    """
-    written = json.loads((exported[0] / "generation_config.json").read_text())
+    written = json.loads((folder / "generation_config.json").read_text())
     assert not {"do_sample", "top_k", "top_p", "temperature", "repetition_penalty"} & set(written)
     assert written["eos_token_id"] == stop_ids(tokenizer) and len(stop_ids(tokenizer)) == 2
     assert written["pad_token_id"] == tokenizer.pad_token_id
@@ -128,33 +109,19 @@ def test_a_bf16_export_leaves_the_policy_in_fp32(tokenizer, tmp_path):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     export(model, tokenizer, tmp_path, torch.bfloat16)
     assert {weight.dtype for weight in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
-    assert all(
-        w.dtype == torch.float32 and torch.equal(w, before[name]) for name, w in model.state_dict().items()
-    )
-    rounded = load_model(str(tmp_path), CPU).state_dict()
-    assert all(
-        w.dtype == torch.float32 and torch.equal(w, before[name].bfloat16().float())
-        for name, w in rounded.items()
-    )
+    rounded = {name: weight.bfloat16().float() for name, weight in before.items()}
+    for found, expected in ((model, before), (load_model(str(tmp_path), CPU), rounded)):
+        for name, weight in found.state_dict().items():
+            assert weight.dtype == torch.float32 and torch.equal(weight, expected[name]), name
 
 
 def test_load_tokenizer_gives_back_the_tokenizer_that_was_exported(exported, tokenizer):
-    """AutoTokenizer went by the model type, silently gave our BPE the word splitting of Qwen2, and nothing
-    was learnt.
-
-    The ids of a text changed between the warm-up and GRPO, while every round trip of text still worked.
-    """
+    """AutoTokenizer gave our BPE the word splitting of Qwen2: other ids for a text, so nothing was learnt."""
     loaded = load_tokenizer(str(exported[0]))
     assert loaded.get_vocab() == tokenizer.get_vocab()
-    parts = [json.loads(one.backend_tokenizer.to_str()) for one in (loaded, tokenizer)]
-    assert (
-        parts[0]["pre_tokenizer"] == parts[1]["pre_tokenizer"] and parts[0]["decoder"] == parts[1]["decoder"]
-    )
-    texts = [*TEXTS, ' Paris "Paris" 2024 don\'t', render_completion([], "no tool fits"), "naïve 🙂"]
-    for text in texts:
-        assert loaded.encode(text, add_special_tokens=False) == tokenizer.encode(
-            text, add_special_tokens=False
-        ), text
+    for text in [*TEXTS, ' Paris "Paris" 2024 don\'t', render_completion([], "no tool fits"), "naïve 🙂"]:
+        ours, theirs = (one.encode(text, add_special_tokens=False) for one in (loaded, tokenizer))
+        assert ours == theirs, text
     assert (loaded.eos_token_id, loaded.pad_token_id) == (tokenizer.eos_token_id, tokenizer.pad_token_id)
     assert loaded.chat_template == tokenizer.chat_template
 
@@ -166,45 +133,18 @@ def test_a_second_export_changes_nothing(exported, tmp_path):
 
 
 @pytest.mark.parametrize("load", [load_tokenizer, lambda path: load_model(path, CPU)])
-@pytest.mark.parametrize("make", [lambda path: None, lambda path: path.mkdir()], ids=["missing", "empty"])
-def test_an_unusable_folder_is_one_sentence(load, make, tmp_path):
-    make(tmp_path / "model")
+def test_an_unusable_folder_is_one_sentence(load, tmp_path):
     with pytest.raises(ModelError) as caught:
-        load(str(tmp_path / "model"))
-    assert str(tmp_path / "model") in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_what_is_no_folder_here_is_said_to_be_a_hub_id(monkeypatch):
-    """So that a mistyped folder shows in the hub's complaint about it."""
-
-    def out_of_reach(*_, **__):
-        raise OSError("the hub is out of reach")
-
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", out_of_reach)
-    with pytest.raises(ModelError, match=r"from 'modls/none' \(no folder here, so a hub id\): "):
-        load_tokenizer("modls/none")
-
-
-def test_damaged_weights_are_one_sentence(exported, tmp_path):
-    """A download or copy that broke off."""
-    export(exported[1], load_tokenizer(str(exported[0])), tmp_path)
-    weights = tmp_path / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ModelError, match="could not be loaded"):
-        load_model(str(tmp_path), CPU)
-
-
-# ---------------------------------------------------------------------------------------- what a model can do
+        load(str(tmp_path))
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def small_qwen2() -> Qwen2ForCausalLM:
     torch.manual_seed(0)
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
-            num_key_value_heads=2, initializer_range=0.3,
-        )
-    )
+    return Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, initializer_range=0.3,
+    ))
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
@@ -214,39 +154,15 @@ def test_an_ordinary_model_is_prepared_without_a_word(gradient_checkpointing):
         warnings.simplefilter("error")
         model = prepare_model(small_qwen2(), CPU, gradient_checkpointing)
     assert model.capabilities == Capabilities(attention="sdpa", shared_prefix=True, head_only=True)
-    assert (
-        any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-        == gradient_checkpointing
-    )
-    assert model.training, "as it came"
+    checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    assert checkpoints == gradient_checkpointing
 
 
 def test_the_older_name_of_gradient_checkpointing_is_used_where_the_new_one_is_missing(monkeypatch):
     """transformers 5.17."""
     called, model = [], small_qwen2()
     monkeypatch.delattr(type(model).__mro__[2], "activation_checkpointing_enable", raising=False)
-    monkeypatch.setattr(
-        type(model), "gradient_checkpointing_enable", lambda self, **options: called.append(options)
-    )
+    note = lambda self, **options: called.append(options)  # noqa: E731
+    monkeypatch.setattr(type(model), "gradient_checkpointing_enable", note)
     prepare_model(model, CPU, gradient_checkpointing=True)
     assert called == [{"gradient_checkpointing_kwargs": {"use_reentrant": False}}]
-
-
-def test_wrong_numbers_on_packed_groups_are_found_out(monkeypatch):
-    """Whatever the reason: here a scale that the attention is given but does not use."""
-    right = model_module.shared_prefix_attention
-    wrong = lambda *args, scaling, **others: right(*args, scaling=1.1 * scaling, **others)  # noqa: E731
-    monkeypatch.setattr(model_module, "shared_prefix_attention", wrong)
-    with pytest.warns(UserWarning, match="packed groups change its output"):
-        model = prepare_model(small_qwen2(), CPU)
-    assert not model.capabilities.shared_prefix
-    monkeypatch.undo()
-    prepare_model(small_qwen2(), CPU)  # registers the right one again
-
-
-def test_a_head_that_does_more_than_its_matrix_is_found_out():
-    """Adapters, scales, caps: its logits are then computed by the model, in full."""
-    model = small_qwen2()
-    model.lm_head.register_forward_hook(lambda module, args, output: output.tanh())
-    with pytest.warns(UserWarning, match="not its LM head's output alone"):
-        prepare_model(model, CPU)

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import as_arguments, run_here, write_task
-from safetensors.torch import load_file
+from helpers import ENVIRONMENT, ROOT, as_arguments, run_here, weights, write_task
 
 import grpo
 from corpus.sources import read_jsonl
@@ -26,8 +25,6 @@ from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
 from ops.export import export
 
 torch.set_num_threads(1)
-
-ROOT = Path(__file__).parents[1]
 STEPS = 3
 DIGITS = """
 def digits(completion, answer, tools):
@@ -43,8 +40,8 @@ def settings(tmp_path_factory) -> dict[str, object]:
     tokenizer = build_tiny_tokenizer([task["data"].read_text()], 400)
     export(build_tiny_model(tokenizer, hidden=64, layers=2, seed=0), tokenizer, folder / "model")
     (folder / "own.py").write_text(DIGITS)
-    task |= dict(model=folder / "model", reward=f"{folder / 'own.py'}:digits", lr=1e-4, steps=STEPS)
-    return task | {"timeout_minutes": 2}
+    own = dict(model=folder / "model", reward=f"{folder / 'own.py'}:digits", lr=1e-4, timeout_minutes=2)
+    return task | own | {"steps": STEPS}
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +58,10 @@ def free_port() -> int:
 def start_agent(rendezvous: list[str], settings: dict[str, object], log: Path) -> subprocess.Popen:
     """torchrun as on one of two nodes, in a process group of its own; what it says goes to the file."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", *rendezvous]
-    environment = {k: v for k, v in os.environ.items() if k != "RANK"} | {"OMP_NUM_THREADS": "1"}
+    command += ["grpo.py", *as_arguments(settings)]
     with log.open("w") as out:
-        return subprocess.Popen(
-            [*command, "grpo.py", *as_arguments(settings)], stdout=out, stderr=out, cwd=ROOT,
-            env=environment, start_new_session=True,
-        )
+        files = dict(stdout=out, stderr=out, cwd=ROOT)
+        return subprocess.Popen(command, **files, env=ENVIRONMENT, start_new_session=True)
 
 
 @contextlib.contextmanager
@@ -108,7 +103,7 @@ def samples(run_dir: Path) -> list[tuple]:
 
 
 def largest_difference(a: Path, b: Path) -> float:
-    one, two = (load_file(folder / "model.safetensors") for folder in (a, b))
+    one, two = weights(a), weights(b)
     assert one.keys() == two.keys()
     return max((one[name] - two[name]).abs().max().item() for name in one)
 
@@ -121,8 +116,8 @@ def test_two_nodes_match_one_process(sharding, meet, settings, alone, tmp_path):
     assert codes == [0, 0], logs[0].read_text() + logs[1].read_text()
     assert any("2 process(es)" in log.read_text() for log in logs), "not two runs of one process each"
     assert len(samples(alone)) == STEPS * 64 and samples(tmp_path / "run") == samples(alone)
-    assert largest_difference(alone / "model", tmp_path / "run" / "model") < 1e-5
-    assert largest_difference(alone / "model", settings["model"]) > 1e-4, "there was something to learn"
+    assert largest_difference(alone, tmp_path / "run") < 1e-5
+    assert largest_difference(alone, settings["model"].parent) > 1e-4, "there was something to learn"
 
 
 def test_a_signal_to_one_agent_stops_both_and_one_process_goes_on(settings, tmp_path):
@@ -138,11 +133,9 @@ def test_a_signal_to_one_agent_stops_both_and_one_process_goes_on(settings, tmp_
     steps = [row["step"] for row in read_jsonl(tmp_path / "run" / "log.jsonl")]
     assert 0 not in codes and f"interrupted after step {steps[-1]}, all is saved" in said, said
     assert (tmp_path / "run" / "latest").read_text() == f"step_{steps[-1]}"
-
-    # On one process, and compared with a run that was never disturbed.
     short = settings | {"steps": steps[-1] + 1}
     gone_on = run_here(grpo.main, short | {"run_dir": tmp_path / "run", "resume": "true"})
     undisturbed = run_here(grpo.main, short | {"run_dir": tmp_path / "undisturbed"})
     assert [row["step"] for row in read_jsonl(gone_on / "log.jsonl")] == list(range(steps[-1] + 2))
     assert samples(gone_on) == samples(undisturbed)
-    assert largest_difference(gone_on / "model", undisturbed / "model") < 1e-5
+    assert largest_difference(gone_on, undisturbed) < 1e-5

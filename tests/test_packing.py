@@ -1,10 +1,8 @@
-"""kernel/packing.py and kernel/attention.py: packed groups give the numbers and gradients of plain one-by-one
-forward passes, however they are cut.
+"""kernel/packing.py and kernel/attention.py: packed groups give the numbers and gradients of plain passes.
 
 The slow, obvious version is `one_by_one`: transformers' own causal attention over a single prompt + response.
 """
 
-import functools
 import inspect
 import sys
 import types
@@ -37,8 +35,7 @@ PLAIN = {
     "Falcon": ({}, "change its output"),  # has an attention of its own, which the interface does not reach
 }
 
-# (prompt length, response lengths): uneven, with a prompt of one token, a response of one token, and a group
-# of one response.
+# (prompt length, response lengths): uneven, with a prompt, a response and a group of one.
 SHAPES = [(7, [3, 1, 5]), (1, [4, 4]), (12, [2]), (4, [1, 9, 2, 6])]
 
 
@@ -81,54 +78,46 @@ def gradients(model, loss) -> dict[str, torch.Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
-def advantages(groups) -> torch.Tensor:
-    """A different weight per response token."""
-    return torch.linspace(-1, 2, sum(len(r) for _, responses in groups for r in responses))
-
-
 def assert_same_gradients(fast: dict[str, torch.Tensor], slow: dict[str, torch.Tensor]) -> None:
     for name in slow:
         assert (fast[name] - slow[name]).norm() <= 1e-5 * slow[name].norm(), name
 
 
+def advantages(groups) -> torch.Tensor:
+    """A different weight per response token."""
+    return torch.linspace(-1, 2, sum(len(r) for _, responses in groups for r in responses))
+
+
+def assert_equals_one_by_one(model, plain, groups, temperature: float = TEMPERATURE, **options) -> None:
+    """Log-probs, entropies and gradients of the packed groups, for two models with the same weights."""
+    fast, entropy = token_logprobs(model, pack(groups, CPU, **options), temperature)
+    slow, slow_entropy = one_by_one(plain, groups, temperature)
+    assert fast.dtype == torch.float32 and not entropy.requires_grad
+    assert_close(fast, slow, atol=1e-5, rtol=1e-5)
+    assert_close(entropy, slow_entropy.detach(), atol=1e-5, rtol=1e-5)
+    fast, slow = ((x * advantages(groups)).sum() for x in (fast, slow))
+    assert_same_gradients(gradients(model, fast), gradients(plain, slow))
+
+
 # ------------------------------------------------------------------------------------------- packed log-probs
 
 
-@pytest.mark.parametrize("temperature", [TEMPERATURE, 1.0])
-@pytest.mark.parametrize("family", SHARED)
-def test_packed_logprobs_and_entropy_equal_one_by_one(family, temperature):
-    model, groups = random_model(family), random_groups()
-    assert uses_shared_prefix(model)
-    logprobs, entropy = token_logprobs(model, pack(groups, CPU), temperature)
-    slow_logprobs, slow_entropy = one_by_one(model, groups, temperature)
-    assert logprobs.dtype == torch.float32 and logprobs.requires_grad and not entropy.requires_grad
-    assert_close(logprobs, slow_logprobs, atol=1e-5, rtol=1e-5)
-    assert_close(entropy, slow_entropy.detach(), atol=1e-5, rtol=1e-5)
-
-
+@pytest.mark.parametrize(("tied", "temperature"), [(False, TEMPERATURE), (True, 1.0)])
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
-@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", SHARED)
-def test_gradients_equal_one_by_one(family, tied, gradient_checkpointing):
+def test_packed_groups_equal_one_by_one(family, gradient_checkpointing, tied, temperature):
     """A prompt is computed once but belongs to G sequences: its gradient must be the sum over all of them."""
     model = random_model(family, gradient_checkpointing, tie_word_embeddings=tied)
-    plain, groups = random_model(family, tie_word_embeddings=tied), random_groups()
-    fast = token_logprobs(model, pack(groups, CPU), TEMPERATURE)[0]
-    slow = one_by_one(plain, groups, TEMPERATURE)[0]
-    fast, slow = ((x * advantages(groups)).sum() for x in (fast, slow))
-    assert_same_gradients(gradients(model, fast), gradients(plain, slow))
+    assert uses_shared_prefix(model)
+    plain = random_model(family, tie_word_embeddings=tied)
+    assert_equals_one_by_one(model, plain, random_groups(), temperature)
 
 
 @pytest.mark.parametrize("block", [2, 4, 5])
 def test_prompts_in_blocks_of_queries_give_the_same(block, monkeypatch):
     """Blocks that divide the prompts of SHAPES evenly, unevenly and not at all."""
     monkeypatch.setattr(attention, "CAUSAL_BLOCK", block)
-    model, plain, groups = random_model("Qwen2"), random_model("Qwen2"), random_groups()
-    logprobs = token_logprobs(model, pack(groups, CPU), TEMPERATURE)[0]
-    slow_logprobs = one_by_one(plain, groups, TEMPERATURE)[0]
-    assert_close(logprobs, slow_logprobs, atol=1e-5, rtol=1e-5)
-    fast, slow = ((x * advantages(groups)).sum() for x in (logprobs, slow_logprobs))
-    assert_same_gradients(gradients(model, fast), gradients(plain, slow))
+    assert_equals_one_by_one(random_model("Qwen2"), random_model("Qwen2"), random_groups())
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (4, 9), (128, 128), (1, 700), (130, 1000), (300, 301)])
@@ -153,11 +142,8 @@ def predicted_by_the_one_before(p: Packed) -> torch.Tensor:
     return torch.where(p.predict.diff(prepend=p.predict[:1]) == 1, p.predict, p.predict.roll(1) + 1)
 
 
-MASKS = {
-    "the future is seen": causal(1),
-    "a token does not see itself": causal(-1),
-    "the prompt's first token is not seen": without_first,
-}
+MASKS = {"the future is seen": causal(1), "a token does not see itself": causal(-1),
+         "the prompt's first token is not seen": without_first}
 FIELDS = {
     "positions run on": lambda p: {"positions": torch.arange(p.ids.shape[1])[None]},
     "long responses are one position too far": lambda p: {"positions": p.positions + (p.positions >= 7)},
@@ -168,9 +154,8 @@ FIELDS = {
 
 
 @pytest.mark.parametrize("broken", [*MASKS, *FIELDS])
-@pytest.mark.parametrize("family", SHARED)
-def test_the_comparison_notices_whatever_is_broken(family, broken, monkeypatch):
-    model, groups = random_model(family), random_groups()
+def test_the_comparison_notices_whatever_is_broken(broken, monkeypatch):
+    model, groups = random_model("Qwen2"), random_groups()
     slow, _ = one_by_one(model, groups, TEMPERATURE)
     right = pack(groups, CPU)
     monkeypatch.setattr(attention, "causal_mask", causal())
@@ -178,14 +163,6 @@ def test_the_comparison_notices_whatever_is_broken(family, broken, monkeypatch):
     monkeypatch.setattr(attention, "causal_mask", MASKS.get(broken, causal()))
     wrong = replace(right, **FIELDS.get(broken, lambda p: {})(right))
     assert (token_logprobs(model, wrong, TEMPERATURE)[0] - slow).abs().max() > 1e-2
-
-
-def test_a_group_depends_on_no_other_group_and_a_response_on_no_other_response():
-    model, groups = random_model("Qwen2"), random_groups()
-    together = token_logprobs(model, pack(groups, CPU), TEMPERATURE)[0]
-    singles = [(prompt, [response]) for prompt, responses in groups for response in responses]
-    alone = [token_logprobs(model, pack([single], CPU), TEMPERATURE)[0] for single in singles]
-    assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
 
 
 # ---------------------------------------------------------------------------------- packing, micro-batches
@@ -196,9 +173,8 @@ def test_a_packed_group_in_full():
     packed = pack([([10, 11, 12], [[20, 21], [30]])], CPU)
     assert packed.ids.tolist() == [[10, 11, 12, 20, 21, 30]]
     assert packed.positions.tolist() == [[0, 1, 2, 3, 4, 3]]
-    assert packed.target.tolist() == [20, 21, 30]
+    assert packed.target.tolist() == [20, 21, 30] and packed.counts.tolist() == [2, 1]
     assert packed.predict.tolist() == [2, 3, 2]
-    assert packed.counts.tolist() == [2, 1]
     # segments: the prompt, then each response, whose keys are the prompt's and its own
     assert packed.layout.cu_q.tolist() == [0, 3, 5, 6]
     assert packed.layout.cu_k.tolist() == [0, 3, 8, 12]
@@ -211,15 +187,14 @@ def test_the_same_group_as_plain_rows():
     packed = pack([([10, 11, 12], [[20, 21], [30]])], CPU, share_prompt=False)
     assert packed.ids.tolist() == [[10, 11, 12, 20, 21], [10, 11, 12, 30, 0]]
     assert packed.positions.tolist() == [[0, 1, 2, 3, 4]] * 2
-    assert packed.target.tolist() == [20, 21, 30]
-    assert packed.predict.tolist() == [2, 3, 5 + 2]
-    assert packed.counts.tolist() == [2, 1] and packed.layout is None
+    assert packed.target.tolist() == [20, 21, 30] and packed.counts.tolist() == [2, 1]
+    assert packed.predict.tolist() == [2, 3, 5 + 2] and packed.layout is None
 
 
-@pytest.mark.parametrize("group", [([], [[1]]), ([1], []), ([1], [[2], []])])
+@pytest.mark.parametrize("group", [([], [[1]]), ([1], [[2], []])])
 def test_empty_prompts_and_responses_are_refused(group):
     with pytest.raises(ValueError, match="at least one token"):
-        pack([([1, 2], [[3]]), group], CPU)
+        pack([group], CPU)
 
 
 def responses_of(sizes, batches):
@@ -227,15 +202,10 @@ def responses_of(sizes, batches):
     return [(i, k) for batch in batches for i, part in batch for k in range(len(sizes[i][1]))[part]]
 
 
-def test_groups_fill_micro_batches_in_order():
+def test_groups_fill_micro_batches_in_order_and_are_cut_where_they_must_be():
     sizes = [(2, [1]), (2, [1]), (1, [1, 1]), (4, [2])]  # 3, 3, 3 and 6 tokens
     whole = [(0, slice(0, 1)), (1, slice(0, 1)), (2, slice(0, 2)), (3, slice(0, 1))]
     assert micro_batches(sizes, 6) == [whole[:2], whole[2:3], whole[3:]]
-    assert micro_batches(sizes, 15) == [whole]
-    assert micro_batches([], 6) == []
-
-
-def test_a_group_above_the_budget_is_cut_and_repeats_its_prompt():
     # 4 + 2 + 2 fit into 8, another 2 do not; the group behind it fits beside the last part
     cut = [[(0, slice(0, 2))], [(0, slice(2, 3)), (1, slice(0, 1))]]
     assert micro_batches([(4, [2, 2, 2]), (1, [1])], 8) == cut
@@ -247,12 +217,11 @@ def test_plain_rows_are_counted_with_their_padding():
     # rows of 5 and 3 tokens: 10 with padding, though only 8 tokens
     assert len(micro_batches([(2, [3, 1])], 8)) == 1
     assert len(micro_batches([(2, [3, 1])], 8, share_prompt=False)) == 2
-    assert len(micro_batches([(2, [3]), (2, [1])], 9, share_prompt=False)) == 2
     assert len(micro_batches([(2, [3]), (2, [1])], 10, share_prompt=False)) == 1
 
 
 @pytest.mark.parametrize("share_prompt", [True, False])
-@pytest.mark.parametrize("budget", [1, 8, 16, 17, 40, 1000])
+@pytest.mark.parametrize("budget", [1, 16, 17, 1000])
 def test_micro_batches_change_neither_loss_nor_gradients(budget, share_prompt):
     """Every response once, in order, within the budget where possible; the sums are those of one batch."""
     groups, model = random_groups(), random_model("Llama")
@@ -268,7 +237,6 @@ def test_micro_batches_change_neither_loss_nor_gradients(budget, share_prompt):
     fast = gradients(model, (torch.cat(parts) * advantages(groups)).sum())
     use_attention(model, "train")
     whole = token_logprobs(model, pack(groups, CPU), TEMPERATURE)[0]
-    assert_close(torch.cat(parts), whole, atol=1e-5, rtol=1e-5)
     assert_same_gradients(fast, gradients(model, (whole * advantages(groups)).sum()))
 
 
@@ -282,12 +250,7 @@ def test_other_models_are_trained_on_plain_rows_and_say_so_once(family):
         model = random_model(family, **settings)
     assert len(caught) == 1 and not uses_shared_prefix(model)
     groups = random_groups([*SHAPES, (9, [14, 3])])  # longer than any window
-    logprobs, entropy = token_logprobs(model, pack(groups, CPU, share_prompt=False), TEMPERATURE)
-    slow_logprobs, slow_entropy = one_by_one(model, groups, TEMPERATURE)
-    assert_close(logprobs, slow_logprobs, atol=1e-5, rtol=1e-5)
-    assert_close(entropy, slow_entropy.detach(), atol=1e-5, rtol=1e-5)
-    fast = gradients(model, (logprobs * advantages(groups)).sum())
-    assert_same_gradients(fast, gradients(model, (slow_logprobs * advantages(groups)).sum()))
+    assert_equals_one_by_one(model, model, groups, share_prompt=False)
     with pytest.raises(ValueError, match="share_prompt=uses_shared_prefix"):
         token_logprobs(model, pack(groups, CPU), TEMPERATURE)
 
@@ -295,7 +258,6 @@ def test_other_models_are_trained_on_plain_rows_and_say_so_once(family):
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 @pytest.mark.parametrize("family", SHARED)
 def test_the_last_layer_computes_for_predicting_tokens_only(family, gradient_checkpointing, monkeypatch):
-    """That it changes no number is what every other test here says."""
     model, groups = random_model(family, gradient_checkpointing), random_groups()
     rows, queries, sdpa = {}, [], F.scaled_dot_product_attention
 
@@ -317,9 +279,6 @@ def test_the_last_layer_computes_for_predicting_tokens_only(family, gradient_che
     logprobs.sum().backward()  # checkpointing computes it all again
     needed = sum(1 + sum(len(r) - 1 for r in responses) for _, responses in groups)
     assert [*rows.values()] == [{packed.ids.numel()}] * 2 + [{needed}] * 2
-    one_by_one(model, groups[:1], TEMPERATURE)
-    plain = {len(groups[0][0]) + len(response) for response in groups[0][1]}
-    assert [*rows.values()][2:] == [{needed, *plain}] * 2, "a plain pass is as it was"
 
 
 def test_a_window_that_no_layer_uses_is_no_reason():
@@ -401,20 +360,10 @@ def test_torchs_own_kernel_has_the_arguments_that_are_used():
 
 
 def test_a_prompts_gradient_is_added_in_fp32():
-    """In bf16, the sum of a prompt's and its 600 responses' equal parts would stop growing at 256."""
+    """In bf16, a sum of 601 equal parts would stop growing at 256."""
     layout = pack([([1, 2], [[3]] * 600)], CPU).layout
     x = torch.zeros(602, 1, 1, requires_grad=True)
     rows = attention._GatherSegments.apply(x, torch.bfloat16, layout.kv_index, layout.by_source, layout.uses)
     assert rows.dtype == torch.bfloat16
     rows.backward(torch.ones_like(rows))
     assert x.grad.flatten().tolist() == [601.0, 601.0] + [1.0] * 600
-
-
-@pytest.mark.parametrize("name", ["sliding_window", "softcap", "s_aux", "anything_new"])
-def test_what_the_attention_does_not_do_is_refused(name):
-    query = torch.zeros(1, 1, 2, 4)
-    call = functools.partial(shared_prefix_attention, None, query, query, query, None, scaling=1.0)
-    layout = pack([([1], [[2]])], CPU).layout
-    call(layout=layout, dropout=0.0, position_ids=query, **{name: None})
-    with pytest.raises(attention.UnsupportedAttention, match=name):
-        call(layout=layout, **{name: 4.0})

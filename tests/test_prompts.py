@@ -4,13 +4,11 @@ import json
 import re
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import decoders, processors
 
 from corpus.tiny_model import build_tiny_tokenizer
 from prompts import (
     SYSTEM_TEMPLATE,
-    TAGS,
     PromptError,
     ToolCall,
     build_messages,
@@ -37,8 +35,7 @@ QWEN = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ "<|im_start|>assistant\n" }}{%- endif -%}"""
 
-# Llama 3.1's way: a token before all, headers, the date in the system message, trimmed texts, results as
-# "ipython".
+# Llama 3.1's way: a token before all, headers, the date in the system message, results as "ipython".
 LLAMA = """\
 {%- set ns = namespace(system="", rest=messages) -%}
 {%- if messages[0].role == "system" -%}
@@ -92,14 +89,14 @@ ADD = json.loads(f"{{{SPEC}}}")
 TALK = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "Add 1."},
-    {"role": "assistant", "content": "", "calls": [ToolCall("add", {"a": 1})]},
+    {"role": "assistant", "content": "I add.", "calls": [ToolCall("add", {"a": 1})]},
     {"role": "tool", "content": "2"},
     {"role": "assistant", "content": "It is 2."},
     {"role": "user", "content": "Again?"},
 ]
 TEMPLATE = "Tools:\n{tools}"
 TOOL_LINE = f'{{"type": "function", "function": {{{SPEC}}}}}'
-PAST_CALL = '<tool_call>[{"name": "add", "arguments": {"a": 1}}]</tool_call>'
+PAST_TURN = 'I add.\n<tool_call>[{"name": "add", "arguments": {"a": 1}}]</tool_call>'
 
 # ----------------------------------------------------------------------------------------------- to the model
 
@@ -108,7 +105,7 @@ def test_golden_qwen_prompt():
     expected = (
         f"<|im_start|>system\nTools:\n{TOOL_LINE}\n\nBe brief.<|im_end|>\n"
         "<|im_start|>user\nAdd 1.<|im_end|>\n"
-        f"<|im_start|>assistant\n{PAST_CALL}<|im_end|>\n"
+        f"<|im_start|>assistant\n{PAST_TURN}<|im_end|>\n"
         "<|im_start|>user\n<tool_response>\n2\n</tool_response><|im_end|>\n"
         "<|im_start|>assistant\nIt is 2.<|im_end|>\n"
         "<|im_start|>user\nAgain?<|im_end|>\n"
@@ -123,7 +120,7 @@ def test_golden_llama_prompt():
         return f"<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>"
 
     expected = "<|begin_of_text|>" + turn("system", f"Today: 26 Jul 2024\n\nTools:\n{TOOL_LINE}\n\nBe brief.")
-    expected += turn("user", "Add 1.") + turn("assistant", PAST_CALL) + turn("ipython", '"2"')
+    expected += turn("user", "Add 1.") + turn("assistant", PAST_TURN) + turn("ipython", '"2"')
     expected += turn("assistant", "It is 2.") + turn("user", "Again?")
     expected += "<|start_header_id|>assistant<|end_header_id|>\n\n"
     assert render_prompt(llama(), TALK, [ADD], TEMPLATE) == expected
@@ -132,36 +129,15 @@ def test_golden_llama_prompt():
     assert ids.count(263) == 1  # the tokenizer would add a second <|begin_of_text|>
 
 
-def test_golden_ids_literally():
-    ids = encode_prompt(qwen(), [{"role": "user", "content": "Hi"}], [], "{tools}<think>")
-    start, end, newline, think = 0, 1, 201, 259
-    system, user, assistant = [85, 91, 85, 86, 71, 79], [87, 85, 71, 84], [67, 85, 85, 75, 85, 86, 67, 80, 86]
-    expected = [start, *system, newline, think, end, newline, start, *user, newline, 42, 75, end, newline]
-    assert ids == [*expected, start, *assistant, newline]
-
-
 def test_one_system_message_ours_first_then_those_of_the_data():
+    """It lists a tool once, and one that looks like the slot is not filled again."""
     late = {"role": "system", "content": "Later."}
-    messages = build_messages([*TALK, late], [ADD], TEMPLATE)
-    roles = [message["role"] for message in messages]
-    assert roles == ["system", "user", "assistant", "tool", "assistant", "user"]
-    assert messages[0]["content"] == f"Tools:\n{TOOL_LINE}\n\nBe brief.\n\nLater."
-
-
-def test_our_own_system_prompt_lists_every_tool_once():
-    text = render_prompt(qwen(), TALK, [ADD, ADD | {"name": "sub"}])
-    assert text.count(TOOL_LINE) == 1 and text.count('"name": "sub"') == 1 and "{tools}" not in text
-    assert text.count("<|im_start|>system") == 1 and "You are Qwen" not in text
-
-
-def test_a_past_turn_keeps_its_words_before_its_calls():
-    turn = {"role": "assistant", "content": "I add.", "calls": [ToolCall("add", {"a": 1})]}
-    assert build_messages([turn], [ADD])[1]["content"] == f"I add.\n{PAST_CALL}"
-
-
-def test_a_tool_that_looks_like_a_slot_is_not_filled_again():
-    tool = {"name": "fill", "description": "replaces {tools} and {name}", "parameters": {}}
-    assert "replaces {tools} and {name}" in build_messages([], [tool], TEMPLATE)[0]["content"]
+    odd = {"name": "fill", "description": "replaces {tools}", "parameters": {}}
+    messages = build_messages([*TALK, late], [ADD, odd], TEMPLATE)
+    assert [m["role"] for m in messages] == ["system", "user", "assistant", "tool", "assistant", "user"]
+    content = messages[0]["content"]
+    assert content.startswith(f"Tools:\n{TOOL_LINE}\n") and content.endswith("\n\nBe brief.\n\nLater.")
+    assert content.count("replaces {tools}") == 1
 
 
 def test_unknown_role():
@@ -173,12 +149,9 @@ def test_own_template_file(tmp_path):
     path = tmp_path / "prompt.txt"
     path.write_text("Werkzeuge für dich:\n{tools}\n", encoding="utf-8")
     assert load_template(str(path)) == "Werkzeuge für dich:\n{tools}"
-    assert load_template("") == SYSTEM_TEMPLATE
     path.write_text("no slot", encoding="utf-8")
     with pytest.raises(PromptError, match=r"prompt.txt must have one \{tools\} slot"):
         load_template(str(path))
-    with pytest.raises(PromptError, match="prompt_template: cannot read .*missing.txt"):
-        load_template(str(tmp_path / "missing.txt"))
 
 
 # -------------------------------------------------------------------------------------------- start-up checks
@@ -186,7 +159,6 @@ def test_own_template_file(tmp_path):
 
 @pytest.mark.parametrize("family", [qwen, llama])
 def test_good_tokenizers_pass(family):
-    check_tokenizer(family())
     check_tokenizer(family(), TEMPLATE)
 
 
@@ -197,11 +169,10 @@ def test_good_tokenizers_pass(family):
         (qwen, QWEN.replace("in messages", "in messages[1:]"), "system prompt exactly once"),
         (llama, LLAMA.replace("+ ns.system", "+ ns.system * 2"), "system prompt exactly once"),
         (qwen, QWEN + "{{ messages[0].content.split('Tools')[1] }}", "adds to the conversation"),
-        (qwen, QWEN + "{{ messages[1].content }}", "adds to the conversation"),
         (qwen, QWEN.replace('messages[0].role != "system"', "true"), "adds a second system prompt"),
         (qwen, QWEN.split("{%- if add_generation_prompt")[0], "does not open the assistant's reply"),
     ],
-    ids=["none", "no system", "system twice", "tools twice", "question twice", "own system", "no opening"],
+    ids=["none", "no system", "system twice", "tools twice", "own system", "no opening"],
 )
 def test_chat_templates_that_spoil_the_prompt_are_refused(family, template, complaint):
     with pytest.raises(PromptError, match=complaint):
@@ -221,15 +192,11 @@ def test_every_token_that_ends_a_turn_stops():
     unknown = qwen()
     unknown.add_special_tokens({"eos_token": "<|halt|>"})  # an unknown family still has its own end token
     assert stop_ids(unknown) == [1, 2, 263]
-    endless = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0})))
-    with pytest.raises(PromptError, match="no end token, so replies would never stop"):
-        stop_ids(endless)
 
 
 def test_a_reply_to_imitate_is_closed_by_one_end_token():
-    tokenizer = qwen()
+    tokenizer = llama()
     assert encode_reply(tokenizer, "<think>é") == [*slow_ids(tokenizer, "<think>é"), tokenizer.eos_token_id]
-    assert encode_reply(llama(), "") == [llama().eos_token_id]
 
 
 def test_decoding_cuts_one_stop_token_and_shows_the_rest():
@@ -239,7 +206,6 @@ def test_decoding_cuts_one_stop_token_and_shows_the_rest():
     assert decode_reply(tokenizer, ids, stops) == body
     assert decode_reply(tokenizer, ids[:-1], stops) == body  # cut off at the length limit
     assert decode_reply(tokenizer, [*ids, ids[-1]], stops) == body + "<|eot_id|>"
-    assert decode_reply(tokenizer, [], stops) == ""
 
 
 # --------------------------------------------------------------------------------------------- from the model
@@ -247,11 +213,11 @@ def test_decoding_cuts_one_stop_token_and_shows_the_rest():
 
 @pytest.mark.parametrize(
     "calls",
-    [[], [ToolCall("f", {})],
+    [[],
      [ToolCall("get 天气 (2)", {"città": "Malmö 😀 \u2028"}), ToolCall("f", {"x": [1, 1.0, True, None]})],
      [ToolCall("quote", {"text": 'it\'s "quoted"\n\t\\ \x00'})],
      [ToolCall("html", {"body": "</tool_call><tool_call> <think></think> <|im_end|>"})]],
-    ids=["no call", "no argument", "unicode and types", "quotes", "tags in a value"],
+    ids=["no call", "unicode and types", "quotes", "tags in a value"],
 )
 def test_what_is_rendered_is_parsed_back(calls):
     for think in ("because", "a <b>\n</b> \u2028 😀"):
@@ -264,9 +230,7 @@ def test_what_is_rendered_is_parsed_back(calls):
 
 def test_the_example_in_our_system_prompt_follows_its_own_rules():
     [reply] = re.findall(r"^<think>.+</think>\n<tool_call>.+</tool_call>$", SYSTEM_TEMPLATE, re.MULTILINE)
-    parsed = parse_completion(reply)
-    assert parsed.error is None and [call.name for call in parsed.calls] == ["forecast", "forecast"]
-    assert all(tag in SYSTEM_TEMPLATE for tag in TAGS)
+    assert parse_completion(reply).error is None
 
 
 GOOD = '<think>so</think><tool_call>[{"name": "f", "arguments": {}}]</tool_call>'
@@ -285,13 +249,11 @@ def test_white_space_and_one_end_token_are_accepted(text):
 ERRORS = [
     ("not_text", None),
     ("no_think", GOOD.removeprefix("<think>so</think>")),
-    ("no_think", "so</think>" + GOOD.removeprefix("<think>so</think>")),
     ("text_before_think", f"Sure! {GOOD}"),
     ("think_not_closed", GOOD.replace("</think>", "")),
     ("empty_think", GOOD.replace("so", "")),
     ("tag_in_think", GOOD.replace("so", "<tool_call>[]</tool_call>")),
     ("text_before_tool_call", GOOD.replace("><", ">Here: <")),
-    ("text_before_tool_call", GOOD.replace("so</think>", "so</think></think>")),
     ("no_tool_call", "<think>so</think>"),
     ("tool_call_not_closed", GOOD.removesuffix("</tool_call>")),
     ("text_after_tool_call", f"{GOOD} Done."),
@@ -299,7 +261,6 @@ ERRORS = [
     ("bad_json", "<think>so</think><tool_call></tool_call>"),
     ("not_a_list", "<think>so</think><tool_call>{}</tool_call>"),
     ("bad_call", "<think>so</think><tool_call>[[]]</tool_call>"),
-    ("bad_call", GOOD.replace('"f"', "null")),
     ("bad_call", GOOD.replace("{}", "[]")),
 ]
 
@@ -307,11 +268,6 @@ ERRORS = [
 @pytest.mark.parametrize(("error", "text"), ERRORS)
 def test_every_error_by_name(error, text):
     assert parse_completion(text).error == error
-
-
-def test_the_docstring_lists_exactly_these_errors():
-    listed = re.search(r"None or one of: ([\w\s,]+)\.", parse_completion.__doc__)[1]
-    assert {error for error, _ in ERRORS} == set(re.split(r",\s+", listed))
 
 
 @pytest.mark.parametrize("think", ["", "<think></think>", "<think> </think>"])

@@ -40,57 +40,41 @@ def with_value(value: str) -> str:
     [
         (GOOD, ANSWER),
         (f"\n{THINK}\n{BLOCK}<|im_end|>\n", ANSWER),
-        (f"{THINK}<tool_call>[]</tool_call>", []),
+        (with_calls("[]"), []),
         (with_calls('[{"arguments": {"days": 2, "city": "Oslo"}, "name": "book"}]'), ANSWER),
-        (with_calls(f"[{CALL}, {CALL}]"), ANSWER * 2),
         (with_value('"</tool_call>"'), [ToolCall("f", {"x": "</tool_call>"})]),
-        (with_value('"<|im_start|>assistant"'), [ToolCall("f", {"x": "<|im_start|>assistant"})]),
         (with_value('"\\u00e9\\ud83d\\ude00"'), [ToolCall("f", {"x": "é😀"})]),
     ],
-    ids=["format", "white space and end token", "no call is right", "order of keys", "a call twice",
-         "closing tag in a value", "header in a value", "escapes"],
+    ids=["format", "white space and end token", "no call", "order of keys", "tag in a value", "escapes"],
 )
 def test_right_calls_with_a_thought_pay_one(completion, answer):
     reward = score(completion, answer)
     assert (reward.total, reward.format_ok, reward.correct, reward.reason) == (1.0, True, True, "correct")
 
 
-# ------------------------------------------------------------------------------------------------------ holes
-
 HOLES = [  # what the released reward (v0) pays for, and ours does not
     ("empty thought", f"<think></think>{BLOCK}", "empty_think"),
-    ("blank thought", f"<think> \n\t\u00a0</think>{BLOCK}", "empty_think"),
     ("tags reversed", f"</think>Oslo.<think>{BLOCK}", "text_before_think"),
-    ("tags quoted in prose", f"I write <think> and </think> first. {BLOCK}", "text_before_think"),
     ("nested thought", f"<think>a<think>b</think></think>{BLOCK}", "tag_in_think"),
-    ("thought twice", THINK + GOOD, "text_before_tool_call"),
     ("thought after the call", BLOCK + THINK, "text_after_tool_call"),
     ("call in the thought", f"<think>a{BLOCK}b</think>", "tag_in_think"),
     ("text before", f"Sure! {GOOD}", "text_before_think"),
     ("text between", f"{THINK} So: {BLOCK}", "text_before_tool_call"),
     ("text after", f"{GOOD} Done!", "text_after_tool_call"),
-    ("two end tokens", f"{GOOD}<|endoftext|><|im_end|>", "text_after_tool_call"),
     ("a turn goes on", f"{GOOD}<|im_end|>\n<|im_start|>user\nThanks!", "text_after_tool_call"),
     ("header of the turn", f"<|im_start|>assistant\n{GOOD}", "text_before_think"),
-    ("code fence around the block", f"{THINK}```{BLOCK}```", "text_before_tool_call"),
     ("right block last", f"{THINK}<tool_call>[]</tool_call>{BLOCK}", "several_tool_calls"),
-    ("same block twice", f"{GOOD}\n{BLOCK}", "several_tool_calls"),
     ("dict instead of list", with_calls(CALL), "not_a_list"),
     ("double-encoded JSON", with_calls(json.dumps(f"[{CALL}]")), "not_a_list"),
     ("extra key", with_calls(f'[{CALL[:-1]}, "id": 1}}]'), "bad_call"),
     ("duplicate key", with_calls(f'[{{"name": "other", {CALL[1:]}]'), "bad_json"),
     ("byte order mark before", "\ufeff" + GOOD, "text_before_think"),
-    ("lone surrogate between", f"{THINK}\ud800{BLOCK}", "text_before_tool_call"),
 ]
 UNREAD = [  # what neither pays for; more in test_prompts.py
-    ("tags inside an argument", with_value('"<think>a</think>"').removeprefix(THINK), "no_think"),
-    ("block in a block", with_calls(BLOCK), "several_tool_calls"),
     ("calls without tags", f"{THINK}[{CALL}]", "no_tool_call"),
-    ("one call per line", with_calls(f"{CALL}\n{CALL}"), "bad_json"),
     ("NaN", with_value("NaN"), "bad_json"),
     ("more than 4300 digits", with_value("9" * 5000), "bad_json"),
     ("raw newline in a value", with_value('"a\nb"'), "bad_json"),
-    ("byte order mark in the block", with_calls(f"\ufeff[{CALL}]"), "bad_json"),
     ("lists 100 deep", with_value("[" * 100 + "]" * 100), "bad_json"),
     ("lone surrogate as a value", with_value('"\ud800"'), "wrong_name"),
 ]
@@ -106,7 +90,7 @@ def test_hole_pays_nothing(name, completion, reason):
 
 def test_no_depth_of_nesting_raises():
     """Where the parser just allowed a depth, comparing needed a few stack frames more, and raised."""
-    for depth in [*range(1100), *range(1100, 60_000, 997)]:
+    for depth in [*range(1100), *range(1100, 60_000, 4999)]:
         for value in ("[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth):
             score(with_value(value), [ToolCall("f", {"x": 1})])
 
@@ -165,8 +149,6 @@ def test_lenient_compares_numbers_by_the_declared_type(name, truth, given, equal
     assert score(completion, [ToolCall("f", {name: truth})], lenient=True, tools=[TOOL]).correct == equal
 
 
-# --------------------------------------------------------------------------------------------------- variants
-
 # Right with a thought, right without, names right with, wrong with, wrong without, unreadable with a thought:
 NO_CALL = "<tool_call>[]</tool_call>"
 COMPLETIONS = (GOOD, BLOCK, GOOD.replace("2", "3"), THINK + NO_CALL, NO_CALL, with_calls("oops"))
@@ -186,10 +168,7 @@ def test_the_table_of_variants(variant):
     assert rewards[1].reason == ("correct" if variant == "no_reason" else "no_think")
 
 
-@pytest.mark.parametrize(
-    "answer", [None, "", b"", "[]", {}, ANSWER[0], [None], [[]], ["f"], [{"name": "f"}], [{"arguments": {}}],
-               [{"name": None, "arguments": {}}], [{"name": "f", "arguments": "{}"}]],
-)
+@pytest.mark.parametrize("answer", [None, "[]", {}, [None], [{"name": "f"}], [{"arguments": {}}]])
 def test_a_broken_ground_truth_raises(answer):
     with pytest.raises(ValueError, match="answer"):
         score(GOOD, answer)
@@ -224,15 +203,10 @@ def test_the_reference_variants_give_its_verdict_on_every_golden_row(variant, go
     ("completion", "answer", "variant", "total", "reason"),
     [
         (GOOD, json.dumps(ANSWER[0]), "tool_n1_v0", 0.0, "wrong_calls"),  # it wraps dicts of replies only
-        (GOOD, json.dumps(json.dumps(ANSWER)), "tool_n1_v0", 1.0, "correct"),
-        (BLOCK, "null", "tool_n1_v0", 0.0, "no_think"),  # v0 looks at nothing else without a thought
-        (with_calls('"hello"'), "[]", "tool_n1_v2", 0.0, "unread"),
         (with_calls('"hello"'), "[]", "tool_n1_llama", 0.0, "raises JSONDecodeError"),
         ("Sorry, no.", "[]", "tool_n1_llama", 1.0, "no_block"),  # pays for silence
         (THINK, ANSWER, "tool_n1_v4", 0.2, "no_block"),  # pays for bare tags
-        # A marker hides what is before it, but only that of its own family.
-        (f"{GOOD}<|im_start|>assistant", ANSWER, "tool_n1_v2", 0.0, "no_block"),
-        (f"{GOOD}<|im_start|>assistant", ANSWER, "tool_n1_llama", 1.0, "correct"),
+        (f"{GOOD}<|im_start|>assistant", ANSWER, "tool_n1_v2", 0.0, "no_block"),  # hides what is before it
     ],
 )
 def test_quirks_of_the_reference(completion, answer, variant, total, reason):
@@ -241,9 +215,7 @@ def test_quirks_of_the_reference(completion, answer, variant, total, reason):
 
 
 def test_against_the_verdicts_of_the_reference(golden):
-    """The default pays less often, for reasons of the format; more often only where a tag in a value misled
-    the reference.
-    """
+    """The default pays less often, for the format; more often only where a tag in a value misled it."""
     fewer, more = set(), []
     for row in golden:
         try:
@@ -306,9 +278,9 @@ def mutated(text: str, rng: random.Random) -> str:
     return text
 
 
-def test_twenty_thousand_broken_completions():
+def test_thousands_of_broken_completions():
     rng, full = random.Random(0), 0
-    for _ in range(20_000):
+    for _ in range(5000):
         completion = mutated(GOOD, rng)
         score(completion, ANSWER, "tool_n1_v4")  # does not raise
         for variant, row in TABLE.items():
@@ -318,10 +290,10 @@ def test_twenty_thousand_broken_completions():
                 form = FORM.fullmatch(completion)
                 assert form and form[1].strip() and json.loads(form[2]) == ANSWER, completion
                 full += variant == "binary"
-    assert 500 < full < 10_000  # white space, and changes of the thought
+    assert 125 < full < 2500  # white space, and changes of the thought
 
 
-@pytest.mark.parametrize("unit", ["<think>", "<tool_call>", "<tool_call>[]</tool_call>", " ", "\\", "[],"])
+@pytest.mark.parametrize("unit", ["<think>", "<tool_call>[]</tool_call>", "\\", "[],"])
 def test_time_is_linear_in_the_length(unit):
     long = unit * (1_000_000 // len(unit))
     start = time.perf_counter()
@@ -339,18 +311,15 @@ def test_the_functions_for_trl_and_verl():
     completions = [GOOD, [{"role": "assistant", "content": GOOD}], [{"role": "assistant"}]]
     rewards = trl_reward(["p"] * 3, completions, ground_truth=[truth, ANSWER, truth], id=["a", "b", "c"])
     assert rewards == [1.0, 1.0, 0.0] and all(isinstance(reward, float) for reward in rewards)
-    assert trl_reward(["p"], [THINK], ground_truth=["[]"], variant="tool_n1_v3") == [0.2]
     assert compute_score("toolace", GOOD, truth, {"index": 3}) == 1.0
     assert compute_score("toolace", BLOCK, truth, None, variant="no_reason") == 1.0
     with pytest.raises(ValueError, match="answer is not JSON"):
         trl_reward(["p"], [GOOD], ground_truth=["[oops"])
-    with pytest.raises(ValueError, match="answer"):
-        compute_score("toolace", GOOD, "{}")
 
 
 OWN = """
 from __future__ import annotations
-import dataclasses, sys
+import dataclasses
 from beside import TEN
 
 @dataclasses.dataclass
@@ -361,8 +330,6 @@ def length(completion, answer, tools):
     answer[0]["arguments"].clear()
     return len(completion) * Weights().length
 
-broken = lambda completion, answer, tools: completion["text"]
-leaves = lambda completion, answer, tools: sys.exit("no more")
 nothing = lambda completion, answer, tools: None
 constant = 3
 """
@@ -378,9 +345,7 @@ def own_file(tmp_path, monkeypatch):
 
 
 def test_a_reward_function_of_the_users_own(own_file):
-    """It may use dataclasses and neighbours, and change what it gets: copies. correct and reason are those of
-    the strict verdict, so that the log's rates keep their meaning.
-    """
+    """It may use dataclasses and neighbours, and change what it gets. The reason is the strict verdict's."""
     answer = [ToolCall("f", {"x": 1})]
     reward = reward_function(f"{own_file}:length")("x" * 10, answer, [])
     assert (reward.total, reward.correct, reward.reason) == (1.0, False, "no_think")
@@ -389,11 +354,8 @@ def test_a_reward_function_of_the_users_own(own_file):
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("binery", "reward must be one of binary"), ("nowhere.py:f", "there is no Python file nowhere.py"),
-     ("{folder}/mine.py:constant", "has no function 'constant'"),
+    [("binery", "reward must be one of binary"), ("{folder}/mine.py:constant", "has no function 'constant'"),
      ("{folder}/bad.py:f", "importing .* failed: ZeroDivisionError"),
-     ("{folder}/mine.py:broken", "raised TypeError"),
-     ("{folder}/mine.py:leaves", "raised SystemExit: no more"),
      ("{folder}/mine.py:nothing", "must return a finite number, not None")],
 )
 def test_a_reward_that_cannot_be_used_is_one_sentence(own_file, name, message):
@@ -412,19 +374,11 @@ def test_a_file_is_rescored(tmp_path, capsys):
     scored = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
     read = [(row["id"], row["line"], row["reward"], row["reason"]) for row in scored]
     assert read == [("a", 1, 1.0, "correct"), ("b", 2, 0.0, "no_tool_call"), ("c", 3, 1.0, "correct")]
-    assert "3 completions, mean reward 0.6667" in capsys.readouterr().err
     main([str(path), "--variant", "tool_n1_v3"])
     assert [json.loads(line)["total"] for line in capsys.readouterr().out.splitlines()] == [1.0, 0.2, 0.2]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [('{"completion": "x"}', "rows.jsonl:1: a row needs the fields completion and ground_truth"),
-     ('{"completion": "x", "ground_truth": []}\n{"compl', "rows.jsonl:2: not JSON"),
-     ('{"completion": "x", "answer": [], "tools": [{}]}', "rows.jsonl:1: tools must be a list of"),
-     ("\n", "rows.jsonl is empty")],
-)
-def test_a_broken_file_is_one_sentence_with_its_line(tmp_path, text, message):
-    (tmp_path / "rows.jsonl").write_text(text)
-    with pytest.raises(UserError, match=message):
-        main([str(tmp_path / "rows.jsonl"), "--lenient"])
+def test_a_broken_file_is_one_sentence_with_its_line(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"completion": "x", "ground_truth": []}\n{"completion": "x"}')
+    with pytest.raises(UserError, match="rows.jsonl:2: a row needs the fields completion and ground_truth"):
+        main([str(tmp_path / "rows.jsonl")])
