@@ -34,7 +34,6 @@ PYTHON_RULES = [  # declared type (with that of its elements), allowed values, v
     ("boolean", [True], 1, SIMPLE),
     ("float", [1.0], 1, None),  # an integer becomes a float at the top level ...
     ("array float", [[1.0, 2.0]], [1, 2], NESTED),  # ... but not inside a list
-    ("array float", [[1, 2.0]], [1, 2], None),
     ("float", [1.0], 10**400, SIMPLE),  # the official checker crashes
     ("float", [1.0], float("nan"), OTHERS),
     ("string", ["New York, NY"], "new-york ny.", None),
@@ -42,10 +41,7 @@ PYTHON_RULES = [  # declared type (with that of its elements), allowed values, v
     ("string", ["10:30"], "1030", STRING),
     ("string", ["a", ""], "", None),
     ("integer", [1, ""], "", SIMPLE),
-    ("integer", [""], 3, OTHERS),
     ("array string", [["a"], ""], [], None),
-    ("string", ["", None], None, None),
-    ("any", ["5"], 5, SIMPLE),
     ("string", [2], 2, None),
     ("integer", ["dontcare"], "DontCare", OTHERS),  # a variable's name is compared as it is
     ("dict", [{"a": [1]}], {"a": True}, None),
@@ -53,10 +49,8 @@ PYTHON_RULES = [  # declared type (with that of its elements), allowed values, v
     ("dict", [{"a": [1]}], {"A": 1}, KEY),
     ("dict", [{"a": [1], "b": [2, ""]}], {"a": 1}, None),
     ("dict", [{"a": [1], "b": [2]}], {"a": 9}, KEY),  # a missing key hides a wrong value
-    ("dict", [{"a": [{"b": "x"}]}], {"a": {"b": "X"}}, VALUE),
     ("array string", [["a", "b"]], ["b", "a"], LIST),
     ("array dict", [[{"a": [1]}, {"a": [2]}]], [{"a": 2}, {"a": 1}], VALUE),
-    ("array string", [], ["a"], SIMPLE),  # some answers allow nothing
     ("array string", [["a"], "var"], [1], LIST),  # "var" vouches for the elements' types, not their values
 ]
 JAVA_RULES = [
@@ -72,16 +66,15 @@ JAVA_RULES = [
     ("ArrayList String", [["a", "b"]], 'new ArrayList<>(Arrays.asList("a", "b"))', None),
     ("ArrayList String", [["a"]], 'new ArrayList<String>() {{ add("a"); }}', None),
     ("ArrayList String", [["a"]], 'Arrays.asList("a")', SIMPLE),
+    ("ArrayList long", [[1, 2]], "new ArrayList<>(Arrays.asList(1L, 2L))", None),
+    ("HashMap", ["options"], "options", None),
     ("HashMap", [{"a": [1], "b": ["x"]}], 'new HashMap<>() {{ put("a", 1); put("b", "x"); }}', None),
     ("HashMap", ["options"], "Options", OTHERS),
-    ("HashMap", [{"format": "epoch"}], 'new HashMap<>() {{ put("format", "e"); }}', None),
 ]
 JAVASCRIPT_RULES = [
     ("integer", [1], 1, "type_error:js"),
     ("integer", [1], "1", None),
-    ("String", ["a"], "'a'", None),
     ("integer", [5], "5.0", SIMPLE),
-    ("Boolean", [False], "false", None),
     ("array String", [["a", "b"]], "['a', \"b\"]", None),
     ("array String", [["a", "b"]], '["a",\n"b"]', SIMPLE),
     ("array float", [[[1.0], [2.0]]], "[[1.0],\n[2.0]]", None),  # lists, as in the answer

@@ -6,12 +6,11 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from bfcl_cases import write_jsonl
+from bfcl_cases import score, write_jsonl
 from test_apibank_check import reply
 from test_prompts import llama, qwen
 
 import eval_apibank
-from corpus.sources import read_jsonl
 from eval_apibank import main
 from evals import predict
 from evals.apibank_data import ONE_CALL, load_cases, prompt_cases
@@ -123,41 +122,28 @@ def row(case: str, right: bool = True, **more) -> dict:
     return {"id": case, "output": reply("Add", {"x": "1"}) if right else "no", **more}
 
 
-@pytest.fixture
-def score(tmp_path, data_dir):
-    """Runs `score` on rows; returns the folder of its files."""
-
-    def run(*rows: dict) -> Path:
-        path, out = tmp_path / "predictions.jsonl", tmp_path / "out"
-        write_jsonl(path, rows)
-        paths = ["--predictions", str(path), "--data", str(data_dir), "--out", str(out)]
-        assert main(["score", *paths]) == 0
-        return out
-
-    return run
-
-
-def test_score_writes_verdicts_tables_and_cases(score):
-    out = score(row("b#1"), row("a#1"), row("a#1", False, category="level-1"), row("a#1"))
-    verdicts = read_jsonl(out / "verdicts.jsonl")
+def test_score_writes_verdicts_tables_and_cases(tmp_path, data_dir):
+    rows = [row("b#1"), row("a#1"), row("a#1", False, category="level-1"), row("a#1")]
+    read = score(tmp_path, rows, data_dir, main=main)
+    verdicts = read("verdicts.jsonl")
     assert [v["id"] for v in verdicts] == ["b#1", "a#1", "a#1", "a#1"]
     assert [v["reason"] for v in verdicts] == ["wrong_value:x", "correct", "no_tool_call", "correct"]
     modes = {"corrected": True, "exact": True, "loose": True}
     assert verdicts[1] == {"id": "a#1", "level": 1, "correct": True, "reason": "correct", **modes}
-    scores = json.loads((out / "scores.json").read_text())["scores"]
-    line = scores["level-1"]["official"]
-    assert (line["correct"], line["n"], line["cases"], scores["level-1"]["of"]) == (2, 3, 1, 1)
-    wrong = read_jsonl(out / "cases.jsonl")[2]
+    found = read("scores.json")["scores"]["level-1"]
+    line = found["official"]
+    assert (line["correct"], line["n"], line["cases"], found["of"]) == (2, 3, 1, 1)
+    wrong = read("cases.jsonl")[2]
     assert wrong["came"] == "no" and wrong["expected"] == {"name": "Add", "arguments": {"x": "1"}}
 
 
-def test_a_scenario_counts_when_all_its_calls_are_right(score):
+def test_a_scenario_counts_when_all_its_calls_are_right(tmp_path, data_dir):
     """Sample by sample, in whatever order the rows are. A scenario of which a call has no row is left out."""
     first, second = "level-3#0", "level-3#1"
     samples = [(second, False, 1), (first, True, 0), (first, False, 1), (second, True, 0)]
     rows = [row(case, right, sample=sample) for case, right, sample in samples]
     for listed, correct, n in ((rows, 1, 2), ([row(first)], 0, 0)):
-        scores = json.loads((score(*listed) / "scores.json").read_text())["scores"]
+        scores = score(tmp_path, listed, data_dir, main=main)("scores.json")["scores"]
         line = scores["level-3 scenarios"]
         assert (line["of"], line["official"]["correct"], line["official"]["n"]) == (1, correct, n)
 
