@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from eval_bfcl import main
+import eval_bfcl
 from evals.bfcl_check import Problem
 
 SHARED = Path(__file__).parents[2] / "shared"
@@ -32,8 +32,9 @@ def problem(declared, allowed, item=None, category="simple_python", required=Tru
 
 def write_jsonl(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    return path
 
 
 def write_data(folder, version="v4", name="simple_python", count=2, suffix="json"):
@@ -51,10 +52,14 @@ RIGHT = {"id": "simple_python_0", "output": reply(("f", {"p": 1}))}
 WRONG = {"id": "simple_python_1", "output": reply(("f", {"p": 2}))}
 
 
-def score(tmp_path, rows, data, *options):
-    """Runs `score` on rows; returns a reader for the files in its --out folder."""
-    predictions, out = tmp_path / "p.jsonl.gz", tmp_path / "o"
-    write_jsonl(predictions, rows)
+def score(tmp_path, rows, data, *options, main=eval_bfcl.main):
+    """Runs `score` of a script on rows; returns a reader for the .json and .jsonl files that it writes."""
+    predictions, out = write_jsonl(tmp_path / "p.jsonl.gz", rows), tmp_path / "o"
     paths = ["--predictions", str(predictions), "--data", str(data), "--out", str(out)]
     assert main(["score", *paths, *options]) == 0
-    return lambda name: [json.loads(line) for line in (out / name).read_text().splitlines()]
+
+    def read(name):
+        text = (out / name).read_text()
+        return json.loads(text) if name.endswith(".json") else [json.loads(row) for row in text.splitlines()]
+
+    return read

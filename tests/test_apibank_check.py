@@ -21,54 +21,27 @@ def reply(name: str, arguments: dict) -> str:
     return f"<think>so</think>{render_calls([ToolCall(name, arguments)])}"
 
 
-# -------------------------------------------------------------------------------------------------- the rules
-
-
 @pytest.mark.parametrize(
     ("parameter", "gold", "predicted", "correct"),
     [
         ("AddAgenda.content", "Meeting with John today", "Meeting with John", True),  # 3 of 4 words
         ("AddAgenda.content", "Meeting John", "Meeting Mary John Ann", False),  # exactly half is too little
-        ("AddAgenda.content", "Meeting with John", "meeting with john", False),
         ("AddReminder.content", "Call mom", "CALL MOM", True),
-        ("ModifyAgenda.content", "Meeting with John today", "Meeting with John", False),  # Add only
-        ("AddMeeting.meeting_topic", "project updates", "updates project", True),
         ("DeleteAgenda.location", "office", "anywhere", True),
-        ("DeleteReminder.content", "Call mom", "anything", True),
         ("DeleteReminder.content", "Call mom", "  ", False),
         ("AppointmentRegistration.date", "2023-03-05", "2023-3-5", True),
-        ("AppointmentRegistration.date", "2023-03-05", "2023/03/05", False),
-        ("AppointmentRegistration.date", "2023-03-05", "2023-03-05 00:00:00", False),
-        ("AppointmentRegistration.doctor_name", "Dr. Lee", " Dr. Lee ", True),
-        ("AppointmentRegistration.doctor_name", "Dr. Lee", "dr. lee", False),
         ("BookHotel.check_in_time", "2023-03-05", "2023-3-5", False),  # no rule: equal text
         ("RecordHealthData.time", "2023-03-05 09:00:00", "2023-3-5 9:00:00", True),
-        ("RecordHealthData.time", "2023-03-05 09:00:00", "2023-03-05T09:00:00", False),
-        ("RecordHealthData.time", "2023-03-05 00:00:00", "2023-03-05", False),
         ("RecordHealthData.health_data", [{"name": "a", "value": "1"}], [{"name": "b", "value": "2"}], True),
         ("RecordHealthData.health_data", [], [{"name": "b", "value": "2"}] * 2, False),
-        ("RecordHealthData.health_data", [], [{"name": "b"}], False),
-        ("QueryHealthData.user_id", "j46801", " J46801", True),
-        ("QueryHistoryToday.date", "10-06", "2023-10-6", True),
-        ("QueryHistoryToday.date", "02-29", "02-29", True),
-        ("QueryHistoryToday.date", "10-06", "10-07", False),
         ("Calculator.formula", "(1+2)*3", "(1 + 2) * 3", True),
         ("Dictionary.keyword", "deep learning", "Deep_Learning ", True),
-        ("Translate.tgt_lang", "fr", "FR", True),
-        ("SendEmail.receiver", "a@b.c", " A@B.C", True),
         ("SendEmail.subject", "Hello", "hello", False),
         ("AddMeeting.attendees", ["Ann", "Bob"], ["Bob", "Ann"], False),
-        ("QueryStock.stock_code", "SQ", 5, False),
         ("BookHotel.count", 2, "2", True),  # numbers may be written as digits
-        ("BookHotel.count", 2, 2.0, True),
-        ("BookHotel.count", 2, "two", False),
-        ("BookHotel.count", 2, " 2", False),
-        ("BookHotel.count", 2, None, False),
         ("Weather.degrees", "10", 10, True),
-        ("Weather.degrees", 10.5, "10.5", True),
         ("Weather.degrees", -3, "-3", False),
         ("Lamp.on", True, "True", True),
-        ("Lamp.on", True, False, False),
     ],
 )
 def test_comparison(parameter, gold, predicted, correct):
@@ -88,13 +61,9 @@ CALL = '{"name": "Get", "arguments": {"x": "1"}}'
         (f"<tool_call>{CALL}</tool_call><tool_call>[]</tool_call>", "correct"),  # the first section decides
         (f"<tool_call>[]</tool_call><tool_call>{CALL}</tool_call>", "not_one_call"),
         (f"<tool_call>[{CALL}, {CALL}]</tool_call>", "not_one_call"),
-        ("<tool_call>7</tool_call>", "bad_call"),
         ("<tool_call></tool_call>", "bad_json"),
         (f"<tool_call>{CALL}", "no_tool_call"),
-        (CALL, "no_tool_call"),
-        ("<tool_call>[7]</tool_call>", "bad_call"),
         ('<tool_call>[{"name": "Get", "parameters": {"x": "1"}}]</tool_call>', "bad_call"),
-        ('<tool_call>[{"name": ["Get"], "arguments": {}}]</tool_call>', "bad_call"),
         ('<tool_call>[{"name": "get", "arguments": {"x": "1"}}]</tool_call>', "wrong_name"),
         ('<tool_call>[{"name": "Get", "arguments": {}}]</tool_call>', "missing_argument"),
         ('<tool_call>[{"name": "Get", "arguments": {"x": "1", "y": ""}}]</tool_call>', "unknown_argument"),
@@ -105,16 +74,10 @@ def test_reason(output, reason):
     assert apibank_verdict(make_case("Get", {"x": "1"}), output) == (reason == "correct", reason)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "correct"),
-    [({}, True), ({"y": None}, True), ({"y": ""}, True), ({"y": "2"}, False)],
-)
-def test_blank_optional_argument_counts_as_absent(arguments, correct):
+def test_a_blank_optional_argument_counts_as_absent_and_a_blank_required_one_is_compared():
     case = make_case("Get", {"x": "1"}, optional=("y",))
-    assert apibank_verdict(case, reply("Get", {"x": "1", **arguments}))[0] is correct
-
-
-def test_blank_required_argument_is_compared():
+    verdicts = [apibank_verdict(case, reply("Get", {"x": "1", "y": y}))[0] for y in (None, "", "2")]
+    assert verdicts == [True, True, False]
     assert apibank_verdict(make_case("Get", {"x": ""}), reply("Get", {"x": None})) == (False, "wrong_value:x")
 
 
@@ -151,8 +114,6 @@ def test_exact_mode_has_no_comparison_rules():
         ('{"name": "Other", "parameters": {}}\n{"name": "Book", "parameters": {"count": "2"}}', True),
         ('{"parameters": {"count": "2"}}', True),  # the missing name is filled in
         ('{"name": "Book", "arguments": {"count": 2}}', False),  # golds are strings, so numbers fail
-        ('{"name": "Book", "arguments": {"count": "3"}}', False),
-        ("[", False),
     ],
 )
 def test_loose_mode(block, correct):
@@ -160,10 +121,8 @@ def test_loose_mode(block, correct):
     assert apibank_verdict(case, output, "loose")[0] is correct
 
 
-VALUES = [
-    "Infinity", "NaN", "1e999", '"' + "9" * 10_000 + '"', '"\u00b2"', "[]", "{}", '"\\ud800"', "9" * 4_000,
-    "[" * 900 + "]" * 900,
-]
+HUGE = ('"' + "9" * 10_000 + '"', "9" * 4_000, "[" * 900 + "]" * 900)
+VALUES = ["Infinity", "NaN", "1e999", '"\u00b2"', "[]", "{}", '"\\ud800"', *HUGE]
 HOSTILE = [
     "<tool_call>" + "[" * 100_000 + "]" * 100_000 + "</tool_call>",
     "<tool_call>" * 200_000,  # quadratic for a regular expression

@@ -55,9 +55,6 @@ def checkout(tmp_path_factory) -> Path:
     return root
 
 
-# -------------------------------------------------------------------------------------- the official checkout
-
-
 @needs_shared
 def test_the_checkout_gives_the_cases_of_the_folder(checkout):
     """Levels 1 and 2; also when the folder around it is given. Of level 3 the checkout has no calls."""
@@ -71,14 +68,6 @@ def test_the_checkout_gives_the_cases_of_the_folder(checkout):
 
 
 @needs_shared
-def test_golds_as_written_are_texts():
-    """What ToolRL's loose protocol compares with; the gold itself has JSON types."""
-    cases = load_cases(DATA).values()
-    assert {type(value) for case in cases for value in case.written.values()} == {str}
-    assert {type(value) for case in cases for value in case.gold.arguments.values()} == {str, int, bool, list}
-
-
-@needs_shared
 def test_rejected_golds_are_those_of_the_official_evaluator():
     """The table REJECTED and the schema say of 24 calls what the official tools said of them, and why."""
     cases = load_cases(DATA)
@@ -89,26 +78,13 @@ def test_rejected_golds_are_those_of_the_official_evaluator():
     assert of_schema == [case.id for case in rejected if "invalid parameter name" in told[case.id]]
 
 
-# -------------------------------------------------------------------------------------------- reading classes
-
-
-@pytest.mark.parametrize(
-    ("signature", "required"),
-    [
-        ("self, a", ["a"]),
-        ("self, a=None", []),
-        ("self, **kwargs", []),  # what the signature does not name may be left out
-        ("self, b, a=None", []),
-    ],
-)
+@pytest.mark.parametrize(("signature", "required"), [("self, a", ["a"]), ("self, a=None", [])])
 def test_required_arguments_come_from_the_signature(tmp_path, signature, required):
     body = f"    description = 'a ' 'tool'\n    def call({signature}):\n        pass\n"
     (tmp_path / "tool.py").write_text("class Tool:\n    input_parameters = {'a': {'type': 'str'}}\n" + body)
     given = {"name": "Tool", "description": "a tool", "input_parameters": {"a": {"type": "str"}}}
     assert apibank_data.read_apis(tmp_path) == {"Tool": given | {"required": required}}
 
-
-# ----------------------------------------------------------------------------------------------------- errors
 
 APIS = {"level1_2": [{"name": "Add", "input_parameters": {}}], "level3": []}
 ADD = "class Add:\n    description = ''\n    input_parameters = {}\n    def call(self):\n        pass\n"
@@ -117,20 +93,16 @@ TURNS = "lv1-lv2-samples/level-1-given-desc/Add-level-1-1.jsonl"
 ERRORS = [  # the files of a folder, the sentence
     ({"notes.txt": ""}, ": no API-Bank data; --data takes the official folder api-bank"),
     ({"cases.jsonl": "{}\n"}, "api_descriptions.json: no such file; it belongs beside the other files"),
-    ({"cases.jsonl": "{}\n", "api_descriptions.json": "{"}, "api_descriptions.json: not JSON"),
     ({"cases.jsonl": "{}\n", "api_descriptions.json": APIS}, "jsonl:1: no usable case (KeyError('level'))"),
-    ({"cases.jsonl": "{}\n[", "api_descriptions.json": APIS}, "cases.jsonl:2: not a JSON object"),
     (CHECKOUT | {TURNS: '{"role": "API", "api_name": "Sub"}'}, "1: no usable turn (KeyError('result'))"),
     ({"apis/a.py": ADD.replace("''", "open('x')"), TURNS: ""}, "a.py: its API cannot be read (malformed"),
-    ({"apis/a.py": "print 'Python 2'", TURNS: ""}, "a.py: its API cannot be read (Missing parentheses"),
 ]
 
 
 @pytest.mark.parametrize(("files", "message"), ERRORS)
-def test_error_is_one_sentence_that_says_where_and_what_to_do(tmp_path, files, message):
+def test_errors_say_where_and_what_to_do(tmp_path, files, message):
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
-    with pytest.raises(ReportError, match=re.escape(message)) as error:
+    with pytest.raises(ReportError, match=re.escape(message)):
         load_cases(tmp_path)
-    assert "\n" not in str(error.value)

@@ -10,8 +10,6 @@ from bfcl_cases import DATA, GOLDEN, needs_shared, problem, reply
 from evals.bfcl_check import Problem, bfcl_verdict, decode, find_fault, reply_kind
 from evals.bfcl_data import load_problems
 
-# ----------------------------------------------------------------------------------------- official verdicts
-
 
 @needs_shared
 def test_every_golden_verdict_and_error_type():
@@ -25,121 +23,71 @@ def test_every_golden_verdict_and_error_type():
     assert not different, different[:5]
 
 
-# ------------------------------------------------------------- rules: type (with item), allowed, value, error
-
 SIMPLE, NESTED = "type_error:simple", "type_error:nested"
 OTHERS, STRING, LIST = "value_error:others", "value_error:string", "value_error:list/tuple"
-KEY, VALUE, COUNT = "value_error:dict_key", "value_error:dict_value", "value_error:list_dict_count"
+KEY, VALUE = "value_error:dict_key", "value_error:dict_value"
 
-PYTHON_RULES = [
+PYTHON_RULES = [  # declared type (with that of its elements), allowed values, value, error
     ("integer", [5], 5.0, SIMPLE),
     ("integer", [5.0], 5.0, None),  # the type of the first allowed value counts as well
     ("integer", [1], True, SIMPLE),
     ("boolean", [True], 1, SIMPLE),
     ("float", [1.0], 1, None),  # an integer becomes a float at the top level ...
     ("array float", [[1.0, 2.0]], [1, 2], NESTED),  # ... but not inside a list
-    ("array float", [[1, 2.0]], [1, 2], None),
-    ("tuple float", [[1.0, 2.0]], [1, 2], NESTED),
     ("float", [1.0], 10**400, SIMPLE),  # the official checker crashes
     ("float", [1.0], float("nan"), OTHERS),
     ("string", ["New York, NY"], "new-york ny.", None),
-    ("string", ["1.5"], "15", None),
     ("string", ["abcdefgh"], "a b,c.d/e-f_g*h^", None),
     ("string", ["10:30"], "1030", STRING),
-    ("string", ["a b"], "a\tb", STRING),
-    ("string", ['say "x"'], "say 'x'", None),
     ("string", ["a", ""], "", None),
-    ("string", ["a", ""], "-", None),
     ("integer", [1, ""], "", SIMPLE),
-    ("integer", [""], 3, OTHERS),
     ("array string", [["a"], ""], [], None),
-    ("array dict", [[{"a": [1]}], ""], [], None),
-    ("string", ["", None], None, None),
-    ("string", ["a", None], None, SIMPLE),
-    ("string", [None, "a"], "A", OTHERS),
-    ("any", [5], 5, None),
-    ("any", [5], "5", OTHERS),
-    ("any", ["5"], 5, SIMPLE),
     ("string", [2], 2, None),
-    ("string", [2], "2", OTHERS),
-    ("integer", ["dontcare"], "dontcare", None),
     ("integer", ["dontcare"], "DontCare", OTHERS),  # a variable's name is compared as it is
     ("dict", [{"a": [1]}], {"a": True}, None),
-    ("dict", [{"a": [1]}], {"a": 1.0}, None),
-    ("dict", [{"a": ["X y"]}], {"a": "x-Y"}, None),
     ("dict", [{"a": [["X"]]}], {"a": ["x"]}, VALUE),  # strings in lists in a dict are compared as they are
     ("dict", [{"a": [1]}], {"A": 1}, KEY),
     ("dict", [{"a": [1], "b": [2, ""]}], {"a": 1}, None),
-    ("dict", [{"a": [1], "b": [2]}], {"a": 1}, KEY),
     ("dict", [{"a": [1], "b": [2]}], {"a": 9}, KEY),  # a missing key hides a wrong value
-    ("dict", [{"a": [{"b": 1}]}], {"a": {"b": 1}}, None),
-    ("dict", [{"a": [{"b": "x"}]}], {"a": {"b": "X"}}, VALUE),
-    ("array string", [["A b", "c"]], ["a-B", "C"], None),
     ("array string", [["a", "b"]], ["b", "a"], LIST),
-    ("array array", [[["A"]]], [["a"]], LIST),
     ("array dict", [[{"a": [1]}, {"a": [2]}]], [{"a": 2}, {"a": 1}], VALUE),
-    ("array dict", [[{"a": [1]}, {"a": [2]}]], [{"a": 1}], COUNT),
-    ("array string", [], ["a"], SIMPLE),  # some answers allow nothing
-    ("string", [], "a", STRING),
     ("array string", [["a"], "var"], [1], LIST),  # "var" vouches for the elements' types, not their values
 ]
-
-
 JAVA_RULES = [
     ("integer", [1], 1, "type_error:java"),
     ("integer", [1], "1", None),
-    ("integer", [1], "1\n", None),
     ("integer", [1], "9" * 5000, SIMPLE),  # more digits than Python converts
-    ("long", [1], "1", SIMPLE),
     ("long", [1], "1L", None),
-    ("double", [1.0], "1", None),
-    ("boolean", [True], "true", None),
     ("boolean", [True], "True", SIMPLE),
     ("String", ["a"], '"a"', STRING),
     ("Array String", [["-v"]], 'new String[]{"-v"}', LIST),
     ("Array String", [["-v"]], "new String[]{-v}", None),
-    ("Array String", [["-v"]], "{-v}", SIMPLE),
-    ("Array integer", [[1, 2]], "new int[]{1, 2}", None),
     ("Array integer", [[1, 2]], "new int[]{1, 2,}", None),
     ("ArrayList String", [["a", "b"]], 'new ArrayList<>(Arrays.asList("a", "b"))', None),
     ("ArrayList String", [["a"]], 'new ArrayList<String>() {{ add("a"); }}', None),
     ("ArrayList String", [["a"]], 'Arrays.asList("a")', SIMPLE),
     ("ArrayList long", [[1, 2]], "new ArrayList<>(Arrays.asList(1L, 2L))", None),
-    ("HashMap", [{"a": [1], "b": ["x"]}], 'new HashMap<>() {{ put("a", 1); put("b", "x"); }}', None),
-    ("HashMap", [{}], "new HashMap<String, Object>()", None),
     ("HashMap", ["options"], "options", None),
+    ("HashMap", [{"a": [1], "b": ["x"]}], 'new HashMap<>() {{ put("a", 1); put("b", "x"); }}', None),
     ("HashMap", ["options"], "Options", OTHERS),
-    ("HashMap", [{"format": "epoch"}], 'new HashMap<>() {{ put("format", "epoch"); }}', VALUE),
-    ("HashMap", [{"format": "epoch"}], 'new HashMap<>() {{ put("format", "e"); }}', None),
 ]
 JAVASCRIPT_RULES = [
     ("integer", [1], 1, "type_error:js"),
     ("integer", [1], "1", None),
-    ("String", ["a"], '"a"', None),
-    ("String", ["a"], "'a'", None),
-    ("float", [5.0], "5", None),
     ("integer", [5], "5.0", SIMPLE),
-    ("Boolean", [False], "false", None),
     ("array String", [["a", "b"]], "['a', \"b\"]", None),
     ("array String", [["a", "b"]], '["a",\n"b"]', SIMPLE),
     ("array float", [[[1.0], [2.0]]], "[[1.0],\n[2.0]]", None),  # lists, as in the answer
     ("array integer", [[1, 2]], "new Array(1, 2)", None),
     ("dict", [{"a": [1]}], "{a: 1} garbage", None),
-    ("dict", [{"a": [1]}], "{a: '1'}", None),
     ("dict", [{"a": ["x, y"], "b": [[1, 2]]}], '{"a": "x, y", b: [1, 2]}', None),
     ("dict", [{"a": [{"b": 1}]}], "{a: {b: 1}}", VALUE),
-    ("any", ["1"], "1", None),
 ]
+RULES = {"python": PYTHON_RULES, "java": JAVA_RULES, "javascript": JAVASCRIPT_RULES}
+CASES = [(f"simple_{language}", *rule) for language, rules in RULES.items() for rule in rules]
 
 
-RULES = [
-    *(("simple_python", *rule) for rule in PYTHON_RULES),
-    *(("simple_java", *rule) for rule in JAVA_RULES),
-    *(("simple_javascript", *rule) for rule in JAVASCRIPT_RULES),
-]
-
-
-@pytest.mark.parametrize(("category", "declared", "allowed", "value", "error"), RULES)
+@pytest.mark.parametrize(("category", "declared", "allowed", "value", "error"), CASES)
 def test_rule_of_values(category, declared, allowed, value, error):
     kind, _, item = declared.partition(" ")  # "array float": its elements are floats
     case = problem(kind, allowed, item or None, category)
@@ -149,15 +97,10 @@ def test_rule_of_values(category, declared, allowed, value, error):
 # (category, calls, error without its prefix); p is required and 1, answers 1 or 2 for parallel
 CALL_RULES = [
     ("simple_python", [("f", {"p": 1})], None),
-    ("simple_python", [], "simple_function_checker:wrong_count"),
-    ("simple_python", [("f", {"p": 1})] * 2, "simple_function_checker:wrong_count"),
     ("simple_python", [("F", {"p": 1})], "simple_function_checker:wrong_func_name"),
     ("simple_python", [("f", {})], "simple_function_checker:missing_required"),
-    ("simple_python", [("f", {"q": 1})], "simple_function_checker:missing_required"),
     ("simple_python", [("f", {"q": 1, "p": 2})], "simple_function_checker:unexpected_param"),
     ("simple_python", [("f", {"p": 2, "q": 1})], OTHERS),  # in the model's order: p comes first
-    ("multiple", [], "multiple_function_checker:wrong_count"),
-    ("live_multiple", [("f", {"p": 1})], None),
     ("parallel", [("f", {"p": 1})] * 2, "parallel_function_checker_no_order:wrong_count"),
     ("parallel_multiple", [("f", {"p": 2})], "parallel_function_checker_no_order:cannot_find_match"),
 ]
@@ -166,13 +109,6 @@ CALL_RULES = [
 @pytest.mark.parametrize(("category", "calls", "error"), CALL_RULES)
 def test_call_rule(category, calls, error):
     assert bfcl_verdict(problem("integer", [1], category=category), reply(*calls)) == (error is None, error)
-
-
-def test_names_with_dots_must_match_exactly():
-    case = problem("integer", [1])
-    case.functions[0]["name"] = "a.b"
-    assert bfcl_verdict(case, reply(("a.b", {"p": 1})))[0]
-    assert bfcl_verdict(case, reply(("a_b", {"p": 1}))) == (False, "simple_function_checker:wrong_func_name")
 
 
 @pytest.mark.parametrize(
@@ -202,8 +138,7 @@ def test_a_parameter_must_be_in_the_documentation_and_in_the_answer():
     assert bfcl_verdict(case, both) == (False, "simple_function_checker:unexpected_param")
     case.answer[0]["f"]["q"] = [1]
     assert bfcl_verdict(case, both) == (True, None)
-    # A wrong value is told before a missing parameter.
-    assert bfcl_verdict(case, reply(("f", {"p": 2}))) == (False, OTHERS)
+    assert bfcl_verdict(case, reply(("f", {"p": 2}))) == (False, OTHERS)  # told before a missing parameter
     assert bfcl_verdict(case, reply(("f", {"p": 1}))) == (False, "simple_function_checker:missing_optional")
 
 
@@ -218,8 +153,7 @@ def test_parallel_calls_are_matched_greedily():
     assert bfcl_verdict(case, reply(first, second)) == (True, None)  # in another order than the answers
 
 
-DECODE = "ast_decoder:decoder_failed"
-FORMAT = "ast_decoder:decoder_wrong_output_format"
+DECODE, FORMAT = "ast_decoder:decoder_failed", "ast_decoder:decoder_wrong_output_format"
 GOOD = '[{"name": "f", "arguments": {"p": 1}}]'
 OUTPUTS = [  # output, error
     (f"<tool_call>{GOOD}</tool_call>", None),
@@ -227,19 +161,11 @@ OUTPUTS = [  # output, error
     (f"<tool_call>[]</tool_call><tool_call>{GOOD}</tool_call>", "simple_function_checker:wrong_count"),
     (f"<tool_call>{GOOD}", DECODE),
     (GOOD, DECODE),
-    ("", DECODE),
-    ("<tool_call></tool_call>", DECODE),
-    ("<tool_call>null</tool_call>", DECODE),
-    ("<tool_call>1</tool_call>", DECODE),
     ('<tool_call>{"name": "f", "arguments": {"p": 1}}</tool_call>', DECODE),
     ('<tool_call>""</tool_call>', "simple_function_checker:wrong_count"),  # iterates to no calls
-    ("<tool_call>{}</tool_call>", "simple_function_checker:wrong_count"),
-    ('<tool_call>[{"name": "f"}]</tool_call>', DECODE),
-    ('<tool_call>[{"name": [], "arguments": {}}]</tool_call>', DECODE),
     ('<tool_call>[{"name": null, "arguments": {}}]</tool_call>', "simple_function_checker:wrong_func_name"),
     ('<tool_call>[{"name": "f", "arguments": "p"}]</tool_call>', FORMAT),
     ('<tool_call>[{"name": "f", "arguments": {"p": 2}, "arguments": {"p": 1}, "id": 3}]</tool_call>', None),
-    ('<tool_call>[{"name": "f", "arguments": {"p": NaN}}]</tool_call>', SIMPLE),
     (f"<tool_call>{'[' * 100000}</tool_call>", DECODE),
     (f"<tool_call>[{'9' * 5000}]</tool_call>", DECODE),
 ]
@@ -250,36 +176,25 @@ def test_decoding(output, error):
     assert bfcl_verdict(problem("integer", [1]), output) == (error is None, error)
 
 
-@pytest.mark.parametrize(
-    ("output", "called"),
-    [(reply(("nonsense", {})), True), (reply(), False), ("no call", False), (reply(("f", "text")), False)],
-)
-def test_relevance_counts_well_formed_calls_only(output, called):
-    for category in ("irrelevance", "live_irrelevance"):
-        error = "irrelevance_error:decoder_success" if called else None
-        assert bfcl_verdict(Problem("i", category, [], [], []), output) == (not called, error)
-    error = None if called else "relevance_error:decoder_failed"
-    assert bfcl_verdict(Problem("i", "live_relevance", [], [], []), output) == (called, error)
-
-
 REPLY_KINDS = [
     (reply(("f", {})), "called"),
     (reply(), "empty_list"),
-    ("<tool_call> [ ] </tool_call>", "empty_list"),
     ("No function fits.", "no_block"),
-    (f"<tool_call>{GOOD}", "no_block"),
-    ("<tool_call></tool_call>", "unparsable"),
     ("<tool_call>{}</tool_call>", "unparsable"),  # officially no call as well, but not what was asked for
-    ("<tool_call>[]]</tool_call>", "unparsable"),
     ('<tool_call>[{"name": "f", "arguments": "p"}]</tool_call>', "unparsable"),
 ]
 
 
 @pytest.mark.parametrize(("output", "kind"), REPLY_KINDS)
 def test_no_call_has_three_kinds(output, kind):
-    """All three count as a correct refusal, so a broken format would pass for restraint."""
+    """All three are officially correct refusals, so a broken format would pass for restraint."""
     assert reply_kind(output, decode(output)) == kind
-    assert bfcl_verdict(Problem("i", "irrelevance", [], [], []), output)[0] == (kind != "called")
+    called = kind == "called"
+    for category in ("irrelevance", "live_irrelevance"):
+        error = "irrelevance_error:decoder_success" if called else None
+        assert bfcl_verdict(Problem("i", category, [], [], []), output) == (not called, error)
+    error = None if called else "relevance_error:decoder_failed"
+    assert bfcl_verdict(Problem("i", "live_relevance", [], [], []), output) == (called, error)
 
 
 def test_a_value_nested_as_deeply_as_json_can_be_read_is_no_crash():
@@ -297,10 +212,8 @@ def test_a_value_nested_as_deeply_as_json_can_be_read_is_no_crash():
 def test_hostile_literals_take_no_time():
     """Brackets that never close once made a pattern backtrack for 15 seconds."""
     start = time.process_time()
-    for declared, category, text in [
-        ("HashMap", "simple_java", "new HashMap<>(){" * 800),
-        ("array", "simple_javascript", "[[" + "1],[" * 800),
-    ]:
-        case = problem(declared, [{"a": [1]}], "float" if declared == "array" else None, category)
+    java = problem("HashMap", [{"a": [1]}], category="simple_java")
+    javascript = problem("array", [[1.0]], "float", "simple_javascript")
+    for case, text in ((java, "new HashMap<>(){" * 800), (javascript, "[[" + "1],[" * 800)):
         assert bfcl_verdict(case, reply(("f", {"p": text})))[1].startswith(("type_error", "value_error"))
     assert time.process_time() - start < 2

@@ -41,27 +41,23 @@ def test_the_verdict_is_the_official_checkers():
     call = {"name": "calculate_triangle_area", "arguments": {"base": 10, "height": 5, "unit": "units"}}
     right = f"<tool_call>[{json.dumps(call)}]</tool_call>"
     assert case.judge("<think>so</think>" + right) == Verdict(True, True)
-    assert case.judge(right.replace('"units"', '"Units"')).right
     for wrong in (right.replace("10", "11"), "", "<tool_call>[]</tool_call>"):
         assert case.judge(wrong) == Verdict(False, False)
 
 
 @needs_data
-def test_too_long_prompts_are_left_out_and_said(capsys):
-    config = Config(bfcl=str(SHARED / "bfcl"), eval_cases=39, max_prompt_tokens=900)
-    (cases,) = load_benchmarks(config, TOKENIZER, "{tools}").values()
+def test_too_long_prompts_are_left_out():
+    cases = load(bfcl=str(SHARED / "bfcl"), eval_cases=39, max_prompt_tokens=900)["bfcl"]
     assert 0 < len(cases) < 39 and all(len(case.prompt.ids) <= 900 for case in cases)
-    assert f"bfcl: {len(cases)} cases; {39 - len(cases)} are longer" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="bfcl: every prompt is longer than max_prompt_tokens"):
-        load(bfcl=str(SHARED / "bfcl"), max_prompt_tokens=5)
+        load(bfcl=str(SHARED / "bfcl"), eval_cases=13, max_prompt_tokens=5)
 
 
-@pytest.mark.parametrize("name", ["bfcl", "apibank"])
-def test_a_folder_without_data_stops_at_start(tmp_path, name):
+def test_a_folder_without_data_stops_at_start(tmp_path):
     with pytest.raises(ConfigError, match="bfcl or apibank: "):
-        load(**{name: str(tmp_path)})
-    with pytest.raises(ConfigError, match=f"{name}: the folder .*none' does not exist"):
-        in_training.check_folders(Config(**{name: str(tmp_path / "none")}))
+        load(apibank=str(tmp_path))
+    with pytest.raises(ConfigError, match="bfcl: the folder .*none' does not exist"):
+        in_training.check_folders(Config(bfcl=str(tmp_path / "none")))
 
 
 def test_a_held_out_example_is_judged_by_the_binary_reward():
@@ -88,12 +84,7 @@ def test_accuracy_is_over_all_ranks(monkeypatch):
         evaluate(None, None, {"test": cases}, Config(), ranks)
     assert [sum(pair) for pair in zip(*partial_sums)] == [2.0, 1.0, 4.0]
     alone = SimpleNamespace(rank=0, world=1, sum=list, heartbeat=None)
-    entries = evaluate(None, None, {"test": cases, "bfcl": cases[:1]}, Config(), alone)
-    of_test = {
-        "test/accuracy": 0.6, "test/n": 5, "test/correct_rate": 0.8, "test/accuracy_a": 2 / 3, "test/n_a": 3,
-        "test/accuracy_b": 0.5, "test/n_b": 2,
-    }
-    of_bfcl = {
-        "bfcl/accuracy": 1.0, "bfcl/n": 1, "bfcl/correct_rate": 1.0, "bfcl/accuracy_a": 1.0, "bfcl/n_a": 1,
-    }
-    assert list(entries.items()) == list((of_test | of_bfcl).items())  # in this order
+    entries = evaluate(None, None, {"test": cases}, Config(), alone)
+    whole = {"test/accuracy": 0.6, "test/n": 5, "test/correct_rate": 0.8}
+    parts = {"test/accuracy_a": 2 / 3, "test/n_a": 3, "test/accuracy_b": 0.5, "test/n_b": 2}
+    assert entries == whole | parts
