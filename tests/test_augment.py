@@ -148,21 +148,18 @@ def test_every_argument_that_the_conversation_showed_is_still_shown(genuine):
         assert [value for value in values if value in shown and value not in still] == []
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("By city_name, not my_city_name, city_names.", "By <city_name>, not my_city_name, city_names."),
-        ("In how many days? Any news feed?", "In how many days? Any news feed?"),
-        ("Call `find_books`.", "Call `<find_books>`."),
-        ("The News Feed of today, TikTok Likes.", "The News Feed of today, TikTok Likes."),
-        ('"News Feed of Oslo", "The News Feed"', '"News Feed of Oslo", "The News Feed"'),
-        ('From "News Feed", or the News Feed tool.', 'From "<News Feed>", or the <News Feed> tool.'),
-        ("Set sortBy, a.b, /email/check.", "Set <sortBy>, <a.b>, </email/check>."),
-        ("Set text1, filter[id], a.b.c.", "Set <text1>, <filter[id]>, <a.b.c>."),
-        ("My GSTIN, mp3, e-mail, City.", "My GSTIN, mp3, e-mail, City."),  # words, too
-        ('[{"name": "Rain", "is": "Rain in May"}]', '[{"name": "<Rain>", "is": "Rain in May"}]'),  # a result
-    ],
-)
+@pytest.mark.parametrize("text, expected", [
+    ("By city_name, not my_city_name, city_names.", "By <city_name>, not my_city_name, city_names."),
+    ("In how many days? Any news feed?", "In how many days? Any news feed?"),
+    ("Call `find_books`.", "Call `<find_books>`."),
+    ("The News Feed of today, TikTok Likes.", "The News Feed of today, TikTok Likes."),
+    ('"News Feed of Oslo", "The News Feed"', '"News Feed of Oslo", "The News Feed"'),
+    ('From "News Feed", or the News Feed tool.', 'From "<News Feed>", or the <News Feed> tool.'),
+    ("Set sortBy, a.b, /email/check.", "Set <sortBy>, <a.b>, </email/check>."),
+    ("Set text1, filter[id], a.b.c.", "Set <text1>, <filter[id]>, <a.b.c>."),
+    ("My GSTIN, mp3, e-mail, City.", "My GSTIN, mp3, e-mail, City."),  # words, too
+    ('[{"name": "Rain", "is": "Rain in May"}]', '[{"name": "<Rain>", "is": "Rain in May"}]'),  # a result
+])
 def test_texts_lose_the_names_that_no_ordinary_word_looks_like(text, expected):
     names = "sortBy a.b a.b.c /email/check text1 filter[id] GSTIN mp3 e-mail City".split()
     tools = [RAIN, BOOKS, NEWS, tool("Rain"), tool("TikTok Likes")]

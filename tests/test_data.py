@@ -40,16 +40,13 @@ def test_every_golden_call_string_gives_the_intended_calls():
     assert len(rows) == 790
 
 
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("'it\\'s (a) [b], c=1'", "it's (a) [b], c=1"),
-        ('"two\nlines"', "two\nlines"),
-        (r'"\d \\d \a\x41 \u00e9 \U0001f600 \ud83d\ude00 \101"', "\\d \\d \aA é 😀 😀 A"),
-        ("{'a': [True, null, {\"b\": .5}], 'c': {},}", {"a": [True, None, {"b": 0.5}], "c": {}}),
-        ("-3", -3), ("1e3", 1000.0), ("[ ]", []),
-    ],
-)
+@pytest.mark.parametrize("text, value", [
+    ("'it\\'s (a) [b], c=1'", "it's (a) [b], c=1"),
+    ('"two\nlines"', "two\nlines"),
+    (r'"\d \\d \a\x41 \u00e9 \U0001f600 \ud83d\ude00 \101"', "\\d \\d \aA é 😀 😀 A"),
+    ("{'a': [True, null, {\"b\": .5}], 'c': {},}", {"a": [True, None, {"b": 0.5}], "c": {}}),
+    ("-3", -3), ("1e3", 1000.0), ("[ ]", []),
+])
 def test_values_are_python_or_json_literals(text, value):
     assert parsed(text) == value and type(parsed(text)) is type(value)
 
@@ -168,16 +165,13 @@ def test_parts_of_the_training_data_share_nothing_and_lose_nothing(tmp_path, bou
         assert one.held_out == whole.held_out and one.train == [e for e in whole.train if e in one.train]
 
 
-@pytest.mark.parametrize(
-    ("settings", "complaint"),
-    [
-        ({}, "data: no training file given; use --data FILE"),
-        ({"data": "none.json"}, "none.json does not exist"),
-        ({"data": "bad.json"}, "bad.json leaves no example to train on; run: python data.py inspect"),
-        ({"data": "x.json", "test_data": "bad.json"}, "test_data: bad.json holds no usable example"),
-        ({"data": "x.json", "data_to": 0.1}, "the part from 0 to 0.1 of 1 training records is empty; widen"),
-    ],
-)
+@pytest.mark.parametrize("settings, complaint", [
+    ({}, "data: no training file given; use --data FILE"),
+    ({"data": "none.json"}, "none.json does not exist"),
+    ({"data": "bad.json"}, "bad.json leaves no example to train on; run: python data.py inspect"),
+    ({"data": "x.json", "test_data": "bad.json"}, "test_data: bad.json holds no usable example"),
+    ({"data": "x.json", "data_to": 0.1}, "the part from 0 to 0.1 of 1 training records is empty; widen"),
+])
 def test_without_training_data_there_is_no_run(tmp_path, monkeypatch, settings, complaint):
     monkeypatch.chdir(tmp_path)
     save(Path("bad.json"), xlam(answers="[{"))

@@ -58,23 +58,20 @@ def test_xlam_record_becomes_one_example(tmp_path):
     assert first == Example("7", "xlam", asked, [ADD], answer) and second.answer == [] and dropped == []
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"answers": "[{"}, "broken_json"), ({"tools": "{]"}, "broken_json"),
-        ({"answers": '[{"name": "add", "arguments": {"a": NaN}}]'}, "broken_json"),
-        ({"query": None}, "missing_field"), ({"tools": "[]"}, "no_tools"),
-        ({"tools": '[{"description": "nameless"}]'}, "no_tools"),
-        ({"answers": '[{"name": "sub", "arguments": {}}]'}, "unknown_tool"),
-        ({"answers": '[{"name": "add"}]'}, "bad_answer"), ({"answers": "{}"}, "bad_answer"),
-        ({"answers": '[{"name": "add", "arguments": "{}"}]'}, "bad_answer"),
-        ({"answers": '[{"name": "add", "arguments": {}}]'}, "missing_argument"),
-        ({"answers": '[{"name": "add", "arguments": {"a": "1"}}]'}, "wrong_type"),
-        ({"answers": [{"name": "add", "arguments": {"a": 1, "b": float("nan")}}]}, "broken_json"),
-        ({"answers": '[{"name": "add", "arguments": {"a": 1, "b": "\\ud83d"}}]'}, "bad_text"),
-        ({"query": "half an emoji \ud83d"}, "bad_text"),
-    ],
-)
+@pytest.mark.parametrize("changes, reason", [
+    ({"answers": "[{"}, "broken_json"), ({"tools": "{]"}, "broken_json"),
+    ({"answers": '[{"name": "add", "arguments": {"a": NaN}}]'}, "broken_json"),
+    ({"query": None}, "missing_field"), ({"tools": "[]"}, "no_tools"),
+    ({"tools": '[{"description": "nameless"}]'}, "no_tools"),
+    ({"answers": '[{"name": "sub", "arguments": {}}]'}, "unknown_tool"),
+    ({"answers": '[{"name": "add"}]'}, "bad_answer"), ({"answers": "{}"}, "bad_answer"),
+    ({"answers": '[{"name": "add", "arguments": "{}"}]'}, "bad_answer"),
+    ({"answers": '[{"name": "add", "arguments": {}}]'}, "missing_argument"),
+    ({"answers": '[{"name": "add", "arguments": {"a": "1"}}]'}, "wrong_type"),
+    ({"answers": [{"name": "add", "arguments": {"a": 1, "b": float("nan")}}]}, "broken_json"),
+    ({"answers": '[{"name": "add", "arguments": {"a": 1, "b": "\\ud83d"}}]'}, "bad_text"),
+    ({"query": "half an emoji \ud83d"}, "bad_text"),
+])
 def test_unusable_xlam_record_is_listed_with_its_reason(tmp_path, changes, reason):
     examples, [dropped] = load_examples(save(tmp_path / "x.json", xlam(), xlam(id=8, **changes)))
     assert ids_of(examples) == ["7"] and dropped.detail
@@ -97,15 +94,12 @@ def test_trajectory_is_cut_at_every_call_turn(tmp_path, roles):
     assert second.answer == [ToolCall("Feed (Video) V2", {"q": "(x)"}), ToolCall("add", {"a": 2})]
 
 
-@pytest.mark.parametrize(
-    ("text", "reason", "past"),
-    [
-        ("[add(a=oops)]", "unparsable_calls", None),
-        ("[sub(a=1)]", "unknown_tool", None),
-        ("[]", "unparsable_calls", None),
-        ('[add(a="1")]', "wrong_type", [ToolCall("add", {"a": "1"})]),  # a call all the same
-    ],
-)
+@pytest.mark.parametrize("text, reason, past", [
+    ("[add(a=oops)]", "unparsable_calls", None),
+    ("[sub(a=1)]", "unknown_tool", None),
+    ("[]", "unparsable_calls", None),
+    ('[add(a="1")]', "wrong_type", [ToolCall("add", {"a": "1"})]),  # a call all the same
+])
 def test_bad_call_turn_drops_its_step_and_stays_as_context(tmp_path, text, reason, past):
     record = toolace(("user", "go"), ("assistant", text), ("tool", "2"), ("assistant", "[add(a=1)]"))
     [example], [dropped] = load_examples(save(tmp_path / "t.json", record))
@@ -141,33 +135,27 @@ def test_text_turns_become_empty_answers_on_request(tmp_path):
     assert roles_of(examples[2]) == ["user", "assistant", "user", "assistant", "tool"]
 
 
-@pytest.mark.parametrize(
-    "turns",
-    [
-        [("user", "go"), ("assistant", " ")],  # says nothing
-        [("user", "go"), ("assistant", "One moment."), ("assistant", "[add(a=1)]")],  # a call was right
-        [("user", "go"), ("assistant", "I would run [add(a=1)].")],  # so here
-        [("user", "go"), ("assistant", "[add(a=oops)]")],  # calls that cannot be read
-        [("assistant", "Hello!"), ("user", "go")],  # answers nobody
-    ],
-)
+@pytest.mark.parametrize("turns", [
+    [("user", "go"), ("assistant", " ")],  # says nothing
+    [("user", "go"), ("assistant", "One moment."), ("assistant", "[add(a=1)]")],  # a call was right
+    [("user", "go"), ("assistant", "I would run [add(a=1)].")],  # so here
+    [("user", "go"), ("assistant", "[add(a=oops)]")],  # calls that cannot be read
+    [("assistant", "Hello!"), ("user", "go")],  # answers nobody
+])
 def test_text_turns_that_do_not_show_that_no_call_was_right(tmp_path, turns):
     examples, reasons = read_with(Rules(no_call_turns=True), save(tmp_path / "t.json", toolace(*turns)))
     assert [example for example in examples if not example.answer] == []
     assert reasons in (["unclear_turn"], ["unparsable_calls"])
 
 
-@pytest.mark.parametrize(
-    ("name", "kept", "reasons"),
-    [
-        ("xlam_rawformat_repacked", 211, {"wrong_type": 2}),
-        ("toolace_first100_rawformat_reconstructed", 151,
-         {"unknown_tool": 20, "wrong_type": 9, "unparsable_calls": 1, "no_calls": 1}),
-        ("toolace_first100_sharegpt_converted", 32,
-         {"unknown_tool": 147, "wrong_type": 1, "unparsable_calls": 1, "no_calls": 1}),
-        ("toolrl_rlla_test", 0, {"foreign_row": 80}),  # verl's layout, but not ours
-    ],
-)
+@pytest.mark.parametrize("name, kept, reasons", [
+    ("xlam_rawformat_repacked", 211, {"wrong_type": 2}),
+    ("toolace_first100_rawformat_reconstructed", 151,
+     {"unknown_tool": 20, "wrong_type": 9, "unparsable_calls": 1, "no_calls": 1}),
+    ("toolace_first100_sharegpt_converted", 32,
+     {"unknown_tool": 147, "wrong_type": 1, "unparsable_calls": 1, "no_calls": 1}),
+    ("toolrl_rlla_test", 0, {"foreign_row": 80}),  # verl's layout, but not ours
+])
 def test_genuine_files(name, kept, reasons):
     examples, dropped = load_examples(shared(f"data/train/{name}.json"))
     assert len(set(ids_of(examples))) == len(examples) == kept

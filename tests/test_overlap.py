@@ -51,18 +51,15 @@ def test_letter_case_punctuation_and_white_space_do_not_hide_a_copy():
     assert kinds(example(full_width), case(QUERY)) == ["identical"]
 
 
-@pytest.mark.parametrize(
-    ("trained", "tested", "expected"),
-    [
-        (f"So: {start(13)} or not", QUERY, ["ngram"]),  # 13 words in a row
-        (f"So: {start(12)} or not", QUERY, []),
-        (f"Do this: {start(8)} now", start(8), ["ngram"]),  # a whole query of 8 to 12 words
-        (f"Do this: {start(12)} now", start(12), ["ngram"]),
-        (f"Do this: {start(7)} now", start(7), []),
-        (f"Do this: {start(11)} now", start(12), []),
-        ("你好，请帮我查一下明天北京到上海的航班！谢谢", "请帮我查一下明天北京到上海的航班", ["ngram"]),
-    ],
-)
+@pytest.mark.parametrize("trained, tested, expected", [
+    (f"So: {start(13)} or not", QUERY, ["ngram"]),  # 13 words in a row
+    (f"So: {start(12)} or not", QUERY, []),
+    (f"Do this: {start(8)} now", start(8), ["ngram"]),  # a whole query of 8 to 12 words
+    (f"Do this: {start(12)} now", start(12), ["ngram"]),
+    (f"Do this: {start(7)} now", start(7), []),
+    (f"Do this: {start(11)} now", start(12), []),
+    ("你好，请帮我查一下明天北京到上海的航班！谢谢", "请帮我查一下明天北京到上海的航班", ["ngram"]),
+])
 def test_a_part_of_a_query_counts_from_13_words_on_a_whole_one_from_8(trained, tested, expected):
     assert kinds(example(trained), case(tested)) == expected
 

@@ -209,14 +209,11 @@ def test_a_run_that_stops_while_it_publishes_leaves_no_manifest(sources, tmp_pat
     assert not (tmp_path / "manifest.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        ("--xlam missing.json", "missing.json does not exist; check the path"),
-        ("--xlam t.json", "t.json:1: the layout is that of toolace, not of xlam; give another file"),
-        ("--data bad.json", "prepare: no example is left to train on; dropped: {'broken_json': 1}"),
-    ],
-)
+@pytest.mark.parametrize("arguments, complaint", [
+    ("--xlam missing.json", "missing.json does not exist; check the path"),
+    ("--xlam t.json", "t.json:1: the layout is that of toolace, not of xlam; give another file"),
+    ("--data bad.json", "prepare: no example is left to train on; dropped: {'broken_json': 1}"),
+])
 def test_a_mistake_is_one_sentence(sources, tmp_path, monkeypatch, arguments, complaint):
     save(tmp_path / "bad.json", numbered(1, answers="[{"))
     monkeypatch.chdir(tmp_path)

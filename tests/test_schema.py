@@ -25,18 +25,15 @@ NESTED = {  # ToolACE: the list of required parameters may stand inside or besid
 }
 
 
-@pytest.mark.parametrize(
-    ("declared", "kind"),
-    [
-        ("str", "string"), ("string", "string"), ("str, optional", "string"), ("int,optional", "integer"),
-        ("Optional[float]", "number"), ("List[int]", "array"), ("List[Union[int, float]]", "array"),
-        ("Tuple[float, float], optional", "array"), ("Dict[str, Any]", "object"), ("DICT", "object"),
-        (["string", "null"], "string"),
-        (["string", "integer"], None),  # either: nothing to judge by
-        ("Callable[[float], float]", None), ("Union[int, str]", None), ("any", None), ("List[int", None),
-        ("", None), (None, None), (5, None),
-    ],
-)
+@pytest.mark.parametrize("declared, kind", [
+    ("str", "string"), ("string", "string"), ("str, optional", "string"), ("int,optional", "integer"),
+    ("Optional[float]", "number"), ("List[int]", "array"), ("List[Union[int, float]]", "array"),
+    ("Tuple[float, float], optional", "array"), ("Dict[str, Any]", "object"), ("DICT", "object"),
+    (["string", "null"], "string"),
+    (["string", "integer"], None),  # either: nothing to judge by
+    ("Callable[[float], float]", None), ("Union[int, str]", None), ("any", None), ("List[int", None),
+    ("", None), (None, None), (5, None),
+])
 def test_declared_types(declared, kind):
     assert json_type({"type": declared}) == kind
 
@@ -63,20 +60,17 @@ def test_flat_parameters_may_be_called_type_or_properties():
     assert list(properties({"name": "f", "parameters": {"properties": flat["properties"]}})) == ["properties"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "wrong"),
-    [
-        ({"city": "Oslo", "days": 2}, []),
-        ({"city": 5}, ["city: string declared, int given"]),
-        ({"days": "2"}, ["days: integer declared, str given"]),
-        ({"days": True}, ["days: integer declared, bool given"]),  # a truth value is no integer
-        ({"days": 2.0}, ["days: integer declared, float given"]),
-        ({"days": None}, []),  # it has a default, so null says: take that
-        ({"unit": None}, []),
-        ({"city": None}, ["city: string declared, NoneType given"]),
-        ({"ghost": object}, []),  # not declared
-    ],
-)
+@pytest.mark.parametrize("arguments, wrong", [
+    ({"city": "Oslo", "days": 2}, []),
+    ({"city": 5}, ["city: string declared, int given"]),
+    ({"days": "2"}, ["days: integer declared, str given"]),
+    ({"days": True}, ["days: integer declared, bool given"]),  # a truth value is no integer
+    ({"days": 2.0}, ["days: integer declared, float given"]),
+    ({"days": None}, []),  # it has a default, so null says: take that
+    ({"unit": None}, []),
+    ({"city": None}, ["city: string declared, NoneType given"]),
+    ({"ghost": object}, []),  # not declared
+])
 def test_wrong_types(arguments, wrong):
     assert wrong_types(arguments, FLAT) == wrong
 

@@ -33,21 +33,18 @@ def test_broken_lines_are_dropped_with_their_numbers(tmp_path):
     assert [example.messages[0]["content"] for example in examples] == ["Add 1.", query]
 
 
-@pytest.mark.parametrize(
-    ("content", "complaint"),
-    [
-        (None, "does not exist"),
-        (b" \n", "is empty"),
-        (b"[]", "no records"),
-        (b"id,query\n1,hello\n", "x.json:1: .*JSON object per line"),
-        (b'[{"query": ""},\n oops]', "cannot be read: Expecting value: line 2"),
-        (b'[{"query": ""}', "cannot be read: .* line 1"),
-        (b'[{"query": ""}] x', "cannot be read: Extra data"),
-        (b"[" * 99999, "cannot be read: .*recursion"),
-        (b'{"prompt": 1, "chosen": 2}', "x.json:1: .*prompt, chosen.*conversations"),
-        (b"\xff\xfe\x00", "cannot be read.*UTF-8"),
-    ],
-)
+@pytest.mark.parametrize("content, complaint", [
+    (None, "does not exist"),
+    (b" \n", "is empty"),
+    (b"[]", "no records"),
+    (b"id,query\n1,hello\n", "x.json:1: .*JSON object per line"),
+    (b'[{"query": ""},\n oops]', "cannot be read: Expecting value: line 2"),
+    (b'[{"query": ""}', "cannot be read: .* line 1"),
+    (b'[{"query": ""}] x', "cannot be read: Extra data"),
+    (b"[" * 99999, "cannot be read: .*recursion"),
+    (b'{"prompt": 1, "chosen": 2}', "x.json:1: .*prompt, chosen.*conversations"),
+    (b"\xff\xfe\x00", "cannot be read.*UTF-8"),
+])
 def test_a_file_that_is_no_data_says_what_is_wrong(tmp_path, content, complaint):
     path = tmp_path / "x.json"
     if content is not None:
@@ -92,14 +89,11 @@ def hub(monkeypatch, tmp_path):
     return asked
 
 
-@pytest.mark.parametrize(
-    ("source", "fetched"),
-    [
-        ("Team-ACE/ToolACE", ("Team-ACE/ToolACE", "data.json", "dataset")),
-        ("me/one", ("me/one", "data/train.json", "dataset")),
-        ("me/two/sub/b.json", ("me/two", "sub/b.json", "dataset")),
-    ],
-)
+@pytest.mark.parametrize("source, fetched", [
+    ("Team-ACE/ToolACE", ("Team-ACE/ToolACE", "data.json", "dataset")),
+    ("me/one", ("me/one", "data/train.json", "dataset")),
+    ("me/two/sub/b.json", ("me/two", "sub/b.json", "dataset")),
+])
 def test_hub_ids_are_fetched_also_by_a_training_run(hub, source, fetched):
     assert ids_of(load_splits(Config(data=source, test_share=0.0)).train) == ["7"]
     assert hub == [fetched]
@@ -122,13 +116,10 @@ def test_a_path_that_exists_wins_a_mistyped_one_is_no_hub_id_and_there_must_be_o
         load_examples("me/none")
 
 
-@pytest.mark.parametrize(
-    ("error", "complaint"),
-    [
-        ("GatedRepoError", "gated data set: accept its licence at https://.*/datasets/me/x and set HF_TOKEN"),
-        ("LocalEntryNotFoundError", "no file here and could not be fetched .*503.*; check .* give its path"),
-    ],
-)
+@pytest.mark.parametrize("error, complaint", [
+    ("GatedRepoError", "gated data set: accept its licence at https://.*/datasets/me/x and set HF_TOKEN"),
+    ("LocalEntryNotFoundError", "no file here and could not be fetched .*503.*; check .* give its path"),
+])
 def test_a_hub_that_refuses_is_one_sentence(monkeypatch, error, complaint):
     from huggingface_hub import errors
 
