@@ -1,7 +1,4 @@
-"""Augmentation: what is taken away leaves [] right, and what is renamed is renamed everywhere but in values.
-
-The genuine files decide: a rename that can be undone to the last character has lost nothing.
-"""
+"""Augmentation: what is taken away leaves [] right; what is renamed is renamed everywhere but in values."""
 
 import copy
 import json
@@ -40,15 +37,11 @@ BOOKS = tool("find_books", "Books by subject.", subject="What they are about.")
 NEWS = tool("News Feed", "Latest headlines.", city_name="Where from.")
 
 
-def call(name: str, **arguments) -> ToolCall:
-    return ToolCall(name, arguments)
+ANSWER = (ToolCall("get_rain", {"city_name": "Oslo"}),)
 
 
 def past(*calls: ToolCall, content: str = "") -> list[dict]:
     return [{"role": "assistant", "content": content, "calls": list(calls)}]
-
-
-ANSWER = (call("get_rain", city_name="Oslo"),)
 
 
 def example(query="Rain in Oslo?", tools=(RAIN, BOOKS, NEWS), answer=ANSWER, before=(), rid="7") -> Example:
@@ -73,10 +66,9 @@ SNOW = tool("get_snow", "Snow depth of one station.", city_name="The town.", day
 IRRELEVANT = {  # and how many examples they give
     "nothing is called already": (example(answer=[]), 0),
     "no tool remains": (example(tools=[RAIN]), 0),
-    "a past call may have used what is gone": (example(before=past(call("find_books", subject="rain"))), 0),
+    "a past call may have used what is gone": (example(before=past(ToolCall("find_books", {}))), 0),
     "a result names what is gone": (example(before=past(content='[{"name": "get_rain"}]')), 0),
     "its twin by name": (example(tools=[RAIN, tool("GetRain V2", "Water.")]), 0),
-    "its twin by name, in other words": (example(tools=[RAIN, tool("Rain API", "Water.")]), 0),
     "its twin by description": (example(tools=[RAIN, tool("precipitation", "The rain in a place.")]), 0),
     "its twin by parameters": (example(tools=[tool("get_rain", **WHERE), tool("wetness", "", **WHERE)]), 0),
     "two parameters in common say nothing": (example(tools=[RAIN, SNOW]), 1),
@@ -90,9 +82,9 @@ def test_no_example_where_the_empty_list_could_be_wrong(plain, count):
 
 
 def test_genuine_irrelevant_examples(genuine):
-    before, by_id = copy.deepcopy(genuine), {f"{one.id}#irrelevant": one for one in genuine}
+    by_id = {f"{one.id}#irrelevant": one for one in genuine}
     made = irrelevant_examples(genuine, 1.0, 0)
-    assert genuine == before and len(made) > len(genuine) / 2
+    assert len(made) > len(genuine) / 2
     for one in made:
         plain, called = by_id[one.id], {call.name for call in by_id[one.id].answer}
         assert one.tools == [tool for tool in plain.tools if tool["name"] not in called] != []
@@ -100,9 +92,13 @@ def test_genuine_irrelevant_examples(genuine):
 
 
 def test_masking_can_be_undone_to_the_last_character(genuine):
+    """So a rename has lost nothing; and each argument that the conversation showed is still shown."""
     before = copy.deepcopy(genuine)
     for plain, masked in zip(genuine, masked_examples(genuine, 1.0, 0), strict=True):
         one, back = masked_with(plain)
+        shown, still = ("\n".join(message["content"] for message in e.messages) for e in (plain, one))
+        values = [str(value) for call in plain.answer for value in call.arguments.values()]
+        assert [value for value in values if value in shown and value not in still] == []
         text = as_text(one)
         for mask, name in back.items():
             text = text.replace(mask, json.dumps(name)[1:-1])
@@ -141,30 +137,18 @@ def test_masked_calls_are_the_same_calls(genuine):
                 assert [back.get(name, name) for name in required(now)] == required(was)
 
 
-def test_every_argument_that_the_conversation_showed_is_still_shown(genuine):
-    for plain, one in zip(genuine, masked_examples(genuine, 1.0, 0)):
-        shown, still = ("\n".join(message["content"] for message in e.messages) for e in (plain, one))
-        values = [str(value) for call in plain.answer for value in call.arguments.values()]
-        assert [value for value in values if value in shown and value not in still] == []
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("By city_name, not my_city_name, city_names.", "By <city_name>, not my_city_name, city_names."),
-        ("In how many days? Any news feed?", "In how many days? Any news feed?"),
-        ("Call `find_books`.", "Call `<find_books>`."),
-        ("The News Feed of today, TikTok Likes.", "The News Feed of today, TikTok Likes."),
-        ('"News Feed of Oslo", "The News Feed"', '"News Feed of Oslo", "The News Feed"'),
-        ('From "News Feed", or the News Feed tool.', 'From "<News Feed>", or the <News Feed> tool.'),
-        ("Set sortBy, a.b, /email/check.", "Set <sortBy>, <a.b>, </email/check>."),
-        ("Set text1, filter[id], a.b.c.", "Set <text1>, <filter[id]>, <a.b.c>."),
-        ("My GSTIN, mp3, e-mail, City.", "My GSTIN, mp3, e-mail, City."),  # words, too
-        ('[{"name": "Rain", "is": "Rain in May"}]', '[{"name": "<Rain>", "is": "Rain in May"}]'),  # a result
-    ],
-)
+@pytest.mark.parametrize("text, expected", [
+    ("By city_name, not my_city_name, city_names.", "By <city_name>, not my_city_name, city_names."),
+    ("Any news feed? Call `find_books`.", "Any news feed? Call `<find_books>`."),
+    ("The News Feed of today, TikTok Likes.", "The News Feed of today, TikTok Likes."),
+    ('"News Feed of Oslo", "The News Feed"', '"News Feed of Oslo", "The News Feed"'),
+    ('From "News Feed", or the News Feed tool.', 'From "<News Feed>", or the <News Feed> tool.'),
+    ("Set sortBy, text1, filter[id], a.b, a.b.c.", "Set <sortBy>, <text1>, <filter[id]>, <a.b>, <a.b.c>."),
+    ("My GSTIN, mp3, e-mail, City.", "My GSTIN, mp3, e-mail, City."),  # words, too
+    ('[{"name": "Rain", "is": "Rain in May"}]', '[{"name": "<Rain>", "is": "Rain in May"}]'),  # a result
+])
 def test_texts_lose_the_names_that_no_ordinary_word_looks_like(text, expected):
-    names = "sortBy a.b a.b.c /email/check text1 filter[id] GSTIN mp3 e-mail City".split()
+    names = "sortBy a.b a.b.c text1 filter[id] GSTIN mp3 e-mail City".split()
     tools = [RAIN, BOOKS, NEWS, tool("Rain"), tool("TikTok Likes")]
     tools.append(tool("t", **dict.fromkeys(names, "Some text.")))
     masked, back = masked_with(example(text, tools))
@@ -190,13 +174,11 @@ def test_both_lists_of_required_parameters_and_inner_fields():
 
 
 KEPT = {
-    "inside a value": ("News Feed", dict(answer=[call("get_rain", days=["my News Feed, 2"])])),
-    "a value is part of it": ("city_name", dict(answer=[call("get_rain", days="City")])),
-    "a default": ("city_name", dict(tools=[RAIN, tool("t", by={"default": "city_name"})])),
+    "inside a value": ("News Feed", dict(answer=[ToolCall("get_rain", {"days": ["my News Feed, 2"]})])),
+    "a value is part of it": ("city_name", dict(answer=[ToolCall("get_rain", {"days": "City"})])),
     "an enum": ("city_name", dict(tools=[RAIN, tool("t", by={"items": {"enum": ["city_name"]}})])),
-    "a key inside a value": ("subject", dict(answer=[call("get_rain", days={"subject": 1})])),
-    "not declared": ("subject", dict(tools=[BOOKS, RAIN], answer=[call("get_rain", subject="a")])),
-    "not described": ("city_name", dict(tools=[tool("get_rain", city_name=" ", days="How many.")])),
+    "a key inside a value": ("subject", dict(answer=[ToolCall("get_rain", {"days": {"subject": 1}})])),
+    "not declared": ("subject", dict(tools=[BOOKS, RAIN], answer=[ToolCall("get_rain", {"subject": "a"})])),
     "not described once": ("city_name", dict(tools=[tool("get_rain", city_name=" "), NEWS])),
     "described by its name": ("city_name", dict(tools=[tool("get_rain", city_name="city_name.")])),
 }

@@ -41,10 +41,6 @@ def ids_of(examples) -> list[str]:
     return [example.id for example in examples]
 
 
-def roles_of(example: Example) -> list[str]:
-    return [message["role"] for message in example.messages]
-
-
 def read_with(rules: Rules, path: Path) -> tuple[list[Example], list[str]]:
     """The examples, and the reasons of what was dropped."""
     reads = list(read_examples(path, rules=rules))
@@ -58,23 +54,15 @@ def test_xlam_record_becomes_one_example(tmp_path):
     assert first == Example("7", "xlam", asked, [ADD], answer) and second.answer == [] and dropped == []
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"answers": "[{"}, "broken_json"), ({"tools": "{]"}, "broken_json"),
-        ({"answers": '[{"name": "add", "arguments": {"a": NaN}}]'}, "broken_json"),
-        ({"query": None}, "missing_field"), ({"tools": "[]"}, "no_tools"),
-        ({"tools": '[{"description": "nameless"}]'}, "no_tools"),
-        ({"answers": '[{"name": "sub", "arguments": {}}]'}, "unknown_tool"),
-        ({"answers": '[{"name": "add"}]'}, "bad_answer"), ({"answers": "{}"}, "bad_answer"),
-        ({"answers": '[{"name": "add", "arguments": "{}"}]'}, "bad_answer"),
-        ({"answers": '[{"name": "add", "arguments": {}}]'}, "missing_argument"),
-        ({"answers": '[{"name": "add", "arguments": {"a": "1"}}]'}, "wrong_type"),
-        ({"answers": [{"name": "add", "arguments": {"a": 1, "b": float("nan")}}]}, "broken_json"),
-        ({"answers": '[{"name": "add", "arguments": {"a": 1, "b": "\\ud83d"}}]'}, "bad_text"),
-        ({"query": "half an emoji \ud83d"}, "bad_text"),
-    ],
-)
+@pytest.mark.parametrize("changes, reason", [
+    ({"answers": "[{"}, "broken_json"), ({"query": None}, "missing_field"), ({"tools": "[]"}, "no_tools"),
+    ({"answers": '[{"name": "add", "arguments": {"a": NaN}}]'}, "broken_json"),
+    ({"answers": '[{"name": "sub", "arguments": {}}]'}, "unknown_tool"),
+    ({"answers": '[{"name": "add", "arguments": "{}"}]'}, "bad_answer"),
+    ({"answers": '[{"name": "add", "arguments": {}}]'}, "missing_argument"),
+    ({"answers": '[{"name": "add", "arguments": {"a": "1"}}]'}, "wrong_type"),
+    ({"query": "half an emoji \ud83d"}, "bad_text"),
+])
 def test_unusable_xlam_record_is_listed_with_its_reason(tmp_path, changes, reason):
     examples, [dropped] = load_examples(save(tmp_path / "x.json", xlam(), xlam(id=8, **changes)))
     assert ids_of(examples) == ["7"] and dropped.detail
@@ -92,20 +80,15 @@ def test_trajectory_is_cut_at_every_call_turn(tmp_path, roles):
     assert dropped == [] and (first.id, second.id) == ("0#1", "0#5") and first.tools == [ADD, FEED]
     assert first.messages == [{"role": "user", "content": "go"}]
     assert first.answer == [ToolCall("add", {"a": 1})]
-    assert roles_of(second) == ["user", "assistant", "tool", "assistant", "user"]
+    assert [turn["role"] for turn in second.messages] == ["user", "assistant", "tool", "assistant", "user"]
     assert second.messages[1] == {"role": "assistant", "content": "", "calls": first.answer}
     assert second.answer == [ToolCall("Feed (Video) V2", {"q": "(x)"}), ToolCall("add", {"a": 2})]
 
 
-@pytest.mark.parametrize(
-    ("text", "reason", "past"),
-    [
-        ("[add(a=oops)]", "unparsable_calls", None),
-        ("[sub(a=1)]", "unknown_tool", None),
-        ("[]", "unparsable_calls", None),
-        ('[add(a="1")]', "wrong_type", [ToolCall("add", {"a": "1"})]),  # a call all the same
-    ],
-)
+@pytest.mark.parametrize("text, reason, past", [
+    ("[add(a=oops)]", "unparsable_calls", None), ("[sub(a=1)]", "unknown_tool", None),
+    ('[add(a="1")]', "wrong_type", [ToolCall("add", {"a": "1"})]),  # a call all the same
+])
 def test_bad_call_turn_drops_its_step_and_stays_as_context(tmp_path, text, reason, past):
     record = toolace(("user", "go"), ("assistant", text), ("tool", "2"), ("assistant", "[add(a=1)]"))
     [example], [dropped] = load_examples(save(tmp_path / "t.json", record))
@@ -120,14 +103,6 @@ def test_function_call_turns_may_be_json_and_tools_a_field(tmp_path):
     assert load_examples(save(tmp_path / "t.json", record))[0][0].answer == [ToolCall("add", {"a": 1})]
 
 
-def test_toolace_records_without_tools_or_calls_are_listed(tmp_path):
-    plain = ("user", "hi"), ("assistant", "Which one?")
-    cut_short = '[{"name": "add", "parameters": {"examples": [{"name": "not a tool"}]'
-    records = [toolace(*plain, system=system) for system in ("No [tools].", cut_short, SYSTEM)]
-    _, dropped = load_examples(save(tmp_path / "t.json", *records))
-    assert [drop.reason for drop in dropped] == ["no_tools", "no_tools", "no_calls"]
-
-
 def test_text_turns_become_empty_answers_on_request(tmp_path):
     record = toolace(
         ("user", "add"), ("assistant", "Which number?"), ("user", "1"), ("assistant", "[add(a=1)]"),
@@ -138,57 +113,43 @@ def test_text_turns_become_empty_answers_on_request(tmp_path):
     examples, dropped = read_with(Rules(no_call_turns=True), path)
     assert ids_of(examples) == ["0#1", "0#3", "0#5", "0#7"] and dropped == []
     assert [len(example.answer) for example in examples] == [0, 1, 0, 0]
-    assert roles_of(examples[2]) == ["user", "assistant", "user", "assistant", "tool"]
 
 
-@pytest.mark.parametrize(
-    "turns",
-    [
-        [("user", "go"), ("assistant", " ")],  # says nothing
-        [("user", "go"), ("assistant", "One moment."), ("assistant", "[add(a=1)]")],  # a call was right
-        [("user", "go"), ("assistant", "I would run [add(a=1)].")],  # so here
-        [("user", "go"), ("assistant", "[add(a=oops)]")],  # calls that cannot be read
-        [("assistant", "Hello!"), ("user", "go")],  # answers nobody
-    ],
-)
+@pytest.mark.parametrize("turns", [
+    [("user", "go"), ("assistant", "One moment."), ("assistant", "[add(a=1)]")],  # a call was right
+    [("user", "go"), ("assistant", "I would run [add(a=1)].")],  # so here
+    [("user", "go"), ("assistant", "[add(a=oops)]")],  # calls that cannot be read
+    [("assistant", "Hello!"), ("user", "go")],  # answers nobody
+])
 def test_text_turns_that_do_not_show_that_no_call_was_right(tmp_path, turns):
     examples, reasons = read_with(Rules(no_call_turns=True), save(tmp_path / "t.json", toolace(*turns)))
     assert [example for example in examples if not example.answer] == []
     assert reasons in (["unclear_turn"], ["unparsable_calls"])
 
 
-@pytest.mark.parametrize(
-    ("name", "kept", "reasons"),
-    [
-        ("xlam_rawformat_repacked", 211, {"wrong_type": 2}),
-        ("toolace_first100_rawformat_reconstructed", 151,
-         {"unknown_tool": 20, "wrong_type": 9, "unparsable_calls": 1, "no_calls": 1}),
-        ("toolace_first100_sharegpt_converted", 32,
-         {"unknown_tool": 147, "wrong_type": 1, "unparsable_calls": 1, "no_calls": 1}),
-        ("toolrl_rlla_test", 0, {"foreign_row": 80}),  # verl's layout, but not ours
-    ],
-)
+@pytest.mark.parametrize("name, kept, reasons", [
+    ("xlam_rawformat_repacked", 211, {"wrong_type": 2}),
+    ("toolace_first100_rawformat_reconstructed", 151,
+     {"unknown_tool": 20, "wrong_type": 9, "unparsable_calls": 1, "no_calls": 1}),
+    ("toolace_first100_sharegpt_converted", 32,
+     {"unknown_tool": 147, "wrong_type": 1, "unparsable_calls": 1, "no_calls": 1}),
+    ("toolrl_rlla_test", 0, {"foreign_row": 80}),  # verl's layout, but not ours
+])
 def test_genuine_files(name, kept, reasons):
     examples, dropped = load_examples(shared(f"data/train/{name}.json"))
     assert len(set(ids_of(examples))) == len(examples) == kept
     assert Counter(drop.reason for drop in dropped) == reasons
 
 
-def test_a_call_need_fit_one_of_the_tools_with_its_name_only(tmp_path):
+def test_a_call_need_fit_one_of_the_tools_with_its_name_only_and_a_kept_reason_drops_nothing(tmp_path):
     """A few genuine records list a tool twice."""
     words = {"name": "add", "parameters": {"a": {"type": "str"}}}
     answers = [[{"name": "add", "arguments": {"a": value}}] for value in (1, "1", 1.5)]
     records = [xlam(id=i, query=str(i), tools=[ADD, words], answers=one) for i, one in enumerate(answers)]
-    examples, dropped = load_examples(save(tmp_path / "x.json", *records))
-    assert ids_of(examples) == ["0", "1"] and [drop.reason for drop in dropped] == ["wrong_type"]
-
-
-def test_reasons_that_are_kept_drop_nothing(tmp_path):
-    answers = [[{"name": "add", "arguments": given}] for given in ({"a": "1"}, {})]
-    path = save(tmp_path / "x.json", *(xlam(id=i, answers=answer) for i, answer in enumerate(answers)))
-    for rid, reason in enumerate(["wrong_type", "missing_argument"]):
-        examples, reasons = read_with(Rules(keep=(reason,)), path)
-        assert ids_of(examples) == [str(rid)] and len(reasons) == 1 and reason not in reasons
+    path = save(tmp_path / "x.json", *records)
+    for rules, kept in ((STRICT, ["0", "1"]), (Rules(keep=("wrong_type",)), ["0", "1", "2"])):
+        examples, reasons = read_with(rules, path)
+        assert ids_of(examples) == kept and reasons == ["wrong_type"] * (3 - len(kept))
 
 
 GONE = ToolCall("gone", {"x": [1, 1.0, None, {"é": "\u2028"}]})
@@ -229,9 +190,7 @@ def test_rows_for_other_tools_have_what_these_ask_for():
             truth = row["ground_truth"] if layout == "trl" else row["reward_model"]["ground_truth"]
             assert [ToolCall(**call) for call in json.loads(truth)] == example.answer
     # TRL would hand `tools` to the chat template, or take one of the others for a column of its own.
-    special = "tools messages completion chosen rejected prompts completions completion_ids".split()
-    assert all(not set(row) & set(special) for row in rows_of("trl"))
-    assert [row["extra_info"]["index"] for row in rows_of("verl")] == [0, 1, 2]
+    assert not set(rows_of("trl")[0]) & set("tools messages completion prompts completions".split())
 
 
 @pytest.mark.parametrize("layout", ["trl", "verl"])

