@@ -29,6 +29,8 @@ import yaml
 from timing import ROOT, machine, table_row
 from tqdm import tqdm
 
+from config import load_config
+
 SPLITS, KINDS = ("held_out", "strict"), ("single", "choice", "parallel", "none")
 BASELINE = "rl_binary"  # the others are compared with it, and SFT gets its FLOPs
 CONDITIONS = {
@@ -236,6 +238,7 @@ def main() -> None:
     parser.add_argument("--warmup_steps", type=int, default=demo["warmup_steps"])
     parser.add_argument("--out", type=Path, default=Path("runs/mini_paper"), help="folder of the runs")
     args, settings = parser.parse_known_args()  # other --key value pairs are settings of every run
+    load_config(settings)  # a mistake shows before the first run
     ablations = args.what == "ablations"
     parts = (ablation_parts if ablations else seed_parts)(args.steps, args.warmup_steps)
     parts = {name: replace(part, options=(*part.options, *settings)) for name, part in parts.items()}
