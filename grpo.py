@@ -41,10 +41,10 @@ from distributed.fsdp import full_tensor, gathered_weights, release
 from distributed.ranks import Ranks, run_script, start_ranks
 from kernel.attention import uses_shared_prefix
 from kernel.decode import Prompt
-from losses import ADVANTAGES, AGGREGATIONS, KLS, loss_of, policy_loss
+from losses import ADVANTAGES, AGGREGATIONS, KLS, objective_of, policy_loss
 from model import count_parameters
 from rollout import Decoding, Work, rollout_metrics, sample_groups, sample_rows, score_groups, speed_metrics
-from session import Run, Stage, begin, close, evaluate_if_missing, finish_step, open_session, start_step
+from session import Run, RunSpec, begin, close, evaluate_if_missing, finish_step, open_session, start_step
 from sft import warm_up
 
 MAX_FAILED_STEPS = 5  # so many steps in a row without a finite gradient end the run
@@ -62,10 +62,10 @@ def micro_batch_loss(
     The loss is a weighted sum over the response tokens of the update on all ranks. Neither the packing into
     micro-batches nor the number of ranks changes the weights (losses.AGGREGATIONS).
     """
-    logprobs, entropy = policy.logprobs(micro.packed)  # [N], [N], at the sampling temperature
+    logprobs, entropy = policy.logprobs(micro.packed)  # [N], [N]: bound to the temperature by load_policy
     if micro.idle:
         return logprobs.sum() * 0.0, torch.zeros(5, dtype=torch.float64)
-    objective = loss_of(config)
+    objective = objective_of(config)
     counts = micro.packed.counts  # tokens per completion
     old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
     surrogate, ratio = policy_loss(logprobs, old, micro.advantages, counts, objective)
@@ -95,7 +95,7 @@ def update_policy(
     policy: nn.Module, optimizer: torch.optim.Optimizer, updates: Sequence[Update], config: Config,
     ranks: Ranks,
 ) -> dict[str, float]:
-    """Collective. The updates of a step -> metrics: the loss is a mean over updates, others over tokens."""
+    """Collective. The updates of a step -> metrics; KL, entropy and clip ratios are means over tokens."""
     sums = torch.zeros(5, dtype=torch.float64)
     tokens = 0
     norms: list[float] = []
@@ -105,8 +105,8 @@ def update_policy(
             continue
         for micro in update.micros:
             loss, part = micro_batch_loss(policy, micro, update, config)
-            # FSDP adds the ranks' gradients up. The weights divide by the tokens of all ranks, so the sum is
-            # the mean.
+            # load_sharded makes FSDP add gradients up instead of averaging them. The loss's weights divide by
+            # the tokens (or completions) of all ranks, so the sum over micro-batches and ranks is the mean.
             loss.backward()
             sums += part
         norm = float(full_tensor(nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)))
@@ -133,10 +133,10 @@ def update_policy(
 def grpo_step(run: Run, step: int) -> tuple[dict[str, float], list[dict]]:
     """Collective. Sample, score, advantage, update -> the step's metrics, and its rows for samples.jsonl."""
     config, ranks = run.config, run.ranks
-    # of this rank in the batch, a function of (seed, step)
-    places = own_places(config.prompts_per_step, ranks)
-    groups = sample_and_score(run, step, places)
-    with run.phase("gather"):
+    batch = batch_for_step(len(run.examples), step - 1, config.prompts_per_step, config.seed)  # [P] indices
+    places = own_places(len(batch), ranks)  # those that this rank samples
+    groups = sample_and_score(run, step, places, [batch[place] for place in places])
+    with run.phase("rollout_metrics"):
         metrics = rollout_metrics(groups, ranks)  # of the policy as it is: before anything is sampled again
     groups, given_up = resample_flat(run, step, groups)
     with run.phase("gather"):
@@ -144,20 +144,20 @@ def grpo_step(run: Run, step: int) -> tuple[dict[str, float], list[dict]]:
     rewards = reward_table(everyone)  # [P, G]
     if config.shuffle_rewards:
         rewards = shuffled(rewards, config.seed, step)
-    advantages = ADVANTAGES[loss_of(config).advantage](rewards)  # [P, G]
+    advantages = ADVANTAGES[objective_of(config).advantage](rewards)  # [P, G]
     updates = make_updates(everyone, advantages, config, ranks, uses_shared_prefix(run.policy))
     if run.reference is not None:
         with run.phase("reference"):
             store_logprobs(run.reference, updates, "reference_logprobs")
             release(run.reference)
-    if len(updates) > 1:  # before the first update, the update itself computes the old policy's log-probs
+    if len(updates) > 1:  # with one update the policy is still the sampler: micro_batch_loss detaches
         with run.phase("old_logprobs"):
             store_logprobs(run.policy, updates, "old_logprobs")
     with run.phase("update"):
         metrics.update(update_policy(run.policy, run.optimizer, updates, config, ranks))
     with run.phase("metrics"):
         metrics.update(sampler_difference(updates, ranks))
-        own = advantages[ranks.rank :: ranks.world].tolist()
+        own = advantages[list(places)].tolist()
         rows = sample_rows(step, groups, own, run.tokenizer, config.log_samples, ranks)
         trained = sum(micro.packed.ids.numel() for update in updates for micro in update.micros)
         work = Work(groups, given_up, trained, count_parameters(run.policy), run.clock.seconds)
@@ -165,16 +165,10 @@ def grpo_step(run: Run, step: int) -> tuple[dict[str, float], list[dict]]:
     return metrics, rows
 
 
-def sample_and_score(
-    run: Run, step: int, places: Sequence[int], others: Sequence[int] | None = None
-) -> list[Group]:
-    """Collective. G scored completions of the prompts at these places of the step's batch.
-
-    others: indices of training prompts to take instead of the batch's.
-    """
+def sample_and_score(run: Run, step: int, places: Sequence[int], indices: Sequence[int]) -> list[Group]:
+    """Collective. G scored completions of the examples with these indices, at these places of the batch."""
     config = run.config
-    batch = batch_for_step(len(run.train), step - 1, config.prompts_per_step, config.seed)
-    items = [run.train[i] for i in ([batch[place] for place in places] if others is None else others)]
+    items = [run.examples[i] for i in indices]
     seeds = [prompt_seed(config.seed, step, place) for place in places]
     prompts = [Prompt(item.example.id, item.ids, seed) for item, seed in zip(items, seeds)]
     with run.phase("rollout"), gathered_weights(run.policy) as policy:
@@ -199,7 +193,7 @@ def resample_flat(run: Run, step: int, groups: Sequence[Group]) -> tuple[list[Gr
         flat = [k for k, group in enumerate(groups) if group.flat]
         # beyond the batch: seeds of their own
         places = [groups[k].place + config.prompts_per_step for k in flat]
-        others = [prompt_seed(config.seed + 1, step, place) % len(run.train) for place in places]
+        others = [prompt_seed(config.seed + 1, step, place) % len(run.examples) for place in places]
         for k, fresh in zip(flat, sample_and_score(run, step, places, others)):
             given_up.append(groups[k])
             groups[k] = fresh
@@ -246,15 +240,15 @@ def main(arguments: list[str]) -> None:
     session = open_session(config, ranks, "grpo")
     if session.cold:
         session = warm_up(session)
-    run = begin(session, grpo_stage(session))
+    run = begin(session, grpo_spec(session))
     train(run)
     close(run)
 
 
-def grpo_stage(session) -> Stage:
+def grpo_spec(session) -> RunSpec:
     """How a GRPO run is built on a session."""
     config = session.config
-    return Stage(
+    return RunSpec(
         session.folder, session.path, session.steps, config.lr, temperature=config.temperature,
         reference=config.kl_coef > 0,
     )

@@ -90,7 +90,7 @@ KLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": kl_k1, "k2": kl_k2, 
 
 
 @dataclass(frozen=True)
-class Loss:
+class Objective:
     """A loss in its parts. advantage: a row of ADVANTAGES; ratio: of RATIOS; surrogate: of SURROGATES;
     aggregation: of AGGREGATIONS. A ratio policy/old counts as clipped below 1 - clip_low and above 1 +
     clip_high.
@@ -104,26 +104,24 @@ class Loss:
     clip_high: float
 
 
-LOSSES: dict[str, Loss] = {
+LOSSES: dict[str, Objective] = {
     # DeepSeekMath (arXiv 2402.03300), equation 3; token mean and 0.2 as in the library that the paper used
-    "grpo": Loss("group_std", "token", "clipped", "token", 0.2, 0.2),
+    "grpo": Objective("group_std", "token", "clipped", "token", 0.2, 0.2),
     # Dr. GRPO (arXiv 2503.20783), section 3.2: neither the group's std nor a completion's own length divides
-    "dr_grpo": Loss("group_mean", "token", "clipped", "constant", 0.2, 0.2),
+    "dr_grpo": Objective("group_mean", "token", "clipped", "constant", 0.2, 0.2),
     # DAPO (arXiv 2503.14476), section 3: clip-higher, token mean; its dynamic sampling is resample_rounds
-    "dapo": Loss("group_std", "token", "clipped", "token", 0.2, 0.28),
+    "dapo": Objective("group_std", "token", "clipped", "token", 0.2, 0.28),
     # GSPO (arXiv 2507.18071), equations 5 and 7; clip range of its section 5.1
-    "gspo": Loss("group_std", "sequence_mean", "clipped", "sequence", 3e-4, 4e-4),
-    # CISPO (MiniMax-M1, arXiv 2506.13585), equations 4 and 5; no lower bound, the upper one from ScaleRL
-    # (arXiv 2510.13786)
-    "cispo": Loss("group_std", "token", "weighted", "token", 1.0, 4.0),
-    # RLOO (arXiv 2402.14740): a completion is one action. Its KL, summed over tokens, stands in the reward,
-    # ours in the loss as a mean; the clip is for the second and later updates of a batch, which it does not
-    # have
-    "rloo": Loss("leave_one_out", "sequence_sum", "clipped", "sequence", 0.2, 0.2),
+    "gspo": Objective("group_std", "sequence_mean", "clipped", "sequence", 3e-4, 4e-4),
+    # CISPO (MiniMax-M1, arXiv 2506.13585), equations 4 and 5; upper bound from ScaleRL (arXiv 2510.13786)
+    "cispo": Objective("group_std", "token", "weighted", "token", 1.0, 4.0),
+    # RLOO (arXiv 2402.14740): a completion is one action. Its KL is summed over tokens in the reward; ours is
+    # a mean in the loss. The clip is for the second and later updates of a batch, which RLOO does not have.
+    "rloo": Objective("leave_one_out", "sequence_sum", "clipped", "sequence", 0.2, 0.2),
 }
 
 
-def loss_of(config: Config) -> Loss:
+def objective_of(config: Config) -> Objective:
     """The row of LOSSES that the settings choose and change. Raises ConfigError for unknown names."""
     tables = {"loss": LOSSES, "advantage": ADVANTAGES, "aggregation": AGGREGATIONS, "kl": KLS}
     for key, table in tables.items():
@@ -139,15 +137,12 @@ def loss_of(config: Config) -> Loss:
 
 
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, counts: Tensor, loss: Loss
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, counts: Tensor, loss: Objective
 ) -> tuple[Tensor, Tensor]:
     """[N] each, counts [R]: tokens per completion -> the loss of each token [N], and the ratio [N]."""
     ratio = RATIOS[loss.ratio](logprobs - old_logprobs, counts).exp()
     bounded = ratio.clamp(1 - loss.clip_low, 1 + loss.clip_high)
     return SURROGATES[loss.surrogate](ratio, bounded, logprobs, advantages), ratio
-
-
-# log(policy / old) per token, [N]; counts [R] -> the log of the ratio that stands in the loss, [N]
 
 
 def per_completion(values: Tensor, counts: Tensor) -> Tensor:
@@ -166,6 +161,7 @@ def sequence_sum(log_ratio: Tensor, counts: Tensor) -> Tensor:
     return per_completion(log_ratio, counts).clamp(-20, 20).repeat_interleave(counts)
 
 
+# log(policy / old) per token [N], counts [R] -> the log of the ratio in the loss [N]
 RATIOS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "token": lambda log_ratio, counts: log_ratio,
     "sequence_mean": sequence_mean,

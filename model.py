@@ -83,7 +83,7 @@ def token_logprobs(
         raise ValueError(
             "this model does not run on packed groups: use pack(..., share_prompt=uses_shared_prefix(model))"
         )
-    # A sharded model gathers its weights around its own method (distributed/fsdp.py).
+    # fsdp.load_sharded attaches response_logprobs as a method, so that FSDP gathers the weights around it.
     forward = getattr(model, "response_logprobs", None) or functools.partial(response_logprobs, model)
     with autocast(packed.ids.device):
         return forward(packed, temperature, entropy, chunk)
@@ -136,7 +136,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False):
 def load_model(
     path: str, device: torch.device, gradient_checkpointing: bool = False, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    """A causal LM in fp32: AdamW's steps at lr 1e-6 round away in bf16. CUDA computes in bf16 by autocast.
+    """A whole causal LM on one device: for evaluation and distillation. Training uses fsdp.load_sharded.
 
     path: a folder or hub id. Code from the hub is never run. Raises ModelError when it cannot be loaded.
     """

@@ -73,8 +73,7 @@ def sample_groups(
     copies = decoding.group_size if decoding.temperature > 0 else 1  # greedy copies would be equal
     batch_size = decoding.batch_size
     engine = decoding.engine
-    # That engine does attention and head itself. It may not leave out what a family does there (windows,
-    # caps).
+    # shared_prefix replaces attention and LM head: wrong for models with sliding windows or capped logits.
     if engine == "shared_prefix" and not (uses_shared_prefix(model) and model.capabilities.head_only):
         engine = "generate"
     groups: dict[int, Group] = {}

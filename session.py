@@ -1,9 +1,9 @@
 """One run from set-up to the last save: what grpo.py and sft.py share. No maths.
 
-`open_session` reads all inputs, claims the run's folder and finds the start model; what is wrong with
-settings, data or machine stops there, before an old run is replaced. `begin` builds the Run: weights,
-optimizer and state, fresh or from the latest checkpoint. `finish_step` evaluates, logs and saves where it is
-time. `close` writes the final model.
+A Session is a run without weights: `open_session` reads all inputs, claims the run's folder and finds the
+start model. What is wrong with settings, data or machine stops there, before an old run is replaced. A
+RunSpec says how to build the rest. `begin` builds the Run: weights, optimizer and state, fresh or from the
+latest checkpoint. `finish_step` evaluates, logs and saves where it is time. `close` writes the final model.
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ class Session:
     began: float
 
     @property
-    def batch(self) -> int:
+    def batch_size(self) -> int:
         """Prompts per step."""
         return self.config.sft_batch if self.method == "sft" else self.config.prompts_per_step
 
     @property
     def steps(self) -> int:
         """Of the whole run."""
-        return count_steps(self.config, len(self.inputs.tokenized.train), self.batch)
+        return count_steps(self.config, len(self.inputs.tokenized.train), self.batch_size)
 
 
 def read_inputs(config: Config) -> Inputs:
@@ -164,7 +164,7 @@ def start_model(config: Config, inputs: Inputs, ranks: Ranks) -> tuple[str, bool
 
 
 @dataclass
-class Stage:
+class RunSpec:
     """How a Run is built on a session. folder: where checkpoints, log and samples go. path: the start model.
 
     temperature: divides the logits of every log-prob. reference: whether a frozen copy of the start model is
@@ -200,10 +200,10 @@ class Run:
     reference: nn.Module | None
     optimizer: torch.optim.Optimizer
     saver: Saver
-    train: Sequence[Tokenized]
+    examples: Sequence[Tokenized]  # to train on
     sets: dict[str, list[JudgedPrompt]]
     held_out: list[str]  # the names of the sets that are not benchmarks
-    batch: int  # prompts per step
+    batch_size: int  # prompts per step
     steps: int  # in all
     state: dict
     began: float
@@ -233,39 +233,39 @@ def load_policy(
     return policy.train(not frozen)
 
 
-def begin(session: Session, stage: Stage) -> Run:
-    """Collective. Policy, reference and optimizer, fresh or from the latest checkpoint in stage.folder."""
+def begin(session: Session, spec: RunSpec) -> Run:
+    """Collective. Policy, reference and optimizer, fresh or from the latest checkpoint in spec.folder."""
     config, ranks, inputs = session.config, session.ranks, session.inputs
-    policy = load_policy(config, stage.path, stage.temperature, ranks)
+    policy = load_policy(config, spec.path, spec.temperature, ranks)
     # The reference is always the model that training started from, also after a resume.
     reference = None
-    if stage.reference:
-        reference = load_policy(config, stage.path, stage.temperature, ranks, frozen=True)
+    if spec.reference:
+        reference = load_policy(config, spec.path, spec.temperature, ranks, frozen=True)
     check_positions(config, policy.config.max_position_embeddings)
     optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=stage.lr, weight_decay=0.0, betas=stage.betas, fused=True
+        policy.parameters(), lr=spec.lr, weight_decay=0.0, betas=spec.betas, fused=True
     )
-    saver = Saver(stage.folder, ranks, config.keep_checkpoints, config.background_save)
-    method = "sft" if stage.warm_up else session.method
+    saver = Saver(spec.folder, ranks, config.keep_checkpoints, config.background_save)
+    method = "sft" if spec.warm_up else session.method
     state = {"method": method, "step": 0, "flops": 0.0, "seconds": 0.0}
-    checkpoint = latest_checkpoint(stage.folder)
+    checkpoint = latest_checkpoint(spec.folder)
     if checkpoint:
         state = checkpoint[1]
         load_checkpoint(checkpoint[0], policy, optimizer, ranks)
-    if config.resume and ranks.main and not stage.warm_up:
+    if config.resume and ranks.main and not spec.warm_up:
         print(f"going on from {checkpoint[0].name if checkpoint else 'the start: no step is saved'}")
     if ranks.main:  # steps after the checkpoint are done again; without one, all of them
         for name in ("log.jsonl", "samples.jsonl"):
-            cut_log(stage.folder / name, state["step"] if checkpoint else -1)
+            cut_log(spec.folder / name, state["step"] if checkpoint else -1)
     run = Run(
-        config, ranks, session.method, stage.folder, session.stop, inputs.tokenizer, inputs.reward,
+        config, ranks, session.method, spec.folder, session.stop, inputs.tokenizer, inputs.reward,
         policy, reference, optimizer, saver, inputs.tokenized.train, inputs.sets,
-        list(inputs.tokenized.held_out), session.batch, stage.steps, state, session.began - state["seconds"],
-        session.monitor, Clock(ranks.watchdog),
+        list(inputs.tokenized.held_out), session.batch_size, spec.steps, state,
+        session.began - state["seconds"], session.monitor, Clock(ranks.watchdog),
     )
-    if stage.warm_up:
+    if spec.warm_up:
         since = time.perf_counter() - state["seconds"]
-        run = replace(run, sets={}, monitor=None, batch=config.sft_batch, began=since)
+        run = replace(run, sets={}, monitor=None, batch_size=config.sft_batch, began=since)
     elif not checkpoint:
         evaluate_sets(run)
         log(run, {"step": 0, **run.results})
@@ -290,7 +290,8 @@ def finish_step(run: Run, metrics: dict[str, float], rows: Sequence[dict] = (), 
         metrics = metrics | evaluate_sets(run)
         note_best(run)
     state["seconds"] = time.perf_counter() - run.began
-    record = {"step": state["step"], "epoch": round(state["step"] * run.batch / len(run.train), 4), **metrics}
+    epoch = round(state["step"] * run.batch_size / len(run.examples), 4)
+    record = {"step": state["step"], "epoch": epoch, **metrics}
     record.update({f"time/{phase}_s": seconds for phase, seconds in run.clock.seconds.items()})
     record.update(seconds=state["seconds"], flops=state["flops"])
     if rows and run.ranks.main:

@@ -30,8 +30,8 @@ from ops.export import write_model
 from prompts import encode_reply, render_completion
 from session import (
     Run,
+    RunSpec,
     Session,
-    Stage,
     begin,
     close,
     evaluate_if_missing,
@@ -102,7 +102,7 @@ def train(run: Run, budget: float = 0.0) -> None:
     The learning rate rises over RAMP_STEPS and falls linearly to 0 over the run.
     """
     config, state = run.config, run.state
-    imitations = encode_replies(run.tokenizer, run.train, config, quiet=not run.ranks.main)
+    imitations = encode_replies(run.tokenizer, run.examples, config, quiet=not run.ranks.main)
     total = None if budget else run.steps
     label = "SFT" if run.monitor else "warm-up (SFT)"
     with tqdm(total=total, initial=state["step"], desc=label, disable=not run.ranks.main) as bar:
@@ -133,8 +133,8 @@ def warm_up(session: Session) -> Session:
     config = session.config
     folder = Path(config.run_dir) / "warmup"
     folder.mkdir(exist_ok=True)
-    stage = Stage(folder, session.path, config.warmup_steps, config.sft_lr, BETAS, warm_up=True)
-    run = begin(session, stage)
+    spec = RunSpec(folder, session.path, config.warmup_steps, config.sft_lr, BETAS, warm_up=True)
+    run = begin(session, spec)
     train(run)
     write_model(run.policy, run.tokenizer, folder / "model", config, run.state, {}, session.ranks)
     return replace(session, path=str(folder / "model"), cold=False)
@@ -145,7 +145,7 @@ def main(arguments: list[str]) -> None:
     config = load_config(arguments)
     ranks = start_ranks(config.timeout_minutes)
     session = open_session(config, ranks, "sft")
-    run = begin(session, Stage(session.folder, session.path, session.steps, config.sft_lr, BETAS))
+    run = begin(session, RunSpec(session.folder, session.path, session.steps, config.sft_lr, BETAS))
     train(run, config.sft_flops)
     close(run)
 

@@ -139,7 +139,7 @@ def start_run(arguments: list[str]) -> Run:
     """Collective. A run of grpo.py with these settings, set up and not begun."""
     config = load_config(arguments)
     session = open_session(config, start_ranks(config.timeout_minutes), "grpo", examined=True)
-    return begin(session, grpo.grpo_stage(session))
+    return begin(session, grpo.grpo_spec(session))
 
 
 def run_step(run: Run) -> tuple[dict[str, float], float]:

@@ -29,7 +29,8 @@ import yaml
 from timing import ROOT, machine, table_row
 from tqdm import tqdm
 
-from config import load_config
+sys.path.insert(0, str(ROOT))
+from config import UserError, load_config  # noqa: E402
 
 SPLITS, KINDS = ("held_out", "strict"), ("single", "choice", "parallel", "none")
 BASELINE = "rl_binary"  # the others are compared with it, and SFT gets its FLOPs
@@ -259,4 +260,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")

@@ -28,7 +28,8 @@ class Group:
     """G completions of one prompt. responses end with their stop token unless truncated.
 
     logprobs: the sampler's own, per response token, at the sampling temperature: a diagnostic, because the
-    trainer computes its own. place: of the prompt in the step's batch. rewards: [G], once they are scored.
+    trainer computes its own. place: position in the step's batch, P more after each resampling. rewards:
+    [G], once they are scored.
     """
 
     prompt: Prompt
@@ -167,8 +168,8 @@ def make_updates(
     teaches = (advantages != 0).any(1).tolist()
     updates = []
     for start in range(0, len(groups), config.minibatch_prompts):
-        kept = range(start, min(start + config.minibatch_prompts, len(groups)))
-        kept = [i for i in kept if teaches[i] or not config.skip_zero_variance]
+        prompts = range(start, min(start + config.minibatch_prompts, len(groups)))
+        kept = [i for i in prompts if teaches[i] or not config.skip_zero_variance]
         sizes = [(len(groups[i].prompt.ids), [len(ids) for ids in groups[i].responses]) for i in kept]
         micros = []
         for batch in plan_micro_batches(sizes, config.max_tokens_per_micro_batch, ranks, share_prompt):

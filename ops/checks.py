@@ -20,7 +20,7 @@ from corpus.examples import Splits, example_kind
 from distributed.fsdp import model_config, skeleton
 from distributed.ranks import Ranks, first_problem
 from evals.in_training import check_folders
-from losses import loss_of
+from losses import objective_of
 from model import count_parameters
 from ops.monitor import tracker_names
 from ops.plan import CONTEXT, GB, Assumptions, shape_of, verdict
@@ -74,7 +74,7 @@ def check_names(config: Config) -> None:
     """Raises ConfigError for a setting that names nothing that is there."""
     if config.rollout_engine not in ENGINES:
         raise ConfigError(f"rollout_engine: {config.rollout_engine!r} is none of {', '.join(ENGINES)}")
-    loss_of(config)
+    objective_of(config)
     tracker_names(config)
     check_folders(config)
 

@@ -20,7 +20,7 @@ import torch
 from config import Config, count_steps, load_config
 from corpus.layouts import write_examples
 from distributed.ranks import Ranks, run_script, start_ranks
-from grpo import grpo_stage, grpo_step
+from grpo import grpo_spec, grpo_step
 from ops.checks import Check, Start, check_names, examine, judge, tell
 from prompts import render_completion
 from session import begin, open_session, read_inputs, read_prompts, start_model, start_step
@@ -92,7 +92,7 @@ def first_step(config: Config, ranks: Ranks) -> dict[str, float]:
     """Collective. The metrics of a run's first step."""
     with contextlib.redirect_stdout(io.StringIO()):  # of a run that is not the one meant
         session = open_session(config, ranks, "grpo", examined=True)
-        run = begin(session, grpo_stage(session))
+        run = begin(session, grpo_spec(session))
         return grpo_step(run, start_step(run))[0]
 
 

@@ -32,8 +32,15 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 from corpus.tiny_model import build_tiny_tokenizer
 from distributed import checkpoint
 from distributed.checkpoint import (
-    CheckpointError, Saver, check_files, checkpoint_tensors, choose_step, complete_steps, full_state,
-    latest_checkpoint, load_checkpoint,
+    CheckpointError,
+    Saver,
+    check_files,
+    checkpoint_tensors,
+    choose_step,
+    complete_steps,
+    full_state,
+    latest_checkpoint,
+    load_checkpoint,
 )
 from distributed.ranks import Ranks
 from ops.export import gather_weights

@@ -38,7 +38,7 @@ from distributed.ranks import Ranks
 from kernel.attention import use_attention
 from kernel.decode import Prompt
 from kernel.packing import pack
-from losses import group_std, kl_k3, loss_of, policy_loss
+from losses import group_std, kl_k3, objective_of, policy_loss
 from model import ModelError, load_model, load_tokenizer, prepare_model, token_logprobs
 from ops.export import export
 from prompts import load_template
@@ -339,7 +339,7 @@ def slow_grpo(settings: dict) -> tuple[list[list[str]], dict[str, torch.Tensor]]
             for i, k in ((i, k) for i, k in fixed if start <= i < start + config.minibatch_prompts):
                 now, (old, ref) = logprobs(policy, groups[i], groups[i].responses[k]), fixed[i, k]
                 advantage, counts = advantages[i, k].expand_as(now), torch.tensor([len(now)])
-                loss, _ = policy_loss(now, old, advantage, counts, loss_of(config))
+                loss, _ = policy_loss(now, old, advantage, counts, objective_of(config))
                 losses.append(loss + config.kl_coef * kl_k3(now, ref))
             torch.cat(losses).mean().backward()
             nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)

@@ -203,7 +203,7 @@ def resampled(monkeypatch, rounds: int, world: int, teaches) -> list[tuple[list[
     monkeypatch.setattr(grpo, "sample_and_score", sample_and_score)
     results = []
     for rank in range(world):
-        run = SimpleNamespace(config=settings_of(resample_rounds=rounds), train=range(1000))
+        run = SimpleNamespace(config=settings_of(resample_rounds=rounds), examples=range(1000))
         first = sample_and_score(run, 5, range(rank, 4, world))
         results.append(grpo.resample_flat(run, 5, first))
     return results

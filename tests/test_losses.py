@@ -20,14 +20,14 @@ from losses import (
     AGGREGATIONS,
     KLS,
     LOSSES,
-    Loss,
+    Objective,
     group_mean,
     group_std,
     kl_k1,
     kl_k2,
     kl_k3,
     leave_one_out,
-    loss_of,
+    objective_of,
     policy_loss,
 )
 
@@ -121,7 +121,7 @@ def test_what_the_gradient_of_each_estimate_is_in_a_loss():
 # ----------------------------------------------------------------------------------------------------- losses
 
 
-def slow_loss(logprobs: list, old: list, advantage: float, loss: Loss) -> list[torch.Tensor]:
+def slow_loss(logprobs: list, old: list, advantage: float, loss: Objective) -> list[torch.Tensor]:
     """The definitions, token by token, of one completion with such log-probs: what is summed with the
     weights.
     """
@@ -241,7 +241,7 @@ def slow_gradient(policy, reference, groups, advantages, config, moved: float) -
     """The definition of the loss, one completion at a time: the old log-probs are the policy's own, moved by
     `moved`.
     """
-    loss, total = loss_of(config), 0.0
+    loss, total = objective_of(config), 0.0
     lengths = [len(ids) for group in groups for ids in group.responses]
     for group, row in zip(groups, advantages.tolist()):
         for ids, advantage in zip(group.responses, row):
@@ -285,17 +285,17 @@ def test_an_update_is_its_definition(models, changes, tokens, moved):
 
 
 def test_settings_change_one_part_of_a_row():
-    assert loss_of(settings_of()) == LOSSES["grpo"]
-    assert loss_of(settings_of(loss="dapo")).clip_high == 0.28
-    both = loss_of(settings_of(loss="dapo", clip_eps=0.1))
+    assert objective_of(settings_of()) == LOSSES["grpo"]
+    assert objective_of(settings_of(loss="dapo")).clip_high == 0.28
+    both = objective_of(settings_of(loss="dapo", clip_eps=0.1))
     assert (both.clip_low, both.clip_high) == (0.1, 0.1)
-    other = loss_of(
+    other = objective_of(
         settings_of(loss="gspo", advantage="group_mean", aggregation="constant", clip_eps_high=0.5)
     )
-    assert other == Loss("group_mean", "sequence_mean", "clipped", "constant", 3e-4, 0.5)
+    assert other == Objective("group_mean", "sequence_mean", "clipped", "constant", 3e-4, 0.5)
 
 
 @pytest.mark.parametrize("key", ["loss", "advantage", "aggregation", "kl"])
 def test_an_unknown_name_is_refused_with_the_known_ones(key):
     with pytest.raises(ConfigError, match=f"{key} must be one of .*, not 'grop'"):
-        loss_of(settings_of(**{key: "grop"}))
+        objective_of(settings_of(**{key: "grop"}))
