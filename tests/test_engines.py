@@ -56,7 +56,7 @@ def model():
 
 
 def one_by_one(model, prompt: list[int], max_new_tokens: int, stops: Sequence[int] = STOPS) -> list[int]:
-    """Greedy decoding that computes everything anew for each token: nothing can be stale or out of place."""
+    """Greedy decoding that computes everything anew for each token."""
     use_attention(model, "generate")
     ids = list(prompt)
     while len(ids) < len(prompt) + max_new_tokens:

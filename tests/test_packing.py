@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from kernel import attention
 from kernel.attention import shared_prefix_attention, use_attention, uses_shared_prefix
-from kernel.packing import Packed, micro_batches, pack
+from kernel.packing import micro_batches, pack
 from model import prepare_model, token_logprobs
 
 torch.set_num_threads(1)
@@ -99,9 +99,6 @@ def assert_equals_one_by_one(model, plain, groups, temperature: float = TEMPERAT
     assert_same_gradients(gradients(model, fast), gradients(plain, slow))
 
 
-# ------------------------------------------------------------------------------------------- packed log-probs
-
-
 @pytest.mark.parametrize(("tied", "temperature"), [(False, TEMPERATURE), (True, 1.0)])
 @pytest.mark.parametrize("gradient_checkpointing", [False, True])
 @pytest.mark.parametrize("family", SHARED)
@@ -120,14 +117,6 @@ def test_prompts_in_blocks_of_queries_give_the_same(block, monkeypatch):
     assert_equals_one_by_one(random_model("Qwen2"), random_model("Qwen2"), random_groups())
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (4, 9), (128, 128), (1, 700), (130, 1000), (300, 301)])
-def test_the_causal_mask_of_every_size(queries, keys):
-    seen = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
-    for dtype in (torch.float32, torch.bfloat16):
-        mask = attention.causal_mask(queries, keys, torch.empty(0, dtype=dtype))
-        assert mask.dtype == dtype and torch.equal(mask == 0, seen) and torch.equal(mask.isneginf(), ~seen)
-
-
 def causal(by: int = 0):
     """A mask in which every query sees `by` keys more, or fewer."""
     return lambda queries, keys, like: torch.full((queries, keys), -torch.inf).triu(keys - queries + 1 + by)
@@ -137,11 +126,6 @@ def without_first(queries: int, keys: int, like: torch.Tensor) -> torch.Tensor:
     return causal()(queries, keys, like).index_fill(1, torch.tensor([0]), -torch.inf)
 
 
-def predicted_by_the_one_before(p: Packed) -> torch.Tensor:
-    """A response's first token, by the end of the response before it."""
-    return torch.where(p.predict.diff(prepend=p.predict[:1]) == 1, p.predict, p.predict.roll(1) + 1)
-
-
 MASKS = {"the future is seen": causal(1), "a token does not see itself": causal(-1),
          "the prompt's first token is not seen": without_first}
 FIELDS = {
@@ -149,7 +133,6 @@ FIELDS = {
     "long responses are one position too far": lambda p: {"positions": p.positions + (p.positions >= 7)},
     "the predictor is the token itself": lambda p: {"predict": p.predict + 1},
     "the predictor is one too early": lambda p: {"predict": (p.predict - 1).clamp(min=0)},
-    "a response is predicted by the one before": lambda p: {"predict": predicted_by_the_one_before(p)},
 }
 
 
@@ -163,9 +146,6 @@ def test_the_comparison_notices_whatever_is_broken(broken, monkeypatch):
     monkeypatch.setattr(attention, "causal_mask", MASKS.get(broken, causal()))
     wrong = replace(right, **FIELDS.get(broken, lambda p: {})(right))
     assert (token_logprobs(model, wrong, TEMPERATURE)[0] - slow).abs().max() > 1e-2
-
-
-# ---------------------------------------------------------------------------------- packing, micro-batches
 
 
 def test_a_packed_group_in_full():
@@ -240,9 +220,6 @@ def test_micro_batches_change_neither_loss_nor_gradients(budget, share_prompt):
     assert_same_gradients(fast, gradients(model, (whole * advantages(groups)).sum()))
 
 
-# --------------------------------------------------------------------------------- models that are not packed
-
-
 @pytest.mark.parametrize("family", PLAIN)
 def test_other_models_are_trained_on_plain_rows_and_say_so_once(family):
     settings, reason = PLAIN[family]
@@ -299,9 +276,6 @@ def test_capped_logits_are_capped_in_the_log_probs_too():
     assert logprobs.min() >= -2 * 3.0 / TEMPERATURE - torch.tensor(VOCAB).log()
 
 
-# --------------------------------------------------------------------------------- the form that runs on CUDA
-
-
 def slow_varlen_attn(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
     """What torch.nn.attention.varlen.varlen_attn promises, one query at a time. [total, H, D] each."""
     assert window_size == (-1, 0), "causal: any number of keys to the left, none to the right"
@@ -340,6 +314,7 @@ def test_the_variable_length_form_equals_the_cpu_form(kernel, monkeypatch):
         monkeypatch.setitem(sys.modules, "flash_attn", types.SimpleNamespace(flash_attn_varlen_func=kernel))
     else:
         varlen = pytest.importorskip("torch.nn.attention.varlen")
+        assert {"scale", "window_size"} <= set(inspect.signature(varlen.varlen_attn).parameters)
         monkeypatch.setattr(varlen, "varlen_attn", kernel)
     layout, generator = pack(random_groups(), CPU).layout, torch.Generator().manual_seed(3)
     total = int(layout.cu_q[-1])
@@ -352,11 +327,6 @@ def test_the_variable_length_form_equals_the_cpu_form(kernel, monkeypatch):
     ours, theirs = (torch.autograd.grad((x * weights).sum(), inputs) for x in (varlen_form, cpu_form))
     for one, other in zip(ours, theirs):
         assert_close(one, other, atol=1e-5, rtol=1e-5)
-
-
-def test_torchs_own_kernel_has_the_arguments_that_are_used():
-    varlen = pytest.importorskip("torch.nn.attention.varlen")
-    assert {"scale", "window_size"} <= set(inspect.signature(varlen.varlen_attn).parameters)
 
 
 def test_a_prompts_gradient_is_added_in_fp32():

@@ -98,9 +98,6 @@ TEMPLATE = "Tools:\n{tools}"
 TOOL_LINE = f'{{"type": "function", "function": {{{SPEC}}}}}'
 PAST_TURN = 'I add.\n<tool_call>[{"name": "add", "arguments": {"a": 1}}]</tool_call>'
 
-# ----------------------------------------------------------------------------------------------- to the model
-
-
 def test_golden_qwen_prompt():
     expected = (
         f"<|im_start|>system\nTools:\n{TOOL_LINE}\n\nBe brief.<|im_end|>\n"
@@ -124,9 +121,8 @@ def test_golden_llama_prompt():
     expected += turn("assistant", "It is 2.") + turn("user", "Again?")
     expected += "<|start_header_id|>assistant<|end_header_id|>\n\n"
     assert render_prompt(llama(), TALK, [ADD], TEMPLATE) == expected
-    ids = encode_prompt(llama(), TALK, [ADD], TEMPLATE)
-    assert ids == slow_ids(llama(), expected)
-    assert ids.count(263) == 1  # the tokenizer would add a second <|begin_of_text|>
+    # the tokenizer alone would add a second <|begin_of_text|>
+    assert encode_prompt(llama(), TALK, [ADD], TEMPLATE) == slow_ids(llama(), expected)
 
 
 def test_one_system_message_ours_first_then_those_of_the_data():
@@ -140,11 +136,6 @@ def test_one_system_message_ours_first_then_those_of_the_data():
     assert content.count("replaces {tools}") == 1
 
 
-def test_unknown_role():
-    with pytest.raises(PromptError, match="unknown role 'observation'; roles are"):
-        build_messages([{"role": "observation", "content": "2"}], [ADD])
-
-
 def test_own_template_file(tmp_path):
     path = tmp_path / "prompt.txt"
     path.write_text("Werkzeuge für dich:\n{tools}\n", encoding="utf-8")
@@ -152,9 +143,6 @@ def test_own_template_file(tmp_path):
     path.write_text("no slot", encoding="utf-8")
     with pytest.raises(PromptError, match=r"prompt.txt must have one \{tools\} slot"):
         load_template(str(path))
-
-
-# -------------------------------------------------------------------------------------------- start-up checks
 
 
 @pytest.mark.parametrize("family", [qwen, llama])
@@ -166,13 +154,12 @@ def test_good_tokenizers_pass(family):
     ("family", "template", "complaint"),
     [
         (qwen, None, "no chat template; use an Instruct model"),
-        (qwen, QWEN.replace("in messages", "in messages[1:]"), "system prompt exactly once"),
         (llama, LLAMA.replace("+ ns.system", "+ ns.system * 2"), "system prompt exactly once"),
         (qwen, QWEN + "{{ messages[0].content.split('Tools')[1] }}", "adds to the conversation"),
         (qwen, QWEN.replace('messages[0].role != "system"', "true"), "adds a second system prompt"),
         (qwen, QWEN.split("{%- if add_generation_prompt")[0], "does not open the assistant's reply"),
     ],
-    ids=["none", "no system", "system twice", "tools twice", "own system", "no opening"],
+    ids=["none", "system twice", "tools twice", "own system", "no opening"],
 )
 def test_chat_templates_that_spoil_the_prompt_are_refused(family, template, complaint):
     with pytest.raises(PromptError, match=complaint):
@@ -206,9 +193,6 @@ def test_decoding_cuts_one_stop_token_and_shows_the_rest():
     assert decode_reply(tokenizer, ids, stops) == body
     assert decode_reply(tokenizer, ids[:-1], stops) == body  # cut off at the length limit
     assert decode_reply(tokenizer, [*ids, ids[-1]], stops) == body + "<|eot_id|>"
-
-
-# --------------------------------------------------------------------------------------------- from the model
 
 
 @pytest.mark.parametrize(
@@ -268,9 +252,3 @@ ERRORS = [
 @pytest.mark.parametrize(("error", "text"), ERRORS)
 def test_every_error_by_name(error, text):
     assert parse_completion(text).error == error
-
-
-@pytest.mark.parametrize("think", ["", "<think></think>", "<think> </think>"])
-def test_without_a_thought_the_calls_are_still_read(think):
-    parsed = parse_completion(GOOD.replace("<think>so</think>", think))
-    assert parsed.calls == [ToolCall("f", {})] and parsed.error in ("no_think", "empty_think")

@@ -56,26 +56,20 @@ HOLES = [  # what the released reward (v0) pays for, and ours does not
     ("empty thought", f"<think></think>{BLOCK}", "empty_think"),
     ("tags reversed", f"</think>Oslo.<think>{BLOCK}", "text_before_think"),
     ("nested thought", f"<think>a<think>b</think></think>{BLOCK}", "tag_in_think"),
-    ("thought after the call", BLOCK + THINK, "text_after_tool_call"),
     ("call in the thought", f"<think>a{BLOCK}b</think>", "tag_in_think"),
     ("text before", f"Sure! {GOOD}", "text_before_think"),
-    ("text between", f"{THINK} So: {BLOCK}", "text_before_tool_call"),
     ("text after", f"{GOOD} Done!", "text_after_tool_call"),
     ("a turn goes on", f"{GOOD}<|im_end|>\n<|im_start|>user\nThanks!", "text_after_tool_call"),
-    ("header of the turn", f"<|im_start|>assistant\n{GOOD}", "text_before_think"),
     ("right block last", f"{THINK}<tool_call>[]</tool_call>{BLOCK}", "several_tool_calls"),
-    ("dict instead of list", with_calls(CALL), "not_a_list"),
     ("double-encoded JSON", with_calls(json.dumps(f"[{CALL}]")), "not_a_list"),
     ("extra key", with_calls(f'[{CALL[:-1]}, "id": 1}}]'), "bad_call"),
     ("duplicate key", with_calls(f'[{{"name": "other", {CALL[1:]}]'), "bad_json"),
     ("byte order mark before", "\ufeff" + GOOD, "text_before_think"),
 ]
 UNREAD = [  # what neither pays for; more in test_prompts.py
-    ("calls without tags", f"{THINK}[{CALL}]", "no_tool_call"),
     ("NaN", with_value("NaN"), "bad_json"),
     ("more than 4300 digits", with_value("9" * 5000), "bad_json"),
     ("raw newline in a value", with_value('"a\nb"'), "bad_json"),
-    ("lists 100 deep", with_value("[" * 100 + "]" * 100), "bad_json"),
     ("lone surrogate as a value", with_value('"\ud800"'), "wrong_name"),
 ]
 
@@ -105,14 +99,11 @@ def test_neither_silence_nor_bare_tags_pay(variant):
 @pytest.mark.parametrize(
     ("truth", "value", "equal"),
     [
-        (1, "1", True), (1, "1.0", False), (1.0, "1.0", True), (1.0, "1", False),
-        (1.5, "1.50", True), (100.0, "1e2", True),  # the number counts, not its spelling
-        (True, "true", True), (True, "1", False), (0, "false", False), (None, "null", True),
-        (None, '"null"', False), (5, '"5"', False), ("5", "5", False),
+        (1, "1", True), (1, "1.0", False), (1.0, "1", False), (100.0, "1e2", True), (True, "1", False),
+        (0, "false", False), (None, '"null"', False), (5, '"5"', False), ("5", "5", False),
         (0.0, "-0.0", False), (0, "-0", True),  # JSON's integers have one zero
         ("é", '"e\u0301"', False), ("é", '"\\u00e9"', True),  # NFD is not NFC: a tool would get other bytes
-        ("a", '"A"', False), ("a", '"a "', False),
-        ([1, 2], "[2, 1]", False), ([1], "[1, 1]", False), ([], "{}", False),
+        ("a", '"A"', False), ("a", '"a "', False), ([1, 2], "[2, 1]", False), ([], "{}", False),
         ({"a": 1, "b": 2}, '{"b": 2, "a": 1}', True), ({"a": None}, "{}", False),
         (10**30, "1" + "0" * 30, True), (2**53, str(2**53 + 1), False),  # as floats they would be equal
     ],
@@ -124,9 +115,8 @@ def test_when_values_are_equal(truth, value, equal):
 
 @pytest.mark.parametrize(
     ("answered", "truth", "reason"),
-    [("a", "", "called_without_need"), ("", "a", "no_call"), ("aa", "a", "wrong_number"),
-     ("a", "aa", "wrong_number"), ("aab", "abb", "wrong_name"), ("ab", "ac", "wrong_name"),
-     ("A", "a", "wrong_name"), ("ab", "ba", "correct")],
+    [("a", "", "called_without_need"), ("", "a", "no_call"), ("a", "aa", "wrong_number"),
+     ("aab", "abb", "wrong_name"), ("ab", "ba", "correct")],
 )
 def test_calls_are_compared_as_a_multiset(answered, truth, reason):
     calls = [ToolCall(name, {}) for name in answered]
@@ -140,9 +130,8 @@ TOOL = {"name": "f", "parameters": {"type": "object", "properties": TYPES}}
 
 @pytest.mark.parametrize(
     ("name", "truth", "given", "equal"),
-    [("x", 2.0, 2, True), ("x", 2, 2.0, True), ("x", 2.0, "2", False), ("x", 0.0, -0.0, True),
-     ("x", 2**53, 2**53 + 1, False), ("count", 2, 2.0, False), ("list", [1, 2.5], [1.0, 2.5], True),
-     ("list", [1, 2], [2, 1], False), ("anything", 1, 1.0, False), ("undeclared", 1, 1.0, False)],
+    [("x", 2, 2.0, True), ("x", 2.0, "2", False), ("x", 0.0, -0.0, True), ("x", 2**53, 2**53 + 1, False),
+     ("count", 2, 2.0, False), ("list", [1, 2.5], [1.0, 2.5], True), ("anything", 1, 1.0, False)],
 )
 def test_lenient_compares_numbers_by_the_declared_type(name, truth, given, equal):
     completion = render_completion([ToolCall("f", {name: given})], "so")
@@ -199,21 +188,6 @@ def test_the_reference_variants_give_its_verdict_on_every_golden_row(variant, go
     assert len(golden) == 6009 and not differing
 
 
-@pytest.mark.parametrize(
-    ("completion", "answer", "variant", "total", "reason"),
-    [
-        (GOOD, json.dumps(ANSWER[0]), "tool_n1_v0", 0.0, "wrong_calls"),  # it wraps dicts of replies only
-        (with_calls('"hello"'), "[]", "tool_n1_llama", 0.0, "raises JSONDecodeError"),
-        ("Sorry, no.", "[]", "tool_n1_llama", 1.0, "no_block"),  # pays for silence
-        (THINK, ANSWER, "tool_n1_v4", 0.2, "no_block"),  # pays for bare tags
-        (f"{GOOD}<|im_start|>assistant", ANSWER, "tool_n1_v2", 0.0, "no_block"),  # hides what is before it
-    ],
-)
-def test_quirks_of_the_reference(completion, answer, variant, total, reason):
-    reward = score(completion, answer, variant)
-    assert (reward.total, reward.reason) == (total, reason)
-
-
 def test_against_the_verdicts_of_the_reference(golden):
     """The default pays less often, for the format; more often only where a tag in a value misled it."""
     fewer, more = set(), []
@@ -233,9 +207,6 @@ def test_against_the_verdicts_of_the_reference(golden):
     assert more and all("</tool_call>" in truth or "<|im_start|>" in truth for truth in more)
 
 
-# ------------------------------------------------------------------------------------------- properties, fuzz
-
-
 def test_any_order_is_right_and_any_single_change_pays_nothing():
     rng = random.Random(0)
     values = [-7, 0.5, True, None, 'a"b\\é😀\n<>', [1, [2.0, ""]], {"x": {"y": None}}]
@@ -247,16 +218,10 @@ def test_any_order_is_right_and_any_single_change_pays_nothing():
         at, key = rng.randrange(len(truth)), rng.choice("abc")
         name, arguments = truth[at].name, truth[at].arguments
         others = {k: v for k, v in arguments.items() if k != key}
-        changed = [
-            [ToolCall(name, {**others, key: [arguments[key]]})],  # a value
-            [ToolCall(name, {**others, key + "_": arguments[key]})],  # a key
-            [ToolCall(name + "x", arguments)],  # the name
-            [ToolCall(name, others)],  # an argument less
-            [ToolCall(name, {**arguments, "d": None})],  # an argument more
-            [],  # a call less
-            [truth[at], truth[at]],  # a call more
-        ]
-        for new in changed:
+        value, renamed = {**others, key: [arguments[key]]}, {**others, key + "_": arguments[key]}
+        changed = [ToolCall(name, x) for x in (value, renamed, others, {**arguments, "d": None})]
+        changed.append(ToolCall(name + "x", arguments))
+        for new in (*([call] for call in changed), [], [truth[at]] * 2):
             calls = [*truth[:at], *new, *truth[at + 1 :]]
             assert score(render_completion(calls, "so"), truth).total == 0.0, calls
 
@@ -301,9 +266,6 @@ def test_time_is_linear_in_the_length(unit):
         for variant in ("binary", "tool_n1_v4", "tool_n1_llama"):
             score(completion, ANSWER * 1000, variant)
     assert time.perf_counter() - start < 15  # about 1 s; a quadratic reader needs minutes
-
-
-# ------------------------------------------------------------------------------ functions for trainers, files
 
 
 def test_the_functions_for_trl_and_verl():
