@@ -4,25 +4,22 @@ import copy
 import json
 import re
 from dataclasses import asdict, replace
-from pathlib import Path
 
 import pytest
+from test_layouts import shared
 
 from corpus.augment import draw_masks, irrelevant_examples, mask_names, masked_examples
 from corpus.examples import Example
 from corpus.layouts import load_examples
-from corpus.schema import properties, required
+from corpus.schema import properties
 from prompts import ToolCall
 
-SHARED = Path(__file__).parents[2] / "shared" / "data" / "train"
 FILES = ("xlam_rawformat_repacked.json", "toolace_first100_rawformat_reconstructed.json")
 
 
 @pytest.fixture(scope="module", params=FILES)
 def genuine(request) -> list[Example]:
-    if not (SHARED / request.param).exists():
-        pytest.skip(f"shared/data/train/{request.param} is not beside this checkout")
-    return load_examples(SHARED / request.param)[0]
+    return load_examples(shared(f"data/train/{request.param}"))[0]
 
 
 def tool(name: str, description: str = "Does something.", **parameters) -> dict:
@@ -92,7 +89,7 @@ def test_genuine_irrelevant_examples(genuine):
 
 
 def test_masking_can_be_undone_to_the_last_character(genuine):
-    """So a rename has lost nothing; and each argument that the conversation showed is still shown."""
+    """So a rename has lost nothing. Each argument that the conversation showed is still shown."""
     before = copy.deepcopy(genuine)
     for plain, masked in zip(genuine, masked_examples(genuine, 1.0, 0), strict=True):
         one, back = masked_with(plain)
@@ -118,23 +115,6 @@ def test_masking_hides_nearly_all_names_behind_random_ones(genuine):
             assert re.fullmatch(r"[A-Za-z][A-Za-z0-9]{4,14}", mask) and re.search(r"[a-z][A-Z]|\d", mask)
             assert mask.lower() not in as_text(plain).lower()
     assert hidden > 0.95 * names
-
-
-def test_masked_calls_are_the_same_calls(genuine):
-    for plain in genuine:
-        one, back = masked_with(plain)
-        tools = {old["name"]: (old, new) for old, new in zip(plain.tools, one.tools)}
-        pairs = list(zip(plain.answer, one.answer, strict=True))
-        for old, new in zip(plain.messages, one.messages, strict=True):
-            pairs += zip(old.get("calls", ()), new.get("calls", ()), strict=True)
-        for old, new in pairs:
-            assert back.get(new.name, new.name) == old.name
-            assert repr([*new.arguments.values()]) == repr([*old.arguments.values()])  # 1 is not 1.0
-            if old.name in tools:
-                was, now = tools[old.name]
-                declared = [name in properties(now) for name in new.arguments]
-                assert declared == [name in properties(was) for name in old.arguments]
-                assert [back.get(name, name) for name in required(now)] == required(was)
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -179,7 +159,7 @@ KEPT = {
     "an enum": ("city_name", dict(tools=[RAIN, tool("t", by={"items": {"enum": ["city_name"]}})])),
     "a key inside a value": ("subject", dict(answer=[ToolCall("get_rain", {"days": {"subject": 1}})])),
     "not declared": ("subject", dict(tools=[BOOKS, RAIN], answer=[ToolCall("get_rain", {"subject": "a"})])),
-    "not described once": ("city_name", dict(tools=[tool("get_rain", city_name=" "), NEWS])),
+    "not described": ("city_name", dict(tools=[tool("get_rain", city_name=" "), NEWS])),
     "described by its name": ("city_name", dict(tools=[tool("get_rain", city_name="city_name.")])),
 }
 

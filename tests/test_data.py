@@ -120,17 +120,12 @@ def test_several_files_are_joined_and_a_test_file_replaces_the_split(tmp_path):
     assert len(splits.train) == 2 and len(chosen) == 2 and chosen < {"20", "21", "22"}
 
 
-def conversations(path: Path, count: int) -> str:
-    """Records in our own layout of 1, 2 or 3 steps each."""
-    ids = [f"r{i}#{step}" for i in range(count) for step in range(1 + i % 3)]
-    said = [[{"role": "user", "content": rid}] for rid in ids]
-    rows = [dict(id=i, source="x", messages=text, tools=[], answer=[]) for i, text in zip(ids, said)]
-    return str(save(path, *rows))
-
-
 def test_parts_of_the_training_data_share_nothing_and_lose_nothing(tmp_path):
     """SFT on one half and RL on the other must not see the same question, nor two steps of one dialogue."""
-    path = conversations(tmp_path / "x.json", 40)
+    ids = [f"r{i}#{step}" for i in range(40) for step in range(1 + i % 3)]  # records of 1, 2 or 3 steps
+    said = [[{"role": "user", "content": rid}] for rid in ids]
+    rows = [dict(id=i, source="x", messages=text, tools=[], answer=[]) for i, text in zip(ids, said)]
+    path = str(save(tmp_path / "x.json", *rows))
     whole = load_splits(Config(data=path))
     pairs = [(0, 0.3), (0.3, 0.35), (0.35, 0.9), (0.9, 1)]
     parts = [load_splits(Config(data=path, data_from=a, data_to=b)) for a, b in pairs]

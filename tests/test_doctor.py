@@ -12,7 +12,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tokenizers import normalizers
-from transformers import GenerationConfig
 
 from config import Config, ConfigError
 from corpus.examples import Splits
@@ -78,11 +77,6 @@ def with_train(start: Start, examples: list) -> Start:
     return replace(start, splits=splits, tokenized=tokenized)
 
 
-def test_a_healthy_start_is_called_healthy_in_one_line(healthy, capsys):
-    check_start(healthy)
-    assert capsys.readouterr().out == f"doctor: {len(checks.CHECKS)} checks ok\n"
-
-
 def test_warnings_are_printed_and_problems_stop_all_ranks(healthy, capsys, monkeypatch):
     """A check that fails itself must not stop a run: that is the doctor's fault."""
 
@@ -91,10 +85,9 @@ def test_warnings_are_printed_and_problems_stop_all_ranks(healthy, capsys, monke
 
     monkeypatch.setattr(checks, "CHECKS", (*checks.CHECKS, check_labels))
     check_start(with_config(healthy, prompts_per_step=64))
-    schedule, remedy, labels, count = capsys.readouterr().out.splitlines()
-    assert schedule.startswith("warning  schedule: ") and "-> lower prompts_per_step" in remedy
-    assert labels == "warning  labels: check failed: KeyError: 'oh'"
-    assert count == "doctor: 5 checks ok, warnings: 2"
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].startswith("warning  schedule: ") and printed[-1] == "doctor: 5 checks ok, warnings: 2"
+    assert "warning  labels: check failed: KeyError: 'oh'" in printed
     with pytest.raises(ConfigError, match="^examples: .*; raise max_response_tokens"):
         check_start(with_config(healthy, max_response_tokens=5))
 
@@ -103,25 +96,20 @@ def drop_tags(tokenizer):
     tokenizer.backend_tokenizer.normalizer = normalizers.Replace("<think>", "")
 
 
-def second_system_prompt(tokenizer):
-    tokenizer.chat_template = "<|im_start|>system\nYou are a helper.<|im_end|>\n" + tokenizer.chat_template
-
-
 def other_end(tokenizer):
-    """A model that closes with a token that we do not know never stops: every reply runs to the limit."""
+    """A model that closes with a token that we do not know never stops."""
     tokenizer.add_tokens(["<|end|>"])
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|end|>")
 
 
-def with_answer(start: Start, argument: object, copies: int) -> Start:
+def with_answer(start: Start, argument: object) -> Start:
     """One right reply with this argument among the good ones."""
     bad = replace(start.splits.train[0], id="bad", answer=[ToolCall("f", {"x": argument})])
-    return with_train(start, [*start.splits.train * copies, bad])
+    return with_train(start, [*start.splits.train, bad])
 
 
-def own_reward(start: Start, pays) -> Start:
-    """A reward of the user's own, where `pays` is a function of the completion."""
-    reward = lambda completion, *_: Reward(pays(completion), True, True, "")  # noqa: E731
+def pays_silence(start: Start) -> Start:
+    reward = lambda completion, *_: Reward(1.0 + bool(completion), True, True, "")  # noqa: E731
     return replace(with_config(start, reward="own.py:pays"), reward=reward)
 
 
@@ -130,7 +118,6 @@ DEEP = json.loads("[" * 70 + "]" * 70)  # nested deeper than the parser reads: i
 
 @pytest.mark.parametrize("name, status, said, change", [
     ("sampling", "problem", "do not survive", lambda s: with_tokenizer(s, drop_tags)),
-    ("sampling", "problem", "second system prompt", lambda s: with_tokenizer(s, second_system_prompt)),
     ("sampling", "warning", "also ends with <|end|>", lambda s: with_tokenizer(s, other_end)),
     ("schedule", "problem", "positions", lambda s: with_config(s, max_response_tokens=40000)),
     ("schedule", "warning", "max_prompt_tokens",
@@ -139,34 +126,14 @@ DEEP = json.loads("[" * 70 + "]" * 70)  # nested deeper than the parser reads: i
      lambda s: with_train(s, [replace(one, answer=[]) for one in s.splits.train])),
     ("schedule", "warning", "test_share", lambda s: replace(s, tokenized=Splits(s.tokenized.train, {}))),
     ("schedule", "warning", "prompts_per_step to 60", lambda s: with_config(s, prompts_per_step=64)),
-    ("examples", "problem", "60 are too long", lambda s: with_config(s, max_response_tokens=5)),
-    ("examples", "warning", "of 61 right replies 1 are too long", lambda s: with_answer(s, "w " * 200, 1)),
-    ("examples", "problem", "look at bad", lambda s: with_answer(s, DEEP, 1)),
-    ("examples", "warning", "look at bad", lambda s: with_answer(s, DEEP, 4)),
-    ("examples", "warning", "silence can be learnt", lambda s: own_reward(s, lambda text: 1.0 + bool(text))),
-    ("examples", "warning", "20 not paid in full", lambda s: own_reward(s, lambda text: 0.0)),
+    ("examples", "warning", "of 61 right replies 1 are too long", lambda s: with_answer(s, "w " * 200)),
+    ("examples", "problem", "look at bad", lambda s: with_answer(s, DEEP)),
+    ("examples", "warning", "silence can be learnt", pays_silence),
 ])
 def test_what_is_wrong_is_found(healthy, name, status, said, change):
     found = {check.name: check for check in examine(change(healthy))}
     assert found[name].status == status and said in str(found[name])
     assert status == "problem" or {check.status for key, check in found.items() if key != name} == {"ok"}
-
-
-def test_an_own_reward_is_called_less_often_at_a_start(healthy):
-    calls = []
-    start = own_reward(healthy, lambda text: calls.append(text) or float(bool(text)))
-    assert checks.check_examples(start).status == "ok" and len(calls) == 2 * 20
-    checks.check_examples(replace(start, limit=10**9))
-    assert len(calls) == 2 * 20 + 2 * 60
-
-
-def test_the_model_s_own_sampling_settings_are_named(healthy, tmp_path):
-    """Qwen2.5-Instruct's; they must not be used, and a reader must see that they are not."""
-    own = GenerationConfig(do_sample=True, top_k=20, top_p=0.8, repetition_penalty=1.05, eos_token_id=[1, 5])
-    own.save_pretrained(tmp_path)
-    found = checks.check_sampling(replace(healthy, path=str(tmp_path)))
-    assert found.text.endswith("not the model's own top_k, top_p, repetition_penalty")
-    assert found.status == "warning", "its second end token is not one of ours"
 
 
 @pytest.mark.parametrize("seen, theirs, said", [
@@ -180,28 +147,16 @@ def test_another_rank_differs(healthy, seen, theirs, said):
     assert checks.check_processes(replace(healthy, ranks=fake_ranks(world=2))).status == "ok"
 
 
-def test_old_libraries_are_a_problem(healthy, monkeypatch):
-    monkeypatch.setattr(checks.transformers, "__version__", "5.16.2")
-    assert checks.check_processes(healthy).status == "problem"
-
-
 def test_a_disk_without_room(healthy, monkeypatch):
-    """Not one checkpoint fits: a problem. Not all that are kept: a warning. Those that are there count."""
+    """Not one checkpoint fits: a problem. Not all that are kept: a warning."""
     size = 12 * build_tiny_model(healthy.tokenizer, 16, 1, 0).num_parameters()
-    for share, status in ((0.9, "problem"), (1.1, "warning"), (3.9, "warning"), (4.1, "ok")):
+    for share, status in ((0.9, "problem"), (1.1, "warning"), (4.1, "ok")):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, share=share: SimpleNamespace(free=share * size))
         assert checks.check_disk(healthy).status == status, share
-    saved = Path(healthy.config.run_dir) / "step_5.tmp" / "part"
-    saved.parent.mkdir()
-    saved.write_bytes(bytes(size))
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0.1 * size))
-    assert checks.check_disk(healthy).status == "warning"
-    shutil.rmtree(saved.parent)
 
 
 @pytest.mark.parametrize("free, status, said", [(79e9, "ok", "fits"), (0.5e9, "warning", "does not fit")])
 def test_gpu_memory_is_compared_with_the_plan(healthy, monkeypatch, free, status, said):
-    """What other processes hold is not free; all figures are made up."""
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free - checks.CONTEXT, 80e9))
     found = checks.check_memory(replace(healthy, ranks=fake_ranks("cuda")))
@@ -215,23 +170,14 @@ METRICS = {
 
 
 @pytest.mark.parametrize("key, value, status", [
-    ("reward", 0.5, "ok"),
-    ("updates_skipped_nonfinite", 1, "problem"),
+    ("reward", 0.5, "ok"), ("updates_skipped_nonfinite", 1, "problem"),
     ("sampling/sampling_logp_difference/mean", 0.33, "problem"),  # another temperature
-    ("completions/clipped_ratio", 0.8, "warning"),
-    ("frac_reward_zero_std", 1.0, "warning"),
+    ("completions/clipped_ratio", 0.8, "warning"), ("frac_reward_zero_std", 1.0, "warning"),
 ])
 def test_what_a_step_may_show(healthy, key, value, status):
     assert doctor.check_step(METRICS | {key: value}, healthy).status == status
     cold = with_config(healthy, warmup_steps=5)  # a model that knows nothing yet
     assert doctor.check_step(METRICS | {key: value}, cold).status == status.replace("warning", "ok")
-
-
-def test_a_nearly_full_gpu_is_a_warning(healthy, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 80 * 2**30))
-    on_gpu = replace(healthy, ranks=fake_ranks("cuda"))
-    for peak, status in ((70.0, "ok"), (76.0, "warning")):
-        assert doctor.check_step(METRICS | {"memory/peak_gib": peak}, on_gpu).status == status
 
 
 def test_the_step_gets_the_longest_prompts_and_settings_of_its_own(healthy):
@@ -256,5 +202,4 @@ def test_a_doctor_run_as_users_start_it(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == "doctor: 7 checks ok" and lines[-2].startswith("ok       step: ")
-    assert any(line.startswith("<think>…</think><tool_call>[") for line in lines), "the right reply is shown"
     assert os.listdir(tmp_path) == []

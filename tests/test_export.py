@@ -15,7 +15,7 @@ from corpus.sources import append_jsonl
 from corpus.tiny_model import build_tiny_tokenizer
 from distributed.checkpoint import Saver
 from distributed.ranks import Ranks
-from ops.export import export_model, main, model_card, write_model
+from ops.export import export_model, main, write_model
 from prompts import stop_ids
 
 TOKENIZER = build_tiny_tokenizer([], 300)
@@ -49,7 +49,6 @@ def test_a_model_in_training_is_written_as_a_folder_that_computes_the_same(polic
     assert torch.equal(loaded(IDS).logits, policy(IDS).logits)
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == TOKENIZER.chat_template
     assert json.loads((tmp_path / "out" / "config.json").read_text())["architectures"] == ["Qwen2ForCausalLM"]
-    assert "- `held_out/accuracy`: 0.5" in (tmp_path / "out" / "README.md").read_text()
     defaults = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert sorted(defaults.pop("eos_token_id")) == sorted(stop_ids(TOKENIZER)) and "pad_token_id" in defaults
     assert not defaults.keys() & {"top_k", "top_p", "do_sample", "temperature", "repetition_penalty"}
@@ -57,13 +56,14 @@ def test_a_model_in_training_is_written_as_a_folder_that_computes_the_same(polic
         export_model(policy.config, {}, TOKENIZER, tmp_path, torch.float32)
 
 
-def test_a_checkpoint_is_exported_in_bf16(policy, ranks, tmp_path, capsys):
+def test_a_checkpoint_is_exported_in_bf16(policy, ranks, tmp_path):
     run, out = tmp_path / "run", tmp_path / "out"
     saver = Saver(run, ranks, 2)
     saver.save(STATE, policy, TOKENIZER, torch.optim.AdamW(policy.parameters()))
     saver.finish()
-    (run / "config.yaml").write_text(yaml.safe_dump({"lr": 0.5}))
-    (run / "git.txt").write_text("commit 238d6d1\n")
+    (run / "config.yaml").write_text(yaml.safe_dump({"lr": 0.5, "data": str(run / "train.json")}))
+    (run / "train.json").write_text("[]")
+    (run / "git.txt").write_text("commit 238d6d1\n M grpo.py\n")
     append_jsonl(run / "log.jsonl", [{"step": 3, "bfcl/accuracy": 0.75, "bfcl/n": 200}])
     main([str(run / "step_3"), str(out)])
     loaded = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
@@ -71,21 +71,8 @@ def test_a_checkpoint_is_exported_in_bf16(policy, ranks, tmp_path, capsys):
     whole.load_state_dict({name: x.full_tensor() for name, x in policy.state_dict().items()})
     assert loaded.dtype == torch.bfloat16 and torch.equal(loaded(IDS).logits, whole(IDS).logits)
     card = (out / "README.md").read_text()
-    assert all(f"- `{line}" in card for line in ("lr`: 0.5", "bfcl/accuracy`: 0.75", "bfcl/n`: 200"))
+    for line in ("- `lr`: 0.5", "After step 3 (2 hours, 1.5e+18 FLOPs)", "- `bfcl/accuracy`: 0.75",
+                 "commit 238d6d1 with uncommitted changes", f"- `{run / 'train.json'}`: 4f53cda18c2baa0c"):
+        assert line in card, line
     with pytest.raises(ConfigError, match="out exists already"):
         main([str(run / "step_3"), str(out)])
-
-
-def test_the_model_card_says_how_the_model_was_made(tmp_path):
-    (tmp_path / "train.json").write_text("[]")
-    config = Config(lr=3e-6, data=f"{tmp_path / 'train.json'},org/set", run_dir="somewhere")
-    card = model_card(config, STATE, {"held_out/accuracy": 0.5}, "commit 238d6d1\n M grpo.py\n")
-    for line in (
-        "# Qwen/Qwen2.5-7B-Instruct, trained to call tools",
-        "After Nemotron-Research-Tool-N1 (arXiv 2505.00024). Code: commit 238d6d1 with uncommitted changes.",
-        "- `lr`: 3e-06", "After step 3 (2 hours, 1.5e+18 FLOPs):", "- `held_out/accuracy`: 0.5",
-        f"- `{tmp_path / 'train.json'}`: 4f53cda18c2baa0c0354bb5f9a3ecbe5ed12ab4d8e11ba873c2f11161202b945",
-        "- `org/set`: not a local file",
-    ):
-        assert line in card.splitlines(), line
-    assert "run_dir" not in card and "eval_every" not in card, "nothing that says nothing about the model"

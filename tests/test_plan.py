@@ -1,7 +1,5 @@
 """The plan of a run: its arithmetic against measured bytes and FLOPs of a small model, and its advice."""
 
-import json
-import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,18 +7,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
-from config import Config, ConfigError
+from config import Config
 from distributed.ranks import start_ranks
 from kernel import decode
 from kernel.attention import use_attention
 from kernel.packing import pack
 from model import prepare_model, token_logprobs
-from ops import plan
 from ops.plan import GB, Assumptions, cache_bytes, estimate, shape_of, step, update_bytes, verdict
 
 
@@ -33,9 +28,8 @@ def sizes(hidden, intermediate, layers, heads, kv_heads, vocabulary):
 
 
 SIZES = sizes(256, 1376, 8, 8, 2, 2048)  # the MLP as wide for its hidden size as that of Qwen2.5-7B
-LARGE = {  # public facts of three models
+LARGE = {  # public facts of two models
     "7B": Qwen2Config(**sizes(3584, 18944, 28, 28, 4, 152064)),
-    "8B": LlamaConfig(**sizes(4096, 14336, 32, 32, 8, 128256)),
     "14B": Qwen2Config(**sizes(5120, 13824, 48, 40, 8, 152064)),
 }
 SHAPES, SMALL = {name: shape_of(config) for name, config in LARGE.items()}, shape_of(Qwen2Config(**SIZES))
@@ -67,7 +61,6 @@ def test_state_is_what_fsdp_and_adamw_hold():
         optimizer = torch.optim.AdamW(model.parameters())
         model(torch.arange(20)[None]).logits.sum().backward()
         optimizer.step()
-
         moments = [x for state in optimizer.state.values() for x in state.values() if x.dim()]
         kinds = (list(model.parameters()), [p.grad for p in model.parameters()], moments)
         measured = [sum(x.to_local().nbytes for x in kind) for kind in kinds]
@@ -78,9 +71,10 @@ def test_state_is_what_fsdp_and_adamw_hold():
     assert measured == pytest.approx([planned[name] for name in names], rel=0.1)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kind, kv_heads", [(Qwen2Config, 2), (Qwen2Config, 8), (Qwen3Config, 2)])
-def test_activations_are_what_autograd_keeps(checkpointing, kind, kv_heads):
+@pytest.mark.parametrize("kind, kv_heads, checkpointing", [
+    (Qwen2Config, 2, True), (Qwen2Config, 8, False), (Qwen3Config, 2, False),
+])
+def test_activations_are_what_autograd_keeps(kind, kv_heads, checkpointing):
     """Distinct storages saved in a packed forward pass, weights left out."""
     model, storages = small_model(torch.bfloat16, checkpointing, kind, num_key_value_heads=kv_heads), {}
 
@@ -96,37 +90,6 @@ def test_activations_are_what_autograd_keeps(checkpointing, kind, kv_heads):
     config = replace(PACKED, gradient_checkpointing=checkpointing)
     expected = update_bytes(config, shape_of(model.config), ONE_GPU)["activations"]
     assert sum(storage.nbytes() for storage in storages.values()) == pytest.approx(expected, rel=0.1)
-
-
-class Live(TorchDispatchMode):
-    """Counts the bytes of living storages, and their most."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.sizes = {x.untyped_storage()._cdata: 0 for x in known}
-        self.most = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for storage in [x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]:
-            if storage._cdata not in self.sizes:
-                self.sizes[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.sizes.pop, storage._cdata)
-        self.most = max(self.most, sum(self.sizes.values()))
-        return out
-
-
-def test_the_peak_of_a_backward_is_what_is_kept_and_one_layer_at_work():
-    """What no hook of autograd sees: gradients on their way. A small vocabulary keeps the head out of it."""
-    model = small_model(torch.bfloat16, checkpointing=True, vocab_size=256, num_hidden_layers=3)
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    shape = shape_of(model.config)
-    with Live([*model.parameters(), *(p.grad for p in model.parameters())]) as live:
-        token_logprobs(model, MICRO_BATCH, 1.0)[0].sum().backward()
-    parts = update_bytes(PACKED, shape, ONE_GPU)
-    of_fsdp = 16 * shape.of_layer + 2 * shape.vocab * shape.hidden  # gathered weights and gradients: not here
-    assert live.most == pytest.approx(parts["activations"] + parts["backward"] - of_fsdp, rel=0.1)
 
 
 def test_the_cache_holds_each_prompt_once_and_grows_by_half():
@@ -168,7 +131,7 @@ def test_flops_are_those_of_the_matrix_products():
 
 
 @pytest.mark.parametrize("name, billions, kib, update, rollout", [
-    ("7B", 7.616, 56, 34.6, 41.5), ("8B", 8.030, 128, 35.8, 52.2), ("14B", 14.770, 192, 57.6, 67.3),
+    ("7B", 7.616, 56, 34.6, 41.5), ("14B", 14.770, 192, 57.6, 67.3),
 ])
 def test_known_models_on_8_gpus(name, billions, kib, update, rollout):
     shape = SHAPES[name]
@@ -179,7 +142,6 @@ def test_known_models_on_8_gpus(name, billions, kib, update, rollout):
 
 @pytest.mark.parametrize("name, changes, a, advice", [
     ("7B", {"gradient_checkpointing": False}, EIGHT, {"gradient_checkpointing": True}),
-    ("7B", {"max_tokens_per_micro_batch": 262144}, EIGHT, {"max_tokens_per_micro_batch": 12288}),
     ("7B", {}, Assumptions(gpus=1), {"offload": "all"}),
     ("14B", {"sharding": "hsdp"}, Assumptions(gpus=16, gpus_per_node=4), {"sharding": "full"}),
 ])
@@ -189,12 +151,3 @@ def test_following_the_advice_makes_it_fit(name, changes, a, advice):
     assert line.startswith("does not fit") and f"; set {key} {str(value).lower()}" in line
     assert verdict(replace(config, **advice), SHAPES[name], a).startswith("fits")
     assert "take larger GPUs" in verdict(config, SHAPES[name], replace(a, gpu_memory=15.0))
-
-
-def test_main_needs_a_config_json_only(tmp_path, capsys):
-    (tmp_path / "config.json").write_text(LARGE["7B"].to_json_string())
-    plan.main(["--model", str(tmp_path), "--gpus=8"])
-    assert "7.62B parameters on 8 x 80 GB" in capsys.readouterr().out
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral", "num_local_experts": 8}))
-    with pytest.raises(ConfigError, match="^plan: mixtral is not a dense model"):
-        plan.main(["--model", str(tmp_path)])

@@ -1,6 +1,5 @@
 """plot.py: which curves are drawn, a picture of whatever a log holds, and the printed results."""
 
-import json
 import math
 from pathlib import Path
 
@@ -40,14 +39,6 @@ def test_smoothing_is_the_mean_of_the_neighbours(count):
     half = max(9, count // 20) // 2
     slow = [np.mean(values[max(0, i - half) : i + half + 1]) for i in range(count)]
     assert plot.smooth(values) == pytest.approx(slow)
-
-
-def test_runs_that_differ_in_their_seed_alone_share_a_colour(tmp_path):
-    a, b = (make_run(tmp_path / f"grpo_{seed}", GRPO_ROW, 2, seed=seed, lr=1e-6) for seed in (1, 2))
-    other = make_run(tmp_path / "grpo_fast", GRPO_ROW, 2, seed=1, lr=1e-5)
-    bare = make_run(tmp_path / "bare", SFT_ROW, 2)
-    groups = plot.group_seeds([a, other, b, bare])
-    assert groups == {f"{a} and 1 more": [a, b], str(other): [other], str(bare): [bare]}
 
 
 def test_panels_are_those_that_there_are_finite_numbers_for():
@@ -113,17 +104,3 @@ def test_the_summary_of_a_run_comes_from_its_log():
         "accuracy_by_kind": {"single": {"before": 0.25, "after": 0.5, "n": 8}},
         "strict_accuracy_before": 0.1, "strict_accuracy_after": 0.6, "strict_accuracy_by_kind": {},
     }
-
-
-def test_the_results_of_one_finished_run_are_printed(tmp_path, capsys):
-    run = make_run(tmp_path / "run", GRPO_ROW | HELD_OUT | {"held_out/accuracy": 0.7}, 3, before=HELD_OUT)
-    (run / "summary.json").write_text(json.dumps({"steps": 3, "reward_first5": 0.4, "reward_last10": 0.9}))
-    (run / "sft").mkdir()
-    (run / "sft" / "summary.json").write_text(json.dumps(HELD_OUT | {"held_out/accuracy": 0.6}))
-    rows = [{"step": i, "reward": 1.0, "reason": "correct", "completion": f"of step {i}"} for i in (2, 3)]
-    append_jsonl(run / "samples.jsonl", rows)
-    plot.main([str(run)])
-    printed = capsys.readouterr().out
-    for line in ("  single        8      0.250      0.250      0.250", "  all          20      0.500      0.700      0.600",
-                 "Reward: 0.400 in the first 5 steps, 0.900 in the last 10", "    of step 3"):
-        assert line in printed.splitlines()

@@ -4,26 +4,21 @@ import base64
 import hashlib
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from config import ConfigError
-from corpus.sources import append_jsonl
 from ops import samples_page
 from ops.samples_page import TEMPLATE, main, write_page
 
 HOSTILE = [
     "</script><script>document.title = 'taken'</script>", "<img src=x onerror=\"document.title = 'taken'\">",
-    "<!--<script>", "line\u2028paragraph\u2029end", "half a pair \ud800", "\u202eturned round", "a\x00b",
-    "&lt;b&gt; ]]>", "__ROWS__",
+    "<!--<script>", "line\u2028end", "half a pair \ud800", "a\x00b", "&lt;b&gt; ]]>", "__ROWS__",
 ]
 
 
 def row(step: int = 1, text: str = "ab", **changes) -> dict:
-    """A row as rollout.sample_rows writes it."""
     made = {
         "step": step, "prompt_id": f"p{step}", "completion": text, "reward": 0.0, "reason": "no_call",
         "advantage": -0.5, "truncated": False, "kind": "single", "query": "rain?",
@@ -58,16 +53,14 @@ def unpacked(page: Path) -> list[dict]:
     return rows
 
 
-def test_the_page_holds_the_rows_of_a_run_that_goes_on(tmp_path, capsys):
+def test_the_page_holds_the_rows_of_a_run_that_goes_on(tmp_path):
     two = [{"name": name, "arguments": {}} for name in ("g", "h")]
     rows = [row(1), row(1, "東京", reason="correct", reward=1.0, answer=[]), row(2, "c", answer=two)]
     rows.append(row(2, "b", truncated=True, kind="none"))
     main([str(run_of(tmp_path, rows, rest=json.dumps(row(3))[:40]))])  # a line is being written
     page = tmp_path / "samples.html"
-    assert capsys.readouterr().out == f"page: {page} (0.0 MB)\n"
     assert unpacked(page) == rows
     assert embedded(page)["curves"] == {"single": [[2, 1.0], [1, 0.0]], "none": [[0, 0], [1, 0.0]]}
-    assert embedded(write_page(run_of(tmp_path, [])))["rows"] == []
     with pytest.raises(ConfigError, match="has no samples.jsonl; give the folder of a run of grpo.py"):
         main([str(tmp_path / "nothing")])
 
@@ -76,38 +69,27 @@ def test_every_step_keeps_equally_many_of_its_first_rows_or_every_third_keeps_on
     monkeypatch.setattr(samples_page, "MAX_ROWS", 11)
     rows = [row(step, f"{k}") for step in range(1, 6) for k in range(4 if step != 2 else 1)]
     page = write_page(run_of(tmp_path, rows))
-    assert [(one["step"], one["completion"]) for one in unpacked(page)] == [
-        (1, "0"), (1, "1"), (2, "0"), (3, "0"), (3, "1"), (4, "0"), (4, "1"), (5, "0"), (5, "1"),
-    ]
-    assert embedded(page)["logged"] == 17
+    kept = [f"{one['step']}:{one['completion']}" for one in unpacked(page)]
+    assert kept == "1:0 1:1 2:0 3:0 3:1 4:0 4:1 5:0 5:1".split()
     assert [n for n, _ in embedded(page)["curves"]["single"]] == [4, 1, 4, 4, 4], "the curve is of all rows"
     monkeypatch.setattr(samples_page, "MAX_ROWS", 2)
     assert [one["step"] for one in unpacked(write_page(tmp_path))] == [1, 4]
-
-
-def test_long_rows_make_a_page_of_fewer_rows(tmp_path, monkeypatch):
-    """Replies of thousands of tokens would make a page that no browser opens."""
-    run = run_of(tmp_path, [row(step, "x" * 1000) for step in range(1, 101) for _ in range(4)])
-    size = (run / "samples.jsonl").stat().st_size
-    monkeypatch.setattr(samples_page, "MAX_BYTES", size // 2)
-    page = write_page(run)
-    assert len(unpacked(page)) == 200 and page.stat().st_size < size // 2 + TEMPLATE.stat().st_size
 
 
 def hostile_page(folder: Path, texts: list[str]) -> Path:
     """A page with each text in every place that it shows."""
     rows = []
     for text in texts:
+        answer = [{"name": text, "arguments": {text: text}}]
         places = dict.fromkeys(("reason", "kind", "query", "prompt_id"), text)
-        rows.append(row(1, text, tokens=[text], logprobs=[-1.0], **places))
-        rows.append(row(1, "-", answer=[{"name": text, "arguments": {text: text}}]))
+        rows.append(row(1, text, tokens=[text], logprobs=[-1.0], answer=answer, **places))
     return write_page(run_of(folder, rows))
 
 
 def test_what_a_model_writes_stays_text(tmp_path):
     """Inside a script element `</script>` ends it, `<!--<script>` hides its end: the rest would be HTML."""
     path = hostile_page(tmp_path, HOSTILE)
-    assert [one["completion"] for one in unpacked(path)[::2]] == HOSTILE
+    assert [one["completion"] for one in unpacked(path)] == HOSTILE
     page, template = path.read_text(encoding="utf-8"), TEMPLATE.read_text(encoding="utf-8")
     block = page[len(page.partition('id="data">')[0]) + 10 : -len(template.partition("__ROWS__")[2])]
     assert block.isascii() and block.isprintable() and not set("<>&") & set(block)
@@ -123,23 +105,3 @@ def test_only_the_pages_own_script_may_run_and_it_asks_for_nothing_else(tmp_path
     assert "innerHTML" not in script and "insertAdjacent" not in script and "document.write" not in script
     template = TEMPLATE.read_text(encoding="utf-8").replace("http://www.w3.org/2000/svg", "")  # a name
     assert not re.search(r"https?:|\bsrc=|\bhref=|url\(|@import|fetch\(|<link", template)
-
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), "")
-
-
-@pytest.mark.skipif(not BROWSER, reason="no Chromium is installed, in which the page's script is tried")
-def test_in_a_browser(tmp_path):
-    page = hostile_page(tmp_path / "hostile", [text for text in HOSTILE if "\ud800" not in text])
-    cities = [row(2, city, reason=reason) for city in ("Paris", "Rome") for reason in ("correct", "no")]
-    append_jsonl(page.with_name("samples.jsonl"), cities)
-    address = write_page(page.parent).as_uri()
-    for view, count in (
-        ("", "4 completions, 2 right (50.0 %)"),  # the last step
-        ("step=1&color=logprob", "16 completions, 0 right (0.0 %)"),
-        ("step=all&reason=correct&q=PARIS", "1 completion, 1 right (100.0 %)"),
-    ):
-        words = [BROWSER, "--headless", "--no-sandbox", f"--user-data-dir={tmp_path}", "--dump-dom"]
-        shown = subprocess.run([*words, f"{address}#{view}"], capture_output=True, timeout=60).stdout.decode()
-        assert f'<p id="count" role="status">{count}</p>' in shown
-        assert "<title>Samples of hostile</title>" in shown, "no text has become a script or an image"

@@ -2,7 +2,6 @@
 
 import gzip
 import json
-from unittest.mock import Mock
 
 import pytest
 from test_layouts import ids_of, save, xlam
@@ -92,13 +91,3 @@ def test_a_path_that_exists_wins_a_mistyped_one_is_no_hub_id_and_there_must_be_o
     assert hub == []
     with pytest.raises(DataError, match="several data files: a.jsonl, b.parquet; name one, as me/two/FILE"):
         load_examples("me/two")
-
-
-def test_a_gated_data_set_says_what_to_do(monkeypatch):
-    from huggingface_hub import errors
-
-    plain = {"__init__": lambda self: Exception.__init__(self, "403"), "__str__": Exception.__str__}
-    refusal = type("Refusal", (errors.GatedRepoError,), plain)  # the genuine one wants an HTTP response
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", Mock(side_effect=refusal))
-    with pytest.raises(DataError, match="me/x is .*gated data set: accept its licence at https://.*/me/x"):
-        load_examples("me/x/y.json")

@@ -94,8 +94,8 @@ def test_demonstrations_have_flaws_at_their_rates(splits):
 
 def test_the_flaws_change_no_query_and_no_held_out_case(splits):
     """Or comparing clean with flawed demonstrations would compare two data sets."""
-    bare, other = ([replace(one, demonstrations=()) for one in synthetic(200, 0, flaws=x)] for x in (0.5, 2.0))
-    assert bare == other
+    few, many = ([replace(one, demonstrations=()) for one in synthetic(200, 0, flaws=x)] for x in (0.5, 2.0))
+    assert few == many
     clean = synthetic_splits(load_config([*CONFIG, "--synthetic_flaws", "0"]))
     assert {len(example.demonstrations) for example in clean.train} == {1}
     assert clean.held_out == splits.held_out
