@@ -1,0 +1,238 @@
+"""grpo.py: one update against its definition, groups that teach nothing, and dynamic sampling."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import (
+    ADVANTAGES,
+    CPU,
+    Recorder,
+    assert_same_gradients,
+    one_rank,
+    random_groups,
+    settings_of,
+    tiny_policy,
+)
+
+import grpo
+from distributed.batches import Group, make_updates
+from grpo import store_logprobs, update_policy
+from kernel.decode import Prompt
+from kernel.packing import pack
+from losses import kl_k3
+from reward import Reward
+
+torch.set_num_threads(1)
+
+# ------------------------------------------------------------------------------------------------- one update
+
+
+@pytest.fixture
+def ranks():
+    with one_rank() as ranks:
+        yield ranks
+
+
+@pytest.fixture
+def policy():
+    return tiny_policy()
+
+
+@pytest.fixture
+def reference():
+    return tiny_policy(seed=1)
+
+
+def fixed(policy, reference, config, ranks, advantages=ADVANTAGES) -> list:
+    """The updates of the random groups, with the log-probs that stay fixed, as grpo_step makes them."""
+    updates = make_updates(random_groups(), advantages, config, ranks)
+    if reference is not None:
+        store_logprobs(reference, updates, "reference_logprobs")
+    if len(updates) > 1:
+        store_logprobs(policy, updates, "old_logprobs")
+    return updates
+
+
+def updated(policy, config, ranks, reference=None, change=None) -> tuple[list[dict], dict[str, float]]:
+    """(gradient of each update, metrics) for the random groups."""
+    updates = fixed(policy, reference, config, ranks)
+    for micro in (micro for update in updates for micro in update.micros):
+        if change:
+            change(micro)
+    recorder = Recorder(policy)
+    metrics = update_policy(policy, recorder, updates, config, ranks)
+    return recorder.seen, metrics
+
+
+def slow_gradient(
+    policy, groups: list[Group], advantages: torch.Tensor, beta: float = 0.0, reference=None
+) -> dict:
+    """The definition, one completion at a time: -mean over all tokens of A * grad log p - beta * grad k3,
+    ratio 1.
+    """
+    policy.zero_grad()
+    losses = []
+    for group, row in zip(groups, advantages):
+        for response, advantage in zip(group.responses, row):
+            packed = pack([(group.prompt.ids, [response])], CPU)
+            logprobs, _ = policy.logprobs(packed)
+            loss = -advantage * logprobs
+            if reference is not None:
+                loss = loss + beta * kl_k3(logprobs, reference.logprobs(packed)[0].detach())
+            losses.append(loss)
+    torch.cat(losses).mean().backward()
+    gradient = {name: p.grad.clone() for name, p in policy.named_parameters()}
+    policy.zero_grad()
+    return gradient
+
+
+def test_the_first_update_is_the_policy_gradient(policy, ranks):
+    """The ratio is exactly 1: nothing is clipped, and the gradient is that of -A log p, averaged over all
+    tokens.
+    """
+    config = settings_of(clip_eps=1e-7)
+    (gradient,), metrics = updated(policy, config, ranks)
+    assert_same_gradients(gradient, slow_gradient(policy, random_groups(), ADVANTAGES))
+    assert metrics["clip_ratio/low_mean"] == metrics["clip_ratio/high_mean"] == 0
+    assert (metrics["updates"], metrics["updates_skipped_nonfinite"], metrics["kl"]) == (1, 0, 0)
+    counts = torch.tensor([[len(r) for r in group.responses] for group in random_groups()])
+    assert metrics["loss"] == pytest.approx(float(-(ADVANTAGES * counts).sum() / counts.sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("update", [0, 1])
+def test_stored_log_probs_are_the_policys_own_to_the_bit(policy, ranks, update):
+    """With several updates per batch the ratio of an unchanged policy is exactly 1 too, even with next to no
+    clip range.
+    """
+    config = settings_of(minibatch_prompts=2, clip_eps=1e-7)
+    gradients, metrics = updated(policy, config, ranks)
+    half = slice(2 * update, 2 * update + 2)
+    assert_same_gradients(gradients[update], slow_gradient(policy, random_groups()[half], ADVANTAGES[half]))
+    assert metrics["clip_ratio/region_mean"] == 0 and metrics["updates"] == 2
+
+
+def test_the_kl_term_pulls_towards_the_reference(policy, reference, ranks):
+    config = settings_of(kl_coef=0.3)
+    (gradient,), metrics = updated(policy, config, ranks, reference)
+    assert_same_gradients(gradient, slow_gradient(policy, random_groups(), ADVANTAGES, 0.3, reference))
+    assert metrics["kl"] > 0.01
+    (same,), metrics = updated(policy, config, ranks, policy)
+    assert metrics["kl"] == 0, "the reference's log-probs go through the same code at the same temperature"
+
+
+@pytest.mark.parametrize(("tokens", "parts"), [(10**6, 1), (70, 2), (1, 12)])
+def test_micro_batches_change_no_gradient(policy, reference, ranks, tokens, parts):
+    """Gradient accumulation that averages per micro-batch gives short completions in small batches too much
+    weight.
+    """
+    config = settings_of(kl_coef=0.3, max_tokens_per_micro_batch=tokens)
+    assert len(make_updates(random_groups(), ADVANTAGES, config, ranks)[0].micros) == parts
+    (gradient,), metrics = updated(policy, config, ranks, reference)
+    assert_same_gradients(gradient, slow_gradient(policy, random_groups(), ADVANTAGES, 0.3, reference))
+    whole = updated(policy, settings_of(kl_coef=0.3), ranks, reference)[1]
+    assert metrics == pytest.approx(whole, rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------- groups that teach nothing
+
+# of the four groups
+FLAT = torch.tensor([[1.0, 0.0, -1.0], [0.0, 0.0, 0.0], [0.5, -0.5, 0.0], [0.0, 0.0, 0.0]])
+
+
+def test_skipping_flat_groups_is_training_without_them(policy, reference, ranks):
+    """Neither their KL term nor their tokens count; without the KL, only the denominator tells the
+    difference.
+    """
+    config = settings_of(kl_coef=0.3, skip_zero_variance=True)
+    updates = fixed(policy, reference, config, ranks, FLAT)
+    recorder = Recorder(policy)
+    update_policy(policy, recorder, updates, config, ranks)
+    teaching = [random_groups()[i] for i in (0, 2)]
+    assert_same_gradients(recorder.seen[0], slow_gradient(policy, teaching, FLAT[[0, 2]], 0.3, reference))
+    computed = sum(micro.packed.ids.numel() for update in updates for micro in update.micros)
+    assert computed == sum(group.tokens for group in teaching)
+
+
+def test_an_update_without_any_group_left_changes_nothing(policy, ranks):
+    """All ranks see the same total of 0, so all leave the update out together; it is no failure."""
+    config = settings_of(skip_zero_variance=True, minibatch_prompts=2)
+    for keep, updates in ((1.0, 1), (0.0, 0)):
+        advantages = FLAT * torch.tensor([0.0, 0.0, keep, 0.0])[:, None]
+        recorder = Recorder(policy)
+        made = fixed(policy, None, config, ranks, advantages)
+        metrics = update_policy(policy, recorder, made, config, ranks)
+        assert len(recorder.seen) == metrics["updates"] == updates
+        assert metrics["updates_skipped_nonfinite"] == 0
+
+
+def resampled(monkeypatch, rounds: int, world: int, teaches) -> list[tuple[list[Group], list[Group]]]:
+    """resample_flat on every rank of `world`, of 4 places; a prompt's rewards differ where
+    `teaches(place)`.
+    """
+
+    def sample_and_score(run, step, places, others=None):
+        groups = []
+        for k, place in enumerate(places):
+            asked = Prompt("first" if others is None else str(others[k]), [1])
+            rewards = tuple(Reward(float(i and teaches(place)), True, True, "") for i in range(2))
+            groups.append(Group(asked, [], [], [], [], place, rewards=rewards))
+        return groups
+
+    monkeypatch.setattr(grpo, "sample_and_score", sample_and_score)
+    results = []
+    for rank in range(world):
+        run = SimpleNamespace(config=settings_of(resample_rounds=rounds), examples=range(1000))
+        first = sample_and_score(run, 5, range(rank, 4, world))
+        results.append(grpo.resample_flat(run, 5, first))
+    return results
+
+
+def test_dynamic_sampling_replaces_flat_groups_only(monkeypatch):
+    # Places 1 and 2 need two more rounds.
+    ((groups, given_up),) = resampled(monkeypatch, 3, 1, lambda place: place in (0, 3) or place >= 8)
+    assert [group.place for group in groups] == [0, 9, 10, 3]
+    assert groups[0].prompt.id == groups[3].prompt.id == "first" and not any(group.flat for group in groups)
+    assert [group.place for group in given_up] == [1, 2, 5, 6], "a third round was not needed"
+
+
+def test_dynamic_sampling_stops_after_its_rounds_and_does_not_depend_on_ranks(monkeypatch):
+    ((alone, given_up),) = resampled(monkeypatch, 2, 1, lambda place: False)
+    (first, _), (second, _) = resampled(monkeypatch, 2, 2, lambda place: False)
+    assert [alone[0], alone[2]] == first and [alone[1], alone[3]] == second
+    assert len(given_up) == 8 and len({group.prompt.id for group in alone}) == 4, "other prompts each time"
+    ((unchanged, none),) = resampled(monkeypatch, 0, 1, lambda place: False)
+    assert [group.prompt.id for group in unchanged] == ["first"] * 4 and none == []
+
+
+def test_the_clip_ratios_count_tokens(policy, ranks):
+    """Old log-probs are moved so that every ratio is e^0.5: clipped where the advantage is positive, and only
+    there.
+    """
+
+    def lower(micro) -> None:
+        micro.old_logprobs -= 0.5
+
+    _, metrics = updated(policy, settings_of(minibatch_prompts=2), ranks, change=lower)
+    counts = torch.tensor([[len(r) for r in group.responses] for group in random_groups()])
+    assert metrics["clip_ratio/high_mean"] == pytest.approx(
+        float(counts[ADVANTAGES > 0].sum() / counts.sum())
+    )
+    assert metrics["clip_ratio/low_mean"] == 0
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_an_update_with_a_bad_gradient_is_skipped_and_counted(policy, ranks, poison):
+    """One NaN would go into every weight and both Adam moments, and the run would be lost."""
+    weights = [p.detach().clone() for p in policy.parameters()]
+    config = settings_of(minibatch_prompts=2)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)
+    updates = fixed(policy, None, config, ranks)
+    updates[0].micros[0].advantages[0] = poison
+    metrics = update_policy(policy, optimizer, updates, config, ranks)
+    assert (metrics["updates"], metrics["updates_skipped_nonfinite"]) == (1, 1)
+    assert all(torch.equal(p, w) for p, w in zip(policy.parameters(), weights))
+    assert all(p.grad is None for p in policy.parameters()), "nothing of it is left for the next update"
+    assert all(torch.isfinite(x).all() for s in optimizer.state.values() for x in s.values())
+    assert math.isfinite(metrics["grad_norm"])
