@@ -1,4 +1,4 @@
-"""grpo.py: whole runs as a user starts them: on two processes, interrupted and resumed, and with bad input."""
+"""grpo.py: whole runs as a user starts them, on two processes, interrupted and resumed, and with bad input."""
 
 import json
 import runpy
