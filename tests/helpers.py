@@ -33,8 +33,6 @@ CPU = torch.device("cpu")
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-# ------------------------------------------------------------------------------------------------- a task
-
 TOOL = {"name": "add", "description": "adds", "parameters": {"a": {"type": "int"}, "b": {"type": "int"}}}
 
 
@@ -68,9 +66,6 @@ def warmed_up_task(folder: Path) -> dict[str, object]:
     warm_up = dict(model="tiny", tiny_hidden=64, sft_lr=4e-3, sft_batch=4, steps=220)
     run_dir = run_here(sft.main, settings | warm_up | {"run_dir": folder / "sft"})
     return settings | {"model": run_dir / "model"}
-
-
-# --------------------------------------------------------------------------------------------------- runs
 
 
 def as_arguments(settings: dict[str, object]) -> list[str]:
@@ -111,8 +106,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Of the model that a run leaves."""
     return load_file(folder / "model" / "model.safetensors")
 
-
-# --------------------------------------------------------------------------- a tiny policy, groups, updates
 
 ADVANTAGES = torch.tensor([[-1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [1.2, -0.6, -0.6], [0.5, 0.6, -1.1]])
 

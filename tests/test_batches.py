@@ -48,9 +48,6 @@ def targets(update: Update) -> list[int]:
     return [token for micro in update.micros if not micro.idle for token in micro.packed.target.tolist()]
 
 
-# --------------------------------------------------------------------------------------------- who takes what
-
-
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_the_busiest_rank_has_at_most_4_3_of_the_best_possible(ranks):
     rng = random.Random(ranks)
@@ -64,9 +61,6 @@ def test_the_busiest_rank_has_at_most_4_3_of_the_best_possible(ranks):
             max(sum(t for t, r in zip(tokens, way) if r == rank) for rank in range(ranks)) for way in ways
         )
         assert busiest <= 4 / 3 * best
-
-
-# ----------------------------------------------------------------------------------------- what each computes
 
 
 @pytest.mark.parametrize("world", [2, 3, 7])
@@ -114,9 +108,6 @@ def test_groups_that_teach_nothing_are_no_ones_work():
     assert len(targets(one)) + len(targets(other)) == one.total_tokens
     nothing = plans(2, settings_of(skip_zero_variance=True), advantages=0 * ADVANTAGES)
     assert all(update.total_tokens == 0 and not update.micros for (update,) in nothing)
-
-
-# ----------------------------------------------------------------------------------------- what it adds up to
 
 
 class Alone(Ranks):
@@ -173,9 +164,6 @@ def test_idle_micro_batches_change_neither_gradient_nor_metrics(models):
     updates[0].micros += 3 * idle.micros
     (gradients,), again = computed(models, updates, config)
     assert all(torch.equal(gradients[name], expected[name]) for name in expected) and again == log
-
-
-# -------------------------------------------------------------------------------------------- the whole batch
 
 
 class Told(Ranks):
@@ -257,9 +245,6 @@ def test_prompt_seeds_are_distinct():
     assert all(0 <= seed < 2**63 for seed in seeds)
     generators = [torch.Generator().manual_seed(seed) for seed in sorted(seeds)[:50]]
     assert len({torch.rand(1, generator=g).item() for g in generators}) == 50
-
-
-# ------------------------------------------------------------------------------------------ order of the data
 
 
 def slow_batches(count: int, size: int, seed: int, steps: int) -> list[list[int]]:

@@ -22,9 +22,6 @@ def refusal(arguments: list[str]) -> str:
     return str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------- where it is from
-
-
 def test_default_then_files_in_order_then_command_line(tmp_path):
     one = write(tmp_path / "1.yaml", "group_size: 6\nlr: 1e-5\nseed: 1\n")
     two = write(tmp_path / "2.yaml", "seed: 2\n")
@@ -50,9 +47,6 @@ def test_every_config_of_the_repository_loads():
     assert paths and all(load_config(["--config", str(path)]) for path in paths)
 
 
-# -------------------------------------------------------------------------------------------- types of values
-
-
 def test_a_flag_without_a_value_is_true():
     loaded = load_config(["--overwrite", "--seed", "3", "--lenient", "False"])
     assert loaded.overwrite is True and loaded.seed == 3 and loaded.lenient is False
@@ -68,20 +62,6 @@ def test_every_value_has_the_type_of_its_default(tmp_path):
     values = (loaded.steps, loaded.lr, loaded.run_dir, loaded.prompts_per_step, loaded.lenient)
     assert values == (12, 1e-6, "7", 512, True)
 
-
-WRONG = {  # lines of YAML: the kind of value that they should give
-    "steps: true": "a whole number", "steps: 1.5": "a whole number", "lr: true": "a number",
-    "lr: .nan": "a number", "overwrite: 2": "true or false", "model: [a, b]": "text", "data:": "text",
-}
-
-
-@pytest.mark.parametrize("line", WRONG)
-def test_wrong_types_in_yaml_are_refused(line, tmp_path):
-    message = refusal(["--config", write(tmp_path / "c.yaml", line + "\n")])
-    assert message.startswith(f"{line.partition(':')[0]} must be {WRONG[line]}, not ")
-
-
-# -------------------------------------------------------------------------------------------- what is refused
 
 REFUSED = {
     "--groupsize 4": "unknown setting 'groupsize'; did you mean 'group_size'?",
@@ -104,6 +84,10 @@ def test_settings_that_cannot_work_are_refused(arguments):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
+        ("steps: 1.5\n", "steps must be a whole number, not "),
+        ("lr: .nan\n", "lr must be a number, not "),
+        ("overwrite: 2\n", "overwrite must be true or false, not "),
+        ("model: [a, b]\n", "model must be text, not "),
         ("seed: 1\nlr: [1\nsteps: 2\n", "(line 3)"),
         ("", "must hold `key: value` lines"),
         ("run_dir: läufe\n", "cannot read"),  # written as Latin-1
@@ -117,5 +101,4 @@ def test_broken_yaml_is_one_sentence(text, words, tmp_path):
         write(tmp_path / name / "broken.yaml", "base: ../here/broken.yaml\n")
     path = tmp_path / "here" / "broken.yaml"
     path.write_bytes(text.encode("latin-1"))
-    message = refusal(["--config", str(path)])
-    assert words in message and str(path.parent) in message
+    assert words in refusal(["--config", str(path)])

@@ -54,9 +54,6 @@ def rise(run_dir: Path, settings: dict[str, object]) -> float:
     return sum(rewards[-10:]) / 10 - rewards[0]
 
 
-# -------------------------------------------------------------------------------------------------- it learns
-
-
 def test_the_reward_rises(healthy, settings):
     rewards = true_rewards(healthy, settings)
     assert 0.15 < rewards[0] < 0.6, "the start leaves room to learn, and something to learn from"
@@ -139,9 +136,6 @@ def test_a_learning_rate_of_0_changes_no_bit(settings, tmp_path):
     assert all(row["grad_norm"] > 0 for row in log[1:]), "there was something to learn"
     # The policy never left the reference, so both directions of the comparison are exactly zero.
     assert all(row["kl"] == 0 and row["clip_ratio/region_mean"] == 0 for row in log[1:])
-
-
-# ------------------------------------------------------------------------------------------ what a run leaves
 
 
 def test_the_summary_is_what_the_log_says(healthy, settings):

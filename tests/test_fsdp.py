@@ -8,7 +8,7 @@ import json
 import multiprocessing
 import os
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,13 +21,11 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import in_ranks
 from test_nodes import free_port
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 import grpo
-from config import Config, ConfigError, load_config
+from config import Config, load_config
 from corpus.sources import read_jsonl
 from corpus.tiny_model import build_tiny_tokenizer
 from data import load_splits, tokenize_splits
@@ -61,12 +59,10 @@ def build_models(folder: Path) -> None:
     llama3.rope_parameters = {"rope_type": "llama3", "rope_theta": 100.0, **LLAMA3}
     qwen2 = Qwen2ForCausalLM(Qwen2Config(**SHAPE, hidden_size=8, tie_word_embeddings=True))
     models = {"qwen2": qwen2, "llama3": LlamaForCausalLM(llama3)}
-    with torch.no_grad():
-        for name, model in models.items():
-            for parameter in model.parameters():  # far from the start's small numbers, biases included
-                parameter.add_(0.3 * torch.randn_like(parameter))
-            model.save_pretrained(folder / name, max_shard_size="8KB")  # many files
-    assert len(list((folder / "llama3").glob("*.safetensors"))) > 2
+    for name, model in models.items():
+        for parameter in model.parameters():  # far from the start's small numbers, biases included
+            parameter.data.add_(0.3 * torch.randn_like(parameter))
+        model.save_pretrained(folder / name, max_shard_size="8KB")  # many files
     models["llama3"].to(torch.bfloat16).save_pretrained(folder / "bf16")
 
 
@@ -78,9 +74,6 @@ IDLE = [([0], [[0]])]
 
 def load(ranks: Ranks, path: Path, sharding: str = "full", **options) -> nn.Module:
     return load_sharded(str(path), make_mesh(ranks, sharding), CPU, **options)
-
-
-# --------------------------------------------------------------- checks that every rank runs: (ranks, folder)
 
 
 def logits_are_those_of_the_whole_model(ranks: Ranks, folder: Path) -> None:
@@ -96,8 +89,6 @@ def logits_are_those_of_the_whole_model(ranks: Ranks, folder: Path) -> None:
 
 
 def every_rank_reads_its_own_rows_alone(ranks: Ranks, folder: Path) -> None:
-    """No tensor that is read exceeds a rank's share of the largest weight."""
-    share = -(-301 // ranks.world) * 16
     real, read = fsdp.safe_open, []
 
     class Slices:
@@ -105,9 +96,8 @@ def every_rank_reads_its_own_rows_alone(ranks: Ranks, folder: Path) -> None:
             self.get_shape, self.rows = rows.get_shape, rows
 
         def __getitem__(self, key):
-            tensor = self.rows[key]
-            read.append(tensor.numel())
-            return tensor
+            read.append(self.rows[key].numel())
+            return self.rows[key]
 
     @contextmanager
     def counted(*arguments):
@@ -119,7 +109,8 @@ def every_rank_reads_its_own_rows_alone(ranks: Ranks, folder: Path) -> None:
         model = load(ranks, folder / "llama3")
     finally:
         fsdp.safe_open = real
-    assert 0.9 * share < max(read) <= share, (max(read), share)
+    share = -(-301 // ranks.world) * 16
+    assert 0.9 * share < max(read) <= share, "of the largest weight"
     local = sum(p.to_local().numel() for p in model.parameters())
     assert local == sum(read), "each of the rank's numbers once"
     assert sum(ranks.sum([local])) == sum(p.numel() for p in model.parameters()), "and together the model"
@@ -205,27 +196,9 @@ def samples_come_from_the_new_weights(ranks: Ranks, folder: Path) -> None:
                 expected = token_logprobs(plain, packed, 0.8)[0].detach()
                 assert_close(torch.tensor([*one[1], *two[1]]), expected, atol=1e-5, rtol=0)
         with gathered_weights(model) as twin:
-            again = reply(twin, PROMPTS)
+            again, gathered = reply(twin, PROMPTS), list(twin.parameters())
         assert max(abs(a - b) for (_, one), (_, two) in zip(before, again) for a, b in zip(one, two)) > 1e-3
-
-
-def the_twin_is_plain_tied_and_freed(ranks: Ranks, folder: Path) -> None:
-    """Also when sampling fails."""
-    for name, keep in (("qwen2", 0), ("qwen2", 2**30), ("llama3", 0), ("llama3", 2**30)):
-        fsdp.KEEP_BYTES = keep
-        model = load(ranks, folder / name).train()
-        with pytest.raises(KeyboardInterrupt), gathered_weights(model) as twin:
-            assert type(twin) in (Qwen2ForCausalLM, LlamaForCausalLM) and not twin.training
-            assert not any(isinstance(part, FSDPModule) for part in twin.modules())
-            weights = list(twin.parameters())
-            assert not any(isinstance(weight, DTensor) or weight.requires_grad for weight in weights)
-            head, table = twin.get_output_embeddings().weight, twin.get_input_embeddings().weight
-            tied = head.data_ptr() == table.data_ptr()
-            assert tied == (name == "qwen2"), "a tied head takes no memory of its own"
-            assert all(weight.untyped_storage().size() > 0 for weight in weights)
-            raise KeyboardInterrupt
-        assert all(weight.untyped_storage().size() == 0 for weight in weights), "nothing is left of it"
-        assert all(isinstance(p, DTensor) for p in model.parameters()) and model.training
+        assert all(weight.untyped_storage().size() == 0 for weight in gathered), "nothing is left of the twin"
 
 
 def fine_tuning_is_the_same_on_all_numbers_of_ranks(ranks: Ranks, folder: Path) -> None:
@@ -243,24 +216,12 @@ def fine_tuning_is_the_same_on_all_numbers_of_ranks(ranks: Ranks, folder: Path) 
             assert_close(full_tensor(now.detach()), (before - before.grad).detach(), atol=1e-5, rtol=0)
 
 
-def uneven_nodes_are_refused_by_all(ranks: Ranks, folder: Path) -> None:
-    """Two ranks on the first node, one on the second, whose own number would do."""
-    os.environ["LOCAL_WORLD_SIZE"] = "2" if ranks.rank < 2 else "1"
-    with pytest.raises(ConfigError, match="every node"):
-        make_mesh(ranks, "hsdp")
-    ranks.gather(None)  # nobody was left waiting
-    del os.environ["LOCAL_WORLD_SIZE"]
-
-
-# ----------------------------------------------------------------------------------------- whole runs of GRPO
-
 REWARD = """
 def rewards_of(completion, answer, tools):
     return sum(map(ord, completion)) % 5 / 4
 """  # a random model gets nothing right, but must have something to learn
 RUNS = {  # name: (numbers of ranks, the slow run that it must equal, settings)
     "usual": ((1, 2), "usual", {}),
-    "small micro-batches": ((2,), "usual", {"max_tokens_per_micro_batch": 1}),
     "llama": ((1, 2), "llama", {"model": "llama"}),
     "hsdp": ((2,), "usual", {"sharding": "hsdp"}),
     "offload": ((2,), "usual", {"offload": "all", "gradient_checkpointing": "true"}),
@@ -284,7 +245,7 @@ def build_task(folder: Path) -> None:
         minibatch_prompts=3, group_size=4, max_response_tokens=10, lr=1e-3, kl_coef=0.1, eval_cases=3,
         timeout_minutes=2,
     )
-    (folder / "task.json").write_text(json.dumps({key: str(value) for key, value in settings.items()}))
+    (folder / "task.json").write_text(json.dumps(settings, default=str))
 
 
 def run_settings(folder: Path, name: str) -> dict[str, str]:
@@ -305,10 +266,7 @@ def grpo_runs(ranks: Ranks, folder: Path) -> None:
 
 
 def slow_grpo(settings: dict) -> tuple[list[list[str]], dict[str, torch.Tensor]]:
-    """The same without anything that shards or packs: one completion at a time, on whole models.
-
-    Returns the texts of every step, and the weights.
-    """
+    """The texts of every step, and the weights, one completion at a time: nothing is sharded or packed."""
     config = load_config(as_arguments(settings | {"run_dir": "unused"}))
     tokenizer, template = load_tokenizer(config.model), load_template(config.prompt_template)
     policy, reference = (load_model(config.model, CPU) for _ in range(2))
@@ -348,17 +306,13 @@ def slow_grpo(settings: dict) -> tuple[list[list[str]], dict[str, torch.Tensor]]
     return texts, {name: p.detach() for name, p in policy.named_parameters()}
 
 
-# ----------------------------------------------------------------------------------------- the start of ranks
-
 CHECKS = {  # what runs on which numbers of ranks
     logits_are_those_of_the_whole_model: (1, 2, 3),
     every_rank_reads_its_own_rows_alone: (2, 3),
     gradients_are_the_sum_over_ranks: (1, 2, 3),
     rollouts_between_change_no_bit: (1, 2),
     samples_come_from_the_new_weights: (1, 2),
-    the_twin_is_plain_tied_and_freed: (1, 2),
     fine_tuning_is_the_same_on_all_numbers_of_ranks: (1, 2, 3),
-    uneven_nodes_are_refused_by_all: (3,),
 }
 
 
@@ -379,9 +333,6 @@ def folder(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_on_ranks(world, folder):
     in_ranks(world, run_checks, folder)
-
-
-# ---------------------------------------------------------------------------- what the runs of GRPO have done
 
 
 @pytest.fixture(scope="module")
@@ -409,30 +360,25 @@ def test_a_run_does_what_the_definition_says(name, world, folder, slow):
     assert moved > 1e-3, "there was something to compare"
 
 
-# ------------------------------------------------------------------------------------- what is refused, alone
-
-
 @pytest.fixture
 def ranks():
     with one_rank() as ranks:
         yield ranks
 
 
-def copied(folder: Path, target: Path, name: str = "llama3", **changes) -> Path:
-    """A model in another folder and one file, with these weights changed, or left out where None."""
-    tensors = {key: x for file in (folder / name).glob("*.safetensors") for key, x in load_file(file).items()}
-    tensors = {key: tensor for key, tensor in (tensors | changes).items() if tensor is not None}
+def copied(folder: Path, target: Path, **changes) -> Path:
+    """The Llama in another folder and one file, with these weights changed, or left out where None."""
+    files = (folder / "llama3").glob("*.safetensors")
+    tensors = {key: tensor for file in files for key, tensor in load_file(file).items()} | changes
+    tensors = {key: tensor for key, tensor in tensors.items() if tensor is not None}
     target.mkdir()
     save_file(tensors, target / "model.safetensors")
-    shutil.copy(folder / name / "config.json", target)
+    shutil.copy(folder / "llama3" / "config.json", target)
     return target
 
 
 NORM = "model.layers.1.input_layernorm.weight"
-
-
 REFUSED = {  # (weights to change, or what to do with the folder; words of the sentence)
-    "no folder": (shutil.rmtree, "does not exist"),
     "no weights": (lambda path: (path / "model.safetensors").unlink(), "has no .safetensors files"),
     "a weight is missing": ({NORM: None}, f"lacks weights that its config asks for: {NORM}"),
     "a weight of another shape": ({NORM: torch.ones(5)}, rf"{NORM} has the shape \(5,\), its config \(16,\)"),
@@ -452,13 +398,6 @@ def test_what_cannot_be_loaded_is_one_sentence(case, ranks, folder, tmp_path):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_tied_models_second_copy_of_its_head_is_no_mistake(ranks, folder, tmp_path):
-    """Files of tied models may hold lm_head.weight all the same."""
-    path = copied(folder, tmp_path / "model", "qwen2", **{"lm_head.weight": torch.zeros(301, 8)})
-    table = load_file(path / "model.safetensors")["model.embed_tokens.weight"]
-    assert torch.equal(full_tensor(load(ranks, path).lm_head.weight), table)
-
-
 @pytest.mark.parametrize("kind", ["llama", "evil"])
 def test_code_that_comes_with_a_model_does_not_run(kind, ranks, folder, tmp_path, monkeypatch):
     """Only trust_remote_code runs it; transformers' own code loads a model that transformers knows."""
@@ -468,11 +407,8 @@ def test_code_that_comes_with_a_model_does_not_run(kind, ranks, folder, tmp_path
     config = json.loads((path / "config.json").read_text()) | {"model_type": kind}
     config["auto_map"] = {"AutoConfig": "evil.EvilConfig", "AutoModelForCausalLM": "evil.Evil"}
     (path / "config.json").write_text(json.dumps(config))
-    if kind == "llama":
+    with pytest.raises(ModelError) if kind == "evil" else nullcontext():
         assert type(load(ranks, path)).__name__ == "FSDPLlamaForCausalLM"
-    else:
-        with pytest.raises(ModelError):
-            load(ranks, path)
     assert not (path / "it_ran").exists()
 
 

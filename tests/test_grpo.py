@@ -1,4 +1,4 @@
-"""grpo.py: whole runs as a user starts them, on two processes, interrupted and resumed, and with bad input."""
+"""grpo.py: whole runs as users start them, on two processes, interrupted and resumed, and with bad input."""
 
 import json
 import runpy
@@ -28,8 +28,6 @@ from config import UserError
 from corpus.sources import read_jsonl
 
 torch.set_num_threads(1)
-
-# -------------------------------------------------------------------------- whole runs, as a user starts them
 
 SINGLE = [sys.executable, "grpo.py"]
 DOUBLE = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "grpo.py"]
@@ -186,9 +184,6 @@ def test_ctrl_c_saves_and_says_how_to_go_on(settings, tmp_path):
 def test_old_commands_name_the_new_ones(old):
     with pytest.raises(UserError, match=f"python -m ops.{old[2:]}"):
         grpo.main([old, "--config", "configs/tiny.yaml"])
-
-
-# -------------------------------------------------------------------------------------------------- bad input
 
 
 @pytest.fixture(scope="module")

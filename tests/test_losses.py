@@ -35,9 +35,6 @@ torch.set_num_threads(1)
 
 CPU = torch.device("cpu")
 
-# ------------------------------------------------------------------------------------------------- advantages
-
-
 def test_advantages_against_a_slow_loop():
     rewards = torch.rand(5, 4, generator=torch.Generator().manual_seed(0))
     for row, scaled, centred, left_out in zip(
@@ -70,9 +67,6 @@ def test_advantages_compare_inside_a_group_only(name):
     with_easy, with_hard = (ADVANTAGES[name](torch.tensor([first, other])) for other in (easy, hard))
     assert torch.equal(with_easy[0], with_hard[0])
     assert torch.equal(with_easy[0], ADVANTAGES[name](torch.tensor([first]))[0])
-
-
-# --------------------------------------------------------------------------------------------------------- KL
 
 
 def distributions() -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,9 +110,6 @@ def test_what_the_gradient_of_each_estimate_is_in_a_loss():
     assert_close(mean["k2"], reverse)
     assert_close(mean["k3"], forward)
     assert (reverse - forward).norm() > 0.1 * forward.norm()
-
-
-# ----------------------------------------------------------------------------------------------------- losses
 
 
 def slow_loss(logprobs: list, old: list, advantage: float, loss: Objective) -> list[torch.Tensor]:
@@ -205,9 +196,6 @@ def test_at_the_first_update_every_loss_is_a_policy_gradient(name):
     assert_close(new.grad, (-advantages * weight).repeat_interleave(counts))
 
 
-# -------------------------------------------------------------------------------------- what the mean is over
-
-
 def test_what_each_mean_is_over():
     """Completions of 1, 2 and 5 tokens, whose losses per token are 3, 4 and 6; at most 10 tokens are
     allowed.
@@ -220,9 +208,6 @@ def test_what_each_mean_is_over():
     assert total["token"] == pytest.approx((3 + 2 * 4 + 5 * 6) / 8)
     assert total["sequence"] == pytest.approx((3 + 4 + 6) / 3)
     assert total["constant"] == pytest.approx((3 + 2 * 4 + 5 * 6) / (3 * 10))
-
-
-# --------------------------------------------------------------------------------------------- a whole update
 
 
 @pytest.fixture(scope="module")
@@ -279,9 +264,6 @@ def test_an_update_is_its_definition(models, changes, tokens, moved):
     update_policy(policy, recorder, updates, config, Alone(0, 1, CPU))
     expected = slow_gradient(policy, reference, groups, GIVEN, config, moved)
     assert_same_gradients(recorder.seen[0], expected)
-
-
-# ----------------------------------------------------------------------------------------------- the settings
 
 
 def test_settings_change_one_part_of_a_row():

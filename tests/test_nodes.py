@@ -1,8 +1,7 @@
 """Several nodes: two torchrun agents on this machine, over loopback, do what one process does.
 
-Each agent has one process, so with `hsdp` nothing is sharded and all is replicated, and with `full` the other
-way round. The model is as it was initialised and the reward counts digits: two runs that part by one sampled
-token never meet again.
+Each agent has one process: with `hsdp` all is replicated, with `full` all is sharded. The start is random and
+the reward counts digits: two runs that part by one sampled token never meet again.
 """
 
 import contextlib
@@ -12,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -44,11 +43,6 @@ def settings(tmp_path_factory) -> dict[str, object]:
     return task | own | {"steps": STEPS}
 
 
-@pytest.fixture(scope="module")
-def alone(settings, tmp_path_factory) -> Path:
-    return run_here(grpo.main, settings | {"run_dir": tmp_path_factory.mktemp("alone")})
-
-
 def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -65,10 +59,12 @@ def start_agent(rendezvous: list[str], settings: dict[str, object], log: Path) -
 
 
 @contextlib.contextmanager
-def two_nodes(meet: Callable, settings: dict[str, object], folder: Path) -> Iterator[tuple[list, list[Path]]]:
+def two_nodes(settings: dict[str, object], folder: Path) -> Iterator[tuple[list, list[Path]]]:
     """Two agents and the files with what they say; leaves no process behind, whatever the test finds."""
     logs = [folder / f"agent{node}.txt" for node in (0, 1)]
-    agents = [start_agent(rendezvous, settings, log) for rendezvous, log in zip(meet(), logs)]
+    port = free_port()
+    meet = [f"--rdzv_endpoint=127.0.0.1:{port}", f"--rdzv_id=test{port}", "--rdzv_backend=c10d"]
+    agents = [start_agent(meet, settings, log) for log in logs]
     try:
         yield agents, logs
     finally:
@@ -84,18 +80,6 @@ def two_nodes(meet: Callable, settings: dict[str, object], folder: Path) -> Iter
                 agent.wait()
 
 
-def by_c10d() -> list[list[str]]:
-    """What each of two agents is told: the same, and ranks are given out when both are there."""
-    port = free_port()
-    return [["--rdzv_backend=c10d", f"--rdzv_endpoint=127.0.0.1:{port}", f"--rdzv_id=test{port}"]] * 2
-
-
-def by_node_rank() -> list[list[str]]:
-    """The older way: each agent is told which node it is on."""
-    port = free_port()
-    return [[f"--node_rank={node}", "--master_addr=127.0.0.1", f"--master_port={port}"] for node in (0, 1)]
-
-
 def samples(run_dir: Path) -> list[tuple]:
     """Every completion that was logged, in an order that does not depend on who sampled it."""
     rows = read_jsonl(run_dir / "samples.jsonl")
@@ -108,13 +92,13 @@ def largest_difference(a: Path, b: Path) -> float:
     return max((one[name] - two[name]).abs().max().item() for name in one)
 
 
-@pytest.mark.parametrize(("sharding", "meet"), [("full", by_c10d), ("hsdp", by_node_rank)])
-def test_two_nodes_match_one_process(sharding, meet, settings, alone, tmp_path):
-    own = settings | {"sharding": sharding, "run_dir": tmp_path / "run"}
-    with two_nodes(meet, own, tmp_path) as (agents, logs):
+def test_two_nodes_match_one_process(settings, tmp_path):
+    own = settings | {"sharding": "hsdp", "run_dir": tmp_path / "run"}
+    with two_nodes(own, tmp_path) as (agents, logs):
         codes = [agent.wait(timeout=100) for agent in agents]
     assert codes == [0, 0], logs[0].read_text() + logs[1].read_text()
     assert any("2 process(es)" in log.read_text() for log in logs), "not two runs of one process each"
+    alone = run_here(grpo.main, settings | {"run_dir": tmp_path / "alone"})
     assert len(samples(alone)) == STEPS * 64 and samples(tmp_path / "run") == samples(alone)
     assert largest_difference(alone, tmp_path / "run") < 1e-5
     assert largest_difference(alone, settings["model"].parent) > 1e-4, "there was something to learn"
@@ -123,7 +107,7 @@ def test_two_nodes_match_one_process(sharding, meet, settings, alone, tmp_path):
 def test_a_signal_to_one_agent_stops_both_and_one_process_goes_on(settings, tmp_path):
     """Slurm ends a job node by node. Whoever hears of it first must not leave the other waiting."""
     endless = settings | {"steps": 1000, "run_dir": tmp_path / "run"}
-    with two_nodes(by_c10d, endless, tmp_path) as (agents, logs):
+    with two_nodes(endless, tmp_path) as (agents, logs):
         deadline = time.monotonic() + 100
         while not read_jsonl(tmp_path / "run" / "log.jsonl")[1:] and time.monotonic() < deadline:
             time.sleep(0.2)

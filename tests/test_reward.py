@@ -163,9 +163,6 @@ def test_a_broken_ground_truth_raises(answer):
         score(GOOD, answer)
 
 
-# ---------------------------------------------------------------------------------------------- the reference
-
-
 @pytest.fixture(scope="module")
 def golden() -> list[dict]:
     if not GOLDEN.exists():

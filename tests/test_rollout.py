@@ -61,9 +61,6 @@ def sample(model, tokenizer, prompts, **settings):
 
 LENGTHS = [5, 1, 17, 9, 2, 30, 9, 12, 3, 4, 21, 8]
 
-# ----------------------------------------------------------------------------------------------------- greedy
-
-
 @pytest.fixture
 def many_stops(monkeypatch, tokenizer):
     """Every fifth token ends a reply, so rows finish at different times and leave the batch."""
@@ -111,9 +108,6 @@ def test_the_model_is_left_as_it_came(model, tokenizer):
         model.train(mode)
         sample(model, tokenizer, prompts_of([4, 2]))
         assert model.training is mode and model.config._attn_implementation == "shared_prefix"
-
-
-# --------------------------------------------------------------------------------------------------- sampling
 
 
 def deviation(counts: torch.Tensor, distribution: torch.Tensor) -> float:
@@ -186,9 +180,6 @@ def test_generation_config_does_not_leak_into_samples(model, tokenizer):
     assert coloured == clean
 
 
-# ------------------------------------------------------------------------------ log-probs, stop tokens, texts
-
-
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
 def test_sampler_and_trainer_agree_on_log_probs(model, tokenizer, many_stops, temperature):
     """If the temperature is forgotten on one side, ratios start far from 1 and nothing crashes."""
@@ -221,9 +212,6 @@ def test_a_stop_token_ends_a_response_and_stays_in_it(model, tokenizer, many_sto
 
 def test_no_prompts_no_groups(model, tokenizer):
     assert sample(model, tokenizer, []) == []
-
-
-# ------------------------------------------------------------------------------------------ logging of a step
 
 
 ALONE = SimpleNamespace(world=1, gather=lambda item: [item], sum=list)  # one process, without a process group

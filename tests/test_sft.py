@@ -54,9 +54,6 @@ def policy():
 
 GROUPS = [([5, 6, 7], [[8, 9, 10, 11], [12]]), ([20], [[21, 22]]), ([30, 31, 32, 33, 34], [[35] * 9])]
 
-# ------------------------------------------------------------------------------------------------- one update
-
-
 def slow_loss(policy, groups) -> torch.Tensor:
     """Cross-entropy of every reply token, one plain forward pass per reply; the prompt's own tokens do not
     count.
@@ -112,9 +109,6 @@ def test_a_bad_gradient_changes_nothing(policy, ranks):
     assert all(p.grad is None for p in policy.parameters())
 
 
-# ------------------------------------------------------------------------------------------- what is imitated
-
-
 @pytest.mark.parametrize("calls", [[ToolCall("add", {"a": 1, "b": 2})], []])
 def test_an_example_without_demonstrations_is_imitated_as_its_bare_calls(calls):
     example = Example("x", "sums", [{"role": "user", "content": "add 1 and 2"}], [TOOL], calls)
@@ -139,9 +133,6 @@ def test_steps_or_epochs():
     assert count_steps(Config(steps=7), 100, 10) == 7
     assert count_steps(Config(epochs=2.0), 100, 10) == 20
     assert count_steps(Config(epochs=0.25), 101, 10) == 3, "what is left over fills a step too"
-
-
-# ------------------------------------------------------------------------------------------------- whole runs
 
 
 @pytest.fixture

@@ -26,9 +26,6 @@ from reward import Reward
 
 torch.set_num_threads(1)
 
-# ------------------------------------------------------------------------------------------------- one update
-
-
 @pytest.fixture
 def ranks():
     with one_rank() as ranks:
@@ -134,8 +131,6 @@ def test_micro_batches_change_no_gradient(policy, reference, ranks, tokens, part
     whole = updated(policy, settings_of(kl_coef=0.3), ranks, reference)[1]
     assert metrics == pytest.approx(whole, rel=1e-4)
 
-
-# ---------------------------------------------------------------------------------- groups that teach nothing
 
 # of the four groups
 FLAT = torch.tensor([[1.0, 0.0, -1.0], [0.0, 0.0, 0.0], [0.5, -0.5, 0.0], [0.0, 0.0, 0.0]])

@@ -137,9 +137,6 @@ def ends(job: Job, *parts: str) -> None:
         assert code == 0 and (job.run / "model").is_dir(), told
 
 
-# -------------------------------------------------------------------------------------------- looking at runs
-
-
 def latest(run: Path) -> int:
     """The step that `latest` names; 0 without one."""
     pointer = run / "latest"

@@ -138,9 +138,6 @@ def breaks(
     return 1, again
 
 
-# ---------------------------------------------------------------------------------- damaged and foreign files
-
-
 def damaged(site: Path, name: str, *, pattern: str, damage: Callable[[Path], None]) -> tuple[int, int]:
     """A file of the newest checkpoint is damaged: refused by name; the one before is still good."""
     run = shutil.copytree(site / "whole", site / name)
@@ -191,9 +188,6 @@ def add_code(model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
     config |= {"model_type": "evil", "architectures": ["Evil"], "auto_map": names}
     (model / "config.json").write_text(json.dumps(config))
-
-
-# ------------------------------------------------------------------------------------------------ table, main
 
 
 def in_runs(case: Callable, rounds: int, most: int, **options: object) -> dict[str, Case]:

@@ -30,9 +30,6 @@ def vowels(completion: str, answer: list[dict], tools: list[dict]) -> float:
     return sum(letter in "aeiou" for letter in completion) / 10
 
 
-# ----------------------------------------------- broken functions: the first argument is the one they replace
-
-
 def run_out_of_memory(function: Callable, *arguments):
     raise torch.OutOfMemoryError("CUDA out of memory (injected)")
 
