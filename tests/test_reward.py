@@ -55,7 +55,6 @@ def test_right_calls_with_a_thought_pay_one(completion, answer):
 HOLES = [  # what the released reward (v0) pays for, and ours does not
     ("empty thought", f"<think></think>{BLOCK}", "empty_think"),
     ("tags reversed", f"</think>Oslo.<think>{BLOCK}", "text_before_think"),
-    ("nested thought", f"<think>a<think>b</think></think>{BLOCK}", "tag_in_think"),
     ("call in the thought", f"<think>a{BLOCK}b</think>", "tag_in_think"),
     ("text before", f"Sure! {GOOD}", "text_before_think"),
     ("text after", f"{GOOD} Done!", "text_after_tool_call"),
