@@ -124,6 +124,17 @@ def tiny_policy(seed: int = 0, temperature: float = 0.8):
     return policy
 
 
+def chatty_model(tokenizer):
+    """A random model whose distributions are peaked and depend on every token before."""
+    model = build_tiny_model(tokenizer, hidden=32, layers=2, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.dim() == 2:
+                weight.add_(0.2 * torch.randn(weight.shape, generator=generator))
+    return prepare_model(model, CPU)
+
+
 def random_groups(seed: int = 0) -> list[Group]:
     """4 prompts with 3 completions each, all of different lengths."""
     generator = torch.Generator().manual_seed(seed)

@@ -16,7 +16,7 @@ sys.path += [str(ROOT / "bench"), str(ROOT / "tests/gpu")]
 import common  # noqa: E402
 import gpu_measure  # noqa: E402
 import numerics  # noqa: E402
-from gpu_measure import TINY_LOAD, TINY_SHAPES, Session, attempt  # noqa: E402
+from gpu_measure import TINY_LOAD, TINY_SHAPES, Session  # noqa: E402
 
 from kernel.packing import pack  # noqa: E402
 
@@ -56,22 +56,6 @@ def test_the_checks_notice_what_is_wrong(session, monkeypatch, broken):
     greedy = "greedy shared_prefix fp32"
     failing = {"head_logprobs": "LM head", "logprobs": "log-probs 1.5B", "sample": greedy}
     assert not numerics.checks(session)[failing[broken]]()["passed"]
-
-
-def test_a_failed_measurement_is_a_result_and_the_next_one_runs(session):
-    def endless(session) -> dict:
-        while True:
-            try:
-                time.sleep(0.001)
-            except Exception:  # as a library may: the deadline must get through
-                pass
-
-    attempt(session, "train", "wrong", lambda session: 1 / 0)
-    attempt(session.share(0.002), "train", "endless", endless)
-    attempt(session, "train", "right", lambda session: {"x": 1.0})
-    wrong, slow, right = session.results
-    assert wrong["error"] == "ZeroDivisionError: division by zero" and "deadline" in slow["skipped"]
-    assert right == {"part": "train", "name": "right", "x": 1.0}
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -37,9 +37,7 @@ def healthy(settings, tmp_path_factory) -> Path:
 
 
 def true_rewards(run_dir: Path, settings: dict[str, object]) -> list[float]:
-    """The mean reward of each step, from the completions in samples.jsonl alone: no broken line can colour
-    it.
-    """
+    """The mean reward of each step, from the completions in samples.jsonl alone."""
     answers = {example.id: example.answer for example in load_examples(settings["data"])[0]}
     by_step: dict[int, list[float]] = {}
     for row in read_jsonl(run_dir / "samples.jsonl"):
@@ -85,9 +83,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("line", BROKEN)
 def test_nothing_is_learnt_with_one_line_broken(line, settings, tmp_path, monkeypatch):
-    """If this fails, test_the_reward_rises says nothing: something else than the broken line raises the
-    reward.
-    """
+    """If this fails, test_the_reward_rises says nothing: something else raises the reward."""
     place, name, break_it = BROKEN[line]
     names = place if isinstance(place, dict) else vars(place)
     monkeypatch.setitem(names, name, break_it(names[name]))

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import CPU, as_arguments, one_rank, run_here, weights, write_task
+from helpers import CPU, as_arguments, run_here, weights, write_task
 from safetensors.torch import load_file, save_file
 from test_checkpoint import in_ranks
 from test_nodes import free_port
@@ -358,12 +358,6 @@ def test_a_run_does_what_the_definition_says(name, world, folder, slow):
         assert_close(trained[key], expected[key], atol=2e-6, rtol=0)
     moved = max((expected[key] - begin[key]).abs().max() for key in expected)
     assert moved > 1e-3, "there was something to compare"
-
-
-@pytest.fixture
-def ranks():
-    with one_rank() as ranks:
-        yield ranks
 
 
 def copied(folder: Path, target: Path, **changes) -> Path:

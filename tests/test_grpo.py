@@ -122,9 +122,7 @@ def test_a_run_that_skips_and_resamples_says_so_in_its_log(settings, tmp_path):
 
 
 def test_a_resumed_run_is_the_straight_run_to_the_bit(settings, straight, tmp_path):
-    """Weights alone would not do: Adam's moments, the data order, the samples' seeds and the reference count
-    too.
-    """
+    """Weights alone would not do: Adam's moments, data order, seeds and the reference count too."""
     run_dir = tmp_path / "run"
     train_here(settings | {"run_dir": run_dir, "steps": 2, "save_every": 2})
     # As if it had been killed in step 3, after its log line and before its checkpoint:
@@ -236,9 +234,7 @@ def test_the_sentence_arrives_on_stderr(task, tmp_path):
 
 
 def test_a_resume_with_nothing_left_to_do_evaluates_once(tmp_path):
-    """The last row has no accuracies when fewer steps end a run early: the summary used to fail, and no model
-    came.
-    """
+    """Fewer steps end a run early: its last row has no accuracies, and the summary used to fail."""
     settings = write_task(tmp_path) | dict(
         model="tiny", tiny_hidden=16, warmup_steps=2, steps=3, prompts_per_step=4, minibatch_prompts=4,
         group_size=2, max_response_tokens=60, eval_every=0, save_every=2, run_dir=tmp_path / "run",

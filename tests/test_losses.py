@@ -1,6 +1,4 @@
-"""losses.py: every formula against a slow loop or the exact value on a small vocabulary; every loss as a
-whole update.
-"""
+"""losses.py: every formula against a slow loop or an exact value; every loss as a whole update."""
 
 import math
 
@@ -51,9 +49,7 @@ def test_advantages_against_a_slow_loop():
 @pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, 0.1 + 0.2, 1 / 3, 1e-9])
 @pytest.mark.parametrize("size", [2, 5, 7])
 def test_a_flat_group_has_no_advantage_at_all(name, reward, size):
-    """The mean of seven times 0.1 is not 0.1: divided by the small floor under the std, the rounding became a
-    signal.
-    """
+    """The mean of seven times 0.1 is not 0.1: divided by a tiny std, the rounding became a signal."""
     advantage, rewards = ADVANTAGES[name], torch.full((2, size), reward)
     assert torch.equal(advantage(rewards), torch.zeros(2, size))
     rewards[1, 0] += 0.5  # another group in the batch does not matter
@@ -95,9 +91,7 @@ def test_the_mean_of_k1_and_k3_is_the_kl_and_that_of_k2_is_near_it():
 
 
 def test_what_the_gradient_of_each_estimate_is_in_a_loss():
-    """Samples are fixed when their loss is differentiated: the mean is sum p(x) dk(x), not d sum p(x)
-    k(x).
-    """
+    """Samples are fixed when a loss is differentiated: the mean is sum p(x) dk(x), not d sum p(x) k(x)."""
     logits, q = distributions()
     p = logits.log_softmax(-1)
     weight = p.detach().exp()
@@ -113,9 +107,7 @@ def test_what_the_gradient_of_each_estimate_is_in_a_loss():
 
 
 def slow_loss(logprobs: list, old: list, advantage: float, loss: Objective) -> list[torch.Tensor]:
-    """The definitions, token by token, of one completion with such log-probs: what is summed with the
-    weights.
-    """
+    """The definitions, token by token, of one completion with such log-probs."""
     ratios = [torch.exp(new - before) for new, before in zip(logprobs, old)]
     if loss.ratio == "sequence_mean":  # GSPO: the geometric mean
         whole = 1.0
@@ -197,9 +189,7 @@ def test_at_the_first_update_every_loss_is_a_policy_gradient(name):
 
 
 def test_what_each_mean_is_over():
-    """Completions of 1, 2 and 5 tokens, whose losses per token are 3, 4 and 6; at most 10 tokens are
-    allowed.
-    """
+    """Completions of 1, 2 and 5 tokens, with losses per token of 3, 4 and 6; at most 10 are allowed."""
     counts, values = torch.tensor([1, 2, 5]), torch.tensor([3.0, 4.0, 6.0])
     total = {
         name: (weight(counts, 8, 3, 10) * counts * values).sum().item()
@@ -223,9 +213,7 @@ class Alone(Ranks):
 
 
 def slow_gradient(policy, reference, groups, advantages, config, moved: float) -> dict[str, torch.Tensor]:
-    """The definition of the loss, one completion at a time: the old log-probs are the policy's own, moved by
-    `moved`.
-    """
+    """The definition, one completion at a time; old log-probs are the policy's own, moved by `moved`."""
     loss, total = objective_of(config), 0.0
     lengths = [len(ids) for group in groups for ids in group.responses]
     for group, row in zip(groups, advantages.tolist()):

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from helpers import CPU
+from helpers import chatty_model
 
-from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
+from corpus.tiny_model import build_tiny_tokenizer
 from evals.predict import Sampling, write_predictions
 from evals.report import Case
 from kernel.attention import use_attention
-from model import ModelError, prepare_model
+from model import ModelError
 from ops.export import export
 from prompts import decode_reply, encode_prompt, stop_ids
 from rollout import ENGINES
@@ -25,14 +25,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    """A random model whose end tokens come up now and then."""
-    model = build_tiny_model(tokenizer, hidden=32, layers=2, seed=0)
-    with torch.no_grad():
-        generator = torch.Generator().manual_seed(0)
-        for weight in model.parameters():
-            if weight.dim() == 2:
-                weight.add_(0.2 * torch.randn(weight.shape, generator=generator))
-    return prepare_model(model, CPU)
+    return chatty_model(tokenizer)
 
 
 @pytest.fixture(scope="module")

@@ -8,18 +8,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import chatty_model
 from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
 import rollout
 from corpus.examples import Example
-from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
+from corpus.tiny_model import build_tiny_tokenizer
 from distributed.batches import Group, prompt_seed
 from kernel import decode as engines
 from kernel.attention import use_attention
 from kernel.decode import Prompt
 from kernel.packing import pack
-from model import prepare_model, token_logprobs
+from model import token_logprobs
 from prompts import ToolCall, encode_reply, stop_ids
 from reward import Reward, score
 from rollout import Decoding, rollout_metrics, sample_groups, sample_rows, token_texts
@@ -36,16 +37,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def model(tokenizer):
-    """A random model whose distributions are peaked and depend on every token before; end tokens come up now
-    and then.
-    """
-    model = prepare_model(build_tiny_model(tokenizer, hidden=32, layers=2, seed=0), CPU)
-    with torch.no_grad():
-        generator = torch.Generator().manual_seed(0)
-        for weight in model.parameters():
-            if weight.dim() == 2:
-                weight.add_(0.2 * torch.randn(weight.shape, generator=generator))
-    return model
+    return chatty_model(tokenizer)
 
 
 def prompts_of(lengths: list[int], seed: int = 0) -> list[Prompt]:
@@ -111,9 +103,7 @@ def test_the_model_is_left_as_it_came(model, tokenizer):
 
 
 def deviation(counts: torch.Tensor, distribution: torch.Tensor) -> float:
-    """Pearson's chi-square in units of its own standard deviation, over the tokens that are expected 5 times
-    or more.
-    """
+    """Pearson's chi-square in units of its standard deviation, over tokens expected 5 times or more."""
     expected = distribution * counts.sum()
     often = expected >= 5
     chi2 = ((counts - expected)[often] ** 2 / expected[often]).sum()
@@ -151,19 +141,8 @@ def test_samples_depend_on_their_own_seed_only(model, tokenizer, many_stops):
             assert group.responses == expected[group.prompt.id], name
 
 
-def test_another_seed_gives_other_samples_and_copies_differ(model, tokenizer):
-    ids = prompts_of([6])[0].ids
-    first, second = sample(
-        model, tokenizer, [Prompt("a", ids, 1), Prompt("b", ids, 2)], group_size=8, temperature=1.0
-    )
-    texts = [tuple(response) for group in (first, second) for response in group.responses]
-    assert len(set(texts)) == 16
-
-
 def test_generation_config_does_not_leak_into_samples(model, tokenizer):
-    """transformers' generate() obeys top_k = 1 even where the caller asks to sample: all completions would be
-    equal.
-    """
+    """generate() obeys top_k = 1 even where the caller asks to sample: all completions would be equal."""
     settings = dict(group_size=6, temperature=1.0)
     clean = sample(model, tokenizer, prompts_of(LENGTHS), **settings)
     leaky = dict(
@@ -210,34 +189,20 @@ def test_a_stop_token_ends_a_response_and_stays_in_it(model, tokenizer, many_sto
     assert {truncated for _, truncated, _, _ in rows} == {True, False}
 
 
-def test_no_prompts_no_groups(model, tokenizer):
-    assert sample(model, tokenizer, []) == []
-
-
 ALONE = SimpleNamespace(world=1, gather=lambda item: [item], sum=list)  # one process, without a process group
 
 
 @pytest.mark.parametrize("text", ["weather in Paris", "東京 é 👩‍👩‍👧 x", "", "ends in 東"])
 def test_token_texts_join_to_the_response(tokenizer, text):
-    """This tokenizer has learnt no character beyond ASCII, so one of them is two to four tokens; a cut may
-    fall inside.
-    """
+    """A character beyond ASCII is two to four tokens here, and a cut may fall inside."""
     ids = encode_reply(tokenizer, text)
     rows = token_texts(tokenizer, [ids[:end] for end in range(1, len(ids) + 1)])
     for end, texts in enumerate(rows, 1):
         assert len(texts) == end and "".join(texts) == tokenizer.decode(ids[:end], skip_special_tokens=False)
 
 
-def test_a_character_of_several_tokens_stands_at_the_last(tokenizer):
-    ids = encode_reply(tokenizer, "in 東é")
-    whole, cut = token_texts(tokenizer, [ids, ids[:4]])
-    assert whole == ["in", " ", "", "", "東", "", "é", "<|im_end|>"] and cut == ["in", " ", "", "\ufffd"]
-
-
 def test_token_texts_of_noise(tokenizer, monkeypatch):
-    """A policy that has broken down writes bytes that are no characters: nothing may fail, or be decoded
-    again and again.
-    """
+    """A policy that broke down writes bytes that are no characters: nothing may fail or take long."""
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(0, len(tokenizer), (200,), generator=generator).tolist() for _ in range(20)]
     rows.append([tokenizer.convert_tokens_to_ids("Ģ")] * 5000)  # the byte 0x80
@@ -294,9 +259,7 @@ def test_rows_for_samples_jsonl(tokenizer):
 
 
 def test_think_rate_and_empty_rate(tokenizer):
-    """A thought counts where it is closed and not blank, whatever follows; empty is what says [], nothing
-    else.
-    """
+    """A thought counts where it is closed and not blank; empty is what says [], nothing else."""
     thought, none = "<think>x</think>", "<tool_call>[]</tool_call>"
     calls = '<tool_call>[{"name": "f", "arguments": {}}]</tool_call>'
     replies = [

@@ -1,6 +1,4 @@
-"""The front door's own mistakes; what needs an environment is tried by CI itself, which comes in through
-it.
-"""
+"""run.sh's own mistakes; CI comes in through it and tries the rest."""
 
 import subprocess
 from pathlib import Path

@@ -1,6 +1,4 @@
-"""sft.py: the loss is the mean cross-entropy of the reply tokens alone, and a run stops, resumes and refuses
-as it says.
-"""
+"""sft.py: the loss is the mean cross-entropy of the reply tokens; runs stop and resume as they say."""
 
 import json
 import math
@@ -16,7 +14,6 @@ from helpers import (
     ROOT,
     TOOL,
     as_arguments,
-    one_rank,
     run_here,
     sum_example,
     tiny_policy,
@@ -42,12 +39,6 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture
-def ranks():
-    with one_rank() as ranks:
-        yield ranks
-
-
-@pytest.fixture
 def policy():
     return tiny_policy(temperature=1.0)
 
@@ -55,9 +46,7 @@ def policy():
 GROUPS = [([5, 6, 7], [[8, 9, 10, 11], [12]]), ([20], [[21, 22]]), ([30, 31, 32, 33, 34], [[35] * 9])]
 
 def slow_loss(policy, groups) -> torch.Tensor:
-    """Cross-entropy of every reply token, one plain forward pass per reply; the prompt's own tokens do not
-    count.
-    """
+    """Cross-entropy of every reply token, one plain forward pass per reply; prompts do not count."""
     use_attention(policy, "generate")
     losses = []
     for prompt, replies in groups:
@@ -158,9 +147,7 @@ def test_a_run_as_a_user_starts_it(settings):
 
 
 def test_a_resumed_run_is_the_straight_run_to_the_bit(settings, monkeypatch):
-    """Stopped after step 4 of 6 by a signal. The learning rate, which falls over the run, goes on where it
-    was.
-    """
+    """Stopped after step 4 of 6 by a signal. The learning rate goes on where it was."""
     straight = run_here(sft.main, settings)
     broken = settings | {"run_dir": settings["run_dir"].with_name("broken")}
     calls = []

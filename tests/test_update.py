@@ -10,7 +10,6 @@ from helpers import (
     CPU,
     Recorder,
     assert_same_gradients,
-    one_rank,
     random_groups,
     settings_of,
     tiny_policy,
@@ -25,12 +24,6 @@ from losses import kl_k3
 from reward import Reward
 
 torch.set_num_threads(1)
-
-@pytest.fixture
-def ranks():
-    with one_rank() as ranks:
-        yield ranks
-
 
 @pytest.fixture
 def policy():
@@ -66,9 +59,7 @@ def updated(policy, config, ranks, reference=None, change=None) -> tuple[list[di
 def slow_gradient(
     policy, groups: list[Group], advantages: torch.Tensor, beta: float = 0.0, reference=None
 ) -> dict:
-    """The definition, one completion at a time: -mean over all tokens of A * grad log p - beta * grad k3,
-    ratio 1.
-    """
+    """The definition, one completion at a time, ratio 1: mean over tokens of -A grad log p + beta grad k3."""
     policy.zero_grad()
     losses = []
     for group, row in zip(groups, advantages):
@@ -86,9 +77,7 @@ def slow_gradient(
 
 
 def test_the_first_update_is_the_policy_gradient(policy, ranks):
-    """The ratio is exactly 1: nothing is clipped, and the gradient is that of -A log p, averaged over all
-    tokens.
-    """
+    """The ratio is exactly 1: nothing is clipped, and the gradient is that of -A log p, over all tokens."""
     config = settings_of(clip_eps=1e-7)
     (gradient,), metrics = updated(policy, config, ranks)
     assert_same_gradients(gradient, slow_gradient(policy, random_groups(), ADVANTAGES))
@@ -100,9 +89,7 @@ def test_the_first_update_is_the_policy_gradient(policy, ranks):
 
 @pytest.mark.parametrize("update", [0, 1])
 def test_stored_log_probs_are_the_policys_own_to_the_bit(policy, ranks, update):
-    """With several updates per batch the ratio of an unchanged policy is exactly 1 too, even with next to no
-    clip range.
-    """
+    """With several updates per batch, the ratio of an unchanged policy is exactly 1 too."""
     config = settings_of(minibatch_prompts=2, clip_eps=1e-7)
     gradients, metrics = updated(policy, config, ranks)
     half = slice(2 * update, 2 * update + 2)
@@ -121,9 +108,7 @@ def test_the_kl_term_pulls_towards_the_reference(policy, reference, ranks):
 
 @pytest.mark.parametrize(("tokens", "parts"), [(10**6, 1), (70, 2), (1, 12)])
 def test_micro_batches_change_no_gradient(policy, reference, ranks, tokens, parts):
-    """Gradient accumulation that averages per micro-batch gives short completions in small batches too much
-    weight.
-    """
+    """Averaging per micro-batch would give short completions in small batches too much weight."""
     config = settings_of(kl_coef=0.3, max_tokens_per_micro_batch=tokens)
     assert len(make_updates(random_groups(), ADVANTAGES, config, ranks)[0].micros) == parts
     (gradient,), metrics = updated(policy, config, ranks, reference)
@@ -137,9 +122,7 @@ FLAT = torch.tensor([[1.0, 0.0, -1.0], [0.0, 0.0, 0.0], [0.5, -0.5, 0.0], [0.0, 
 
 
 def test_skipping_flat_groups_is_training_without_them(policy, reference, ranks):
-    """Neither their KL term nor their tokens count; without the KL, only the denominator tells the
-    difference.
-    """
+    """Neither their KL term nor their tokens count."""
     config = settings_of(kl_coef=0.3, skip_zero_variance=True)
     updates = fixed(policy, reference, config, ranks, FLAT)
     recorder = Recorder(policy)
@@ -163,9 +146,7 @@ def test_an_update_without_any_group_left_changes_nothing(policy, ranks):
 
 
 def resampled(monkeypatch, rounds: int, world: int, teaches) -> list[tuple[list[Group], list[Group]]]:
-    """resample_flat on every rank of `world`, of 4 places; a prompt's rewards differ where
-    `teaches(place)`.
-    """
+    """resample_flat on every rank, of 4 places; a prompt's rewards differ where `teaches(place)`."""
 
     def sample_and_score(run, step, places, others=None):
         groups = []
@@ -202,9 +183,7 @@ def test_dynamic_sampling_stops_after_its_rounds_and_does_not_depend_on_ranks(mo
 
 
 def test_the_clip_ratios_count_tokens(policy, ranks):
-    """Old log-probs are moved so that every ratio is e^0.5: clipped where the advantage is positive, and only
-    there.
-    """
+    """Old log-probs are moved so that every ratio is e^0.5: clipped where the advantage is positive."""
 
     def lower(micro) -> None:
         micro.old_logprobs -= 0.5
