@@ -30,8 +30,6 @@ from grpo import store_logprobs, update_policy
 from kernel.decode import Prompt
 from reward import Reward
 
-torch.set_num_threads(1)
-
 
 def plans(
     world: int, config: Config, advantages: torch.Tensor = ADVANTAGES, **others

@@ -35,7 +35,6 @@ from distributed.checkpoint import Saver, check_files, choose_step, full_state, 
 from distributed.ranks import Ranks
 from ops.export import gather_weights
 
-torch.set_num_threads(1)
 PRELOAD = "torch.distributed.checkpoint torch.distributed.fsdp transformers.models.qwen2.modeling_qwen2"
 multiprocessing.set_forkserver_preload(PRELOAD.split())
 TOKENIZER = build_tiny_tokenizer([], 300)

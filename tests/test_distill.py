@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import ENVIRONMENT, ROOT, as_arguments, run_here, warmed_up_task
 
 import sft
@@ -21,8 +20,6 @@ from corpus.layouts import load_examples
 from corpus.sources import DataError, read_jsonl
 from data import load_splits, tokenize_splits
 from reward import score
-
-torch.set_num_threads(1)
 
 SAMPLES = 4
 KEYS = "model data test_share prompt_template max_prompt_tokens max_response_tokens seed temperature".split()

@@ -24,8 +24,6 @@ from ops.export import export
 from prompts import ToolCall, load_template, render_prompt
 from reward import Reward, reward_function
 
-torch.set_num_threads(1)
-
 ROOT = Path(__file__).parents[1]
 TEMPLATE = load_template(str(ROOT / "configs" / "tiny_prompt.txt"))
 SMALL = Config(

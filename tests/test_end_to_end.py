@@ -19,8 +19,6 @@ from distributed import batches
 from losses import ADVANTAGES
 from reward import score
 
-torch.set_num_threads(1)
-
 # The mean of one step's 64 samples has a standard error of 0.06. Learning rate and steps are such that Adam's
 # random walk under shuffled rewards, whose steps are as long as those of learning, stays far behind.
 RISE = 0.3

@@ -17,8 +17,6 @@ from kernel.packing import pack
 from model import prepare_model, token_logprobs
 from rollout import ENGINES, Decoding, sample_groups
 
-torch.set_num_threads(1)
-
 VOCABULARY = 50
 STOPS = list(range(3, VOCABULARY, 6))
 FAMILIES = {"Qwen2": {}, "Qwen3": {"head_dim": 16}, "Llama": {}}  # Qwen3: heads wider than hidden / heads

@@ -43,7 +43,6 @@ from prompts import load_template
 from rollout import ENGINES, Decoding, sample_groups
 from sft import sft_update
 
-torch.set_num_threads(1)
 MODELS = ["transformers.models.qwen2.modeling_qwen2", "transformers.models.llama.modeling_llama"]
 multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", *MODELS])
 

@@ -27,8 +27,6 @@ import grpo
 from config import UserError
 from corpus.sources import read_jsonl
 
-torch.set_num_threads(1)
-
 SINGLE = [sys.executable, "grpo.py"]
 DOUBLE = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "grpo.py"]
 

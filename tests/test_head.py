@@ -8,8 +8,6 @@ from torch.utils._pytree import tree_leaves
 
 from kernel.head import head_logprobs
 
-torch.set_num_threads(1)
-
 N, H, V, TEMPERATURE = 20, 8, 50, 0.7
 
 

@@ -29,8 +29,6 @@ from losses import (
     policy_loss,
 )
 
-torch.set_num_threads(1)
-
 CPU = torch.device("cpu")
 
 def test_advantages_against_a_slow_loop():

@@ -15,8 +15,6 @@ from model import Capabilities, ModelError, count_parameters, load_model, load_t
 from ops.export import export
 from prompts import END_TOKENS, TAGS, render_completion, stop_ids
 
-torch.set_num_threads(1)
-
 CPU = torch.device("cpu")
 
 TEXTS = ['weather in Paris {"name": "get_weather", "arguments": {"city": "Paris"}}', "a taxi in Rome"] * 5

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from helpers import ENVIRONMENT, ROOT, as_arguments, run_here, weights, write_task
 
 import grpo
@@ -23,7 +22,6 @@ from corpus.sources import read_jsonl
 from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
 from ops.export import export
 
-torch.set_num_threads(1)
 STEPS = 3
 DIGITS = """
 def digits(completion, answer, tools):

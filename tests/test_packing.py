@@ -20,8 +20,6 @@ from kernel.attention import shared_prefix_attention, use_attention, uses_shared
 from kernel.packing import micro_batches, pack
 from model import prepare_model, token_logprobs
 
-torch.set_num_threads(1)
-
 CPU = torch.device("cpu")
 VOCAB, TEMPERATURE = 60, 0.7
 

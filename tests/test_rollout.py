@@ -25,8 +25,6 @@ from prompts import ToolCall, encode_reply, stop_ids
 from reward import Reward, score
 from rollout import Decoding, rollout_metrics, sample_groups, sample_rows, token_texts
 
-torch.set_num_threads(1)
-
 CPU = torch.device("cpu")
 
 

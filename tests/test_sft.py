@@ -35,8 +35,6 @@ from model import count_parameters, load_model
 from prompts import ToolCall, parse_completion, render_calls
 from sft import encode_replies, replies_to_imitate, sft_update
 
-torch.set_num_threads(1)
-
 
 @pytest.fixture
 def policy():

@@ -23,7 +23,6 @@ from kernel.packing import pack
 from losses import kl_k3
 from reward import Reward
 
-torch.set_num_threads(1)
 
 @pytest.fixture
 def policy():

@@ -46,6 +46,8 @@ def test_the_speeds_are_measured():
     assert "golden rows |" in run("bfcl_speed", "--golden", GOLDEN, "--data", BFCL, "--repeats", 1)
 
 
-def test_the_readme_names_every_script():
-    text = (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
-    assert [path.name for path in (ROOT / "bench").glob("*.py") if f"`{path.name}`" not in text] == []
+@pytest.mark.parametrize("what, row", [("seeds", "shuffled_rewards, 1 seed"), ("ablations", "| SFT, flawed")])
+def test_a_toy_comparison_runs(tmp_path, what, row):
+    toy = "--seeds 1 --steps 2 --warmup_steps 4 --jobs 2".split()
+    few = "--eval_cases 4 --synthetic_train 40 --prompts_per_step 4 --minibatch_prompts 4".split()
+    assert row in run("mini_paper", what, *toy, "--out", tmp_path, *few)
