@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,9 +114,8 @@ def tell(found: list[Check], ranks: Ranks, shown: list[Check]) -> None:
 def check_processes(s: Start) -> Check:
     """Collective. New libraries, the same code and libraries on all ranks, and a run_dir that all see."""
     root = Path(__file__).parents[1]
-    files = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
-    files = sorted(file for file in files if file and root in Path(file).parents)
-    code = hashlib.sha256(b"".join(Path(file).read_bytes() for file in files)).hexdigest()
+    files = sorted([*root.glob("*.py"), *root.glob("[!.]*/*.py")])  # ours alone: .venv may lie beside them
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     seen = s.ranks.gather((Path(s.config.run_dir) / "config.yaml").exists())
     everyone = s.ranks.gather((versions, code))
