@@ -87,6 +87,23 @@ train() {
   fi
 }
 
+run_tests() { # in two halves, one for each core: the tests that start processes of their own, and the others
+  local file first=() second=() name status=0
+  [ $# -eq 0 ] || { python -m pytest "$@"; return; }
+  for file in tests/test_*.py tests/gpu/test_*.py; do
+    name=${file##*/test_}
+    case "${name%.py}" in
+      faults | fsdp | nodes | ranks | checkpoint | docs | doctor | distill | bench | bench_gpu) first+=("$file") ;;
+      *) second+=("$file") ;;
+    esac
+  done
+  python -m pytest -q "${first[@]}" >.venv/tests.log 2>&1 &
+  python -m pytest -q "${second[@]}" || status=$?
+  wait $! || status=$?
+  cat .venv/tests.log
+  return $status
+}
+
 first_folder() { # the first of the arguments that is a folder
   local folder
   for folder in "$@"; do [ -d "$folder" ] && echo "$folder" && return; done
@@ -125,7 +142,7 @@ command=${1:-demo}
 [ $# -gt 0 ] && shift
 case "$command" in
   demo) setup; demo ;;
-  test) setup; python -m pytest "${@:-tests/}" ;;
+  test) setup; run_tests "$@" ;;
   train) setup; train "$@" ;;
   eval) setup; evaluate "$@" ;;
   *) sed -n '2,6s/^# //p' run.sh >&2 && fail "unknown command: $command" "bash run.sh" ;;

@@ -163,7 +163,7 @@ COMMANDS = [*blocks("bash"), *(pair for pair in spans() if re.match(INLINE, pair
 def test_commands_exist_and_have_these_options(page, script, site, monkeypatch):
     calls = calls_of(site, f"DATA=../shared/data\n{script}")
     monkeypatch.setattr("config.load_config", ending(load_config))
-    monkeypatch.setattr("corpus.distill.load_config", ending(load_config))  # another test may have imported it
+    monkeypatch.setattr("corpus.distill.load_config", ending(load_config))  # may be imported
     monkeypatch.setattr("corpus.layouts.load_examples", ending(str))  # data.py inspect has no options
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", ending(argparse.ArgumentParser.parse_args))
     for program, *words in calls:
