@@ -98,6 +98,7 @@ run_tests() { # in two halves, one for each core: the tests that start processes
     esac
   done
   python -m pytest -q "${first[@]}" >.venv/tests.log 2>&1 &
+  trap 'kill $! 2>/dev/null || true' EXIT # also after Ctrl-C
   python -m pytest -q "${second[@]}" || status=$?
   wait $! || status=$?
   cat .venv/tests.log
