@@ -87,13 +87,13 @@ train() {
   fi
 }
 
-run_tests() { # in two halves, one for each core: the tests that start processes of their own, and the others
+run_tests() { # in two halves, one for each core: those of many processes, and the others
   local file first=() second=() name status=0
   [ $# -eq 0 ] || { python -m pytest "$@"; return; }
   for file in tests/test_*.py tests/gpu/test_*.py; do
     name=${file##*/test_}
     case "${name%.py}" in
-      faults | fsdp | nodes | ranks | checkpoint | docs | doctor | distill | bench | bench_gpu) first+=("$file") ;;
+      faults | fsdp | nodes | ranks | checkpoint | distill) first+=("$file") ;;
       *) second+=("$file") ;;
     esac
   done
