@@ -93,7 +93,7 @@ run_tests() { # in two halves, one for each core: those of many processes, and t
   for file in tests/test_*.py tests/gpu/test_*.py; do
     name=${file##*/test_}
     case "${name%.py}" in
-      faults | fsdp | nodes | ranks | checkpoint | distill) first+=("$file") ;;
+      faults | fsdp | nodes | ranks | checkpoint | distill | grpo) first+=("$file") ;;
       *) second+=("$file") ;;
     esac
   done
