@@ -74,7 +74,7 @@ def samples_by_step(run_dir: Path) -> dict[int, list[tuple]]:
 @pytest.mark.parametrize("prompts", [4, 3])
 def test_two_processes_do_what_one_does(settings, straight, tmp_path, prompts):
     """The same samples, and the same weights but for the order of float additions. Three prompts do not
-    divide by two, and are one update; 1 prompt, and other ways of sharding: tests/test_sharding.py.
+    divide by two, and are one update; 1 prompt, and other ways of sharding: tests/test_fsdp.py.
 
     A key bias adds nearly the same to all scores of a query, so its gradient is almost rounding alone, and
     Adam makes full steps of it: only there may more than 1e-6 differ.
