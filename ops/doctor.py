@@ -93,7 +93,8 @@ def first_step(config: Config, ranks: Ranks) -> dict[str, float]:
     with contextlib.redirect_stdout(io.StringIO()):  # of a run that is not the one meant
         session = open_session(config, ranks, "grpo", examined=True)
         run = begin(session, grpo_spec(session))
-        return grpo_step(run, start_step(run))[0]
+        metrics, _ = grpo_step(run, start_step(run))
+        return metrics | {f"time/{phase}_s": seconds for phase, seconds in run.clock.seconds.items()}
 
 
 def check_step(metrics: dict[str, float], s: Start) -> Check:
