@@ -191,8 +191,9 @@ def _convert(key: str, value: Any, kind: type) -> Any:
         raise ConfigError(f"{key} must be {KINDS[kind]}, not {value!r}") from None
 
 
-def check_positions(config: Config, positions: int) -> None:
-    """Raises ConfigError where prompt and response may be longer than the model's `positions`."""
+def check_positions(config: Config, model: Any) -> None:
+    """Raises ConfigError where prompt and response may be longer than the positions in the model's config."""
+    positions = getattr(model.get_text_config(), "max_position_embeddings", math.inf)  # or it has no limit
     tokens = config.max_prompt_tokens + config.max_response_tokens
     if tokens > positions:
         raise ConfigError(

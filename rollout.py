@@ -18,16 +18,13 @@ from config import Config
 from corpus.examples import Tokenized, example_kind
 from distributed.batches import Group
 from distributed.ranks import Ranks
-from kernel.attention import use_attention, uses_shared_prefix
-from kernel.decode import Engine, Prompt, rows_that_fit, shared_prefix
-from kernel.hf_engines import EngineError, continuous_batching, generate
+from kernel.attention import use_attention
+from kernel.decode import Prompt, rows_that_fit
+from kernel.hf_engines import ENGINES, EngineError
 from model import ModelError, autocast
 from prompts import decode_reply, parse_completion, stop_ids
 from reward import RewardFunction
 
-ENGINES: dict[str, Engine] = {
-    "shared_prefix": shared_prefix, "generate": generate, "continuous_batching": continuous_batching,
-}
 QUERY_CHARACTERS = 500  # of a query, in samples.jsonl
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "GH200": 989, "H800": 989, "A100": 312, "A800": 312, "B200": 2250}
 
@@ -72,10 +69,10 @@ def sample_groups(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     copies = decoding.group_size if decoding.temperature > 0 else 1  # greedy copies would be equal
     batch_size = decoding.batch_size
+    # Another engine than the one that was tried at the start is an experiment of the caller's.
     engine = decoding.engine
-    # shared_prefix replaces attention and LM head: wrong for models with sliding windows or capped logits.
-    if engine == "shared_prefix" and not (uses_shared_prefix(model) and model.capabilities.head_only):
-        engine = "generate"
+    if engine == "shared_prefix":
+        engine = model.capabilities.engine
     groups: dict[int, Group] = {}
     model.eval()
     try:

@@ -217,20 +217,22 @@ class Run:
 
 
 def load_policy(
-    config: Config, path: str, temperature: float, ranks: Ranks, frozen: bool = False
+    config: Config, path: str, temperature: float, ranks: Ranks, policy: nn.Module | None = None
 ) -> nn.Module:
-    """Collective. The model to train, or the frozen reference, sharded as the settings say.
+    """Collective. The model to train, or the frozen reference of this policy, sharded as the settings say.
 
     It has `policy.logprobs(packed)`: model.token_logprobs at its temperature.
     """
+    frozen = policy is not None
     offload = config.offload == "all" or (frozen and config.offload == "reference")
-    policy = load_sharded(
+    model = load_sharded(
         path, make_mesh(ranks, config.sharding), ranks.device, frozen=frozen, offload=offload,
         gradient_checkpointing=config.gradient_checkpointing and not frozen,
-        trust_remote_code=config.trust_remote_code,
+        trust_remote_code=config.trust_remote_code, engine=config.rollout_engine,
+        capabilities=policy.capabilities if frozen else None,
     )
-    policy.logprobs = partial(token_logprobs, policy, temperature=temperature)
-    return policy.train(not frozen)
+    model.logprobs = partial(token_logprobs, model, temperature=temperature)
+    return model.train(not frozen)
 
 
 def begin(session: Session, spec: RunSpec) -> Run:
@@ -240,8 +242,8 @@ def begin(session: Session, spec: RunSpec) -> Run:
     # The reference is always the model that training started from, also after a resume.
     reference = None
     if spec.reference:
-        reference = load_policy(config, spec.path, spec.temperature, ranks, frozen=True)
-    check_positions(config, policy.config.max_position_embeddings)
+        reference = load_policy(config, spec.path, spec.temperature, ranks, policy)
+    check_positions(config, policy.config)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=spec.lr, weight_decay=0.0, betas=spec.betas, fused=True
     )

@@ -143,7 +143,7 @@ class Saver:
         if free < needed:
             raise OSError(f"{needed:.3g} GB needed, {free:.3g} GB free; make room or lower keep_checkpoints")
         self.folder.mkdir()
-        policy.config.save_pretrained(self.folder)
+        policy.start_config.save_pretrained(self.folder)
         tokenizer.save_pretrained(self.folder)
         (self.folder / "state.json").write_text(json.dumps({"state": state}), encoding="utf-8")
 

@@ -16,9 +16,10 @@ import torch
 from tqdm import tqdm
 
 from corpus.sources import append_jsonl, read_jsonl
+from distributed.weights import load_model
 from evals.report import Case
 from kernel.decode import Prompt
-from model import ModelError, load_model, load_tokenizer
+from model import ModelError, load_tokenizer
 from prompts import check_tokenizer, encode_prompt, load_template
 from rollout import Decoding, sample_groups
 

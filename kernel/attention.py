@@ -195,11 +195,14 @@ def use_attention(model: nn.Module, phase: str) -> None:
 
 def decoder_inputs(ids: Tensor, positions: Tensor, layout: object) -> dict:
     """Arguments of a forward pass; `layout` tells an attention of ours where the groups lie (or None)."""
-    inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
-    if layout is None:
-        return inputs
+    if layout is None:  # plain rows: every model counts positions itself, and some take none
+        return {"input_ids": ids, "use_cache": False}
     # A ready 4-d mask makes transformers build none of its own.
-    return inputs | {"attention_mask": torch.zeros(1, 1, 1, 1, device=ids.device), "layout": layout}
+    mask = torch.zeros(1, 1, 1, 1, device=ids.device)
+    return {
+        "input_ids": ids, "position_ids": positions, "use_cache": False, "attention_mask": mask,
+        "layout": layout,
+    }
 
 
 def trim_last_layer(model: nn.Module) -> None:

@@ -16,8 +16,8 @@ from transformers import GenerationConfig
 
 from config import Config, ConfigError, UserError, check_positions, first_line
 from corpus.examples import Splits, example_kind
-from distributed.fsdp import model_config, skeleton
 from distributed.ranks import Ranks, first_problem
+from distributed.weights import model_config, skeleton
 from evals.in_training import check_folders
 from losses import objective_of
 from model import count_parameters
@@ -173,7 +173,7 @@ def check_examples(s: Start) -> Check:
 def check_schedule(s: Start) -> Check:
     """What is learnt from: the model's positions, prompts that are skipped, kinds, and held-out cases."""
     config, train, count = s.config, s.tokenized.train, len(s.splits.train)
-    check_positions(config, model_config(s.path, config.trust_remote_code).max_position_embeddings)
+    check_positions(config, model_config(s.path, config.trust_remote_code))
     kinds = Counter(example_kind(item.example) for item in train)
     cases, skipped = sum(map(len, s.tokenized.held_out.values())), count - len(train)
     text = f"{s.steps:,} steps of {config.prompts_per_step:,} prompts, {cases:,} held-out cases, "

@@ -30,14 +30,16 @@ from corpus.sources import read_jsonl
 from corpus.tiny_model import build_tiny_tokenizer
 from data import load_splits, tokenize_splits
 from distributed import fsdp
+from distributed import weights as weight_loading
 from distributed.batches import Group, batch_for_step, prompt_seed
-from distributed.fsdp import full_tensor, gathered_weights, load_sharded, make_mesh, skeleton
+from distributed.fsdp import full_tensor, gathered_weights, load_sharded, make_mesh
 from distributed.ranks import Ranks
+from distributed.weights import load_model, skeleton
 from kernel.attention import use_attention
 from kernel.decode import Prompt
 from kernel.packing import pack
 from losses import group_std, kl_k3, objective_of, policy_loss
-from model import ModelError, load_model, load_tokenizer, prepare_model, token_logprobs
+from model import ModelError, load_tokenizer, prepare_model, token_logprobs
 from ops.export import export
 from prompts import load_template
 from rollout import ENGINES, Decoding, sample_groups
@@ -88,7 +90,7 @@ def logits_are_those_of_the_whole_model(ranks: Ranks, folder: Path) -> None:
 
 
 def every_rank_reads_its_own_rows_alone(ranks: Ranks, folder: Path) -> None:
-    real, read = fsdp.safe_open, []
+    real, read = weight_loading.safe_open, []
 
     class Slices:
         def __init__(self, rows):
@@ -103,11 +105,11 @@ def every_rank_reads_its_own_rows_alone(ranks: Ranks, folder: Path) -> None:
         with real(*arguments) as file:
             yield SimpleNamespace(keys=file.keys, get_slice=lambda name: Slices(file.get_slice(name)))
 
-    fsdp.safe_open = counted
+    weight_loading.safe_open = counted
     try:
         model = load(ranks, folder / "llama3")
     finally:
-        fsdp.safe_open = real
+        weight_loading.safe_open = real
     share = -(-301 // ranks.world) * 16
     assert 0.9 * share < max(read) <= share, "of the largest weight"
     local = sum(p.to_local().numel() for p in model.parameters())

@@ -10,8 +10,9 @@ from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
+from distributed.weights import load_model
 from kernel.attention import use_attention
-from model import Capabilities, ModelError, count_parameters, load_model, load_tokenizer, prepare_model
+from model import Capabilities, ModelError, count_parameters, load_tokenizer, prepare_model
 from ops.export import export
 from prompts import END_TOKENS, TAGS, render_completion, stop_ids
 
@@ -136,7 +137,7 @@ def test_an_ordinary_model_is_prepared_without_a_word(gradient_checkpointing):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = prepare_model(small_qwen2(), CPU, gradient_checkpointing)
-    assert model.capabilities == Capabilities(attention="sdpa", shared_prefix=True, head_only=True)
+    assert model.capabilities == Capabilities("sdpa", True, True, "shared_prefix")
     checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     assert checkpoints == gradient_checkpointing
 

@@ -29,9 +29,10 @@ from corpus.examples import Example, Tokenized
 from corpus.sources import read_jsonl
 from corpus.tiny_model import build_tiny_tokenizer
 from distributed.ranks import Interrupted
+from distributed.weights import load_model
 from kernel.attention import use_attention
 from kernel.packing import pack
-from model import count_parameters, load_model
+from model import count_parameters
 from prompts import ToolCall, parse_completion, render_calls
 from sft import encode_replies, replies_to_imitate, sft_update
 
