@@ -172,7 +172,7 @@ def find_capabilities(model: nn.Module, twin: nn.Module, engine: str) -> None:
 
     twin: the model itself, or its weights in one piece (fsdp.gathered_weights). It answers a few short
     prompts in its own dtype. Its plain forward pass over one row at a time is the measure: of padded rows, of
-    packed groups, and of the rollout engine. Raises ModelError where not even padded rows agree.
+    packed groups, and of the rollout engine. Raises ModelError where padded rows or generate do not agree.
     """
     training = twin.training
     with torch.no_grad(), autocast(next(twin.parameters()).device):
@@ -200,7 +200,7 @@ def _probe(model: nn.Module, engine: str) -> tuple[Capabilities, list[str]]:
     if not plain.head_only:
         limits.append("its logits are not its LM head's output alone, so full logits are held")
     if reason := _why_not(plain, model, groups, error):
-        raise ModelError(f"model: a {type(model).__name__} cannot be trained: {reason}")
+        raise ModelError(f"model: a {type(model).__name__} cannot be used: {reason}")
     best = plain
     reason = _other_layers(model.config) or _why_not(replace(plain, shared_prefix=True), model, groups, error)
     if reason:
@@ -214,7 +214,7 @@ def _probe(model: nn.Module, engine: str) -> tuple[Capabilities, list[str]]:
         else:
             best = replace(best, engine=engine)
     if best.engine == "generate" and (reason := _why_not(plain, model, groups, error, sample=True)):
-        limits.append(f"{reason}: it is not trained as it samples")
+        raise ModelError(f"model: a {type(model).__name__} cannot be used: {reason}")
     return best, limits
 
 
@@ -284,6 +284,15 @@ def _why_not(tried: Capabilities, model: nn.Module, groups: list, error: float, 
 def _other_layers(config: PreTrainedConfig) -> str:
     kinds = set(getattr(config.get_text_config(), "layer_types", None) or []) - {"full_attention"}
     return f"it has layers of {', '.join(sorted(kinds))}" if kinds else ""
+
+
+def check_vocabulary(tokenizer, config: PreTrainedConfig) -> None:
+    """Raises ModelError where the tokenizer has tokens beyond the model's embeddings."""
+    rows = config.get_text_config().vocab_size
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= rows:
+        what = f"the tokenizer's {token!r} has the id {largest}, but the model has {rows} embeddings"
+        raise ModelError(f"model: {what}; take the tokenizer that belongs to it, or resize the embeddings")
 
 
 def check_path(path: str) -> None:

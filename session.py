@@ -26,9 +26,10 @@ from data import load_splits, tokenize_splits
 from distributed.checkpoint import Saver, choose_step, latest_checkpoint, load_checkpoint
 from distributed.fsdp import gathered_weights, load_sharded, make_mesh
 from distributed.ranks import Clock, Interrupted, Ranks, StopFlag
+from distributed.weights import model_config
 from evals.in_training import JudgedPrompt, evaluate, held_out_prompts, load_benchmarks
 from kernel.attention import attention_backend
-from model import load_tokenizer, prepare_model, token_logprobs
+from model import check_vocabulary, load_tokenizer, prepare_model, token_logprobs
 from ops.checks import Start, check_names, check_start
 from ops.export import export, write_model
 from ops.monitor import Monitor, attempt, close_monitor, open_monitor, show
@@ -96,6 +97,7 @@ def read_prompts(config: Config, path: str, inputs: Inputs, quiet: bool) -> Inpu
     """The inputs with examples and benchmarks tokenized for the model in `path`."""
     tokenizer = load_tokenizer(path, config.trust_remote_code)
     check_tokenizer(tokenizer, inputs.template)
+    check_vocabulary(tokenizer, model_config(path, config.trust_remote_code))
     tokenized = tokenize_splits(inputs.splits, tokenizer, inputs.template, config, quiet=quiet)
     sets = {name: held_out_prompts(examples) for name, examples in tokenized.held_out.items()}
     sets.update(load_benchmarks(config, tokenizer, inputs.template, quiet=quiet))

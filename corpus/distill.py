@@ -25,10 +25,10 @@ from corpus.examples import Example, Tokenized, hashes_of
 from corpus.layouts import write_examples
 from corpus.sources import DataError, append_jsonl, read_jsonl
 from distributed.batches import prompt_seed
-from distributed.weights import load_model
+from distributed.weights import load_model, model_config
 from evals.predict import describe_author
 from kernel.decode import Prompt
-from model import load_tokenizer
+from model import check_vocabulary, load_tokenizer
 from prompts import check_tokenizer, load_template
 from reward import REWARDS, RewardFunction, reward_function
 from rollout import Decoding, sample_groups, score_groups
@@ -136,6 +136,7 @@ def main(arguments: list[str], load_splits: Callable, tokenize_splits: Callable)
     template = load_template(config.prompt_template)
     tokenizer = load_tokenizer(config.model, config.trust_remote_code)
     check_tokenizer(tokenizer, template)
+    check_vocabulary(tokenizer, model_config(config.model))
     author = describe_author(config.model, template) | {"samples": options.samples}
     author |= {key: getattr(config, key) for key in FIXED_KEYS}
     tried = read_journal(journal, author)

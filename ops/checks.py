@@ -186,6 +186,21 @@ def check_schedule(s: Start) -> Check:
     })
 
 
+def check_rotary(s: Start) -> Check:
+    """Rotary frequencies that depend on the length: a token's log-prob then depends on what follows it."""
+    model = model_config(s.path, s.config.trust_remote_code).get_text_config()
+    rotary = getattr(model, "rope_parameters", None) or {}
+    kind = rotary.get("rope_type", "default")
+    tokens = s.config.max_prompt_tokens + s.config.max_response_tokens
+    known = rotary.get("original_max_position_embeddings") or getattr(model, "max_position_embeddings", 0)
+    text = f"{model.model_type} with rotary positions of type {kind}"
+    return judge("rotary", text, {
+        f"they change beyond {known} tokens, so sampler and trainer differ: lower max_prompt_tokens": (
+            kind in ("dynamic", "longrope") and tokens > known
+        ),
+    })
+
+
 def check_disk(s: Start) -> Check:
     """Room for the checkpoints that are kept, the best one, and the one that is being written."""
     model = model_config(s.path, s.config.trust_remote_code)
@@ -214,4 +229,6 @@ def check_memory(s: Start) -> Check:
 
 
 # The first is collective.
-CHECKS = (check_processes, check_sampling, check_examples, check_schedule, check_disk, check_memory)
+CHECKS = (
+    check_processes, check_sampling, check_examples, check_schedule, check_rotary, check_disk, check_memory,
+)
