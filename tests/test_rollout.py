@@ -123,9 +123,11 @@ def test_first_tokens_follow_the_softmax_of_the_logits(model, tokenizer, tempera
     assert deviation(counts, F.softmax(logits / wrong, -1)) > 12
 
 
-def test_samples_depend_on_their_own_seed_only(model, tokenizer, many_stops):
+@pytest.mark.parametrize("engine", ["shared_prefix", "generate"])
+def test_samples_depend_on_their_own_seed_only(model, tokenizer, many_stops, engine):
     prompts, settings = prompts_of(LENGTHS), dict(group_size=4, temperature=1.0)
     expected = {g.prompt.id: g.responses for g in sample(model, tokenizer, prompts, **settings)}
+    settings["engine"] = engine  # both draw the same numbers
     variants = {
         "another batch size": sample(model, tokenizer, prompts, **settings | {"batch_size": 9}),
         "another order": sample(model, tokenizer, prompts[::-1], **settings),
