@@ -234,7 +234,7 @@ def load_policy(
         capabilities=policy.capabilities if frozen else None,
     )
     model.logprobs = partial(token_logprobs, model, temperature=temperature)
-    return model.train(not frozen)
+    return model
 
 
 def begin(session: Session, spec: RunSpec) -> Run:

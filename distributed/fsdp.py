@@ -88,6 +88,9 @@ def load_sharded(
     else:
         with gathered_weights(model) as twin:
             find_capabilities(model, twin, engine)
+    # Training mode is noise (dropout, random routers), except where it tells layers to checkpoint.
+    for module in model.modules():
+        module.training = not frozen and getattr(module, "gradient_checkpointing", False)
     return model.requires_grad_(not frozen)
 
 

@@ -81,7 +81,7 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bo
     dropout = {}
     for part in {id(one): one for one in (own, own.get_text_config())}.values():
         for name, rate in list(vars(part).items()):
-            if ("drop" in name or "jitter" in name) and isinstance(rate, float) and rate > 0:
+            if "drop" in name and isinstance(rate, float) and rate > 0:
                 dropout[name] = rate
                 setattr(part, name, 0.0)
     try:
