@@ -91,11 +91,18 @@ def skeleton(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bo
             )
     except ValueError as error:
         raise ModelError(f"model: {config.model_type} is no causal LM: {first_line(error)}") from None
+    if drawn := [name for name, buffer in model.named_buffers() if buffer.is_meta]:
+        raise ModelError(f"model: {config.model_type} makes buffers from its weights: {', '.join(drawn[:3])}")
     for module in model.modules():
         if isinstance(module, nn.Dropout) and module.p:  # not from the config
             dropout["nn.Dropout"], module.p = module.p, 0.0
     model.dropout, model.start_config = dropout, config
     return model._apply(lambda x: x.to(dtype) if x.is_meta and x.is_floating_point() else x)
+
+
+def config_to_save(model: nn.Module) -> PreTrainedConfig:
+    """The config as the start model had it, with its dropout."""
+    return getattr(model, "start_config", model.config)
 
 
 def allocate(model: nn.Module, parameters: torch.device, buffers: torch.device) -> None:

@@ -171,9 +171,8 @@ def check_examples(s: Start) -> Check:
 
 
 def check_schedule(s: Start) -> Check:
-    """What is learnt from: the model's positions, prompts that are skipped, kinds, and held-out cases."""
+    """What is learnt from: prompts that are skipped, kinds, and held-out cases."""
     config, train, count = s.config, s.tokenized.train, len(s.splits.train)
-    check_positions(config, model_config(s.path, config.trust_remote_code))
     kinds = Counter(example_kind(item.example) for item in train)
     cases, skipped = sum(map(len, s.tokenized.held_out.values())), count - len(train)
     text = f"{s.steps:,} steps of {config.prompts_per_step:,} prompts, {cases:,} held-out cases, "
@@ -186,15 +185,16 @@ def check_schedule(s: Start) -> Check:
     })
 
 
-def check_rotary(s: Start) -> Check:
-    """Rotary frequencies that depend on the length: a token's log-prob then depends on what follows it."""
+def check_model(s: Start) -> Check:
+    """Positions for the longest reply, whose frequencies must not depend on what follows a token."""
     model = model_config(s.path, s.config.trust_remote_code).get_text_config()
+    check_positions(s.config, model)
     rotary = getattr(model, "rope_parameters", None) or {}
     kind = rotary.get("rope_type", "default")
     tokens = s.config.max_prompt_tokens + s.config.max_response_tokens
     known = rotary.get("original_max_position_embeddings") or getattr(model, "max_position_embeddings", 0)
     text = f"{model.model_type} with rotary positions of type {kind}"
-    return judge("rotary", text, {
+    return judge("model", text, {
         f"they change beyond {known} tokens, so sampler and trainer differ: lower max_prompt_tokens": (
             kind in ("dynamic", "longrope") and tokens > known
         ),
@@ -230,5 +230,5 @@ def check_memory(s: Start) -> Check:
 
 # The first is collective.
 CHECKS = (
-    check_processes, check_sampling, check_examples, check_schedule, check_rotary, check_disk, check_memory,
+    check_processes, check_sampling, check_examples, check_schedule, check_model, check_disk, check_memory,
 )
