@@ -69,10 +69,8 @@ def sample_groups(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     copies = decoding.group_size if decoding.temperature > 0 else 1  # greedy copies would be equal
     batch_size = decoding.batch_size
-    # Another engine than the one that was tried at the start is an experiment of the caller's.
-    engine = decoding.engine
-    if engine == "shared_prefix":
-        engine = model.capabilities.engine
+    # An engine that the probe at loading has not seen agree is not used.
+    engine = decoding.engine if decoding.engine == model.capabilities.engine else "generate"
     groups: dict[int, Group] = {}
     model.eval()
     try:
