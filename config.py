@@ -58,7 +58,7 @@ class Config:
     epochs: float = _key(7.0, "passes over the training prompts; ignored when steps > 0")
     steps: int = _key(0, "rollout batches (sft.py: optimizer steps); 0: from epochs")
     lr: float = _key(1e-6, "AdamW learning rate, constant")
-    max_grad_norm: float = _key(1.0, "gradient clipping by global norm")
+    max_grad_norm: float = _key(1.0, "gradient clipping by global norm; 0: none")
     temperature: float = _key(0.7, "sampling temperature; also divides the logits of every log-prob")
     loss: str = _key("grpo", "row of losses.LOSSES: grpo, dr_grpo, dapo, gspo, cispo, rloo")
     advantage: str = _key("", "group_std, group_mean or leave_one_out; empty: the loss's")

@@ -116,6 +116,14 @@ def test_micro_batches_change_no_gradient(policy, reference, ranks, tokens, part
     assert metrics == pytest.approx(whole, rel=1e-4)
 
 
+@pytest.mark.parametrize("longest, norm", [(0.0, None), (1e9, None), (1e-3, 1e-3)])
+def test_the_gradient_is_clipped_unless_its_longest_norm_is_0(policy, ranks, longest, norm):
+    """As with other settings, 0 is off: it once meant that nothing is learnt."""
+    (gradient,), metrics = updated(policy, settings_of(max_grad_norm=longest), ranks)
+    total = math.sqrt(sum(float(g.norm()) ** 2 for g in gradient.values()))
+    assert total == pytest.approx(norm or metrics["grad_norm"], rel=1e-3) and metrics["grad_norm"] > 0.01
+
+
 # of the four groups
 FLAT = torch.tensor([[1.0, 0.0, -1.0], [0.0, 0.0, 0.0], [0.5, -0.5, 0.0], [0.0, 0.0, 0.0]])
 
