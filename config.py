@@ -70,7 +70,11 @@ class Config:
     reward: str = _key("binary", "row of reward.REWARDS (binary, no_reason, ...) or file.py:function")
     lenient: bool = _key(False, "compare numbers as the tools declare them: 2 equals 2.0 for a number")
     shuffle_rewards: bool = _key(False, "negative control: permute rewards in the batch; nothing is learnt")
-    skip_zero_variance: bool = _key(False, "leave groups with equal rewards out of the update, KL included")
+    skip_zero_variance: str = _key(
+        "", "leave out groups with equal rewards, KL included; rest: the mean is over the other groups, a "
+        "larger gradient; all: over all groups, the gradient as without; empty: leave none out"
+    )
+    mask_truncated: bool = _key(False, "leave completions that were cut off out of loss and KL (DAPO)")
     resample_rounds: int = _key(0, "dynamic sampling (DAPO): times such groups give way to other prompts")
     max_prompt_tokens: int = _key(4096, "longer prompts are counted and skipped")
     max_response_tokens: int = _key(8192, "longer completions are cut off and count as truncated")
@@ -176,6 +180,8 @@ def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def _convert(key: str, value: Any, kind: type) -> Any:
     """A YAML or command-line value as `kind`. "1e-6" is text to YAML, and a bool must not pass for an int."""
+    if key == "skip_zero_variance" and isinstance(value, bool):  # a switch in older configs
+        value = "true" * value  # _check names the two that it can be now
     try:
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
@@ -219,7 +225,11 @@ def _check(c: Config) -> None:
         value = getattr(c, f.name)
         if isinstance(value, (int, float)) and value < 0:
             raise ConfigError(f"{f.name} must not be negative, not {value}")
-    for key, values in (("offload", ("", "reference", "all")), ("sharding", ("full", "hsdp"))):
+    choices = {
+        "offload": ("", "reference", "all"), "sharding": ("full", "hsdp"),
+        "skip_zero_variance": ("", "rest", "all"),
+    }
+    for key, values in choices.items():
         if getattr(c, key) not in values:
             raise ConfigError(f"{key} must be {' or '.join(filter(None, values))}, not {getattr(c, key)!r}")
     if c.resume_step and not c.resume:

@@ -101,7 +101,7 @@ def update_policy(
     norms: list[float] = []
     skipped = 0
     for update in updates:
-        if update.total_tokens == 0:  # on all ranks: every group of this update was left out
+        if not update.micros:  # on all ranks: every group of this update was left out
             continue
         for micro in update.micros:
             loss, part = micro_batch_loss(policy, micro, update, config)
@@ -117,7 +117,7 @@ def update_policy(
         else:
             skipped += 1
         optimizer.zero_grad(set_to_none=True)
-        tokens += update.total_tokens
+        tokens += update.computed_tokens
     loss_sum, *token_sums = ranks.sum(sums.tolist())
     kl, entropy, low, high = (total / max(1, tokens) for total in token_sums)
     return {

@@ -262,7 +262,7 @@ def speed_metrics(work: Work, config: Config, ranks: Ranks) -> dict[str, float]:
     }
     if config.kl_coef:
         metrics["reference/tokens_per_s"] = trained / seconds["reference"]
-    if config.skip_zero_variance:
+    if config.skip_zero_variance or config.mask_truncated:
         metrics["update/skipped_token_ratio"] = max(0.0, 1 - trained / kept)
     if config.resample_rounds:
         metrics["rollout/resampled_ratio"] = given_up / total

@@ -108,7 +108,7 @@ def test_two_processes_do_what_one_does(settings, straight, tmp_path, prompts):
 
 def test_a_run_that_skips_and_resamples_says_so_in_its_log(settings, tmp_path):
     run_dir = train_here(
-        settings | {"skip_zero_variance": "true", "resample_rounds": 1, "run_dir": tmp_path / "run"}
+        settings | {"skip_zero_variance": "rest", "resample_rounds": 1, "run_dir": tmp_path / "run"}
     )
     log = read_jsonl(run_dir / "log.jsonl")[1:]
     assert all(0 <= row["update/skipped_token_ratio"] < 1 for row in log)

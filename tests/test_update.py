@@ -1,6 +1,7 @@
 """grpo.py: one update against its definition, groups that teach nothing, and dynamic sampling."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -20,7 +21,7 @@ from distributed.batches import Group, make_updates
 from grpo import store_logprobs, update_policy
 from kernel.decode import Prompt
 from kernel.packing import pack
-from losses import kl_k3
+from losses import AGGREGATIONS, kl_k3
 from reward import Reward
 
 
@@ -34,9 +35,9 @@ def reference():
     return tiny_policy(seed=1)
 
 
-def fixed(policy, reference, config, ranks, advantages=ADVANTAGES) -> list:
+def fixed(policy, reference, config, ranks, advantages=ADVANTAGES, groups=()) -> list:
     """The updates of the random groups, with the log-probs that stay fixed, as grpo_step makes them."""
-    updates = make_updates(random_groups(), advantages, config, ranks)
+    updates = make_updates(groups or random_groups(), advantages, config, ranks)
     if reference is not None:
         store_logprobs(reference, updates, "reference_logprobs")
     if len(updates) > 1:
@@ -130,7 +131,7 @@ FLAT = torch.tensor([[1.0, 0.0, -1.0], [0.0, 0.0, 0.0], [0.5, -0.5, 0.0], [0.0, 
 
 def test_skipping_flat_groups_is_training_without_them(policy, reference, ranks):
     """Neither their KL term nor their tokens count."""
-    config = settings_of(kl_coef=0.3, skip_zero_variance=True)
+    config = settings_of(kl_coef=0.3, skip_zero_variance="rest")
     updates = fixed(policy, reference, config, ranks, FLAT)
     recorder = Recorder(policy)
     update_policy(policy, recorder, updates, config, ranks)
@@ -140,10 +141,44 @@ def test_skipping_flat_groups_is_training_without_them(policy, reference, ranks)
     assert computed == sum(group.tokens for group in teaching)
 
 
+@pytest.mark.parametrize("mean_over", AGGREGATIONS)
+def test_flat_groups_can_be_skipped_without_a_larger_gradient(policy, reference, ranks, mean_over):
+    """The work is saved and, without a KL, the gradient stays; the log's means are over what is computed."""
+    gradients, kl = {}, {}
+    for skip in ("", "all", "rest"):
+        config = settings_of(skip_zero_variance=skip, aggregation=mean_over)
+        recorder, updates = Recorder(policy), fixed(policy, reference, config, ranks, FLAT)
+        kl[skip] = update_policy(policy, recorder, updates, config, ranks)["kl"]
+        (gradients[skip],) = recorder.seen
+    assert_same_gradients(gradients["all"], gradients[""])
+    norms = {skip: sum(float(g.norm()) ** 2 for g in seen.values()) for skip, seen in gradients.items()}
+    assert norms["rest"] > 2 * norms["all"] and kl["rest"] == pytest.approx(kl["all"]) and kl["all"] > 0.01
+
+
+def test_completions_that_were_cut_off_are_left_out_and_still_compared_with(policy, reference, ranks):
+    """Neither loss, KL nor token count sees them; other advantages stay. Group 3 has none left."""
+    config = settings_of(kl_coef=0.3, mask_truncated=True, minibatch_prompts=2)
+    cut = [[True, False, False], [False] * 3, [False, True, True], [True] * 3]
+    groups = [replace(group, truncated=flags) for group, flags in zip(random_groups(), cut)]
+    left, rows = [], []
+    for group, flags, row in zip(groups, cut, ADVANTAGES):
+        ended = [k for k in range(3) if not flags[k]]
+        left.append(replace(group, responses=[group.responses[k] for k in ended]))
+        rows.append(row[ended])
+    recorder, updates = Recorder(policy), fixed(policy, reference, config, ranks, groups=groups)
+    assert update_policy(policy, recorder, updates, config, ranks)["updates"] == 2
+    for k, part in enumerate((slice(0, 2), slice(2, 3))):
+        assert_same_gradients(recorder.seen[k], slow_gradient(policy, left[part], rows[part], 0.3, reference))
+    groups = [replace(group, truncated=[True] * 3) for group in groups]
+    nothing = fixed(policy, None, config, ranks, groups=groups)
+    metrics = update_policy(policy, recorder, nothing, config, ranks)
+    assert metrics["updates"] == metrics["updates_skipped_nonfinite"] == 0 and len(recorder.seen) == 2
+
+
 def test_an_update_without_any_group_left_changes_nothing(policy, ranks):
     """All ranks see the same total of 0, so all leave the update out together; it is no failure."""
-    config = settings_of(skip_zero_variance=True, minibatch_prompts=2)
-    for keep, updates in ((1.0, 1), (0.0, 0)):
+    for keep, updates, mean in ((1.0, 1, "rest"), (0.0, 0, "rest"), (1.0, 1, "all"), (0.0, 0, "all")):
+        config = settings_of(skip_zero_variance=mean, minibatch_prompts=2)
         advantages = FLAT * torch.tensor([0.0, 0.0, keep, 0.0])[:, None]
         recorder = Recorder(policy)
         made = fixed(policy, None, config, ranks, advantages)
