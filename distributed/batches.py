@@ -105,7 +105,8 @@ def reward_table(groups: Sequence[Group]) -> Tensor:
 class MicroBatch:
     """Packed groups with what the loss needs per response token: all [N].
 
-    old_logprobs is None where there is one update per rollout batch: the policy has not changed yet.
+    old_logprobs: of the policy that sampled; where there is one update per rollout batch, its first pass
+    stores them.
     reference_logprobs is None where kl_coef is 0. idle: it only keeps this rank in step with ranks that have
     more micro-batches; no loss sees it.
     """
@@ -221,12 +222,17 @@ def _idle(ranks: Ranks, share_prompt: bool) -> MicroBatch:
 
 
 def sampler_difference(updates: Sequence[Update], ranks: Ranks) -> dict[str, float]:
-    """Collective. Mean |sampler - trainer| log-prob where the old log-probs were computed: it finds bugs."""
-    total = 0.0
-    count = 0
+    """Collective. |sampler - trainer| log-prob, of the policy that sampled: it finds bugs. Empty without any
+    update.
+    """
+    total, count, most = 0.0, 0, 0.0
     for micro in (micro for update in updates for micro in update.micros):
-        if micro.old_logprobs is not None and not micro.idle:
-            total += (micro.old_logprobs - micro.sampler_logprobs).abs().double().sum().item()
-            count += len(micro.advantages)
+        if not micro.idle:
+            difference = (micro.old_logprobs - micro.sampler_logprobs).abs().double()
+            total += difference.sum().item()
+            count += len(difference)
+            most = max(most, difference.max().item())
     total, count = ranks.sum([total, float(count)])
-    return {"sampling/sampling_logp_difference/mean": total / count} if count else {}
+    most = max(ranks.gather(most))
+    name = "sampling/sampling_logp_difference"
+    return {f"{name}/mean": total / count, f"{name}/max": most} if count else {}

@@ -73,6 +73,8 @@ REFUSED = {
     "--temperature nan": "temperature must be a number, not 'nan'",
     "--lr=-1e-6": "lr must not be negative",
     "--data_from 0.5 --data_to 0.5": "data_from (0.5) must be below data_to (0.5)",
+    "--num_iterations 0": "num_iterations must be greater than 0",
+    "--overlong_tokens 9 --max_response_tokens 8": "(9) must be at most max_response_tokens (8)",
     "--skip_zero_variance some": "skip_zero_variance must be rest or all, not 'some'",
     "--sharding hybrid": "sharding must be full or hsdp",
 }

@@ -17,7 +17,7 @@ from helpers import (
 )
 
 import grpo
-from distributed.batches import Group, make_updates
+from distributed.batches import Group, make_updates, sampler_difference
 from grpo import store_logprobs, update_policy
 from kernel.decode import Prompt
 from kernel.packing import pack
@@ -175,6 +175,57 @@ def test_completions_that_were_cut_off_are_left_out_and_still_compared_with(poli
     assert metrics["updates"] == metrics["updates_skipped_nonfinite"] == 0 and len(recorder.seen) == 2
 
 
+@pytest.mark.parametrize("prompts", [4, 2])
+def test_how_far_sampler_and_trainer_are_apart_is_known_also_with_one_update(policy, ranks, prompts):
+    updates = fixed(policy, None, settings_of(minibatch_prompts=prompts), ranks)
+    micros = [micro for update in updates for micro in update.micros]
+    for micro in micros:
+        micro.sampler_logprobs = policy.logprobs(micro.packed)[0].detach() + 0.25
+    micros[-1].sampler_logprobs[-1] -= 1.25
+    update_policy(policy, Recorder(policy), updates, settings_of(minibatch_prompts=prompts), ranks)
+    tokens = sum(update.total_tokens for update in updates)
+    assert sampler_difference(updates, ranks) == pytest.approx({
+        "sampling/sampling_logp_difference/mean": 0.25 + 0.75 / tokens,
+        "sampling/sampling_logp_difference/max": 1.0,
+    }, abs=1e-5)
+    assert sampler_difference([], ranks) == {}
+
+
+class Descent(Recorder):
+    """Keeps each gradient and follows it."""
+
+    def step(self) -> None:
+        super().step()
+        with torch.no_grad():
+            for p in self.policy.parameters():
+                p -= 0.1 * p.grad
+
+
+@pytest.mark.parametrize("prompts", [4, 2])
+def test_a_batch_is_gone_through_again_with_the_log_probs_of_its_sampler(policy, ranks, prompts):
+    """The second pass against the definition: the ratio is over the policy before the first one."""
+    config = settings_of(minibatch_prompts=prompts, num_iterations=2)
+    descent, before = Descent(policy), tiny_policy()
+    metrics = update_policy(policy, descent, fixed(policy, None, config, ranks), config, ranks)
+    first = 4 // prompts  # update of the second pass
+    assert len(descent.seen) == metrics["updates"] == 2 * first
+    now, losses = tiny_policy(), []
+    with torch.no_grad():
+        for gradient in descent.seen[:first]:
+            for name, p in now.named_parameters():
+                p -= 0.1 * gradient[name]
+    for group, row in zip(random_groups()[:prompts], ADVANTAGES):
+        for response, advantage in zip(group.responses, row):
+            packed = pack([(group.prompt.ids, [response])], CPU)
+            ratio = (now.logprobs(packed)[0] - before.logprobs(packed)[0].detach()).exp()
+            losses.append(-torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage))
+    torch.cat(losses).mean().backward()
+    assert_same_gradients(descent.seen[first], {name: p.grad for name, p in now.named_parameters()}, 1e-4)
+    assert any(not torch.equal(descent.seen[first][name], descent.seen[0][name]) for name in descent.seen[0])
+    once = updated(tiny_policy(), settings_of(minibatch_prompts=prompts), ranks)[1]
+    assert metrics["entropy"] == pytest.approx(once["entropy"], rel=0.05), "a mean over both passes"
+
+
 def test_an_update_without_any_group_left_changes_nothing(policy, ranks):
     """All ranks see the same total of 0, so all leave the update out together; it is no failure."""
     for keep, updates, mean in ((1.0, 1, "rest"), (0.0, 0, "rest"), (1.0, 1, "all"), (0.0, 0, "all")):
@@ -187,11 +238,20 @@ def test_an_update_without_any_group_left_changes_nothing(policy, ranks):
         assert metrics["updates_skipped_nonfinite"] == 0
 
 
-def resampled(monkeypatch, rounds: int, world: int, teaches) -> list[tuple[list[Group], list[Group]]]:
-    """resample_flat on every rank, of 4 places; a prompt's rewards differ where `teaches(place)`."""
+ROUNDS = []  # the places of every call of the sampler
+
+
+def resampled(
+    monkeypatch, rounds: int, world: int, teaches, elsewhere: int = 0
+) -> list[tuple[list[Group], list[Group]]]:
+    """resample_flat on every rank, of 4 places; a prompt's rewards differ where `teaches(place)`. elsewhere:
+    flat groups that a rank hears of besides its own.
+    """
+    ROUNDS.clear()
 
     def sample_and_score(run, step, places, others=None):
         groups = []
+        ROUNDS.append(places)
         for k, place in enumerate(places):
             asked = Prompt("first" if others is None else str(others[k]), [1])
             rewards = tuple(Reward(float(i and teaches(place)), True, True, "") for i in range(2))
@@ -199,9 +259,10 @@ def resampled(monkeypatch, rounds: int, world: int, teaches) -> list[tuple[list[
         return groups
 
     monkeypatch.setattr(grpo, "sample_and_score", sample_and_score)
+    ranks = SimpleNamespace(sum=lambda counts: [count + elsewhere for count in counts])
     results = []
     for rank in range(world):
-        run = SimpleNamespace(config=settings_of(resample_rounds=rounds), examples=range(1000))
+        run = SimpleNamespace(config=settings_of(resample_rounds=rounds), examples=range(1000), ranks=ranks)
         first = sample_and_score(run, 5, range(rank, 4, world))
         results.append(grpo.resample_flat(run, 5, first))
     return results
@@ -213,6 +274,14 @@ def test_dynamic_sampling_replaces_flat_groups_only(monkeypatch):
     assert [group.place for group in groups] == [0, 9, 10, 3]
     assert groups[0].prompt.id == groups[3].prompt.id == "first" and not any(group.flat for group in groups)
     assert [group.place for group in given_up] == [1, 2, 5, 6], "a third round was not needed"
+
+
+def test_dynamic_sampling_ends_where_no_rank_has_a_flat_group(monkeypatch):
+    """Every round gathers the whole model. A rank without a flat group still joins the others in theirs."""
+    resampled(monkeypatch, 9, 1, lambda place: place != 2)
+    assert ROUNDS == [range(4), [6]]
+    resampled(monkeypatch, 3, 1, lambda place: True, elsewhere=1)
+    assert ROUNDS == [range(4), [], [], []]
 
 
 def test_dynamic_sampling_stops_after_its_rounds_and_does_not_depend_on_ranks(monkeypatch):
