@@ -111,14 +111,22 @@ def sample_groups(
 
 
 def score_groups(
-    groups: Sequence[Group], items: Sequence[Tokenized], places: Sequence[int], reward: RewardFunction
+    groups: Sequence[Group], items: Sequence[Tokenized], places: Sequence[int], reward: RewardFunction,
+    longest: int = 0, overlong: int = 0,
 ) -> list[Group]:
-    """The groups with their rewards, examples and places in the step's batch."""
+    """The groups with their rewards, examples and places in the step's batch.
+
+    Over the last `overlong` of the `longest` tokens that a reply may have, a reward falls linearly by up to
+    1: soft overlong punishment (DAPO, arXiv 2503.14476, equation 13). 0: not at all.
+    """
     scored = []
     for group, item, place in zip(groups, items, places):
-        example = item.example
-        rewards = tuple(reward(text, example.answer, example.tools) for text in group.texts)
-        scored.append(replace(group, place=place, example=example, rewards=rewards))
+        example, rewards = item.example, []
+        for text, ids in zip(group.texts, group.responses):
+            one = reward(text, example.answer, example.tools)
+            penalty = max(0, len(ids) - (longest - overlong)) / overlong if overlong else 0.0
+            rewards.append(replace(one, total=one.total - penalty))
+        scored.append(replace(group, place=place, example=example, rewards=tuple(rewards)))
     return scored
 
 
@@ -239,7 +247,7 @@ def speed_metrics(work: Work, config: Config, ranks: Ranks) -> dict[str, float]:
     """Collective. Tokens, FLOPs and memory of one step; rates are over all ranks and this rank's seconds.
 
     FLOPs: 2 per parameter and token forward, 4 backward, attention left out. A rollout is one forward, the
-    reference another, an update three.
+    reference another, each pass of an update three.
     """
     own = [
         sum(group.tokens for group in work.groups), sum(group.tokens for group in work.given_up),
@@ -248,16 +256,18 @@ def speed_metrics(work: Work, config: Config, ranks: Ranks) -> dict[str, float]:
     ]
     kept, dropped, new, trained, given_up, total = ranks.sum(map(float, own))
     seconds = work.seconds
-    passes = 6 + 2 * (config.kl_coef > 0) + 2 * (config.minibatch_prompts < config.prompts_per_step)
+    iterations = config.num_iterations
+    passes = 6 * iterations + 2 * (config.kl_coef > 0)
+    passes += 2 * (config.minibatch_prompts < config.prompts_per_step)
     metrics = {
         "num_tokens": kept,
         "step_flops": work.parameters * (2 * (kept + dropped) + passes * trained),
         "rollout/tokens_per_s": new / seconds["rollout"],
-        "update/tokens_per_s": trained / seconds["update"],
+        "update/tokens_per_s": iterations * trained / seconds["update"],
     }
     if config.kl_coef:
         metrics["reference/tokens_per_s"] = trained / seconds["reference"]
-    if config.skip_zero_variance:
+    if config.skip_zero_variance or config.mask_truncated:
         metrics["update/skipped_token_ratio"] = max(0.0, 1 - trained / kept)
     if config.resample_rounds:
         metrics["rollout/resampled_ratio"] = given_up / total
@@ -267,6 +277,6 @@ def speed_metrics(work: Work, config: Config, ranks: Ranks) -> dict[str, float]:
     name = torch.cuda.get_device_name()
     peak = next((tera for part, tera in PEAK_TFLOPS.items() if part in name), None)
     if peak:  # model FLOPs utilisation of the update: what is recomputed for checkpointing does not count
-        flops = 6 * work.parameters * work.trained_tokens
+        flops = 6 * iterations * work.parameters * work.trained_tokens
         metrics["update/mfu"] = flops / seconds["update"] / (peak * 1e12)
     return metrics

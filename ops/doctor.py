@@ -83,8 +83,8 @@ def step_settings(s: Start) -> Config:
     return replace(
         config, model=s.path, data=str(folder / "longest.jsonl"), test_data="", test_share=0.0, data_from=0.0,
         data_to=1.0, run_dir=str(folder / "run"), resume=False, resume_step=0, prompts_per_step=2 * part,
-        minibatch_prompts=part, warmup_steps=0, resample_rounds=0, skip_zero_variance=False, bfcl="",
-        apibank="", trackers="",
+        minibatch_prompts=part, warmup_steps=0, resample_rounds=0, skip_zero_variance="",
+        mask_truncated=False, bfcl="", apibank="", trackers="",
     )
 
 

@@ -208,7 +208,8 @@ def step(config: Config, shape: Shape, a: Assumptions) -> dict[str, tuple[float,
         "decode": sampled * (of_replies + logits),
         "reference": forward * (config.kl_coef > 0),
         "old_logprobs": forward * (updates > 1),
-        "update": 3 * forward + again,  # the backward is two forwards; the head's chunks are computed again
+        # the backward is two forwards; the head's chunks are computed again
+        "update": config.num_iterations * (3 * forward + again),
     }
     seconds = {name: count / (a.gpu_tflops * 1e12 * EFFICIENCY) for name, count in flops.items()}
     batches = math.ceil(sampled * copies / estimate(config, shape, a)[1])

@@ -38,7 +38,7 @@ from distributed.weights import load_model, skeleton
 from kernel.attention import use_attention
 from kernel.decode import Prompt
 from kernel.packing import pack
-from losses import group_std, kl_k3, objective_of, policy_loss
+from losses import group_std, kl_k3, learning_rate, objective_of, policy_loss
 from model import ModelError, load_tokenizer, prepare_model, token_logprobs
 from ops.export import export
 from prompts import load_template
@@ -226,7 +226,10 @@ RUNS = {  # name: (numbers of ranks, the slow run that it must equal, settings)
     "llama": ((1, 2), "llama", {"model": "llama"}),
     "hsdp": ((2,), "usual", {"sharding": "hsdp"}),
     "offload": ((2,), "usual", {"offload": "all", "gradient_checkpointing": "true"}),
-    "one prompt": ((1, 2), "one prompt", {"prompts_per_step": 1, "minibatch_prompts": 1, "steps": 2}),
+    "one prompt": ((1, 2), "one prompt", {
+        "prompts_per_step": 1, "minibatch_prompts": 1, "steps": 2, "num_iterations": 2,
+        "lr_schedule": "linear",
+    }),
 }
 
 
@@ -293,7 +296,9 @@ def slow_grpo(settings: dict) -> tuple[list[list[str]], dict[str, torch.Tensor]]
             for i, group in enumerate(groups):
                 for k, ids in enumerate(group.responses):
                     fixed[i, k] = logprobs(policy, group, ids), logprobs(reference, group, ids)
-        for start in range(0, len(groups), config.minibatch_prompts):
+        rate = learning_rate(config.lr, config.lr_schedule, step, 0, (step - 1) / config.steps)
+        optimizer.param_groups[0]["lr"] = rate
+        for start in [*range(0, len(groups), config.minibatch_prompts)] * config.num_iterations:
             losses = []
             for i, k in ((i, k) for i, k in fixed if start <= i < start + config.minibatch_prompts):
                 now, (old, ref) = logprobs(policy, groups[i], groups[i].responses[k]), fixed[i, k]
