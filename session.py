@@ -94,7 +94,7 @@ def read_inputs(config: Config) -> Inputs:
 
 def read_prompts(config: Config, path: str, inputs: Inputs, quiet: bool) -> Inputs:
     """The inputs with examples and benchmarks tokenized for the model in `path`."""
-    tokenizer = load_tokenizer(path, config.trust_remote_code)
+    tokenizer = load_tokenizer(path, config.trust_remote_code, config.chat_template_kwargs)
     check_tokenizer(tokenizer, inputs.template)
     tokenized = tokenize_splits(inputs.splits, tokenizer, inputs.template, config, quiet=quiet)
     sets = {name: held_out_prompts(examples) for name, examples in tokenized.held_out.items()}
