@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import json
 import math
 import re
 from collections import Counter
@@ -46,6 +47,7 @@ class Config:
     data_from: float = _key(0.0, "first share of the training records to use, in an order by seed")
     data_to: float = _key(1.0, "last share: 0 to 0.5 and 0.5 to 1 are halves without a common record")
     prompt_template: str = _key("", "file with a system prompt that has a {tools} slot; empty: our own")
+    chat_template_kwargs: str = _key("", "variables of the model's chat template: 'enable_thinking: true'")
     run_dir: str = _key("runs/grpo", "where config, logs, samples, checkpoints and the final model go")
     resume: bool = _key(False, "go on from the latest checkpoint in run_dir")
     resume_step: int = _key(0, "go on from this step's checkpoint instead; 0: the latest")
@@ -135,6 +137,9 @@ def load_config(arguments: list[str]) -> Config:
             near = difflib.get_close_matches(key, fields, 1)
             hint = f"did you mean {near[0]!r}?" if near else "--help lists them"
             raise ConfigError(f"unknown setting {key!r}; {hint}")
+    if isinstance(kwargs := values.get("chat_template_kwargs"), dict):  # YAML may have it as a mapping
+        text = yaml.safe_dump(kwargs, default_flow_style=True, width=10**6)
+        values["chat_template_kwargs"] = text.strip()[1:-1]
     config = Config(**{key: _convert(key, value, type(fields[key].default)) for key, value in values.items()})
     _check(config)
     return config
@@ -201,6 +206,19 @@ def _convert(key: str, value: Any, kind: type) -> Any:
         raise ConfigError(f"{key} must be {KINDS[kind]}, not {value!r}") from None
 
 
+def template_kwargs(text: str) -> dict[str, Any]:
+    """chat_template_kwargs as a mapping, of "name: value, name: value" in YAML. Raises ConfigError."""
+    try:
+        values = yaml.safe_load(f"{{{text}}}")
+        json.dumps(values, allow_nan=False)
+        if all(key.isidentifier() and value is not None for key, value in values.items()):
+            return values
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError):
+        pass
+    example = "names and values such as 'enable_thinking: true'"
+    raise ConfigError(f"chat_template_kwargs must be {example}, not {text!r}")
+
+
 def check_positions(config: Config, model: Any) -> None:
     """Raises ConfigError where prompt and response may be longer than the positions in the model's config."""
     positions = getattr(model.get_text_config(), "max_position_embeddings", math.inf)  # or it has no limit
@@ -265,6 +283,7 @@ def _check(c: Config) -> None:
         )
     if not 0 <= c.test_share < 1:
         raise ConfigError(f"test_share must be from 0 to below 1, not {c.test_share}")
+    template_kwargs(c.chat_template_kwargs)
 
 
 def settings_table() -> str:

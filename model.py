@@ -28,7 +28,7 @@ from transformers import (
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging as transformers_logging
 
-from config import UserError
+from config import UserError, template_kwargs
 from kernel.attention import (
     SHARED_PREFIX,
     UnsupportedAttention,
@@ -43,6 +43,7 @@ from kernel.decode import Prompt
 from kernel.head import head_logprobs
 from kernel.hf_engines import ENGINES
 from kernel.packing import Packed, pack
+from prompts import set_template_kwargs
 
 # Mean difference in nats per token that rounding explains, in fp32 and in 16 bits. Measured: 1e-6, 0.02.
 PROBE_ERROR = (1e-3, 0.08)
@@ -120,19 +121,25 @@ def _hidden(model: nn.Module, packed: Packed) -> Tensor:
     return F.embedding(packed.predict, hidden.flatten(0, 1))
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False):
-    """The tokenizer of a folder or hub id. Raises ModelError with one sentence when it cannot be read."""
+def load_tokenizer(path: str, trust_remote_code: bool = False, chat_template_kwargs: str = ""):
+    """The tokenizer of a folder or hub id, with variables of its chat template set as the setting says.
+
+    Raises ModelError with one sentence when it cannot be read.
+    """
     check_path(path)
     saved = Path(path) / "tokenizer_config.json"
     # AutoTokenizer goes by the model type and would give our byte-level BPE the word splitting of Qwen2.
     try:
         told = json.loads(saved.read_text("utf-8")).get("tokenizer_class") if saved.is_file() else None
         if told == "TokenizersBackend":
-            return PreTrainedTokenizerFast.from_pretrained(path)
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         where = repr(path) if Path(path).is_dir() else f"{path!r} (no folder here, so a hub id)"
         raise ModelError(f"model: no tokenizer could be loaded from {where}: {first_line(error)}") from None
+    set_template_kwargs(tokenizer, template_kwargs(chat_template_kwargs))
+    return tokenizer
 
 
 # ------------------------------------------------------------------------------------- what a model can do

@@ -95,7 +95,7 @@ def read_inputs(config: Config) -> Inputs:
 
 def read_prompts(config: Config, path: str, inputs: Inputs, quiet: bool) -> Inputs:
     """The inputs with examples and benchmarks tokenized for the model in `path`."""
-    tokenizer = load_tokenizer(path, config.trust_remote_code)
+    tokenizer = load_tokenizer(path, config.trust_remote_code, config.chat_template_kwargs)
     check_tokenizer(tokenizer, inputs.template)
     check_vocabulary(tokenizer, model_config(path, config.trust_remote_code))
     tokenized = tokenize_splits(inputs.splits, tokenizer, inputs.template, config, quiet=quiet)

@@ -134,10 +134,11 @@ def main(arguments: list[str], load_splits: Callable, tokenize_splits: Callable)
         raise ConfigError(f"out: {out} exists, and was not written by distill; give another name")
     reward = reward_function(config.reward, config.lenient)
     template = load_template(config.prompt_template)
-    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    tokenizer = load_tokenizer(config.model, config.trust_remote_code, config.chat_template_kwargs)
     check_tokenizer(tokenizer, template)
     check_vocabulary(tokenizer, model_config(config.model))
-    author = describe_author(config.model, template) | {"samples": options.samples}
+    author = describe_author(config.model, template + config.chat_template_kwargs)
+    author |= {"samples": options.samples}
     author |= {key: getattr(config, key) for key in FIXED_KEYS}
     tried = read_journal(journal, author)
     train = replace(load_splits(config), held_out={})

@@ -43,7 +43,8 @@ FIXED_KEYS = (
     "model data test_data test_share data_from data_to prompt_template seed prompts_per_step group_size "
     "minibatch_prompts temperature loss advantage aggregation kl reward lenient shuffle_rewards "
     "skip_zero_variance mask_truncated resample_rounds max_prompt_tokens max_response_tokens num_iterations "
-    "overlong_tokens warmup_steps sft_batch sft_reason synthetic_flaws synthetic_thoughts synthetic_train"
+    "overlong_tokens warmup_steps sft_batch sft_reason synthetic_flaws synthetic_thoughts synthetic_train "
+    "chat_template_kwargs"
 ).split()
 # What failed at start leaves these behind, and may be started again under the same name.
 START_FILES = ("config.yaml", "config.yaml.tmp", "git.txt", "lock", "tensorboard", "wandb", "wandb_id.txt")
