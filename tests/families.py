@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest.mock import patch
 
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1")  # before torch and transformers are imported
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -26,6 +27,7 @@ from helpers import CPU, one_rank
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from distributed import fsdp
 from distributed.fsdp import full_tensor, gathered_weights, load_sharded, make_mesh
 from kernel.attention import uses_shared_prefix
 from kernel.decode import Prompt
@@ -282,7 +284,8 @@ def measure(name: str, folder: Path) -> Row:
     with one_rank() as ranks, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            model = load_sharded(str(folder), make_mesh(ranks, "full"), CPU)
+            with patch.object(fsdp, "KEEP_BYTES", 0):  # layer by layer, as a model of real size
+                model = load_sharded(str(folder), make_mesh(ranks, "full"), CPU)
             can = model.capabilities
             engine = getattr(can, "engine", "shared_prefix" if can.head_only else "generate")
             result = "packed" if can.shared_prefix and engine == "shared_prefix" else "falls back"
