@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import json
 import math
 import re
 from collections import Counter
@@ -46,6 +47,7 @@ class Config:
     data_from: float = _key(0.0, "first share of the training records to use, in an order by seed")
     data_to: float = _key(1.0, "last share: 0 to 0.5 and 0.5 to 1 are halves without a common record")
     prompt_template: str = _key("", "file with a system prompt that has a {tools} slot; empty: our own")
+    chat_template_kwargs: str = _key("", "variables of the model's chat template: 'enable_thinking: true'")
     run_dir: str = _key("runs/grpo", "where config, logs, samples, checkpoints and the final model go")
     resume: bool = _key(False, "go on from the latest checkpoint in run_dir")
     resume_step: int = _key(0, "go on from this step's checkpoint instead; 0: the latest")
@@ -55,10 +57,13 @@ class Config:
     prompts_per_step: int = _key(1024, "P: prompts per rollout batch")
     group_size: int = _key(5, "G: completions per prompt")
     minibatch_prompts: int = _key(256, "prompts per optimizer update; 1024 / 256 = 4 updates per batch")
+    num_iterations: int = _key(1, "times that a batch's updates are gone through (PPO's epochs)")
     epochs: float = _key(7.0, "passes over the training prompts; ignored when steps > 0")
     steps: int = _key(0, "rollout batches (sft.py: optimizer steps); 0: from epochs")
-    lr: float = _key(1e-6, "AdamW learning rate, constant")
-    max_grad_norm: float = _key(1.0, "gradient clipping by global norm")
+    lr: float = _key(1e-6, "AdamW learning rate: the peak of its schedule")
+    lr_warmup_steps: int = _key(0, "steps over which it rises linearly")
+    lr_schedule: str = _key("constant", "or linear, cosine: falls to 0 over the run; losses.SCHEDULES")
+    max_grad_norm: float = _key(1.0, "gradient clipping by global norm; 0: none")
     temperature: float = _key(0.7, "sampling temperature; also divides the logits of every log-prob")
     loss: str = _key("grpo", "row of losses.LOSSES: grpo, dr_grpo, dapo, gspo, cispo, rloo")
     advantage: str = _key("", "group_std, group_mean or leave_one_out; empty: the loss's")
@@ -69,8 +74,13 @@ class Config:
     kl: str = _key("k3", "row of losses.KLS, the estimate in the loss: k1, k2, k3")
     reward: str = _key("binary", "row of reward.REWARDS (binary, no_reason, ...) or file.py:function")
     lenient: bool = _key(False, "compare numbers as the tools declare them: 2 equals 2.0 for a number")
+    overlong_tokens: int = _key(0, "over the last so many response tokens a reward falls by 1 (DAPO)")
     shuffle_rewards: bool = _key(False, "negative control: permute rewards in the batch; nothing is learnt")
-    skip_zero_variance: bool = _key(False, "leave groups with equal rewards out of the update, KL included")
+    skip_zero_variance: str = _key(
+        "", "leave out groups with equal rewards, KL included; rest: the mean is over the other groups, a "
+        "larger gradient; all: over all groups, the gradient as without; empty: leave none out"
+    )
+    mask_truncated: bool = _key(False, "leave completions that were cut off out of loss and KL (DAPO)")
     resample_rounds: int = _key(0, "dynamic sampling (DAPO): times such groups give way to other prompts")
     max_prompt_tokens: int = _key(4096, "longer prompts are counted and skipped")
     max_response_tokens: int = _key(8192, "longer completions are cut off and count as truncated")
@@ -127,6 +137,9 @@ def load_config(arguments: list[str]) -> Config:
             near = difflib.get_close_matches(key, fields, 1)
             hint = f"did you mean {near[0]!r}?" if near else "--help lists them"
             raise ConfigError(f"unknown setting {key!r}; {hint}")
+    if isinstance(kwargs := values.get("chat_template_kwargs"), dict):  # YAML may have it as a mapping
+        text = yaml.safe_dump(kwargs, default_flow_style=True, width=10**6)
+        values["chat_template_kwargs"] = text.strip()[1:-1]
     config = Config(**{key: _convert(key, value, type(fields[key].default)) for key, value in values.items()})
     _check(config)
     return config
@@ -176,6 +189,8 @@ def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def _convert(key: str, value: Any, kind: type) -> Any:
     """A YAML or command-line value as `kind`. "1e-6" is text to YAML, and a bool must not pass for an int."""
+    if key == "skip_zero_variance" and isinstance(value, bool):  # a switch in older configs
+        value = "true" * value  # _check names the two that it can be now
     try:
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
@@ -191,8 +206,22 @@ def _convert(key: str, value: Any, kind: type) -> Any:
         raise ConfigError(f"{key} must be {KINDS[kind]}, not {value!r}") from None
 
 
-def check_positions(config: Config, positions: int) -> None:
-    """Raises ConfigError where prompt and response may be longer than the model's `positions`."""
+def template_kwargs(text: str) -> dict[str, Any]:
+    """chat_template_kwargs as a mapping, of "name: value, name: value" in YAML. Raises ConfigError."""
+    try:
+        values = yaml.safe_load(f"{{{text}}}")
+        json.dumps(values, allow_nan=False)
+        if all(key.isidentifier() and value is not None for key, value in values.items()):
+            return values
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError):
+        pass
+    example = "names and values such as 'enable_thinking: true'"
+    raise ConfigError(f"chat_template_kwargs must be {example}, not {text!r}")
+
+
+def check_positions(config: Config, model: Any) -> None:
+    """Raises ConfigError where prompt and response may be longer than the positions in the model's config."""
+    positions = getattr(model.get_text_config(), "max_position_embeddings", math.inf)  # or it has no limit
     tokens = config.max_prompt_tokens + config.max_response_tokens
     if tokens > positions:
         raise ConfigError(
@@ -208,8 +237,8 @@ def count_steps(config: Config, examples: int, batch: int) -> int:
 def _check(c: Config) -> None:
     """Refuses settings that cannot work together, before anything is loaded."""
     positive = (
-        "prompts_per_step group_size minibatch_prompts max_prompt_tokens max_response_tokens temperature "
-        "rollout_batch_size max_tokens_per_micro_batch timeout_minutes eval_cases "
+        "prompts_per_step group_size minibatch_prompts num_iterations max_prompt_tokens max_response_tokens "
+        "temperature rollout_batch_size max_tokens_per_micro_batch timeout_minutes eval_cases "
         "keep_checkpoints sft_batch tiny_hidden"
     )
     for key in positive.split():
@@ -219,7 +248,11 @@ def _check(c: Config) -> None:
         value = getattr(c, f.name)
         if isinstance(value, (int, float)) and value < 0:
             raise ConfigError(f"{f.name} must not be negative, not {value}")
-    for key, values in (("offload", ("", "reference", "all")), ("sharding", ("full", "hsdp"))):
+    choices = {
+        "offload": ("", "reference", "all"), "sharding": ("full", "hsdp"),
+        "skip_zero_variance": ("", "rest", "all"),
+    }
+    for key, values in choices.items():
         if getattr(c, key) not in values:
             raise ConfigError(f"{key} must be {' or '.join(filter(None, values))}, not {getattr(c, key)!r}")
     if c.resume_step and not c.resume:
@@ -243,8 +276,14 @@ def _check(c: Config) -> None:
             f"prompts_per_step ({c.prompts_per_step}) must be a multiple of "
             f"minibatch_prompts ({c.minibatch_prompts})"
         )
+    if c.overlong_tokens > c.max_response_tokens:
+        raise ConfigError(
+            f"overlong_tokens ({c.overlong_tokens}) must be at most "
+            f"max_response_tokens ({c.max_response_tokens})"
+        )
     if not 0 <= c.test_share < 1:
         raise ConfigError(f"test_share must be from 0 to below 1, not {c.test_share}")
+    template_kwargs(c.chat_template_kwargs)
 
 
 def settings_table() -> str:

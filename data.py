@@ -19,7 +19,7 @@ from corpus.examples import KINDS, Example, Splits, Tokenized, example_kind, hol
 from corpus.layouts import load_examples
 from corpus.sources import DataError
 from corpus.synthetic import synthetic_splits
-from prompts import build_messages, encode_prompt, render_calls
+from prompts import PromptError, build_messages, encode_prompt, render_calls
 
 INSPECT = "run: python data.py inspect FILE"
 
@@ -88,29 +88,38 @@ def load_files(paths: str) -> list[Example]:
 
 
 def tokenize_splits(splits: Splits, tokenizer, template: str, config, quiet: bool = False) -> Splits:
-    """Prompts as token ids; those longer than max_prompt_tokens are counted, said and skipped.
+    """Prompts as token ids. Those longer than max_prompt_tokens, and those that the chat template or
+    encode_prompt refuses, are counted, said and skipped.
 
-    Raises DataError when no training prompt is short enough.
+    Raises DataError when no training prompt is left.
     """
     limit = config.max_prompt_tokens
+    long, refused = 0, []
 
     def encode(examples: Sequence[Example]) -> list[Tokenized]:
+        nonlocal long
         kept = []
         for example in tqdm(examples, desc="tokenize", leave=False, disable=quiet):
-            ids = encode_prompt(tokenizer, example.messages, example.tools, template)
+            try:
+                ids = encode_prompt(tokenizer, example.messages, example.tools, template, example.answer)
+            except PromptError as error:
+                refused.append(f"id={example.id}: {error}")
+                continue
             if len(ids) <= limit:
                 kept.append(Tokenized(example, ids))
+            else:
+                long += 1
         return kept
 
     train = encode(splits.train)
-    held_out = {name: encode(examples) for name, examples in splits.held_out.items()}
-    skipped = len(splits.train) - len(train)
-    skipped += sum(len(splits.held_out[name]) - len(kept) for name, kept in held_out.items())
-    if skipped and not quiet:
-        print(f"data: {skipped} prompts are longer than max_prompt_tokens ({limit}) and are skipped")
     if not train:
         what = f"all {len(splits.train)} training prompts are longer than max_prompt_tokens ({limit})"
-        raise DataError(f"data: {what}")
+        raise DataError(f"data: {what}{' or refused; ' if refused else ''}{''.join(refused[:1])}")
+    held_out = {name: encode(examples) for name, examples in splits.held_out.items()}
+    if long and not quiet:
+        print(f"data: {long} prompts are longer than max_prompt_tokens ({limit}) and are skipped")
+    if refused and not quiet:
+        print(f"data: {len(refused)} prompts are refused and skipped, such as", *refused[:10], sep="\n  ")
     return Splits(train, {name: kept for name, kept in held_out.items() if kept})
 
 

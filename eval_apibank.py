@@ -117,7 +117,8 @@ def score(args: argparse.Namespace) -> None:
     if "level-3 scenarios" in groups:
         print(SCENARIO_NOTE)
     if skipped := sum("skipped" in row for row in rows):
-        print(f"{skipped} of {len(rows)} rows are empty and so count as wrong: their prompts were too long.")
+        why = "their prompts were too long or refused"
+        print(f"{skipped} of {len(rows)} rows are empty and so count as wrong: {why}.")
 
 
 def generate(args: argparse.Namespace) -> None:

@@ -199,7 +199,7 @@ def score(args: argparse.Namespace) -> None:
         short = ", ".join(f"{name} {categories[name]['cases']} of {sizes[name]}" for name in partial)
         print(f"Not all cases were asked: {short}.")
     if skipped := sum("skipped" in row for row in rows):
-        what = "prompts were too long to be asked; they count as answered without a call"
+        what = "prompts were too long or refused; they count as answered without a call"
         print(f"{skipped} of {len(rows)} {what}.")
     if args.official_dir:
         files = bfcl_data.write_official(pairs, version, args.official_dir, args.model_name)

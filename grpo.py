@@ -41,7 +41,7 @@ from distributed.fsdp import full_tensor, gathered_weights, release
 from distributed.ranks import Ranks, run_script, start_ranks
 from kernel.attention import uses_shared_prefix
 from kernel.decode import Prompt
-from losses import ADVANTAGES, AGGREGATIONS, KLS, objective_of, policy_loss
+from losses import ADVANTAGES, AGGREGATIONS, KLS, learning_rate, objective_of, policy_loss
 from model import count_parameters
 from rollout import Decoding, Work, rollout_metrics, sample_groups, sample_rows, score_groups, speed_metrics
 from session import Run, RunSpec, begin, close, evaluate_if_missing, finish_step, open_session, start_step
@@ -67,8 +67,9 @@ def micro_batch_loss(
         return logprobs.sum() * 0.0, torch.zeros(5, dtype=torch.float64)
     objective = objective_of(config)
     counts = micro.packed.counts  # tokens per completion
-    old = logprobs.detach() if micro.old_logprobs is None else micro.old_logprobs
-    surrogate, ratio = policy_loss(logprobs, old, micro.advantages, counts, objective)
+    if micro.old_logprobs is None:  # one update per batch: the policy is still the sampler
+        micro.old_logprobs = logprobs.detach()
+    surrogate, ratio = policy_loss(logprobs, micro.old_logprobs, micro.advantages, counts, objective)
     kl = torch.zeros_like(surrogate)
     if micro.reference_logprobs is not None:
         kl = KLS[config.kl](logprobs, micro.reference_logprobs)
@@ -95,13 +96,15 @@ def update_policy(
     policy: nn.Module, optimizer: torch.optim.Optimizer, updates: Sequence[Update], config: Config,
     ranks: Ranks,
 ) -> dict[str, float]:
-    """Collective. The updates of a step -> metrics; KL, entropy and clip ratios are means over tokens."""
+    """Collective. The updates of a step, num_iterations times -> metrics; KL, entropy and clip ratios are
+    means over tokens.
+    """
     sums = torch.zeros(5, dtype=torch.float64)
     tokens = 0
     norms: list[float] = []
     skipped = 0
-    for update in updates:
-        if update.total_tokens == 0:  # on all ranks: every group of this update was left out
+    for update in [*updates] * config.num_iterations:
+        if not update.micros:  # on all ranks: every group of this update was left out
             continue
         for micro in update.micros:
             loss, part = micro_batch_loss(policy, micro, update, config)
@@ -109,14 +112,15 @@ def update_policy(
             # the tokens (or completions) of all ranks, so the sum over micro-batches and ranks is the mean.
             loss.backward()
             sums += part
-        norm = float(full_tensor(nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)))
+        longest = config.max_grad_norm or math.inf
+        norm = float(full_tensor(nn.utils.clip_grad_norm_(policy.parameters(), longest)))
         if math.isfinite(norm):  # the norm is the same on all ranks, so all skip together
             optimizer.step()
             norms.append(norm)
         else:
             skipped += 1
         optimizer.zero_grad(set_to_none=True)
-        tokens += update.total_tokens
+        tokens += update.computed_tokens
     loss_sum, *token_sums = ranks.sum(sums.tolist())
     kl, entropy, low, high = (total / max(1, tokens) for total in token_sums)
     return {
@@ -150,7 +154,7 @@ def grpo_step(run: Run, step: int) -> tuple[dict[str, float], list[dict]]:
         with run.phase("reference"):
             store_logprobs(run.reference, updates, "reference_logprobs")
             release(run.reference)
-    if len(updates) > 1:  # with one update the policy is still the sampler: micro_batch_loss detaches
+    if len(updates) > 1:  # with one update, micro_batch_loss stores them in the first pass
         with run.phase("old_logprobs"):
             store_logprobs(run.policy, updates, "old_logprobs")
     with run.phase("update"):
@@ -176,7 +180,9 @@ def sample_and_score(run: Run, step: int, places: Sequence[int], indices: Sequen
             policy, run.tokenizer, prompts, Decoding.training(config), run.ranks.main, run.ranks.heartbeat
         )
     with run.phase("reward"):
-        return score_groups(groups, items, places, run.reward)
+        return score_groups(
+            groups, items, places, run.reward, config.max_response_tokens, config.overlong_tokens
+        )
 
 
 def resample_flat(run: Run, step: int, groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
@@ -191,6 +197,8 @@ def resample_flat(run: Run, step: int, groups: Sequence[Group]) -> tuple[list[Gr
     groups, given_up = list(groups), []
     for _ in range(config.resample_rounds):
         flat = [k for k, group in enumerate(groups) if group.flat]
+        if run.ranks.sum([len(flat)]) == [0]:  # on all ranks: a round would only gather the weights
+            break
         # beyond the batch: seeds of their own
         places = [groups[k].place + config.prompts_per_step for k in flat]
         others = [prompt_seed(config.seed + 1, step, place) % len(run.examples) for place in places]
@@ -209,10 +217,14 @@ def train(run: Run) -> None:
     with tqdm(total=run.steps, initial=state["step"], desc="GRPO", disable=not run.ranks.main) as bar:
         while state["step"] < run.steps:
             step = start_step(run)
+            done = (step - 1) / run.steps
+            rate = learning_rate(config.lr, config.lr_schedule, step, config.lr_warmup_steps, done)
+            for group in run.optimizer.param_groups:
+                group["lr"] = rate
             metrics, rows = grpo_step(run, step)
             stop_on_failures(run, step, metrics, rows)
             state.update(step=step, flops=state["flops"] + metrics.pop("step_flops"))
-            finish_step(run, {"learning_rate": config.lr, **metrics}, rows, last=step == run.steps)
+            finish_step(run, {"learning_rate": rate, **metrics}, rows, last=step == run.steps)
             bar.update()
             bar.set_postfix(reward=f"{metrics['reward']:.2f}", kl=f"{metrics['kl']:.3f}", refresh=False)
     evaluate_if_missing(run)

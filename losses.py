@@ -1,5 +1,5 @@
 """Every formula of the objective, as tables: advantages, losses, estimates of the KL, and what the mean is
-over.
+over. And the learning rate.
 
 A row of LOSSES is a published loss without its KL, whose weight is `--kl_coef` (DAPO and Dr. GRPO have none).
 `--loss NAME` takes a row, `--advantage`, `--aggregation`, `--clip_eps` and `--clip_eps_high` change one part
@@ -9,6 +9,7 @@ micro-batch, N their tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -124,9 +125,9 @@ LOSSES: dict[str, Objective] = {
 def objective_of(config: Config) -> Objective:
     """The row of LOSSES that the settings choose and change. Raises ConfigError for unknown names."""
     tables = {"loss": LOSSES, "advantage": ADVANTAGES, "aggregation": AGGREGATIONS, "kl": KLS}
-    for key, table in tables.items():
+    for key, table in (tables | {"lr_schedule": SCHEDULES}).items():
         name = getattr(config, key)
-        if name not in table and (name or key in ("loss", "kl")):
+        if name not in table and (name or key not in ("advantage", "aggregation")):
             raise ConfigError(f"{key} must be one of {', '.join(table)}, not {name!r}")
     row = LOSSES[config.loss]
     return replace(
@@ -192,3 +193,19 @@ AGGREGATIONS: dict[str, Callable[[Tensor, int, int, int], Tensor]] = {
     # divides by a length that the completions cannot change
     "constant": lambda counts, tokens, completions, longest: equal(counts, 1 / (completions * longest)),
 }
+
+# ------------------------------------------------------------------------------------------ the learning rate
+
+# the share of the run that is done -> what the peak is multiplied with
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+}
+
+
+def learning_rate(peak: float, schedule: str, step: int, warmup_steps: int, done: float) -> float:
+    """Of this step (from 1), before which `done` of the run was done: it rises linearly over the first steps
+    and follows a row of SCHEDULES over the whole run. A pure function, so a resume computes it.
+    """
+    return peak * min(1.0, step / max(1, warmup_steps)) * SCHEDULES[schedule](done)

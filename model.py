@@ -8,21 +8,19 @@ does not take packed groups is trained on plain rows.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import json
 import os
+import random
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
@@ -30,7 +28,7 @@ from transformers import (
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging as transformers_logging
 
-from config import UserError
+from config import UserError, template_kwargs
 from kernel.attention import (
     SHARED_PREFIX,
     UnsupportedAttention,
@@ -41,11 +39,14 @@ from kernel.attention import (
     use_attention,
     uses_shared_prefix,
 )
+from kernel.decode import Prompt
 from kernel.head import head_logprobs
+from kernel.hf_engines import ENGINES
 from kernel.packing import Packed, pack
+from prompts import set_template_kwargs
 
-TRIAL = [([1, 2, 3], [[4, 5, 6], [7, 8]]), ([2, 1], [[3, 9, 5, 4], [6]])]  # groups: prompt, responses
-TRIAL_ERROR = 1e-3  # relative; fp32 rounding stays far below, a wrong mask or position far above
+# Mean difference in nats per token that rounding explains, in fp32 and in 16 bits. Measured: 1e-6, 0.02.
+PROBE_ERROR = (1e-3, 0.08)
 
 
 class ModelError(UserError):
@@ -58,11 +59,13 @@ class Capabilities:
 
     attention: transformers' name of the model's own attention. shared_prefix: whether packed groups give its
     numbers. head_only: whether its logits are its LM head's output and nothing more (Gemma 2 caps them).
+    engine: the rollout engine whose samples have its log-probs.
     """
 
     attention: str
-    shared_prefix: bool
-    head_only: bool
+    shared_prefix: bool = False
+    head_only: bool = False
+    engine: str = "generate"
 
 
 def autocast(device: torch.device):
@@ -118,136 +121,193 @@ def _hidden(model: nn.Module, packed: Packed) -> Tensor:
     return F.embedding(packed.predict, hidden.flatten(0, 1))
 
 
-def load_tokenizer(path: str, trust_remote_code: bool = False):
-    """The tokenizer of a folder or hub id. Raises ModelError with one sentence when it cannot be read."""
+def load_tokenizer(path: str, trust_remote_code: bool = False, chat_template_kwargs: str = ""):
+    """The tokenizer of a folder or hub id, with variables of its chat template set as the setting says.
+
+    Raises ModelError with one sentence when it cannot be read.
+    """
     check_path(path)
     saved = Path(path) / "tokenizer_config.json"
     # AutoTokenizer goes by the model type and would give our byte-level BPE the word splitting of Qwen2.
     try:
         told = json.loads(saved.read_text("utf-8")).get("tokenizer_class") if saved.is_file() else None
         if told == "TokenizersBackend":
-            return PreTrainedTokenizerFast.from_pretrained(path)
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         where = repr(path) if Path(path).is_dir() else f"{path!r} (no folder here, so a hub id)"
         raise ModelError(f"model: no tokenizer could be loaded from {where}: {first_line(error)}") from None
+    set_template_kwargs(tokenizer, template_kwargs(chat_template_kwargs))
+    return tokenizer
 
 
-def load_model(
-    path: str, device: torch.device, gradient_checkpointing: bool = False, dtype: torch.dtype = torch.float32
+# ------------------------------------------------------------------------------------- what a model can do
+
+
+def prepare_model(
+    model: nn.Module, device: torch.device, gradient_checkpointing: bool = False,
+    engine: str = "shared_prefix",
 ) -> nn.Module:
-    """A whole causal LM on one device: for evaluation and distillation. Training uses fsdp.load_sharded.
-
-    path: a folder or hub id. Code from the hub is never run. Raises ModelError when it cannot be loaded.
-    """
-    check_path(path)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"model: {path!r} could not be loaded: {first_line(error)}") from None
-    return prepare_model(model, device, gradient_checkpointing)
+    """Moves a whole model to its device, makes it ready for token_logprobs, and warns if it is slow there."""
+    add_hooks(model.to(device), gradient_checkpointing)
+    find_capabilities(model, model, engine)
+    return model
 
 
-def prepare_model(model: nn.Module, device: torch.device, gradient_checkpointing: bool = False) -> nn.Module:
-    """Moves a model to its device, makes it ready for token_logprobs, and warns if it is slow there."""
-    model.to(device)
-    return prepare_like(model, model, gradient_checkpointing)
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What forward and backward passes compute in."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def prepare_like(model: nn.Module, twin: nn.Module, gradient_checkpointing: bool) -> nn.Module:
-    """Makes a model ready for token_logprobs, by a trial of `twin`: of itself, or of its `miniature`."""
+def add_hooks(model: nn.Module, gradient_checkpointing: bool) -> None:
+    """Our attention, the trimmed last layer, recomputed activations. Comes before FSDP wraps the layers."""
     transformers_logging.disable_progress_bar()  # ours are enough
     AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
     AttentionMaskInterface.register(SHARED_PREFIX, lambda *args, **kwargs: None)
-    for one in {model, twin}:
-        trim_last_layer(one)
-    model.capabilities, limits = find_capabilities(twin)
-    if limits and os.environ.get("RANK", "0") == "0":
-        warnings.warn(f"model: {'; '.join(limits)}", stacklevel=3)
+    trim_last_layer(model)
     if gradient_checkpointing:
         options = {"use_reentrant": False}
         if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.2x on
             model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
         else:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    use_attention(model, "train")
-    return model
 
 
-def miniature(config: PreTrainedConfig, device: torch.device, trust_remote_code: bool = False) -> nn.Module:
-    """Two layers with few random weights: for the trial of a model that no rank holds as a whole."""
-    small = copy.deepcopy(config)
-    small.num_hidden_layers = min(2, config.num_hidden_layers)
-    small.vocab_size = 64
-    small.pad_token_id = small.bos_token_id = small.eos_token_id = None
-    if kinds := getattr(config, "layer_types", None):  # first those that packing does not know
-        kinds = sorted(kinds, key=lambda kind: kind == "full_attention")
-        small.layer_types = kinds[: small.num_hidden_layers]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        options = dict(dtype=torch.float32, trust_remote_code=trust_remote_code)
-        return AutoModelForCausalLM.from_config(small, **options).to(device)
+def find_capabilities(model: nn.Module, twin: nn.Module, engine: str) -> None:
+    """Sets model.capabilities, and warns of everything that the model can not do.
 
-
-@torch.no_grad()
-def find_capabilities(model: nn.Module) -> tuple[Capabilities, list[str]]:
-    """What a model can do, and a sentence for everything that it can not, by a trial in the model's own
-    dtype.
-
-    The model's own forward pass is the measure: of its LM head alone, and of packed groups.
+    twin: the model itself, or its weights in one piece (fsdp.gathered_weights). It answers a few short
+    prompts in its own dtype. Its plain forward pass over one row at a time is the measure: of padded rows, of
+    packed groups, and of the rollout engine. Raises ModelError where padded rows or generate do not agree.
     """
-    own = model.config._attn_implementation
-    training = model.training
-    limits = []
-    model.eval()
-    rows = pack(TRIAL, next(model.parameters()).device, share_prompt=False)
-    hidden = _hidden(model, rows)
-    logits = model(**_inputs(rows)).logits.flatten(0, 1)[rows.predict]
-    head = model.get_output_embeddings()
-    head_only = isinstance(head, nn.Linear) and _near(F.linear(hidden, head.weight, head.bias), logits)
-    if not head_only:
-        limits.append("its logits are not its LM head's output alone, so full logits are held")
-    reason = _why_not_packed(model, hidden)
-    if reason:
-        limits.append(f"{reason}, so prompts are computed once per response and not once per group")
-    if attention_backend(hidden.device) == "flash_attn":
+    training = twin.training
+    with torch.no_grad(), autocast(next(twin.parameters()).device):
+        model.capabilities, limits = _probe(twin.eval(), engine)
+    twin.train(training)
+    if dropout := getattr(model, "dropout", None):
+        limits.append(f"dropout is off ({', '.join(f'{name} {rate:g}' for name, rate in dropout.items())})")
+    if limits and os.environ.get("RANK", "0") == "0":
+        warnings.warn(f"model: {'; '.join(limits)}", stacklevel=3)
+    use_attention(model, "train")
+
+
+def _probe(model: nn.Module, engine: str) -> tuple[Capabilities, list[str]]:
+    """Every try sets model.capabilities to what it tries, and the result is what agreed."""
+    weight = next(model.parameters())
+    error = PROBE_ERROR[weight.is_cuda or weight.dtype != torch.float32]
+    own, limits = model.config._attn_implementation, []
+    if attention_backend(weight.device) == "flash_attn":
         with contextlib.suppress(ImportError, ValueError):  # a model without it keeps its own
             model.set_attn_implementation("flash_attention_2")
             own = "flash_attention_2"
-    model.train(training)
-    return Capabilities(own, not reason, head_only), limits
+    groups = probe_groups(model.get_input_embeddings().weight.shape[0])
+    model.capabilities = plain = Capabilities(own)
+    model.capabilities = plain = replace(plain, head_only=_head_only(model, groups))
+    if not plain.head_only:
+        limits.append("its logits are not its LM head's output alone, so full logits are held")
+    if reason := _why_not(plain, model, groups, error):
+        raise ModelError(f"model: a {type(model).__name__} cannot be used: {reason}")
+    best = plain
+    reason = _other_layers(model.config) or _why_not(replace(plain, shared_prefix=True), model, groups, error)
+    if reason:
+        limits.append(f"{reason}, so prompts are computed once per response and not once per group")
+    else:
+        best = replace(best, shared_prefix=True)
+    # shared_prefix puts its own attention and the bare LM head in the place of the model's.
+    if engine != "shared_prefix" or (best.shared_prefix and best.head_only):
+        if reason := _why_not(replace(plain, engine=engine), model, groups, error):
+            limits.append(f"{reason}, so it samples with rollout_engine generate")
+        else:
+            best = replace(best, engine=engine)
+    if best.engine == "generate" and (reason := _why_not(plain, model, groups, error, sample=True)):
+        raise ModelError(f"model: a {type(model).__name__} cannot be used: {reason}")
+    return best, limits
 
 
-def _why_not_packed(model: nn.Module, hidden: Tensor) -> str:
-    """Why packed groups cannot be used; "" where they give `hidden`, the trial's output on plain rows."""
-    kinds = set(getattr(model.config, "layer_types", None) or []) - {"full_attention"}
-    if kinds:
-        return f"it has layers of {', '.join(sorted(kinds))}"
-    tries = [(contextlib.nullcontext(), TRIAL_ERROR)]
-    if hidden.is_cuda:  # the kernels of training may be missing on an older GPU
-        tries.append((autocast(hidden.device), 0.1))
-    for context, error in tries:
-        try:
-            model.set_attn_implementation(SHARED_PREFIX)
-            with context:
-                packed = _hidden(model, pack(TRIAL, hidden.device))
-        except UnsupportedAttention as reason:
-            return str(reason)
-        except Exception as reason:  # it would go wrong in training too; the warning says what
-            return f"it does not run on packed groups ({first_line(reason)})"
-        if not _near(packed, hidden, error):
-            return "packed groups change its output"
-    return ""
+def probe_groups(vocabulary: int) -> list[tuple[list[int], list[list[int]]]]:
+    """Prompts and responses of uneven lengths, with token ids from everywhere."""
+    draw = random.Random(0)
+    sizes = ((17, (6, 2)), (4, (5, 1)))
+    ids = lambda n: [draw.randrange(vocabulary) for _ in range(n)]  # noqa: E731
+    return [(ids(prompt), [ids(size) for size in responses]) for prompt, responses in sizes]
 
 
-def _near(a: Tensor, b: Tensor, error: float = TRIAL_ERROR) -> bool:
-    return bool((a - b).float().norm() <= error * b.float().norm())
+def _head_only(model: nn.Module, groups: list) -> bool:
+    """Whether the logits are the LM head's output and nothing more. The head's output is made so large for
+    this that even a wide soft cap shows.
+    """
+    head, seen = model.get_output_embeddings(), {}
+
+    def enlarge(_, inputs, output):
+        seen.update(input=inputs[0], output=1e3 * output)
+        return seen["output"]
+
+    if not isinstance(head, nn.Linear):
+        return False
+    rows = pack(groups, head.weight.device, share_prompt=False)
+    hook = head.register_forward_hook(enlarge)
+    logits = model(**_inputs(rows)).logits
+    hook.remove()
+    hidden = model.get_decoder()(**_inputs(rows)).last_hidden_state
+    return bool(seen) and torch.equal(logits, seen["output"]) and torch.allclose(hidden, seen["input"])
+
+
+def _why_not(tried: Capabilities, model: nn.Module, groups: list, error: float, sample: bool = False) -> str:
+    """What goes wrong in a way to run the model, "" if it agrees with plain rows of one response each.
+
+    sample: whether the engine is tried; without, only log-probs are.
+    """
+    sample = sample or tried.engine != "generate"
+    what = "on packed groups it" if tried.shared_prefix else "on padded rows it"
+    what = f"with rollout_engine {tried.engine} it" if sample else what
+    device = next(model.parameters()).device
+    plain = model.capabilities = replace(tried, shared_prefix=False)
+    try:
+        if sample:
+            prompts = [Prompt("probe", prompt, seed) for seed, (prompt, _) in enumerate(groups)]
+            copies, nothing = 2, model.get_input_embeddings().weight.shape[0]
+            rows = ENGINES[tried.engine](model, prompts, copies, 1.0, 5, [nothing])
+            groups = [(p.ids, [ids for ids, _ in rows[copies * k :][:copies]]) for k, p in enumerate(prompts)]
+            found = torch.tensor([x for _, logprobs in rows for x in logprobs], device=device)
+        else:
+            model.capabilities = tried
+            use_attention(model, "train")
+            found = response_logprobs(model, pack(groups, device, tried.shared_prefix), 1.0, False, None)[0]
+        model.capabilities = plain
+        use_attention(model, "train")
+        rows = [pack([(prompt, [one])], device, False) for prompt, many in groups for one in many]
+        truth = torch.cat([response_logprobs(model, row, 1.0, False, None)[0] for row in rows])
+        gap = (found - truth).abs().mean().item()
+    except UnsupportedAttention as reason:
+        return str(reason)
+    except Exception as reason:  # it would go wrong in training too; the warning says what
+        return f"{what} does not run ({first_line(reason)})"
+    finally:
+        model.capabilities = plain
+    return "" if gap <= error else f"{what} is {gap:.2g} nats off its plain forward pass"
+
+
+def _other_layers(config: PreTrainedConfig) -> str:
+    kinds = set(getattr(config.get_text_config(), "layer_types", None) or []) - {"full_attention"}
+    return f"it has layers of {', '.join(sorted(kinds))}" if kinds else ""
+
+
+def check_vocabulary(tokenizer, config: PreTrainedConfig) -> None:
+    """Raises ModelError where the tokenizer has tokens beyond the model's embeddings."""
+    rows = config.get_text_config().vocab_size
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= rows:
+        what = f"the tokenizer's {token!r} has the id {largest}, but the model has {rows} embeddings"
+        raise ModelError(f"model: {what}; take the tokenizer that belongs to it, or resize the embeddings")
 
 
 def check_path(path: str) -> None:
     """Raises ModelError for what looks like a folder and is none."""
     if (Path(path) / "model" / "config.json").is_file() and not (Path(path) / "config.json").is_file():
         raise ModelError(f"model: {path!r} is the folder of a run; its model is {Path(path) / 'model'}")
+    if any((Path(path) / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")):
+        raise ModelError(f"model: {path!r} holds a LoRA adapter; merge it into its base first")
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if looks_local and not Path(path).is_dir():
         raise ModelError(f"model: the folder {path!r} does not exist; give a folder, a hub id or tiny")

@@ -5,8 +5,13 @@ The only file that knows tags, the JSON of calls, system prompts and chat templa
 
 from __future__ import annotations
 
+import functools
 import json
+import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +29,10 @@ MAX_DEPTH = 64
 # Every token with which a known model family ends its turn. Llama 3 has three of them: stopping at one only
 # lets the others run on to the length limit.
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
+
+# A prompt must not change overnight: templates that print a date, as Llama 3.1's does, print this one.
+TODAY = datetime(2024, 7, 26)
+SET_BY_US = "{# chat_template_kwargs #}"  # begins the line that set_template_kwargs puts before a template
 
 SYSTEM_TEMPLATE = """\
 You answer requests by calling tools. Study the conversation and the tools below, decide which calls fulfil \
@@ -143,6 +152,33 @@ def _name(tokenizer) -> str:
     return tokenizer.name_or_path or "tokenizer"
 
 
+def _chat_template(tokenizer) -> str:
+    """The template that the tokenizer asks with. Raises PromptError where there is none."""
+    template = getattr(tokenizer, "chat_template", None)
+    remedy = "the tokenizer has no chat template; use an Instruct model"
+    if isinstance(template, dict):
+        names, template = ", ".join(template), template.get("default")
+        remedy = f"the tokenizer has several chat templates, {names}, and none is the default; leave it one"
+    if not template:
+        raise PromptError(f"{_name(tokenizer)}: {remedy}")
+    return template
+
+
+def set_template_kwargs(tokenizer, kwargs: dict[str, Any]) -> None:
+    """Sets variables of the chat template inside it, so that an export asks as training did.
+
+    They replace those of an earlier call; without any, the template stays as it is.
+    """
+    if kwargs:
+        template = _chat_template(tokenizer)
+        if template.startswith(SET_BY_US):
+            template = template.partition("\n")[2]
+        values = {key: json.dumps(value, ensure_ascii=False) for key, value in kwargs.items()}
+        sets = "".join(f"{{% set {key} = {value} %}}" for key, value in values.items())
+        # transformers trims one line break after a block: this one, and not one of the template's own.
+        tokenizer.chat_template = f"{SET_BY_US}{sets}\n{template}"
+
+
 def render_prompt(
     tokenizer, messages: list[dict], tools: list[dict], template: str = SYSTEM_TEMPLATE,
     generation_prompt: bool = True,
@@ -151,13 +187,12 @@ def render_prompt(
 
     Raises PromptError when the tokenizer has no chat template or the template refuses the conversation.
     """
-    if not getattr(tokenizer, "chat_template", None):
-        raise PromptError(f"{_name(tokenizer)}: the tokenizer has no chat template; use an Instruct model")
+    chat_template = _chat_template(tokenizer)
     chat = build_messages(messages, tools, template)
     try:
-        # Llama 3.1 prints a date into the system header: a prompt must not change overnight.
         return tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=generation_prompt, date_string="26 Jul 2024"
+            chat, chat_template=chat_template, tokenize=False, add_generation_prompt=generation_prompt,
+            date_string=f"{TODAY:%d %b %Y}", strftime_now=TODAY.strftime,
         )
     except jinja2.TemplateError as error:
         roles = " ".join(message["role"] for message in chat)
@@ -166,32 +201,87 @@ def render_prompt(
 
 
 def encode_prompt(
-    tokenizer, messages: list[dict], tools: list[dict], template: str = SYSTEM_TEMPLATE
+    tokenizer, messages: list[dict], tools: list[dict], template: str = SYSTEM_TEMPLATE,
+    answer: Sequence[ToolCall] = (),
 ) -> list[int]:
-    """The prompt as token ids; special tokens come from the chat template alone."""
+    """The prompt as token ids; special tokens come from the chat template alone.
+
+    Raises PromptError where the conversation, the tools or the right calls hold the text of one: in a prompt
+    it would become that token, and a reply would end there.
+    """
+    said = [message["content"] for message in build_messages(messages, tools, "{tools}")]
+    found = _control_tokens(tokenizer, len(tokenizer)).search("\n".join([*said, render_calls(answer)]))
+    if found:
+        raise PromptError(f"bad_text: the control token {found[0]} stands in the text or in the right calls")
     return tokenizer.encode(render_prompt(tokenizer, messages, tools, template), add_special_tokens=False)
 
 
+@functools.lru_cache(maxsize=8)  # asked for every prompt
+def _control_tokens(tokenizer, size: int) -> re.Pattern:
+    """Finds the text of special tokens, but for our tags. size: tells whether the tokenizer has changed."""
+    added = tokenizer.added_tokens_decoder.values()
+    tokens = [token.content for token in added if token.special and token.content not in TAGS]
+    return re.compile("|".join(map(re.escape, tokens)) or "(?!)")
+
+
+@functools.lru_cache(maxsize=8)  # asked for every reply
+def _header(tokenizer, chat_template: str) -> str:
+    """What the template puts at the end of every prompt, where the reply begins."""
+    ask = functools.partial(render_prompt, tokenizer, [{"role": "user", "content": "probe"}], [])
+    prompt = ask()
+    return prompt[len(os.path.commonprefix([prompt, ask(generation_prompt=False)])) :]
+
+
+def prefilled_reply(tokenizer) -> str:
+    """How every prompt begins the reply, from `<think>` on: "" unless the model always thinks.
+
+    Raises PromptError where the prompt also closes the thought: the policy could write none.
+    """
+    header = _header(tokenizer, _chat_template(tokenizer))
+    if END_THINK in header:
+        closed = "its chat template closes the thought before the reply"
+        remedy = "let it think: --chat_template_kwargs 'enable_thinking: true', or what it asks for"
+        raise PromptError(f"{_name(tokenizer)}: {closed}; {remedy}")
+    return header[header.index(THINK) :] if THINK in header else ""
+
+
 def encode_reply(tokenizer, text: str) -> list[int]:
-    """A reply to imitate as token ids, closed by the end token, so that the policy learns to stop."""
-    return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    """A reply to imitate as token ids, closed by an end token, so that the policy learns to stop.
+
+    What the prompt has begun of it is left out. A reply without a thought closes the one that is begun.
+    """
+    if begun := prefilled_reply(tokenizer):
+        thinks = text.startswith(THINK)
+        text = text[len(THINK) :].removeprefix(begun[len(THINK) :]) if thinks else END_THINK + text
+    return [*tokenizer.encode(text, add_special_tokens=False), _end_ids(tokenizer)[0]]
+
+
+def _end_ids(tokenizer) -> list[int]:
+    """The tokens that end a reply: the tokenizer's own, then those of END_TOKENS that it knows."""
+    ids = [tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, END_TOKENS)]
+    names = [tokenizer.eos_token, *END_TOKENS]  # of what it does not know, it gives None or its unknown token
+    known = [i for i, name in zip(ids, names) if i is not None and tokenizer.convert_ids_to_tokens(i) == name]
+    if not known:
+        raise PromptError(f"{_name(tokenizer)}: the tokenizer has no end token, so replies would never stop")
+    return known
 
 
 def stop_ids(tokenizer) -> list[int]:
     """Sorted ids of the tokens that end a reply: the tokenizer's own, and those of END_TOKENS it knows."""
-    vocabulary = tokenizer.get_vocab()
-    ids = {vocabulary[token] for token in END_TOKENS if token in vocabulary}
-    if tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
-    if not ids:
-        raise PromptError(f"{_name(tokenizer)}: the tokenizer has no end token, so replies would never stop")
-    return sorted(ids)
+    return sorted(set(_end_ids(tokenizer)))
 
 
 def decode_reply(tokenizer, ids: list[int], stops: list[int]) -> str:
-    """Sampled ids -> text without the closing stop token. Special tokens stay: tags may be among them."""
+    """Sampled ids -> the whole reply, with what the prompt has begun of it, without the closing stop token.
+
+    Special tokens stay: tags may be among them. Ids beyond the tokenizer, for which many models have rows
+    (Qwen2.5: 271), decode to nothing and would be paid for; they are named at the end, where no reward allows
+    text. No training text has them, so they are hardly ever sampled.
+    """
     body = ids[:-1] if ids and ids[-1] in stops else ids
-    return tokenizer.decode(body, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    text = tokenizer.decode(body, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    unknown = [token for token in dict.fromkeys(body) if tokenizer.convert_ids_to_tokens(token) is None]
+    return prefilled_reply(tokenizer) + text + "".join(f"<|unknown:{token}|>" for token in unknown)
 
 
 def check_tokenizer(tokenizer, template: str = SYSTEM_TEMPLATE) -> None:
@@ -201,7 +291,8 @@ def check_tokenizer(tokenizer, template: str = SYSTEM_TEMPLATE) -> None:
     name = _name(tokenizer)
     tool = {"name": "probe_tool", "description": "", "parameters": {}}
     reply = render_completion([ToolCall("probe_tool", {"x": 1})], "probe")
-    if decode_reply(tokenizer, tokenizer.encode(reply, add_special_tokens=False), []) != reply:
+    ids = tokenizer.encode(reply, add_special_tokens=False)
+    if decode_reply(tokenizer, ids, []) != prefilled_reply(tokenizer) + reply:
         raise PromptError(f"{name}: the tags {' '.join(TAGS)} do not survive encoding and decoding")
     turns = [
         {"role": "user", "content": "probe question"},

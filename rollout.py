@@ -18,16 +18,13 @@ from config import Config
 from corpus.examples import Tokenized, example_kind
 from distributed.batches import Group
 from distributed.ranks import Ranks
-from kernel.attention import use_attention, uses_shared_prefix
-from kernel.decode import Engine, Prompt, rows_that_fit, shared_prefix
-from kernel.hf_engines import EngineError, continuous_batching, generate
+from kernel.attention import use_attention
+from kernel.decode import Prompt, rows_that_fit
+from kernel.hf_engines import ENGINES, EngineError
 from model import ModelError, autocast
 from prompts import decode_reply, parse_completion, stop_ids
 from reward import RewardFunction
 
-ENGINES: dict[str, Engine] = {
-    "shared_prefix": shared_prefix, "generate": generate, "continuous_batching": continuous_batching,
-}
 QUERY_CHARACTERS = 500  # of a query, in samples.jsonl
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "GH200": 989, "H800": 989, "A100": 312, "A800": 312, "B200": 2250}
 
@@ -72,10 +69,8 @@ def sample_groups(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     copies = decoding.group_size if decoding.temperature > 0 else 1  # greedy copies would be equal
     batch_size = decoding.batch_size
-    engine = decoding.engine
-    # shared_prefix replaces attention and LM head: wrong for models with sliding windows or capped logits.
-    if engine == "shared_prefix" and not (uses_shared_prefix(model) and model.capabilities.head_only):
-        engine = "generate"
+    # An engine that the probe at loading has not seen agree is not used.
+    engine = decoding.engine if decoding.engine == model.capabilities.engine else "generate"
     groups: dict[int, Group] = {}
     model.eval()
     try:
@@ -116,14 +111,22 @@ def sample_groups(
 
 
 def score_groups(
-    groups: Sequence[Group], items: Sequence[Tokenized], places: Sequence[int], reward: RewardFunction
+    groups: Sequence[Group], items: Sequence[Tokenized], places: Sequence[int], reward: RewardFunction,
+    longest: int = 0, overlong: int = 0,
 ) -> list[Group]:
-    """The groups with their rewards, examples and places in the step's batch."""
+    """The groups with their rewards, examples and places in the step's batch.
+
+    Over the last `overlong` of the `longest` tokens that a reply may have, a reward falls linearly by up to
+    1: soft overlong punishment (DAPO, arXiv 2503.14476, equation 13). 0: not at all.
+    """
     scored = []
     for group, item, place in zip(groups, items, places):
-        example = item.example
-        rewards = tuple(reward(text, example.answer, example.tools) for text in group.texts)
-        scored.append(replace(group, place=place, example=example, rewards=rewards))
+        example, rewards = item.example, []
+        for text, ids in zip(group.texts, group.responses):
+            one = reward(text, example.answer, example.tools)
+            penalty = max(0, len(ids) - (longest - overlong)) / overlong if overlong else 0.0
+            rewards.append(replace(one, total=one.total - penalty))
+        scored.append(replace(group, place=place, example=example, rewards=tuple(rewards)))
     return scored
 
 
@@ -244,7 +247,7 @@ def speed_metrics(work: Work, config: Config, ranks: Ranks) -> dict[str, float]:
     """Collective. Tokens, FLOPs and memory of one step; rates are over all ranks and this rank's seconds.
 
     FLOPs: 2 per parameter and token forward, 4 backward, attention left out. A rollout is one forward, the
-    reference another, an update three.
+    reference another, each pass of an update three.
     """
     own = [
         sum(group.tokens for group in work.groups), sum(group.tokens for group in work.given_up),
@@ -253,16 +256,18 @@ def speed_metrics(work: Work, config: Config, ranks: Ranks) -> dict[str, float]:
     ]
     kept, dropped, new, trained, given_up, total = ranks.sum(map(float, own))
     seconds = work.seconds
-    passes = 6 + 2 * (config.kl_coef > 0) + 2 * (config.minibatch_prompts < config.prompts_per_step)
+    iterations = config.num_iterations
+    passes = 6 * iterations + 2 * (config.kl_coef > 0)
+    passes += 2 * (config.minibatch_prompts < config.prompts_per_step)
     metrics = {
         "num_tokens": kept,
         "step_flops": work.parameters * (2 * (kept + dropped) + passes * trained),
         "rollout/tokens_per_s": new / seconds["rollout"],
-        "update/tokens_per_s": trained / seconds["update"],
+        "update/tokens_per_s": iterations * trained / seconds["update"],
     }
     if config.kl_coef:
         metrics["reference/tokens_per_s"] = trained / seconds["reference"]
-    if config.skip_zero_variance:
+    if config.skip_zero_variance or config.mask_truncated:
         metrics["update/skipped_token_ratio"] = max(0.0, 1 - trained / kept)
     if config.resample_rounds:
         metrics["rollout/resampled_ratio"] = given_up / total
@@ -272,6 +277,6 @@ def speed_metrics(work: Work, config: Config, ranks: Ranks) -> dict[str, float]:
     name = torch.cuda.get_device_name()
     peak = next((tera for part, tera in PEAK_TFLOPS.items() if part in name), None)
     if peak:  # model FLOPs utilisation of the update: what is recomputed for checkpointing does not count
-        flops = 6 * work.parameters * work.trained_tokens
+        flops = 6 * iterations * work.parameters * work.trained_tokens
         metrics["update/mfu"] = flops / seconds["update"] / (peak * 1e12)
     return metrics

@@ -26,9 +26,10 @@ from data import load_splits, tokenize_splits
 from distributed.checkpoint import Saver, choose_step, latest_checkpoint, load_checkpoint
 from distributed.fsdp import gathered_weights, load_sharded, make_mesh
 from distributed.ranks import Clock, Interrupted, Ranks, StopFlag
+from distributed.weights import model_config
 from evals.in_training import JudgedPrompt, evaluate, held_out_prompts, load_benchmarks
 from kernel.attention import attention_backend
-from model import load_tokenizer, prepare_model, token_logprobs
+from model import check_vocabulary, load_tokenizer, prepare_model, token_logprobs
 from ops.checks import Start, check_names, check_start
 from ops.export import export, write_model
 from ops.monitor import Monitor, attempt, close_monitor, open_monitor, show
@@ -94,8 +95,9 @@ def read_inputs(config: Config) -> Inputs:
 
 def read_prompts(config: Config, path: str, inputs: Inputs, quiet: bool) -> Inputs:
     """The inputs with examples and benchmarks tokenized for the model in `path`."""
-    tokenizer = load_tokenizer(path, config.trust_remote_code)
+    tokenizer = load_tokenizer(path, config.trust_remote_code, config.chat_template_kwargs)
     check_tokenizer(tokenizer, inputs.template)
+    check_vocabulary(tokenizer, model_config(path, config.trust_remote_code))
     tokenized = tokenize_splits(inputs.splits, tokenizer, inputs.template, config, quiet=quiet)
     sets = {name: held_out_prompts(examples) for name, examples in tokenized.held_out.items()}
     sets.update(load_benchmarks(config, tokenizer, inputs.template, quiet=quiet))
@@ -217,20 +219,22 @@ class Run:
 
 
 def load_policy(
-    config: Config, path: str, temperature: float, ranks: Ranks, frozen: bool = False
+    config: Config, path: str, temperature: float, ranks: Ranks, policy: nn.Module | None = None
 ) -> nn.Module:
-    """Collective. The model to train, or the frozen reference, sharded as the settings say.
+    """Collective. The model to train, or the frozen reference of this policy, sharded as the settings say.
 
     It has `policy.logprobs(packed)`: model.token_logprobs at its temperature.
     """
+    frozen = policy is not None
     offload = config.offload == "all" or (frozen and config.offload == "reference")
-    policy = load_sharded(
+    model = load_sharded(
         path, make_mesh(ranks, config.sharding), ranks.device, frozen=frozen, offload=offload,
         gradient_checkpointing=config.gradient_checkpointing and not frozen,
-        trust_remote_code=config.trust_remote_code,
+        trust_remote_code=config.trust_remote_code, engine=config.rollout_engine,
+        capabilities=policy.capabilities if frozen else None,
     )
-    policy.logprobs = partial(token_logprobs, policy, temperature=temperature)
-    return policy.train(not frozen)
+    model.logprobs = partial(token_logprobs, model, temperature=temperature)
+    return model
 
 
 def begin(session: Session, spec: RunSpec) -> Run:
@@ -240,8 +244,8 @@ def begin(session: Session, spec: RunSpec) -> Run:
     # The reference is always the model that training started from, also after a resume.
     reference = None
     if spec.reference:
-        reference = load_policy(config, spec.path, spec.temperature, ranks, frozen=True)
-    check_positions(config, policy.config.max_position_embeddings)
+        reference = load_policy(config, spec.path, spec.temperature, ranks, policy)
+    check_positions(config, policy.config)
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=spec.lr, weight_decay=0.0, betas=spec.betas, fused=True
     )

@@ -25,6 +25,7 @@ from distributed.fsdp import full_tensor
 from distributed.ranks import Ranks, run_script, start_ranks
 from kernel.attention import uses_shared_prefix
 from kernel.packing import pack
+from losses import learning_rate
 from model import count_parameters
 from ops.export import write_model
 from prompts import encode_reply, render_completion
@@ -82,7 +83,8 @@ def sft_update(
         part_loss = -logprobs.sum() / total * bool(parts)
         part_loss.backward()
         loss += part_loss.item()
-    norm = float(full_tensor(nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)))
+    longest = config.max_grad_norm or math.inf
+    norm = float(full_tensor(nn.utils.clip_grad_norm_(policy.parameters(), longest)))
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
@@ -107,8 +109,8 @@ def train(run: Run, budget: float = 0.0) -> None:
     label = "SFT" if run.monitor else "warm-up (SFT)"
     with tqdm(total=total, initial=state["step"], desc=label, disable=not run.ranks.main) as bar:
         while progress(run, budget) < 1:
-            lr = config.sft_lr * min(1.0, (state["step"] + 1) / RAMP_STEPS) * (1 - progress(run, budget))
             step = start_step(run)
+            lr = learning_rate(config.sft_lr, "linear", step, RAMP_STEPS, progress(run, budget))
             for group in run.optimizer.param_groups:
                 group["lr"] = lr
             indices = batch_for_step(len(imitations), step - 1, config.sft_batch, config.seed)

@@ -33,8 +33,8 @@ from transformers.utils import logging
 from config import Config
 from corpus.tiny_model import build_tiny_tokenizer
 from distributed.ranks import Clock, start_ranks
+from distributed.weights import load_model
 from kernel.hf_engines import cpu_pages
-from model import load_model
 
 SHAPE = Shape(hidden=256, inner=1024, layers=4, heads=4, kv_heads=2, vocab=2048)
 KL, LEARNING_RATE = 1e-3, 1e-6

@@ -25,9 +25,10 @@ from corpus.examples import Example, Tokenized, hashes_of
 from corpus.layouts import write_examples
 from corpus.sources import DataError, append_jsonl, read_jsonl
 from distributed.batches import prompt_seed
+from distributed.weights import load_model, model_config
 from evals.predict import describe_author
 from kernel.decode import Prompt
-from model import load_model, load_tokenizer
+from model import check_vocabulary, load_tokenizer
 from prompts import check_tokenizer, load_template
 from reward import REWARDS, RewardFunction, reward_function
 from rollout import Decoding, sample_groups, score_groups
@@ -66,9 +67,8 @@ def try_prompts(
     Rows: key, id, traces (replies with full reward, each once), right (their number), truncated, reasons.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # In bf16 a teacher takes half the memory, and nothing is trained.
-    model = load_model(config.model, device, dtype=torch.bfloat16 if device.type == "cuda" else torch.float32)
-    check_positions(config, model.config.max_position_embeddings)
+    model = load_model(config.model, device, engine=config.rollout_engine)
+    check_positions(config, model.config)
     full = REWARDS[config.reward].right if config.reward in REWARDS else 1.0
     decoding = replace(Decoding.training(config), group_size=samples)
     items = sorted(items, key=lambda item: len(item.ids))  # prompts of similar length share a batch
@@ -134,9 +134,11 @@ def main(arguments: list[str], load_splits: Callable, tokenize_splits: Callable)
         raise ConfigError(f"out: {out} exists, and was not written by distill; give another name")
     reward = reward_function(config.reward, config.lenient)
     template = load_template(config.prompt_template)
-    tokenizer = load_tokenizer(config.model, config.trust_remote_code)
+    tokenizer = load_tokenizer(config.model, config.trust_remote_code, config.chat_template_kwargs)
     check_tokenizer(tokenizer, template)
-    author = describe_author(config.model, template) | {"samples": options.samples}
+    check_vocabulary(tokenizer, model_config(config.model))
+    author = describe_author(config.model, template + config.chat_template_kwargs)
+    author |= {"samples": options.samples}
     author |= {key: getattr(config, key) for key in FIXED_KEYS}
     tried = read_journal(journal, author)
     train = replace(load_splits(config), held_out={})

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import os
 import statistics
 from collections import Counter
@@ -27,7 +28,7 @@ from corpus.examples import KEEPABLE, KINDS, Dropped, Example, Rules, example_ki
 from corpus.layouts import load_examples, read_examples, trl_row, verl_row, write_examples, write_rows
 from corpus.sources import DataError, file_sha256, find_file
 from corpus.toolace import is_single_turn
-from prompts import SYSTEM_TEMPLATE, build_messages, encode_prompt, load_template
+from prompts import SYSTEM_TEMPLATE, PromptError, build_messages, encode_prompt, load_template
 
 OUTPUTS = (  # the manifest is the last to appear
     "train.jsonl", "test.jsonl", "trl_train.jsonl", "trl_test.jsonl", "verl_train.jsonl", "verl_test.jsonl",
@@ -68,9 +69,12 @@ class Prepared:
 
 
 def prompt_length(example: Example, template: str, tokenizer=None) -> int:
-    """Tokens of the whole prompt, or characters of its messages without a tokenizer."""
+    """Tokens of the whole prompt, or characters of its messages without a tokenizer.
+
+    Raises PromptError for a prompt that the tokenizer's chat template or encode_prompt refuses.
+    """
     if tokenizer is not None:
-        return len(encode_prompt(tokenizer, example.messages, example.tools, template))
+        return len(encode_prompt(tokenizer, example.messages, example.tools, template, example.answer))
     chat = build_messages(example.messages, example.tools, template)
     return sum(len(message["content"]) for message in chat)
 
@@ -126,10 +130,16 @@ def sift(inputs: list[Input], args: argparse.Namespace, length_of: Measure) -> P
 
 
 def weigh(examples: Iterable, args: argparse.Namespace, length_of: Measure, line: int) -> tuple[list, list]:
-    """The examples as Sized; and as Dropped those with too long a prompt, where there is a tokenizer."""
+    """The examples as Sized; and as Dropped those with a prompt that is too long or refused, where there is a
+    tokenizer.
+    """
     kept, dropped = [], []
     for example in examples:
-        length = length_of(example)
+        try:
+            length = length_of(example)
+        except PromptError as error:
+            dropped.append(Dropped(line, example.id, "refused", str(error)))
+            continue
         if args.tokenizer and length > args.max_prompt_tokens:
             detail = f"the prompt has {length} tokens, more than {args.max_prompt_tokens}"
             dropped.append(Dropped(line, example.id, "too_long", detail))
@@ -296,6 +306,12 @@ def stats(arguments: list[str], load_tokenizer: Callable) -> None:
     examples, _ = load_examples(args.file)
     if not examples:
         raise DataError(f"{args.file} holds no usable example; run: python data.py inspect {args.file}")
-    shown = tqdm(examples, "measure", leave=False, disable=None)
-    part = [(example, prompt_length(example, SYSTEM_TEMPLATE, tokenizer)) for example in shown]
+    args.max_prompt_tokens = math.inf
+    length_of = partial(prompt_length, template=SYSTEM_TEMPLATE, tokenizer=tokenizer)
+    part, refused = weigh(tqdm(examples, "measure", leave=False, disable=None), args, length_of, 0)
+    if refused:
+        what = f"{len(refused)} prompts are refused, such as that of {refused[0].id}: {refused[0].detail}"
+        if not part:
+            raise DataError(f"{args.file}: {what}")
+        print(what)
     print_statistics(args.file, describe(part, "tokens" if args.tokenizer else "characters"))

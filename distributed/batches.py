@@ -105,7 +105,8 @@ def reward_table(groups: Sequence[Group]) -> Tensor:
 class MicroBatch:
     """Packed groups with what the loss needs per response token: all [N].
 
-    old_logprobs is None where there is one update per rollout batch: the policy has not changed yet.
+    old_logprobs: of the policy that sampled; where there is one update per rollout batch, its first pass
+    stores them.
     reference_logprobs is None where kl_coef is 0. idle: it only keeps this rank in step with ranks that have
     more micro-batches; no loss sees it.
     """
@@ -120,11 +121,16 @@ class MicroBatch:
 
 @dataclass
 class Update:
-    """One optimizer update: this rank's micro-batches, and what all ranks' micro-batches hold together."""
+    """One optimizer update: this rank's micro-batches. Without any, no rank has one.
+
+    total_tokens, total_completions: what the loss's mean is over, all ranks together. computed_tokens: the
+    response tokens of all ranks' micro-batches, fewer where skip_zero_variance is "all".
+    """
 
     micros: list[MicroBatch]
     total_tokens: int
     total_completions: int
+    computed_tokens: int
 
 
 def share_out(tokens: Sequence[int], ranks: int) -> list[list[int]]:
@@ -162,23 +168,36 @@ def make_updates(
     """The whole batch's groups and advantages [P, G] -> the optimizer updates, with this rank's micro-batches
     (one forward and backward each).
 
-    With skip_zero_variance, groups whose advantages are all 0 are left out: neither loss, KL nor token count
-    sees them. share_prompt: whether the model takes packed groups (kernel.attention.uses_shared_prefix).
+    With skip_zero_variance, groups whose advantages are all 0 are not computed: neither loss nor KL sees
+    them. Where it is "all", the mean still is over them too. share_prompt: whether the model takes packed
+    groups (kernel.attention.uses_shared_prefix).
     """
-    teaches = (advantages != 0).any(1).tolist()
+    pairs = list(zip(groups, advantages))
+    if config.mask_truncated:
+        pairs = [_without_truncated(group, row) for group, row in pairs]
     updates = []
     for start in range(0, len(groups), config.minibatch_prompts):
-        prompts = range(start, min(start + config.minibatch_prompts, len(groups)))
-        kept = [i for i in prompts if teaches[i] or not config.skip_zero_variance]
-        sizes = [(len(groups[i].prompt.ids), [len(ids) for ids in groups[i].responses]) for i in kept]
+        prompts = [pair for pair in pairs[start : start + config.minibatch_prompts] if pair[0].responses]
+        kept = [(group, row) for group, row in prompts if row.any() or not config.skip_zero_variance]
+        sizes = [(len(group.prompt.ids), [len(ids) for ids in group.responses]) for group, _ in kept]
         micros = []
         for batch in plan_micro_batches(sizes, config.max_tokens_per_micro_batch, ranks, share_prompt):
-            parts = [(groups[kept[k]], advantages[kept[k]], part) for k, part in batch]
+            parts = [(*kept[k], part) for k, part in batch]
             micros.append(_micro_batch(parts, ranks, share_prompt) if parts else _idle(ranks, share_prompt))
-        total_tokens = sum(sum(replies) for _, replies in sizes)
-        total_completions = sum(len(replies) for _, replies in sizes)
-        updates.append(Update(micros, total_tokens, total_completions))
+        counted = prompts if config.skip_zero_variance == "all" else kept
+        lengths = [len(ids) for group, _ in counted for ids in group.responses]
+        computed = sum(sum(replies) for _, replies in sizes)
+        updates.append(Update(micros, sum(lengths), len(lengths), computed))
     return updates
+
+
+def _without_truncated(group: Group, advantages: Tensor) -> tuple[Group, Tensor]:
+    """Only the completions that ended by themselves, with their advantages, which all were compared for:
+    overlong filtering (DAPO, arXiv 2503.14476, section 3.4).
+    """
+    ended = [k for k, truncated in enumerate(group.truncated) if not truncated]
+    responses, logprobs = ([rows[k] for k in ended] for rows in (group.responses, group.logprobs))
+    return replace(group, responses=responses, logprobs=logprobs), advantages[ended]
 
 
 def _micro_batch(
@@ -203,12 +222,17 @@ def _idle(ranks: Ranks, share_prompt: bool) -> MicroBatch:
 
 
 def sampler_difference(updates: Sequence[Update], ranks: Ranks) -> dict[str, float]:
-    """Collective. Mean |sampler - trainer| log-prob where the old log-probs were computed: it finds bugs."""
-    total = 0.0
-    count = 0
+    """Collective. |sampler - trainer| log-prob, of the policy that sampled: it finds bugs. Empty without any
+    update.
+    """
+    total, count, most = 0.0, 0, 0.0
     for micro in (micro for update in updates for micro in update.micros):
-        if micro.old_logprobs is not None and not micro.idle:
-            total += (micro.old_logprobs - micro.sampler_logprobs).abs().double().sum().item()
-            count += len(micro.advantages)
+        if not micro.idle:
+            difference = (micro.old_logprobs - micro.sampler_logprobs).abs().double()
+            total += difference.sum().item()
+            count += len(difference)
+            most = max(most, difference.max().item())
     total, count = ranks.sum([total, float(count)])
-    return {"sampling/sampling_logp_difference/mean": total / count} if count else {}
+    most = max(ranks.gather(most))
+    name = "sampling/sampling_logp_difference"
+    return {f"{name}/mean": total / count, f"{name}/max": most} if count else {}

@@ -31,6 +31,7 @@ from torch.optim import Optimizer
 from config import UserError
 from distributed.fsdp import weights
 from distributed.ranks import Ranks, first_problem, torchrun_job
+from distributed.weights import config_to_save
 
 FORMAT = 1
 FILE_BYTES = 2**30  # the writer builds each file in memory first, so a rank's share is cut into such files
@@ -143,7 +144,7 @@ class Saver:
         if free < needed:
             raise OSError(f"{needed:.3g} GB needed, {free:.3g} GB free; make room or lower keep_checkpoints")
         self.folder.mkdir()
-        policy.config.save_pretrained(self.folder)
+        config_to_save(policy).save_pretrained(self.folder)
         tokenizer.save_pretrained(self.folder)
         (self.folder / "state.json").write_text(json.dumps({"state": state}), encoding="utf-8")
 

@@ -17,7 +17,7 @@ from evals import apibank_data, bfcl_data
 from evals.apibank_check import apibank_verdict
 from evals.bfcl_check import bfcl_verdict
 from kernel.decode import Prompt
-from prompts import encode_prompt
+from prompts import PromptError, encode_prompt
 from reward import score
 from rollout import Decoding, sample_groups
 
@@ -74,7 +74,8 @@ def load_benchmarks(
 ) -> dict[str, list[JudgedPrompt]]:
     """About `eval_cases` cases of each benchmark that the config names, equally many of every category.
 
-    Raises ConfigError for a folder without data, or where all prompts are too long; such are left out.
+    Prompts that are too long or refused are left out. Raises ConfigError for a folder without data, or where
+    none is left.
     """
     judged = {}
     try:
@@ -94,16 +95,23 @@ def load_benchmarks(
     benchmarks, limit = {}, config.max_prompt_tokens
     for name, cases in judged.items():
         benchmarks[name] = []
+        refused = []
         for case, judge in cases:
-            ids = encode_prompt(tokenizer, case.messages, case.tools, template)
+            try:
+                ids = encode_prompt(tokenizer, case.messages, case.tools, template)
+            except PromptError as error:
+                refused.append(f"{case.id}: {error}")
+                continue
             if len(ids) <= limit:
                 part = PARTS.get(case.category, case.category.replace("-", ""))  # API-Bank: level1 to level3
                 benchmarks[name].append(JudgedPrompt(Prompt(case.id, ids), part, judge))
+        why = f"; {len(refused)} are refused, such as {refused[0]}" if refused else ""
         if not benchmarks[name]:
-            raise ConfigError(f"{name}: every prompt is longer than max_prompt_tokens ({limit})")
+            raise ConfigError(f"{name}: every prompt is longer than max_prompt_tokens ({limit}){why}")
         if not quiet:
             fits = len(benchmarks[name])
-            print(f"{name}: {fits} cases; {len(cases) - fits} are longer than max_prompt_tokens ({limit})")
+            long = len(cases) - fits - len(refused)
+            print(f"{name}: {fits} cases; {long} are longer than max_prompt_tokens ({limit}){why}")
     return benchmarks
 
 

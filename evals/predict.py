@@ -16,10 +16,11 @@ import torch
 from tqdm import tqdm
 
 from corpus.sources import append_jsonl, read_jsonl
+from distributed.weights import load_model, model_config
 from evals.report import Case
 from kernel.decode import Prompt
-from model import ModelError, load_model, load_tokenizer
-from prompts import check_tokenizer, encode_prompt, load_template
+from model import ModelError, check_vocabulary, load_tokenizer
+from prompts import PromptError, check_tokenizer, encode_prompt, load_template
 from rollout import Decoding, sample_groups
 
 
@@ -33,6 +34,7 @@ class Sampling:
     temperature: float = 0.0
     samples: int = 1
     seed: int = 0
+    chat_template_kwargs: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Open:
     case: Case
     prompt: Prompt
     samples: list[int]
+    skipped: str = ""  # why it cannot be asked
 
 
 def generate(args: argparse.Namespace, cases: Sequence[Case]) -> None:
@@ -57,9 +60,9 @@ def write_predictions(
     """Appends replies of the model in folder or hub id `model` to `path`, one JSON line each.
 
     Rows: id, category, sample (from 0), input_tokens, output, output_tokens, latency (seconds of its batch /
-    replies of its batch), and "skipped" where a prompt is too long (its output is empty). Samples depend on
-    the seed and their own case only. Replies that `path` holds are not made again, so a killed run goes on
-    where it was. Raises ModelError when those were made with another model or other settings.
+    replies of its batch), and "skipped" where a prompt is too long or refused (its output is empty). Samples
+    depend on the seed and their own case only. Replies that `path` holds are not made again, so a killed run
+    goes on where it was. Raises ModelError when those were made with another model or other settings.
     """
     if sampling.temperature == 0 and sampling.samples > 1:
         what = f"samples: greedy decoding would give {sampling.samples} equal replies"
@@ -70,15 +73,22 @@ def write_predictions(
     if not missing:
         print(f"{path}: all {len(cases) * sampling.samples} replies are there already")
         return
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, chat_template_kwargs=sampling.chat_template_kwargs)
+    check_vocabulary(tokenizer, model_config(model))
     policy = load_model(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     check_tokenizer(tokenizer, template)
     todo = []
     for case, nth, samples in missing:
-        ids = encode_prompt(tokenizer, case.messages, case.tools, template)
+        skipped = ""
+        try:
+            ids = encode_prompt(tokenizer, case.messages, case.tools, template)
+            if len(ids) > sampling.max_prompt_tokens:
+                skipped = "prompt_too_long"
+        except PromptError as error:
+            ids, skipped = [], str(error)
         name = f"{sampling.seed}/evaluation/{case.category}/{case.id}/{nth}"  # whatever else is asked
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
-        todo.append(Open(case, Prompt(case.id, ids, seed), samples))
+        todo.append(Open(case, Prompt(case.id, ids, seed), samples, skipped))
     todo.sort(key=lambda one: len(one.prompt.ids))  # prompts of similar length share a batch
     size = max(1, sampling.batch_size // sampling.samples)
     began = time.perf_counter()
@@ -90,7 +100,7 @@ def write_predictions(
 def _answer(policy, tokenizer, batch: Sequence[Open], sampling: Sampling) -> list[dict]:
     """The rows of a batch. All samples of a case come from one stream of random numbers, so all are made."""
     began = time.perf_counter()
-    fits = [one for one in batch if len(one.prompt.ids) <= sampling.max_prompt_tokens]
+    fits = [one for one in batch if not one.skipped]
     decoding = Decoding(sampling.samples, sampling.temperature, sampling.max_new_tokens, sampling.batch_size)
     groups = sample_groups(policy, tokenizer, [one.prompt for one in fits], decoding)
     latency = round((time.perf_counter() - began) / (len(batch) * sampling.samples), 4)
@@ -103,7 +113,7 @@ def _answer(policy, tokenizer, batch: Sequence[Open], sampling: Sampling) -> lis
             if group := replies.get(id(one)):
                 row |= {"output": group.texts[k], "output_tokens": len(group.responses[k])}
             else:
-                row |= {"output": "", "output_tokens": 0, "skipped": "prompt_too_long"}
+                row |= {"output": "", "output_tokens": 0, "skipped": one.skipped}
             rows.append(row | {"latency": latency})
     return rows
 
@@ -117,7 +127,8 @@ def describe_author(model: str, template: str) -> dict:
 
 def _check_author(path: Path, model: str, template: str, sampling: Sampling) -> None:
     """Notes beside `path` what its predictions are made with. Raises ModelError where others are there."""
-    author = describe_author(model, template) | {"max_new_tokens": sampling.max_new_tokens}
+    asked = template + sampling.chat_template_kwargs
+    author = describe_author(model, asked) | {"max_new_tokens": sampling.max_new_tokens}
     author |= {"temperature": sampling.temperature, "samples": sampling.samples}
     author["seed"] = sampling.seed if sampling.temperature else 0
     note = path.with_name("generated_with.json")

@@ -68,6 +68,7 @@ def _parser(script: Script) -> argparse.ArgumentParser:
     ask.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
     ask.add_argument("--samples", type=int, default=1, help="replies per case; needs a temperature")
     ask.add_argument("--prompt_template", default="", help="file with a {tools} slot; default: our own")
+    ask.add_argument("--chat_template_kwargs", default="", help="variables of its chat template")
     ask.add_argument("--seed", type=int, default=0, help="of the samples")
     limits = {"max_prompt_tokens": script.max_prompt_tokens, "max_new_tokens": 1024, "batch_size": 32}
     for name, default in limits.items():

@@ -15,6 +15,7 @@ from kernel.packing import Layout, Span
 # attends to whom, and dropout would make the ratio of two passes noise.
 HARMLESS = {
     "dropout", "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states",
+    "output_router_logits",
 }
 SHARED_PREFIX = "shared_prefix"  # the name of shared_prefix_attention in transformers' attention interface
 CAUSAL_BLOCK = 128  # queries at a time on a CPU
@@ -44,7 +45,7 @@ def kernel_dtype(tensor: Tensor) -> torch.dtype:
 
 def shared_prefix_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask, *, scaling: float,
-    layout: Layout, **others,
+    layout: Layout | None = None, **others,
 ) -> tuple[Tensor, None]:
     """Attention over packed groups. query [1, H, T, D], key and value [1, Hkv, T, D] -> [1, T, H, D].
 
@@ -54,6 +55,8 @@ def shared_prefix_attention(
     unknown = [name for name, x in others.items() if x is not None and name not in HARMLESS]
     if unknown:
         raise UnsupportedAttention(f"its attention uses {', '.join(unknown)}")
+    if layout is None:
+        raise UnsupportedAttention("its layers do not hand on what packed groups need")
     half = torch.is_autocast_enabled("cuda") or query.dtype in (torch.float16, torch.bfloat16)
     if query.is_cuda and half:  # the variable-length kernels know nothing else
         rows = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, D]
@@ -195,11 +198,14 @@ def use_attention(model: nn.Module, phase: str) -> None:
 
 def decoder_inputs(ids: Tensor, positions: Tensor, layout: object) -> dict:
     """Arguments of a forward pass; `layout` tells an attention of ours where the groups lie (or None)."""
-    inputs = {"input_ids": ids, "position_ids": positions, "use_cache": False}
-    if layout is None:
-        return inputs
+    if layout is None:  # plain rows: every model counts positions itself, and some take none
+        return {"input_ids": ids, "use_cache": False}
     # A ready 4-d mask makes transformers build none of its own.
-    return inputs | {"attention_mask": torch.zeros(1, 1, 1, 1, device=ids.device), "layout": layout}
+    mask = torch.zeros(1, 1, 1, 1, device=ids.device)
+    return {
+        "input_ids": ids, "position_ids": positions, "use_cache": False, "attention_mask": mask,
+        "layout": layout,
+    }
 
 
 def trim_last_layer(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ repetition penalty) can leak into the samples. Engines with the same signature a
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -149,8 +150,12 @@ def decode_attention(
     return out.view(rows, 1, heads, size).to(value.dtype), None
 
 
-def _head_size(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+def _kv_sizes(model: nn.Module) -> tuple[int, int, int]:
+    """Layers, heads of keys and values, and the size of one."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_attention_heads", 1)  # a state-space model has none
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return config.num_hidden_layers, getattr(config, "num_key_value_heads", None) or heads, size
 
 
 def _attend_by(model: nn.Module, name: str, function: Callable) -> None:
@@ -162,16 +167,16 @@ def _attend_by(model: nn.Module, name: str, function: Callable) -> None:
 def _prefill(model: nn.Module, prompts: Sequence[Prompt], copies: int) -> tuple[GroupCache, Tensor]:
     """Every prompt once -> (the cache for `copies` rows of each, logits [n, V] that predict first tokens)."""
     _attend_by(model, PREFILL, prefill_attention)
-    config = model.config
+    layers, kv_heads, size = _kv_sizes(model)
     weight = model.get_output_embeddings().weight
     device = weight.device
     groups = len(prompts)
     longest = max(len(p.ids) for p in prompts)
 
     def room(rows: int, length: int) -> list[Tensor]:
-        shape = (rows, config.num_key_value_heads, length, _head_size(config))
+        shape = (rows, kv_heads, length, size)
         dtype = kernel_dtype(weight)
-        return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.num_hidden_layers)]
+        return [torch.zeros(shape, device=device, dtype=dtype) for _ in range(layers)]
 
     prompt_k, prompt_v = room(groups, longest), room(groups, longest)
     logits = []
@@ -280,13 +285,13 @@ def rows_that_fit(model: nn.Module, prompt_tokens: int, copies: int, max_new_tok
 
     Planned for responses of PLANNED_TOKENS: few grow longer, and where too many do, the caller tries half.
     """
-    config = model.config
-    if model.get_output_embeddings().weight.device.type != "cuda":
+    if next(model.parameters()).device.type != "cuda":
         return sys.maxsize
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    per_token = 4 * config.num_hidden_layers * config.num_key_value_heads * _head_size(config)  # 16 bits
+    per_token = 4 * math.prod(_kv_sizes(model))  # 16 bits
     per_row = per_token * (prompt_tokens / copies + min(max_new_tokens, PLANNED_TOKENS))
-    return max(1, int(0.8 * free / (per_row + 12 * config.vocab_size)))  # logits, their exponentials and sums
+    per_row += 12 * model.get_input_embeddings().weight.shape[0]  # logits, their exponentials and sums
+    return max(1, int(0.8 * free / per_row))
 
 
 def choose(logits: Tensor, temperature: float, uniform: Tensor | None) -> tuple[Tensor, Tensor]:

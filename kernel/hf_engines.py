@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from kernel.attention import use_attention
-from kernel.decode import Prompt, Replies
+from kernel.decode import Engine, Prompt, Replies, choose, shared_prefix, uniform_numbers
 
 
 class EngineError(RuntimeError):
@@ -44,33 +44,30 @@ def generate(
 ) -> Replies:
     """transformers' generate(), every prompt `copies` times: the reference to compare with.
 
-    A batch shares its random numbers (the first prompt's seed), so a sample depends on the whole batch.
+    A sample depends on its prompt's seed alone, as with the default engine: both draw the same numbers.
     """
     device = next(model.parameters()).device
     longest = max(len(p.ids) for p in prompts)
     padding = [longest - len(p.ids) for p in prompts]
     ids = torch.tensor([[0] * n + p.ids for n, p in zip(padding, prompts)], device=device)
     mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=device)
-    seen: list[Tensor] = []  # the log-probs [B, V] of the step before
+    noise = uniform_numbers(prompts, copies, device)
     logprobs: list[Tensor] = []
 
-    def record(past: Tensor, scores: Tensor) -> Tensor:
-        # Called before each choice, with raw scores: the last token of `past` was chosen by those before.
-        if seen:
-            logprobs.append(seen.pop().gather(-1, past[:, -1:]))
-        seen.append(torch.log_softmax(scores.float() / (temperature or 1.0), -1))
-        return scores
+    def draw(past: Tensor, scores: Tensor) -> Tensor:
+        """The default engine's choice of a token, as scores whose maximum it is: generate() is greedy."""
+        token, logprob = choose(scores, temperature, next(noise) if temperature > 0 else None)
+        logprobs.append(logprob)
+        return torch.full_like(scores, -torch.inf).scatter(-1, token[:, None], 0.0)
 
     use_attention(model, "generate")
-    with (
-        _own_generation_config(model, copies, temperature, max_new_tokens, stops) as config,
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-    ):
-        torch.manual_seed(prompts[0].seed)
-        out = model.generate(ids, attention_mask=mask, generation_config=config, logits_processor=[record])
-    logprobs.append(seen.pop().gather(-1, out[:, -1:]))
+    with _own_generation_config(model, 1, 0.0, max_new_tokens, stops) as config:
+        out = model.generate(
+            ids.repeat_interleave(copies, 0), attention_mask=mask.repeat_interleave(copies, 0),
+            generation_config=config, logits_processor=[draw],
+        )
     rows = []
-    for reply, chance in zip(out[:, longest:].tolist(), torch.cat(logprobs, 1).tolist()):
+    for reply, chance in zip(out[:, longest:].tolist(), torch.stack(logprobs, 1).tolist()):
         end = next((i + 1 for i, token in enumerate(reply) if token in stops), len(reply))
         rows.append((reply[:end], chance[:end]))
     return rows
@@ -118,3 +115,8 @@ def continuous_batching(
             raise EngineError(f"continuous_batching returned {number}; its log above says why")
         rows += [own.pop() for _ in range(copies)]
     return rows
+
+
+ENGINES: dict[str, Engine] = {
+    "shared_prefix": shared_prefix, "generate": generate, "continuous_batching": continuous_batching,
+}

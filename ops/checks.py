@@ -15,15 +15,15 @@ from packaging.version import Version
 from transformers import GenerationConfig
 
 from config import Config, ConfigError, UserError, check_positions, first_line
-from corpus.examples import Splits, example_kind
-from distributed.fsdp import model_config, skeleton
+from corpus.examples import Example, Splits, example_kind
 from distributed.ranks import Ranks, first_problem
+from distributed.weights import model_config, skeleton
 from evals.in_training import check_folders
 from losses import objective_of
 from model import count_parameters
 from ops.monitor import tracker_names
 from ops.plan import CONTEXT, GB, Assumptions, shape_of, verdict
-from prompts import check_tokenizer, encode_reply, render_completion, render_prompt, stop_ids
+from prompts import check_tokenizer, decode_reply, encode_reply, render_completion, render_prompt, stop_ids
 from reward import REWARDS, RewardFunction
 from rollout import ENGINES
 
@@ -149,15 +149,22 @@ def check_sampling(s: Start) -> Check:
 
 
 def check_examples(s: Start) -> Check:
-    """Right replies, rendered by ourselves, are short enough and paid in full; empty ones are not paid."""
+    """Right replies, read as if the model had sampled them, are short enough and paid in full; empty ones
+    are not paid.
+    """
     row, train = REWARDS.get(s.config.reward), s.tokenized.train
     limit = s.limit if row else s.limit // 100  # a function of the user's own may be slow
     examples = [item.example for item in train[:: -(-len(train) // limit)]]
-    cut, failed, silent = 0, [], 0
+    cut, failed, silent, stops = 0, [], 0, stop_ids(s.tokenizer)
+
+    def paid(ids: list[int], one: Example) -> float:
+        return s.reward(decode_reply(s.tokenizer, ids, stops), one.answer, one.tools).total
+
     for one in examples:
-        reply = render_completion(one.answer, ".")
-        right, empty = s.reward(reply, one.answer, one.tools).total, s.reward("", one.answer, one.tools).total
-        cut += len(encode_reply(s.tokenizer, reply)) > s.config.max_response_tokens
+        reply = encode_reply(s.tokenizer, render_completion(one.answer, "."))
+        end = next(place for place, token in enumerate(reply, 1) if token in stops)  # there sampling stops
+        right, empty = paid(reply[:end], one), paid([], one)
+        cut += len(reply) > s.config.max_response_tokens
         silent += empty > 0
         if right != row.right if row else right <= empty:
             failed.append(one.id)
@@ -171,18 +178,33 @@ def check_examples(s: Start) -> Check:
 
 
 def check_schedule(s: Start) -> Check:
-    """What is learnt from: the model's positions, prompts that are skipped, kinds, and held-out cases."""
+    """What is learnt from: prompts that are skipped, kinds, and held-out cases."""
     config, train, count = s.config, s.tokenized.train, len(s.splits.train)
-    check_positions(config, model_config(s.path, config.trust_remote_code).max_position_embeddings)
     kinds = Counter(example_kind(item.example) for item in train)
     cases, skipped = sum(map(len, s.tokenized.held_out.values())), count - len(train)
     text = f"{s.steps:,} steps of {config.prompts_per_step:,} prompts, {cases:,} held-out cases, "
     text += ", ".join(f"{n:,} {kind}" for kind, n in kinds.most_common())
-    return judge("schedule", f"{text}; {skipped:,} prompts are too long", {
-        "raise max_prompt_tokens": skipped > 0.01 * count,
+    return judge("schedule", f"{text}; {skipped:,} prompts are too long or refused", {
+        "raise max_prompt_tokens, or see above which are refused": skipped > 0.01 * count,
         "[] is right too often, and may be all that is learnt": kinds["none"] > MOST_EMPTY * len(train),
         "nothing shows whether it learns: set test_share or test_data": not cases,
         f"lower prompts_per_step to {len(train)}: a step repeats": config.prompts_per_step > len(train),
+    })
+
+
+def check_model(s: Start) -> Check:
+    """Positions for the longest reply, whose frequencies must not depend on what follows a token."""
+    model = model_config(s.path, s.config.trust_remote_code).get_text_config()
+    check_positions(s.config, model)
+    rotary = getattr(model, "rope_parameters", None) or {}
+    kind = rotary.get("rope_type", "default")
+    tokens = s.config.max_prompt_tokens + s.config.max_response_tokens
+    known = rotary.get("original_max_position_embeddings") or getattr(model, "max_position_embeddings", 0)
+    text = f"{model.model_type} with rotary positions of type {kind}"
+    return judge("model", text, {
+        f"they change beyond {known} tokens, so sampler and trainer differ: lower max_prompt_tokens": (
+            kind in ("dynamic", "longrope") and tokens > known
+        ),
     })
 
 
@@ -214,4 +236,6 @@ def check_memory(s: Start) -> Check:
 
 
 # The first is collective.
-CHECKS = (check_processes, check_sampling, check_examples, check_schedule, check_disk, check_memory)
+CHECKS = (
+    check_processes, check_sampling, check_examples, check_schedule, check_model, check_disk, check_memory,
+)

@@ -22,7 +22,7 @@ from corpus.layouts import write_examples
 from distributed.ranks import Ranks, run_script, start_ranks
 from grpo import grpo_spec, grpo_step
 from ops.checks import Check, Start, check_names, examine, judge, tell
-from prompts import render_completion
+from prompts import encode_reply, render_completion
 from session import begin, open_session, read_inputs, read_prompts, start_model, start_step
 
 SAMPLER_ERROR = {"cpu": 1e-3, "cuda": 0.05}  # nats per token; measured: 3e-6 in fp32, 0.01 in bf16
@@ -67,8 +67,8 @@ def read_start(config: Config, ranks: Ranks) -> Start:
 def shown(s: Start) -> str:
     """For people to read: the shortest prompt as the model reads it, with the right reply."""
     item = min(s.tokenized.train, key=lambda item: len(item.ids))
-    reply = render_completion(item.example.answer, "…")
-    return f"--- {item.example.id}\n{s.tokenizer.decode(item.ids)}{reply}\n---"
+    reply = encode_reply(s.tokenizer, render_completion(item.example.answer, "…"))
+    return f"--- {item.example.id}\n{s.tokenizer.decode([*item.ids, *reply])}\n---"
 
 
 def step_settings(s: Start) -> Config:
@@ -83,8 +83,8 @@ def step_settings(s: Start) -> Config:
     return replace(
         config, model=s.path, data=str(folder / "longest.jsonl"), test_data="", test_share=0.0, data_from=0.0,
         data_to=1.0, run_dir=str(folder / "run"), resume=False, resume_step=0, prompts_per_step=2 * part,
-        minibatch_prompts=part, warmup_steps=0, resample_rounds=0, skip_zero_variance=False, bfcl="",
-        apibank="", trackers="",
+        minibatch_prompts=part, warmup_steps=0, resample_rounds=0, skip_zero_variance="",
+        mask_truncated=False, bfcl="", apibank="", trackers="",
     )
 
 

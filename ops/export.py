@@ -21,6 +21,7 @@ from corpus.sources import file_sha256, read_jsonl
 from distributed.checkpoint import full_state
 from distributed.fsdp import class_name, full_tensor, weights
 from distributed.ranks import Ranks, run_script
+from distributed.weights import config_to_save
 from model import load_tokenizer
 from ops.run_dir import atomic_folder, git_state
 from prompts import stop_ids
@@ -85,7 +86,7 @@ def export_model(config, state: dict[str, Tensor], tokenizer, path: Path, dtype:
 def export(model: nn.Module, tokenizer, path: Path, dtype: torch.dtype = torch.float32) -> None:
     """A model that is whole in this process as a Hugging Face folder."""
     state = {name: tensor.to("cpu") for name, tensor in weights(model).items()}
-    export_model(model.config, state, tokenizer, path, dtype)
+    export_model(config_to_save(model), state, tokenizer, path, dtype)
 
 
 def write_model(
@@ -96,7 +97,7 @@ def write_model(
     if ranks.main:
         card = model_card(config, state, evaluation, git_state())
         with atomic_folder(path) as folder:
-            export_model(policy.config, full, tokenizer, folder, torch.float32)
+            export_model(config_to_save(policy), full, tokenizer, folder, torch.float32)
             (folder / "README.md").write_text(card, encoding="utf-8")
     ranks.gather(None)
 

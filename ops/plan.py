@@ -19,8 +19,8 @@ import torch
 
 from config import Config, ConfigError, load_config
 from corpus.tiny_model import LAYERS, VOCABULARY, tiny_config
-from distributed.fsdp import model_config, skeleton
 from distributed.ranks import run_script
+from distributed.weights import model_config, skeleton
 from kernel.decode import BLOCK, PLANNED_TOKENS, PREFILL_TOKENS
 from kernel.head import CHUNK_LOGITS
 
@@ -66,9 +66,10 @@ class Shape:
 
 
 def shape_of(model, trust_remote_code: bool = False) -> Shape:
-    """The sizes in a model's config; weights are counted on the meta device. Raises ConfigError."""
+    """The sizes in a model's config; weights have no memory. Raises ConfigError."""
     try:
         empty = skeleton(model, torch.float32, trust_remote_code)
+        model = model.get_text_config()
         layer, heads = empty.get_decoder().layers[0], model.num_attention_heads
         size = getattr(model, "head_dim", None) or model.hidden_size // heads
         return Shape(
@@ -207,7 +208,8 @@ def step(config: Config, shape: Shape, a: Assumptions) -> dict[str, tuple[float,
         "decode": sampled * (of_replies + logits),
         "reference": forward * (config.kl_coef > 0),
         "old_logprobs": forward * (updates > 1),
-        "update": 3 * forward + again,  # the backward is two forwards; the head's chunks are computed again
+        # the backward is two forwards; the head's chunks are computed again
+        "update": config.num_iterations * (3 * forward + again),
     }
     seconds = {name: count / (a.gpu_tflops * 1e12 * EFFICIENCY) for name, count in flops.items()}
     batches = math.ceil(sampled * copies / estimate(config, shape, a)[1])

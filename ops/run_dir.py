@@ -42,8 +42,9 @@ def open_run(config: Config, ranks: Ranks) -> Path:
 FIXED_KEYS = (
     "model data test_data test_share data_from data_to prompt_template seed prompts_per_step group_size "
     "minibatch_prompts temperature loss advantage aggregation kl reward lenient shuffle_rewards "
-    "skip_zero_variance resample_rounds max_prompt_tokens max_response_tokens warmup_steps sft_batch "
-    "sft_reason synthetic_flaws synthetic_thoughts synthetic_train"
+    "skip_zero_variance mask_truncated resample_rounds max_prompt_tokens max_response_tokens num_iterations "
+    "overlong_tokens warmup_steps sft_batch sft_reason synthetic_flaws synthetic_thoughts synthetic_train "
+    "chat_template_kwargs"
 ).split()
 # What failed at start leaves these behind, and may be started again under the same name.
 START_FILES = ("config.yaml", "config.yaml.tmp", "git.txt", "lock", "tensorboard", "wandb", "wandb_id.txt")
@@ -104,7 +105,9 @@ def _differences(path: Path, config: Config) -> str:
     # a setting that is newer than the run had its default then
     before = dataclasses.asdict(Config()) | before
     now = dataclasses.asdict(config)
-    changed = {key: f"{key} {before[key]!r} -> {now[key]!r}" for key in now if before[key] != now[key]}
+    # false and "" are both off, where a switch has become a text
+    other = [key for key in now if before[key] != now[key] and (before[key] or now[key])]
+    changed = {key: f"{key} {before[key]!r} -> {now[key]!r}" for key in other}
     if fixed := [changed[key] for key in FIXED_KEYS if key in changed]:
         return f"resume: these settings must stay as they were: {', '.join(fixed)}"
     silent = ("resume", "overwrite", "resume_step", "run_dir")

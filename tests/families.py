@@ -29,10 +29,11 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImage
 
 from distributed import fsdp
 from distributed.fsdp import full_tensor, gathered_weights, load_sharded, make_mesh
+from distributed.weights import load_model
 from kernel.attention import uses_shared_prefix
 from kernel.decode import Prompt
 from kernel.packing import pack
-from model import ModelError, first_line, load_model, token_logprobs
+from model import ModelError, first_line, token_logprobs
 from rollout import Decoding, sample_groups
 
 # Names as in config.json; a config is given those that it knows. Windows are shorter than most prompts.

@@ -7,6 +7,7 @@ Ranks are played one after the other in this process: none of this needs to talk
 import itertools
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -97,13 +98,27 @@ def test_each_token_of_a_completion_has_its_advantage():
 
 def test_groups_that_teach_nothing_are_no_ones_work():
     """They are left out before the groups are shared out, or a rank could get nothing but them."""
-    one, other = (update for (update,) in plans(2, settings_of(skip_zero_variance=True)))
+    one, other = (update for (update,) in plans(2, settings_of(skip_zero_variance="rest")))
     kept = [group for i, group in enumerate(random_groups()) if i != 1]  # its advantages are 0
     tokens = sum(len(response) for group in kept for response in group.responses)
     assert one.total_tokens == other.total_tokens == tokens
     assert len(targets(one)) + len(targets(other)) == one.total_tokens
-    nothing = plans(2, settings_of(skip_zero_variance=True), advantages=0 * ADVANTAGES)
+    nothing = plans(2, settings_of(skip_zero_variance="rest"), advantages=0 * ADVANTAGES)
     assert all(update.total_tokens == 0 and not update.micros for (update,) in nothing)
+
+
+def test_what_was_cut_off_is_no_ones_work():
+    """A group without any other completion, too: it would stand before the ranks as a prompt alone."""
+    config, groups = settings_of(mask_truncated=True), random_groups()
+    groups[0] = replace(groups[0], truncated=[False, True, False])
+    groups[2] = replace(groups[2], truncated=[True] * 3)
+    ended = [ids for group in groups for ids, cut in zip(group.responses, group.truncated) if not cut]
+    for world in (1, 2, 5):
+        ranks = [Ranks(rank, world, CPU) for rank in range(world)]
+        updates = [make_updates(groups, ADVANTAGES, config, one)[0] for one in ranks]
+        assert sorted(sum(map(targets, updates), [])) == sorted(sum(ended, []))
+        assert {(one.total_tokens, one.total_completions) for one in updates} == {(len(sum(ended, [])), 8)}
+        assert len({len(one.micros) for one in updates}) == 1
 
 
 class Alone(Ranks):

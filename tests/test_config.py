@@ -56,11 +56,12 @@ def test_a_flag_without_a_value_is_true():
 def test_every_value_has_the_type_of_its_default(tmp_path):
     """YAML reads 1e-6, without a dot, as a string."""
     text = "steps: '12'\nkl_coef: 0\nlr: 1e-6\nrun_dir: 7\nprompts_per_step: 512.0\nlenient: 1\n"
+    text += "skip_zero_variance: false\n"  # as older runs wrote it
     loaded = load_config(["--config", write(tmp_path / "c.yaml", text)])
     for field in dataclasses.fields(Config):
         assert type(getattr(loaded, field.name)) is type(field.default), field.name
     values = (loaded.steps, loaded.lr, loaded.run_dir, loaded.prompts_per_step, loaded.lenient)
-    assert values == (12, 1e-6, "7", 512, True)
+    assert values == (12, 1e-6, "7", 512, True) and loaded.skip_zero_variance == ""
 
 
 REFUSED = {
@@ -72,6 +73,9 @@ REFUSED = {
     "--temperature nan": "temperature must be a number, not 'nan'",
     "--lr=-1e-6": "lr must not be negative",
     "--data_from 0.5 --data_to 0.5": "data_from (0.5) must be below data_to (0.5)",
+    "--num_iterations 0": "num_iterations must be greater than 0",
+    "--overlong_tokens 9 --max_response_tokens 8": "(9) must be at most max_response_tokens (8)",
+    "--skip_zero_variance some": "skip_zero_variance must be rest or all, not 'some'",
     "--sharding hybrid": "sharding must be full or hsdp",
 }
 
@@ -87,6 +91,7 @@ def test_settings_that_cannot_work_are_refused(arguments):
         ("steps: 1.5\n", "steps must be a whole number, not "),
         ("lr: .nan\n", "lr must be a number, not "),
         ("overwrite: 2\n", "overwrite must be true or false, not "),
+        ("skip_zero_variance: true\n", "skip_zero_variance must be rest or all, not 'true'"),  # once a switch
         ("model: [a, b]\n", "model must be text, not "),
         ("seed: 1\nlr: [1\nsteps: 2\n", "(line 3)"),
         ("", "must hold `key: value` lines"),

@@ -84,7 +84,7 @@ def test_warnings_are_printed_and_problems_stop_all_ranks(healthy, capsys, monke
     monkeypatch.setattr(checks, "CHECKS", (*checks.CHECKS, check_labels))
     check_start(with_config(healthy, prompts_per_step=64))
     printed = capsys.readouterr().out.splitlines()
-    assert printed[0].startswith("warning  schedule: ") and printed[-1] == "doctor: 5 checks ok, warnings: 2"
+    assert printed[0].startswith("warning  schedule: ") and printed[-1] == "doctor: 6 checks ok, warnings: 2"
     assert "warning  labels: check failed: KeyError: 'oh'" in printed
     with pytest.raises(ConfigError, match="^examples: .*; raise max_response_tokens"):
         check_start(with_config(healthy, max_response_tokens=5))
@@ -199,5 +199,5 @@ def test_a_doctor_run_as_users_start_it(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
-    assert lines[-1] == "doctor: 7 checks ok" and lines[-2].startswith("ok       step: ")
+    assert lines[-1] == "doctor: 8 checks ok" and lines[-2].startswith("ok       step: ")
     assert os.listdir(tmp_path) == []

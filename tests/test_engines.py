@@ -29,14 +29,15 @@ def random_ids(length: int, seed: int) -> list[int]:
 PROMPTS = [Prompt(f"p{i}", random_ids(n, i), 100 + i) for i, n in enumerate([5, 1, 17, 9, 2, 30])]
 
 
-def random_model(family: str, **settings):
+def random_model(family: str, engine: str = "shared_prefix", **settings):
     shape = dict(
         hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, eos_token_id=3,
         num_key_value_heads=2, tie_word_embeddings=False, bos_token_id=None, pad_token_id=None,
     )
     config = getattr(transformers, f"{family}Config")(**{"vocab_size": VOCABULARY} | shape | settings)
     torch.manual_seed(0)
-    return prepare_model(getattr(transformers, f"{family}ForCausalLM")(config), torch.device("cpu")).eval()
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    return prepare_model(model, torch.device("cpu"), engine=engine).eval()
 
 
 def peaked_model(family: str):
@@ -172,6 +173,22 @@ def test_a_partial_result_of_continuous_batching_is_an_error(model, monkeypatch)
     monkeypatch.setattr(model, "generate_batch", lambda *a, **k: dict(list(real(*a, **k).items())[1:]))
     with pytest.raises(EngineError, match="returned 11 of 12 completions"):
         ENGINES["continuous_batching"](model, PROMPTS, 2, 1.0, 4, STOPS)
+
+
+@pytest.mark.parametrize("engine", ["shared_prefix", "continuous_batching"])
+def test_an_engine_that_leaves_out_a_cap_is_not_used(engine):
+    """Continuous batching hands no soft cap to its attention: samples of another model, without a word."""
+    settings = dict(
+        head_dim=8, attn_logit_softcapping=0.2, final_logit_softcapping=None, initializer_range=0.3,
+        layer_types=["full_attention"] * 2,
+    )
+    with pytest.warns(UserWarning, match="softcap"):
+        model = random_model("Gemma2", engine=engine, **settings)
+    decoding = Decoding(1, 1.0, 5, 4, engine)
+    [group] = sample_groups(model, build_tiny_tokenizer(["a"], 300), PROMPTS[2:3], decoding)
+    packed = pack([(group.prompt.ids, group.responses)], torch.device("cpu"), share_prompt=False)
+    truth = token_logprobs(model, packed, 1.0)[0]
+    assert_close(torch.tensor(group.logprobs[0]), truth.detach(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -30,14 +30,16 @@ from corpus.sources import read_jsonl
 from corpus.tiny_model import build_tiny_tokenizer
 from data import load_splits, tokenize_splits
 from distributed import fsdp
+from distributed import weights as weight_loading
 from distributed.batches import Group, batch_for_step, prompt_seed
-from distributed.fsdp import full_tensor, gathered_weights, load_sharded, make_mesh, skeleton
+from distributed.fsdp import full_tensor, gathered_weights, load_sharded, make_mesh
 from distributed.ranks import Ranks
+from distributed.weights import load_model, skeleton
 from kernel.attention import use_attention
 from kernel.decode import Prompt
 from kernel.packing import pack
-from losses import group_std, kl_k3, objective_of, policy_loss
-from model import ModelError, load_model, load_tokenizer, prepare_model, token_logprobs
+from losses import group_std, kl_k3, learning_rate, objective_of, policy_loss
+from model import ModelError, load_tokenizer, prepare_model, token_logprobs
 from ops.export import export
 from prompts import load_template
 from rollout import ENGINES, Decoding, sample_groups
@@ -88,7 +90,7 @@ def logits_are_those_of_the_whole_model(ranks: Ranks, folder: Path) -> None:
 
 
 def every_rank_reads_its_own_rows_alone(ranks: Ranks, folder: Path) -> None:
-    real, read = fsdp.safe_open, []
+    real, read = weight_loading.safe_open, []
 
     class Slices:
         def __init__(self, rows):
@@ -103,11 +105,11 @@ def every_rank_reads_its_own_rows_alone(ranks: Ranks, folder: Path) -> None:
         with real(*arguments) as file:
             yield SimpleNamespace(keys=file.keys, get_slice=lambda name: Slices(file.get_slice(name)))
 
-    fsdp.safe_open = counted
+    weight_loading.safe_open = counted
     try:
         model = load(ranks, folder / "llama3")
     finally:
-        fsdp.safe_open = real
+        weight_loading.safe_open = real
     share = -(-301 // ranks.world) * 16
     assert 0.9 * share < max(read) <= share, "of the largest weight"
     local = sum(p.to_local().numel() for p in model.parameters())
@@ -224,7 +226,10 @@ RUNS = {  # name: (numbers of ranks, the slow run that it must equal, settings)
     "llama": ((1, 2), "llama", {"model": "llama"}),
     "hsdp": ((2,), "usual", {"sharding": "hsdp"}),
     "offload": ((2,), "usual", {"offload": "all", "gradient_checkpointing": "true"}),
-    "one prompt": ((1, 2), "one prompt", {"prompts_per_step": 1, "minibatch_prompts": 1, "steps": 2}),
+    "one prompt": ((1, 2), "one prompt", {
+        "prompts_per_step": 1, "minibatch_prompts": 1, "steps": 2, "num_iterations": 2,
+        "lr_schedule": "linear",
+    }),
 }
 
 
@@ -291,7 +296,9 @@ def slow_grpo(settings: dict) -> tuple[list[list[str]], dict[str, torch.Tensor]]
             for i, group in enumerate(groups):
                 for k, ids in enumerate(group.responses):
                     fixed[i, k] = logprobs(policy, group, ids), logprobs(reference, group, ids)
-        for start in range(0, len(groups), config.minibatch_prompts):
+        rate = learning_rate(config.lr, config.lr_schedule, step, 0, (step - 1) / config.steps)
+        optimizer.param_groups[0]["lr"] = rate
+        for start in [*range(0, len(groups), config.minibatch_prompts)] * config.num_iterations:
             losses = []
             for i, k in ((i, k) for i, k in fixed if start <= i < start + config.minibatch_prompts):
                 now, (old, ref) = logprobs(policy, groups[i], groups[i].responses[k]), fixed[i, k]

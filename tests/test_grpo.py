@@ -108,7 +108,7 @@ def test_two_processes_do_what_one_does(settings, straight, tmp_path, prompts):
 
 def test_a_run_that_skips_and_resamples_says_so_in_its_log(settings, tmp_path):
     run_dir = train_here(
-        settings | {"skip_zero_variance": "true", "resample_rounds": 1, "run_dir": tmp_path / "run"}
+        settings | {"skip_zero_variance": "rest", "resample_rounds": 1, "run_dir": tmp_path / "run"}
     )
     log = read_jsonl(run_dir / "log.jsonl")[1:]
     assert all(0 <= row["update/skipped_token_ratio"] < 1 for row in log)
@@ -145,6 +145,36 @@ def test_a_resumed_run_uses_the_learning_rate_that_it_logs(settings, tmp_path):
     train_here(settings | {"run_dir": run_dir, "steps": 2, "resume": "true", "lr": 0})
     assert read_jsonl(run_dir / "log.jsonl")[-1]["learning_rate"] == 0
     assert all(torch.equal(weight, before[name]) for name, weight in weights(run_dir).items())
+
+
+def test_the_learning_rate_follows_its_schedule_through_a_resume(settings, tmp_path):
+    """And the optimizer takes it: a quarter of the rate is a quarter of the way up to it, to the bit."""
+    scheduled = settings | {"lr_warmup_steps": 2, "lr_schedule": "linear", "save_every": 2}
+    run_dir = train_here(scheduled | {"run_dir": tmp_path / "run"})
+    rates = [row["learning_rate"] for row in read_jsonl(run_dir / "log.jsonl")[1:]]
+    assert rates == pytest.approx([1e-4, 1.5e-4, 1e-4, 0.5e-4])
+    whole = weights(run_dir)
+    (run_dir / "latest").write_text("step_2")
+    train_here(scheduled | {"run_dir": run_dir, "resume": "true"})
+    assert [row["learning_rate"] for row in read_jsonl(run_dir / "log.jsonl")[1:]] == rates
+    assert all(torch.equal(weight, whole[name]) for name, weight in weights(run_dir).items())
+    first = {"steps": 1, "run_dir": tmp_path / "first"}
+    start, quarter = ({"lr_warmup_steps": 4}, {"lr": 2e-4 / 4, "overwrite": "true"})
+    rising, low = (weights(train_here(settings | first | changes)) for changes in (start, quarter))
+    assert all(torch.equal(rising[name], low[name]) for name in low)
+    assert not all(torch.equal(low[name], whole[name]) for name in low)
+
+
+def test_a_run_with_a_penalty_for_length_and_two_passes(settings, tmp_path):
+    """The penalty is in the rewards that are learnt from, and says nothing else about a reply."""
+    changes = dict(overlong_tokens=40, num_iterations=2, mask_truncated="true", steps=1, minibatch_prompts=4)
+    run_dir = train_here(settings | changes | {"run_dir": tmp_path / "run"})
+    (row,), samples = read_jsonl(run_dir / "log.jsonl")[1:], read_jsonl(run_dir / "samples.jsonl")
+    assert row["updates"] == 2 and 0 < row["sampling/sampling_logp_difference/mean"] < 1e-4
+    assert row["reward"] == pytest.approx(sum(sample["reward"] for sample in samples) / len(samples))
+    for sample in samples:
+        right = sample["reason"] == "correct"
+        assert sample["reward"] == pytest.approx(right - len(sample["tokens"]) / 40)
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(settings, tmp_path):

@@ -18,12 +18,14 @@ from losses import (
     AGGREGATIONS,
     KLS,
     LOSSES,
+    SCHEDULES,
     Objective,
     group_mean,
     group_std,
     kl_k1,
     kl_k2,
     kl_k3,
+    learning_rate,
     leave_one_out,
     objective_of,
     policy_loss,
@@ -252,6 +254,18 @@ def test_an_update_is_its_definition(models, changes, tokens, moved):
     assert_same_gradients(recorder.seen[0], expected)
 
 
+@pytest.mark.parametrize("schedule, warmup, rates", [
+    ("constant", 0, [8.0, 8.0, 8.0, 8.0]), ("constant", 2, [4.0, 8.0, 8.0, 8.0]),
+    ("linear", 0, [8.0, 6.0, 4.0, 2.0]), ("linear", 4, [2.0, 3.0, 3.0, 2.0]),
+    ("cosine", 1, [8.0, 4 + 8**0.5, 4.0, 4 - 8**0.5]),
+])
+def test_the_learning_rate_of_four_steps(schedule, warmup, rates):
+    assert list(SCHEDULES) == ["constant", "linear", "cosine"]
+    seen = [learning_rate(8.0, schedule, step, warmup, (step - 1) / 4) for step in (1, 2, 3, 4)]
+    assert seen == pytest.approx(rates)
+    assert learning_rate(1e-6, "constant", 3, 0, 0.5) == 1e-6, "to the bit"
+
+
 def test_settings_change_one_part_of_a_row():
     assert objective_of(settings_of()) == LOSSES["grpo"]
     assert objective_of(settings_of(loss="dapo")).clip_high == 0.28
@@ -263,7 +277,7 @@ def test_settings_change_one_part_of_a_row():
     assert other == Objective("group_mean", "sequence_mean", "clipped", "constant", 3e-4, 0.5)
 
 
-@pytest.mark.parametrize("key", ["loss", "advantage", "aggregation", "kl"])
+@pytest.mark.parametrize("key", ["loss", "advantage", "aggregation", "kl", "lr_schedule"])
 def test_an_unknown_name_is_refused_with_the_known_ones(key):
     with pytest.raises(ConfigError, match=f"{key} must be one of .*, not 'grop'"):
         objective_of(settings_of(**{key: "grop"}))

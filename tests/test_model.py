@@ -1,17 +1,26 @@
 """model.py: what a model can do is found out when it is loaded, and models survive export and reload."""
 
 import json
+import shutil
 import warnings
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
+from distributed.weights import load_model, model_config
 from kernel.attention import use_attention
-from model import Capabilities, ModelError, count_parameters, load_model, load_tokenizer, prepare_model
+from model import (
+    Capabilities,
+    ModelError,
+    check_vocabulary,
+    count_parameters,
+    load_tokenizer,
+    prepare_model,
+)
 from ops.export import export
 from prompts import END_TOKENS, TAGS, render_completion, stop_ids
 
@@ -122,6 +131,47 @@ def test_an_unusable_folder_is_one_sentence(load, tmp_path):
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
 
 
+UNTRAINABLE = {  # what is in the folder: (its file, words of the sentence)
+    "quantised": ({"config.json": {"quantization_config": {"quant_method": "fp8"}}}, "weights .fp8.; take"),
+    "a LoRA adapter": ({"config.json": None, "adapter_config.json": {"peft_type": "LORA"}}, "merge it into"),
+    "an adapter beside its base": ({"adapter_config.json": {"peft_type": "LORA"}}, "merge it into its base"),
+    "no language model": ({"config.json": {"model_type": "vit"}}, "is no causal LM"),
+}
+
+
+@pytest.mark.parametrize("kind", UNTRAINABLE)
+def test_weights_that_cannot_be_trained_are_one_sentence(kind, exported, tmp_path):
+    """Scales of quantised weights were ignored: numbers 4,000 times too large, and no word."""
+    files, words = UNTRAINABLE[kind]
+    folder = shutil.copytree(exported[0], tmp_path / "model")
+    for name, values in files.items():
+        path = folder / name
+        before = json.loads(path.read_text()) if path.exists() else {}
+        path.unlink(missing_ok=True)
+        if values is not None:
+            path.write_text(json.dumps(before | values))
+    with pytest.raises(ModelError, match=words) as caught:
+        load_model(str(folder), CPU)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_token_beyond_the_embeddings_is_named(exported, tokenizer):
+    """It was an IndexError in the first step, and on CUDA a device-side assert."""
+    config = model_config(str(exported[0]))
+    check_vocabulary(tokenizer, config)
+    config.vocab_size = rows = len(tokenizer) - 1
+    with pytest.raises(ModelError, match=f"has the id {rows}, but the model has {rows} embeddings"):
+        check_vocabulary(tokenizer, config)
+
+
+def test_weights_that_no_parameter_takes_are_named(exported, tmp_path):
+    folder = shutil.copytree(exported[0], tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors") | {"model.norm.scale": torch.ones(1)}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.warns(UserWarning, match=r"does not ask for: model\.norm\.scale"):
+        load_model(str(folder), CPU)
+
+
 def small_qwen2() -> Qwen2ForCausalLM:
     torch.manual_seed(0)
     return Qwen2ForCausalLM(Qwen2Config(
@@ -136,7 +186,7 @@ def test_an_ordinary_model_is_prepared_without_a_word(gradient_checkpointing):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = prepare_model(small_qwen2(), CPU, gradient_checkpointing)
-    assert model.capabilities == Capabilities(attention="sdpa", shared_prefix=True, head_only=True)
+    assert model.capabilities == Capabilities("sdpa", True, True, "shared_prefix")
     checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     assert checkpoints == gradient_checkpointing
 

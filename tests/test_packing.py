@@ -30,7 +30,7 @@ PLAIN = {
     "Qwen2": (WINDOW, "layers of sliding_attention"),
     "Mistral": ({"sliding_window": 16}, "attention uses sliding_window"),  # longer than what is tried
     "Gemma2": ({"head_dim": 8, "layer_types": ["full_attention"] * 2}, "attention uses softcap"),
-    "Falcon": ({}, "change its output"),  # has an attention of its own, which the interface does not reach
+    "Falcon": ({}, "nats off"),  # has an attention of its own, which the interface does not reach
 }
 
 # (prompt length, response lengths): uneven, with a prompt, a response and a group of one.

@@ -128,6 +128,8 @@ def test_flops_are_those_of_the_matrix_products():
     assert flops["reference"] == pytest.approx(forward, rel=0.01)
     assert flops["prefill"] + flops["decode"] == pytest.approx(forward, rel=0.01)
     assert flops["update"] == pytest.approx(4 * forward, rel=0.01), "forward, backward, and forward again"
+    twice = step(replace(PACKED, num_iterations=2), SMALL, ONE_GPU)
+    assert twice["update"][0] == 2 * flops["update"] and twice["reference"][0] == flops["reference"]
 
 
 @pytest.mark.parametrize("name, billions, kib, update, rollout", [

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedTokenizerFast
 
 import rollout
+from config import Config
 from corpus.examples import Example
 from corpus.tiny_model import build_tiny_tokenizer
 from distributed.batches import Group, prompt_seed
@@ -23,7 +24,16 @@ from kernel.packing import pack
 from model import token_logprobs
 from prompts import ToolCall, encode_reply, stop_ids
 from reward import Reward, score
-from rollout import Decoding, rollout_metrics, sample_groups, sample_rows, token_texts
+from rollout import (
+    Decoding,
+    Work,
+    rollout_metrics,
+    sample_groups,
+    sample_rows,
+    score_groups,
+    speed_metrics,
+    token_texts,
+)
 
 CPU = torch.device("cpu")
 
@@ -123,9 +133,11 @@ def test_first_tokens_follow_the_softmax_of_the_logits(model, tokenizer, tempera
     assert deviation(counts, F.softmax(logits / wrong, -1)) > 12
 
 
-def test_samples_depend_on_their_own_seed_only(model, tokenizer, many_stops):
+@pytest.mark.parametrize("engine", ["shared_prefix", "generate"])
+def test_samples_depend_on_their_own_seed_only(model, tokenizer, many_stops, engine):
     prompts, settings = prompts_of(LENGTHS), dict(group_size=4, temperature=1.0)
     expected = {g.prompt.id: g.responses for g in sample(model, tokenizer, prompts, **settings)}
+    settings["engine"] = engine  # both draw the same numbers
     variants = {
         "another batch size": sample(model, tokenizer, prompts, **settings | {"batch_size": 9}),
         "another order": sample(model, tokenizer, prompts[::-1], **settings),
@@ -254,6 +266,32 @@ def test_rows_for_samples_jsonl(tokenizer):
     assert sample_rows(*arguments, 3, ALONE) == rows[:3] and sample_rows(*arguments, 0, ALONE) == []
     two = SimpleNamespace(world=2, gather=lambda item: [item, ["the other's"]])
     assert sample_rows(*arguments, 3, two) == [*rows[:2], "the other's"], "half of them each, rounded up"
+
+
+def test_a_reward_falls_over_the_last_tokens(tokenizer):
+    """DAPO, equation 13, over the last 4 of 10 tokens; what else a reward says stays."""
+    (group,) = groups_of(tokenizer, [["a"] * 6])
+    group = replace(group, responses=[[1] * n for n in (1, 6, 7, 8, 9, 10)])
+    item = SimpleNamespace(example=Example("p", "xlam", [], [], []))
+    arguments = [group], [item], [3], lambda text, answer, tools: Reward(0.5, True, True, "correct")
+    (scored,) = score_groups(*arguments, 10, 4)
+    assert [one.total for one in scored.rewards] == [0.5, 0.5, 0.25, 0.0, -0.25, -0.5]
+    assert {(one.format_ok, one.correct, one.reason) for one in scored.rewards} == {(True, True, "correct")}
+    for (scored,) in (score_groups(*arguments, 10, 0), score_groups(*arguments)):
+        assert {one.total for one in scored.rewards} == {0.5} and scored.place == 3
+
+
+def test_speed_counts_every_pass(tokenizer):
+    """FLOPs per parameter and token: 2 to sample, 2 for the reference, 2 for old log-probs, 6 per pass."""
+    (group,) = groups_of(tokenizer, [["Paris"]])
+    work = Work([group], [], 50, 1000, {"rollout": 1.0, "update": 2.0, "reference": 1.0})
+    alone = SimpleNamespace(sum=list, device=CPU)
+    for iterations, updates in ((1, 1), (1, 2), (3, 1), (3, 2)):
+        config = Config(num_iterations=iterations, prompts_per_step=2, minibatch_prompts=2 // updates)
+        metrics = speed_metrics(work, config, alone)
+        passes = 2 + 2 * (updates > 1) + 6 * iterations
+        assert metrics["step_flops"] == 1000 * (2 * group.tokens + passes * 50)
+        assert metrics["update/tokens_per_s"] == iterations * 25
 
 
 def test_think_rate_and_empty_rate(tokenizer):

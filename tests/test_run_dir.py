@@ -97,6 +97,9 @@ def test_a_resume_with_another_config_shows_what_changed(run, capsys):
     opened(run, resume=True, lr=2e-6, steps=7)
     opened(run, resume=True, lr=2e-6, steps=7)
     assert capsys.readouterr().out == "resume: steps 0 -> 7, lr 1e-06 -> 2e-06\n", "once"
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("skip_zero_variance: ''", "skip_zero_variance: false"))
+    assert "false" in (run / "config.yaml").read_text() and opened(run, resume=True, steps=7, lr=2e-6) == run
 
 
 def hold(path: Path, begun) -> None:

@@ -1,6 +1,7 @@
 """grpo.py: one update against its definition, groups that teach nothing, and dynamic sampling."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,11 +17,11 @@ from helpers import (
 )
 
 import grpo
-from distributed.batches import Group, make_updates
+from distributed.batches import Group, make_updates, sampler_difference
 from grpo import store_logprobs, update_policy
 from kernel.decode import Prompt
 from kernel.packing import pack
-from losses import kl_k3
+from losses import AGGREGATIONS, kl_k3
 from reward import Reward
 
 
@@ -34,9 +35,9 @@ def reference():
     return tiny_policy(seed=1)
 
 
-def fixed(policy, reference, config, ranks, advantages=ADVANTAGES) -> list:
+def fixed(policy, reference, config, ranks, advantages=ADVANTAGES, groups=()) -> list:
     """The updates of the random groups, with the log-probs that stay fixed, as grpo_step makes them."""
-    updates = make_updates(random_groups(), advantages, config, ranks)
+    updates = make_updates(groups or random_groups(), advantages, config, ranks)
     if reference is not None:
         store_logprobs(reference, updates, "reference_logprobs")
     if len(updates) > 1:
@@ -116,13 +117,21 @@ def test_micro_batches_change_no_gradient(policy, reference, ranks, tokens, part
     assert metrics == pytest.approx(whole, rel=1e-4)
 
 
+@pytest.mark.parametrize("longest, norm", [(0.0, None), (1e9, None), (1e-3, 1e-3)])
+def test_the_gradient_is_clipped_unless_its_longest_norm_is_0(policy, ranks, longest, norm):
+    """As with other settings, 0 is off: it once meant that nothing is learnt."""
+    (gradient,), metrics = updated(policy, settings_of(max_grad_norm=longest), ranks)
+    total = math.sqrt(sum(float(g.norm()) ** 2 for g in gradient.values()))
+    assert total == pytest.approx(norm or metrics["grad_norm"], rel=1e-3) and metrics["grad_norm"] > 0.01
+
+
 # of the four groups
 FLAT = torch.tensor([[1.0, 0.0, -1.0], [0.0, 0.0, 0.0], [0.5, -0.5, 0.0], [0.0, 0.0, 0.0]])
 
 
 def test_skipping_flat_groups_is_training_without_them(policy, reference, ranks):
     """Neither their KL term nor their tokens count."""
-    config = settings_of(kl_coef=0.3, skip_zero_variance=True)
+    config = settings_of(kl_coef=0.3, skip_zero_variance="rest")
     updates = fixed(policy, reference, config, ranks, FLAT)
     recorder = Recorder(policy)
     update_policy(policy, recorder, updates, config, ranks)
@@ -132,10 +141,95 @@ def test_skipping_flat_groups_is_training_without_them(policy, reference, ranks)
     assert computed == sum(group.tokens for group in teaching)
 
 
+@pytest.mark.parametrize("mean_over", AGGREGATIONS)
+def test_flat_groups_can_be_skipped_without_a_larger_gradient(policy, reference, ranks, mean_over):
+    """The work is saved and, without a KL, the gradient stays; the log's means are over what is computed."""
+    gradients, kl = {}, {}
+    for skip in ("", "all", "rest"):
+        config = settings_of(skip_zero_variance=skip, aggregation=mean_over)
+        recorder, updates = Recorder(policy), fixed(policy, reference, config, ranks, FLAT)
+        kl[skip] = update_policy(policy, recorder, updates, config, ranks)["kl"]
+        (gradients[skip],) = recorder.seen
+    assert_same_gradients(gradients["all"], gradients[""])
+    norms = {skip: sum(float(g.norm()) ** 2 for g in seen.values()) for skip, seen in gradients.items()}
+    assert norms["rest"] > 2 * norms["all"] and kl["rest"] == pytest.approx(kl["all"]) and kl["all"] > 0.01
+
+
+def test_completions_that_were_cut_off_are_left_out_and_still_compared_with(policy, reference, ranks):
+    """Neither loss, KL nor token count sees them; other advantages stay. Group 3 has none left."""
+    config = settings_of(kl_coef=0.3, mask_truncated=True, minibatch_prompts=2)
+    cut = [[True, False, False], [False] * 3, [False, True, True], [True] * 3]
+    groups = [replace(group, truncated=flags) for group, flags in zip(random_groups(), cut)]
+    left, rows = [], []
+    for group, flags, row in zip(groups, cut, ADVANTAGES):
+        ended = [k for k in range(3) if not flags[k]]
+        left.append(replace(group, responses=[group.responses[k] for k in ended]))
+        rows.append(row[ended])
+    recorder, updates = Recorder(policy), fixed(policy, reference, config, ranks, groups=groups)
+    assert update_policy(policy, recorder, updates, config, ranks)["updates"] == 2
+    for k, part in enumerate((slice(0, 2), slice(2, 3))):
+        assert_same_gradients(recorder.seen[k], slow_gradient(policy, left[part], rows[part], 0.3, reference))
+    groups = [replace(group, truncated=[True] * 3) for group in groups]
+    nothing = fixed(policy, None, config, ranks, groups=groups)
+    metrics = update_policy(policy, recorder, nothing, config, ranks)
+    assert metrics["updates"] == metrics["updates_skipped_nonfinite"] == 0 and len(recorder.seen) == 2
+
+
+@pytest.mark.parametrize("prompts", [4, 2])
+def test_how_far_sampler_and_trainer_are_apart_is_known_also_with_one_update(policy, ranks, prompts):
+    updates = fixed(policy, None, settings_of(minibatch_prompts=prompts), ranks)
+    micros = [micro for update in updates for micro in update.micros]
+    for micro in micros:
+        micro.sampler_logprobs = policy.logprobs(micro.packed)[0].detach() + 0.25
+    micros[-1].sampler_logprobs[-1] -= 1.25
+    update_policy(policy, Recorder(policy), updates, settings_of(minibatch_prompts=prompts), ranks)
+    tokens = sum(update.total_tokens for update in updates)
+    assert sampler_difference(updates, ranks) == pytest.approx({
+        "sampling/sampling_logp_difference/mean": 0.25 + 0.75 / tokens,
+        "sampling/sampling_logp_difference/max": 1.0,
+    }, abs=1e-5)
+    assert sampler_difference([], ranks) == {}
+
+
+class Descent(Recorder):
+    """Keeps each gradient and follows it."""
+
+    def step(self) -> None:
+        super().step()
+        with torch.no_grad():
+            for p in self.policy.parameters():
+                p -= 0.1 * p.grad
+
+
+@pytest.mark.parametrize("prompts", [4, 2])
+def test_a_batch_is_gone_through_again_with_the_log_probs_of_its_sampler(policy, ranks, prompts):
+    """The second pass against the definition: the ratio is over the policy before the first one."""
+    config = settings_of(minibatch_prompts=prompts, num_iterations=2)
+    descent, before = Descent(policy), tiny_policy()
+    metrics = update_policy(policy, descent, fixed(policy, None, config, ranks), config, ranks)
+    first = 4 // prompts  # update of the second pass
+    assert len(descent.seen) == metrics["updates"] == 2 * first
+    now, losses = tiny_policy(), []
+    with torch.no_grad():
+        for gradient in descent.seen[:first]:
+            for name, p in now.named_parameters():
+                p -= 0.1 * gradient[name]
+    for group, row in zip(random_groups()[:prompts], ADVANTAGES):
+        for response, advantage in zip(group.responses, row):
+            packed = pack([(group.prompt.ids, [response])], CPU)
+            ratio = (now.logprobs(packed)[0] - before.logprobs(packed)[0].detach()).exp()
+            losses.append(-torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage))
+    torch.cat(losses).mean().backward()
+    assert_same_gradients(descent.seen[first], {name: p.grad for name, p in now.named_parameters()}, 1e-4)
+    assert any(not torch.equal(descent.seen[first][name], descent.seen[0][name]) for name in descent.seen[0])
+    once = updated(tiny_policy(), settings_of(minibatch_prompts=prompts), ranks)[1]
+    assert metrics["entropy"] == pytest.approx(once["entropy"], rel=0.05), "a mean over both passes"
+
+
 def test_an_update_without_any_group_left_changes_nothing(policy, ranks):
     """All ranks see the same total of 0, so all leave the update out together; it is no failure."""
-    config = settings_of(skip_zero_variance=True, minibatch_prompts=2)
-    for keep, updates in ((1.0, 1), (0.0, 0)):
+    for keep, updates, mean in ((1.0, 1, "rest"), (0.0, 0, "rest"), (1.0, 1, "all"), (0.0, 0, "all")):
+        config = settings_of(skip_zero_variance=mean, minibatch_prompts=2)
         advantages = FLAT * torch.tensor([0.0, 0.0, keep, 0.0])[:, None]
         recorder = Recorder(policy)
         made = fixed(policy, None, config, ranks, advantages)
@@ -144,11 +238,20 @@ def test_an_update_without_any_group_left_changes_nothing(policy, ranks):
         assert metrics["updates_skipped_nonfinite"] == 0
 
 
-def resampled(monkeypatch, rounds: int, world: int, teaches) -> list[tuple[list[Group], list[Group]]]:
-    """resample_flat on every rank, of 4 places; a prompt's rewards differ where `teaches(place)`."""
+ROUNDS = []  # the places of every call of the sampler
+
+
+def resampled(
+    monkeypatch, rounds: int, world: int, teaches, elsewhere: int = 0
+) -> list[tuple[list[Group], list[Group]]]:
+    """resample_flat on every rank, of 4 places; a prompt's rewards differ where `teaches(place)`. elsewhere:
+    flat groups that a rank hears of besides its own.
+    """
+    ROUNDS.clear()
 
     def sample_and_score(run, step, places, others=None):
         groups = []
+        ROUNDS.append(places)
         for k, place in enumerate(places):
             asked = Prompt("first" if others is None else str(others[k]), [1])
             rewards = tuple(Reward(float(i and teaches(place)), True, True, "") for i in range(2))
@@ -156,9 +259,10 @@ def resampled(monkeypatch, rounds: int, world: int, teaches) -> list[tuple[list[
         return groups
 
     monkeypatch.setattr(grpo, "sample_and_score", sample_and_score)
+    ranks = SimpleNamespace(sum=lambda counts: [count + elsewhere for count in counts])
     results = []
     for rank in range(world):
-        run = SimpleNamespace(config=settings_of(resample_rounds=rounds), examples=range(1000))
+        run = SimpleNamespace(config=settings_of(resample_rounds=rounds), examples=range(1000), ranks=ranks)
         first = sample_and_score(run, 5, range(rank, 4, world))
         results.append(grpo.resample_flat(run, 5, first))
     return results
@@ -170,6 +274,14 @@ def test_dynamic_sampling_replaces_flat_groups_only(monkeypatch):
     assert [group.place for group in groups] == [0, 9, 10, 3]
     assert groups[0].prompt.id == groups[3].prompt.id == "first" and not any(group.flat for group in groups)
     assert [group.place for group in given_up] == [1, 2, 5, 6], "a third round was not needed"
+
+
+def test_dynamic_sampling_ends_where_no_rank_has_a_flat_group(monkeypatch):
+    """Every round gathers the whole model. A rank without a flat group still joins the others in theirs."""
+    resampled(monkeypatch, 9, 1, lambda place: place != 2)
+    assert ROUNDS == [range(4), [6]]
+    resampled(monkeypatch, 3, 1, lambda place: True, elsewhere=1)
+    assert ROUNDS == [range(4), [], [], []]
 
 
 def test_dynamic_sampling_stops_after_its_rounds_and_does_not_depend_on_ranks(monkeypatch):
