@@ -95,12 +95,13 @@ def load_sharded(
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The decoder's layers, whatever the model calls them."""
+    """The decoder's layers, whatever the model calls them; none where layers share weights."""
     for part in (model.get_decoder(), model):  # some models call something else their decoder
         lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
         for layers in lists:
             if len(layers) == model.config.get_text_config().num_hidden_layers:
-                return layers
+                own = sum(len(list(layer.parameters())) for layer in layers)
+                return layers if own == len(list(layers.parameters())) else nn.ModuleList()
     return nn.ModuleList()
 
 
