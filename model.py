@@ -247,9 +247,14 @@ def _head_only(model: nn.Module, groups: list) -> bool:
         return False
     rows = pack(groups, head.weight.device, share_prompt=False)
     hook = head.register_forward_hook(enlarge)
-    logits = model(**_inputs(rows)).logits
-    hook.remove()
-    hidden = model.get_decoder()(**_inputs(rows)).last_hidden_state
+    try:
+        logits = model(**_inputs(rows)).logits
+    finally:
+        hook.remove()
+    try:
+        hidden = model.get_decoder()(**_inputs(rows)).last_hidden_state
+    except (AttributeError, TypeError):  # some models call something else their decoder
+        return False
     return bool(seen) and torch.equal(logits, seen["output"]) and torch.allclose(hidden, seen["input"])
 
 

@@ -96,8 +96,12 @@ def load_sharded(
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The decoder's layers, whatever the model calls them."""
-    lists = [module for module in model.get_decoder().children() if isinstance(module, nn.ModuleList)]
-    return max(lists, key=len, default=nn.ModuleList())
+    for part in (model.get_decoder(), model):  # some models call something else their decoder
+        lists = [module for module in part.modules() if isinstance(module, nn.ModuleList)]
+        for layers in lists:
+            if len(layers) == model.config.get_text_config().num_hidden_layers:
+                return layers
+    return nn.ModuleList()
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
