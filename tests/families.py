@@ -27,6 +27,7 @@ from helpers import CPU, one_rank
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from corpus.tiny_model import build_tiny_tokenizer
 from distributed import fsdp
 from distributed.fsdp import full_tensor, gathered_weights, load_sharded, make_mesh
 from distributed.weights import load_model
@@ -38,7 +39,7 @@ from rollout import Decoding, sample_groups
 
 # Names as in config.json; a config is given those that it knows. Windows are shorter than most prompts.
 SMALL = dict(
-    vocab_size=120, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    vocab_size=301, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     sliding_window=8, num_experts=4, num_local_experts=4, n_routed_experts=4, num_experts_per_tok=2,
     moe_intermediate_size=24, shared_expert_intermediate_size=24, q_lora_rank=16, kv_lora_rank=16,
@@ -66,7 +67,7 @@ LLAMA3 = dict(
     rope_type="llama3", rope_theta=100.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
     original_max_position_embeddings=8,
 )
-GEMMA4 = dict(vocab_size_per_layer_input=120, hidden_size_per_layer_input=8, head_dim=8, **WINDOWS)
+GEMMA4 = dict(vocab_size_per_layer_input=301, hidden_size_per_layer_input=8, head_dim=8, **WINDOWS)
 MULTIPLIERS = dict(
     embedding_multiplier=3.0, attention_multiplier=0.2, residual_multiplier=0.5, logits_scaling=2.0
 )
@@ -151,7 +152,7 @@ SPECIAL: dict[str, dict] = {  # model_type, and what is special: the config's se
     "rwkv": dict(attention_hidden_size=32),
     "nemotron_h": dict(mamba_num_heads=4, mamba_head_dim=16, n_groups=1, ssm_state_size=8, chunk_size=8),
     "gemma3n_text": dict(
-        num_kv_shared_layers=0, vocab_size_per_layer_input=120, hidden_size_per_layer_input=8, head_dim=8,
+        num_kv_shared_layers=0, vocab_size_per_layer_input=301, hidden_size_per_layer_input=8, head_dim=8,
         laurel_rank=8, activation_sparsity_pattern=[0.5, 0.0], **WINDOWS,
     ),
     "gemma4, nested": dict(text_config=SMALL | GEMMA4, vision_config=VISION | dict(head_dim=8)),
@@ -192,20 +193,6 @@ class Row:
         return f"| {self.family} | {self.result} | {'' if largest is None else f'{largest:.1e}'} | {note} |"
 
 
-class Words:
-    """Stands in for a tokenizer: every token is a word."""
-
-    eos_token_id = 2
-
-    def get_vocab(self) -> dict[str, int]:
-        """No end token but that one."""
-        return {}
-
-    def decode(self, ids: list[int], **_) -> str:
-        """The numbers themselves."""
-        return " ".join(map(str, ids))
-
-
 def families() -> Iterator[str]:
     """The names of those families that the installed transformers has."""
     return (name for name in FAMILIES if name.split(",")[0] in CONFIG_MAPPING)
@@ -233,7 +220,7 @@ def draw_groups() -> Groups:
     generator = torch.Generator().manual_seed(1)
 
     def draw(size: int) -> list[int]:
-        return torch.randint(3, 120, (size,), generator=generator).tolist()
+        return torch.randint(3, 301, (size,), generator=generator).tolist()
 
     return [(draw(prompt), [draw(size) for size in sizes]) for prompt, sizes in LENGTHS.items()]
 
@@ -265,7 +252,7 @@ def relative_error(own: dict[str, Tensor], right: dict[str, Tensor]) -> float:
 
 def measure(name: str, folder: Path) -> Row:
     """Builds a family's model in the folder, and runs it as grpo.py and the evaluation do."""
-    groups = draw_groups()
+    groups, tokenizer = draw_groups(), build_tiny_tokenizer([], 300)
     try:
         build(name, folder)
         plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -287,16 +274,14 @@ def measure(name: str, folder: Path) -> Row:
         try:
             with patch.object(fsdp, "KEEP_BYTES", 0):  # layer by layer, as a model of real size
                 model = load_sharded(str(folder), make_mesh(ranks, "full"), CPU)
-            can = model.capabilities
-            engine = getattr(can, "engine", "shared_prefix" if can.head_only else "generate")
-            result = "packed" if can.shared_prefix and engine == "shared_prefix" else "falls back"
+            packed = uses_shared_prefix(model) and model.capabilities.engine == "shared_prefix"
             logprobs = trained(model)
             gaps["sharded"] = gap(logprobs, right)
             gaps["gradient"] = relative_error(gradients(model, logprobs), right_gradients)
             prompts = [Prompt(str(i), prompt, i) for i, (prompt, _) in enumerate(groups)]
             decoding = Decoding(group_size=2, temperature=TEMPERATURE, max_new_tokens=8, batch_size=8)
             with gathered_weights(model) as policy:
-                sampled = sample_groups(policy, Words(), prompts, decoding)
+                sampled = sample_groups(policy, tokenizer, prompts, decoding)
             with torch.no_grad():
                 expected = truth(plain, [(group.prompt.ids, group.responses) for group in sampled])
                 own = [x for group in sampled for logprobs in group.logprobs for x in logprobs]
@@ -309,7 +294,7 @@ def measure(name: str, folder: Path) -> Row:
             return Row(name, "TRACEBACK", f"{type(error).__name__}: {first_line(error)}", gaps)
     told = [str(one.message).removeprefix("model: ") for one in caught if "model: " in str(one.message)]
     reasons = [re.sub(", so .*", "", clause) for text in told for clause in text.split("; ")]
-    return Row(name, result, "; ".join(dict.fromkeys(reasons)), gaps)
+    return Row(name, "packed" if packed else "falls back", "; ".join(dict.fromkeys(reasons)), gaps)
 
 
 HEAD = """| family | result | largest gap in nats | note |
