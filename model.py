@@ -46,7 +46,7 @@ from kernel.packing import Packed, pack
 from prompts import set_template_kwargs
 
 # Mean difference in nats per token that rounding explains, in fp32 and in 16 bits. Measured: 1e-6, 0.02.
-PROBE_ERROR = (1e-3, 0.08)
+PROBE_ERROR = (1e-4, 0.08)
 
 
 class ModelError(UserError):

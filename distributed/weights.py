@@ -36,7 +36,7 @@ def load_model(
     allocate(model, device, device)
     model.tie_weights()
     stream_weights(model, path)
-    return prepare_model(model, device, gradient_checkpointing, engine)
+    return prepare_model(model.eval(), device, gradient_checkpointing, engine)
 
 
 def model_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:

@@ -212,6 +212,7 @@ def build(name: str, folder: Path) -> None:
     for tensor in {id(x): x for x in saved.values() if x.is_floating_point()}.values():  # tied ones once
         size = 1.5 / tensor.shape[-1] ** 0.5 if tensor.dim() > 1 else 0.25
         tensor.add_(size * torch.randn_like(tensor))
+    model.get_input_embeddings().weight[0] = 0.0  # the padding token's, which transformers clears at loading
     model.save_pretrained(folder)
 
 
@@ -264,7 +265,7 @@ def measure(name: str, folder: Path) -> Row:
 
     def trained(model: nn.Module) -> Tensor:
         packed = pack(groups, CPU, share_prompt=uses_shared_prefix(model))
-        return token_logprobs(model.train(), packed, TEMPERATURE)[0]
+        return token_logprobs(model, packed, TEMPERATURE)[0]
 
     def gap(own: Tensor, right: Tensor) -> float:
         return (own - right).abs().max().item()
@@ -297,7 +298,23 @@ def measure(name: str, folder: Path) -> Row:
     return Row(name, "packed" if packed else "falls back", "; ".join(dict.fromkeys(reasons)), gaps)
 
 
-HEAD = """| family | result | largest gap in nats | note |
+HEAD = f"""# Which models train right
+
+Made by `python tests/families.py > docs/models.md`, transformers {transformers.__version__}, torch
+{torch.__version__.partition("+")[0]}, in fp32 on a CPU. Every row is a small random model of a family, built
+from its config. The truth is transformers' own forward pass over one prompt and response. Three things stand
+against it: the sharded model that `grpo.py` trains, the whole model of an evaluation, and what the sampler
+says of its own samples.
+
+- **packed**: prompts are computed once per group, and the default rollout engine samples.
+- **falls back**: the same numbers, but slower: each response with its own prompt, or `generate` for rollouts.
+- **refused**: a start stops with this sentence.
+
+A start makes such a trial with the loaded model, and prints what it falls back from
+(`model.find_capabilities`). A gap is the largest difference of a token's log-prob. Sizes are small on purpose:
+a window has 8 tokens, longrope begins at 16.
+
+| family | result | largest gap in nats | note |
 | --- | --- | --- | --- |"""
 
 
