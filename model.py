@@ -166,12 +166,16 @@ def add_hooks(model: nn.Module, gradient_checkpointing: bool) -> None:
     AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
     AttentionMaskInterface.register(SHARED_PREFIX, lambda *args, **kwargs: None)
     trim_last_layer(model)
-    if gradient_checkpointing:
-        options = {"use_reentrant": False}
+    if not gradient_checkpointing:
+        return
+    options = {"use_reentrant": False}
+    try:
         if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.2x on
             model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
         else:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    except ValueError:
+        warnings.warn("model: it cannot recompute activations, so all are kept", stacklevel=3)
 
 
 def find_capabilities(model: nn.Module, twin: nn.Module, engine: str) -> None:
