@@ -212,6 +212,9 @@ def build(name: str, folder: Path) -> None:
     for tensor in {id(x): x for x in saved.values() if x.is_floating_point()}.values():  # tied ones once
         size = 1.5 / tensor.shape[-1] ** 0.5 if tensor.dim() > 1 else 0.25
         tensor.add_(size * torch.randn_like(tensor))
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            module.weight[module.padding_idx] = 0  # training leaves it so, and some families set it so
     model.save_pretrained(folder)
 
 
@@ -264,7 +267,7 @@ def measure(name: str, folder: Path) -> Row:
 
     def trained(model: nn.Module) -> Tensor:
         packed = pack(groups, CPU, share_prompt=uses_shared_prefix(model))
-        return token_logprobs(model.train(), packed, TEMPERATURE)[0]
+        return token_logprobs(model, packed, TEMPERATURE)[0]
 
     def gap(own: Tensor, right: Tensor) -> float:
         return (own - right).abs().max().item()
@@ -273,7 +276,8 @@ def measure(name: str, folder: Path) -> Row:
         warnings.simplefilter("always")
         try:
             with patch.object(fsdp, "KEEP_BYTES", 0):  # layer by layer, as a model of real size
-                model = load_sharded(str(folder), make_mesh(ranks, "full"), CPU)
+                mesh = make_mesh(ranks, "full")
+                model = load_sharded(str(folder), mesh, CPU, gradient_checkpointing=True)
             packed = uses_shared_prefix(model) and model.capabilities.engine == "shared_prefix"
             logprobs = trained(model)
             gaps["sharded"] = gap(logprobs, right)
