@@ -212,7 +212,9 @@ def build(name: str, folder: Path) -> None:
     for tensor in {id(x): x for x in saved.values() if x.is_floating_point()}.values():  # tied ones once
         size = 1.5 / tensor.shape[-1] ** 0.5 if tensor.dim() > 1 else 0.25
         tensor.add_(size * torch.randn_like(tensor))
-    model.get_input_embeddings().weight[0] = 0.0  # the padding token's, which transformers clears at loading
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            module.weight[module.padding_idx] = 0  # training leaves it so, and some families set it so
     model.save_pretrained(folder)
 
 
@@ -274,7 +276,8 @@ def measure(name: str, folder: Path) -> Row:
         warnings.simplefilter("always")
         try:
             with patch.object(fsdp, "KEEP_BYTES", 0):  # layer by layer, as a model of real size
-                model = load_sharded(str(folder), make_mesh(ranks, "full"), CPU)
+                mesh = make_mesh(ranks, "full")
+                model = load_sharded(str(folder), mesh, CPU, gradient_checkpointing=True)
             packed = uses_shared_prefix(model) and model.capabilities.engine == "shared_prefix"
             logprobs = trained(model)
             gaps["sharded"] = gap(logprobs, right)
@@ -298,21 +301,21 @@ def measure(name: str, folder: Path) -> Row:
     return Row(name, "packed" if packed else "falls back", "; ".join(dict.fromkeys(reasons)), gaps)
 
 
+TORCH = torch.__version__.partition("+")[0]
 HEAD = f"""# Which models train right
 
-Made by `python tests/families.py > docs/models.md`, transformers {transformers.__version__}, torch
-{torch.__version__.partition("+")[0]}, in fp32 on a CPU. Every row is a small random model of a family, built
-from its config. The truth is transformers' own forward pass over one prompt and response. Three things stand
-against it: the sharded model that `grpo.py` trains, the whole model of an evaluation, and what the sampler
-says of its own samples.
+Made by `python tests/families.py > docs/models.md`, transformers {transformers.__version__}, torch {TORCH},
+in fp32 on a CPU. Every row is a small random model of a family, built from its config. The truth is
+transformers' own forward pass over one prompt and response. Three things stand against it: the sharded model
+that `grpo.py` trains, the whole model of an evaluation, and what the sampler says of its own samples.
 
 - **packed**: prompts are computed once per group, and the default rollout engine samples.
 - **falls back**: the same numbers, but slower: each response with its own prompt, or `generate` for rollouts.
 - **refused**: a start stops with this sentence.
 
 A start makes such a trial with the loaded model, and prints what it falls back from
-(`model.find_capabilities`). A gap is the largest difference of a token's log-prob. Sizes are small on purpose:
-a window has 8 tokens, longrope begins at 16.
+(`model.find_capabilities`). A gap is the largest difference of a token's log-prob. Sizes are small on
+purpose: a window has 8 tokens, longrope begins at 16.
 
 | family | result | largest gap in nats | note |
 | --- | --- | --- | --- |"""
