@@ -28,6 +28,7 @@ from prompts import (
     stop_ids,
 )
 from reward import score
+from session import read_inputs, read_prompts
 
 HEADER = "<|im_start|>assistant\n"
 CALLS = [ToolCall("add", {"a": 1})]
@@ -96,6 +97,14 @@ def test_template_variables_go_with_the_exported_tokenizer(tmp_path):
     values = qwen("{{ city }}{{ many[1] }}")
     set_template_kwargs(values, template_kwargs(told))
     assert values.apply_chat_template(ASK, **options) == "Zü '%}\n2.5"
+
+
+def test_a_run_asks_with_its_template_variables(tmp_path):
+    tokenizer = qwen(CHOOSES)
+    tokenizer.save_pretrained(tmp_path)
+    config = Config(data="synthetic", synthetic_train=20, eval_cases=2, chat_template_kwargs="thinking: true")
+    inputs = read_prompts(config, str(tmp_path), read_inputs(config), quiet=True)
+    assert all(tokenizer.decode(one.ids).endswith("<think>\n") for one in inputs.tokenized.train)
 
 
 def test_template_variables_are_text_or_a_mapping_and_survive_the_run_dir(tmp_path):
