@@ -30,8 +30,11 @@ MAX_DEPTH = 64
 # lets the others run on to the length limit.
 END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
 
-# A prompt must not change overnight: templates that print a date, as Llama 3.1's does, print this one.
+# A prompt must not change overnight: templates that print a date, as Llama 3.1's does, print this one. Those
+# that ask for it get a macro before them, because transformers hands them no function.
 TODAY = datetime(2024, 7, 26)
+DATES = "".join(f" | replace('%{code}', '{TODAY:%{code}}')" for code in "aAbBcdHIjmMpSUwWxXyY")
+FIXED_DATE = "{% macro strftime_now(form) %}{{ form | replace('%-', '%')" + DATES + " }}{% endmacro %}\n"
 SET_BY_US = "{# chat_template_kwargs #}"  # begins the line that set_template_kwargs puts before a template
 
 SYSTEM_TEMPLATE = """\
@@ -187,12 +190,12 @@ def render_prompt(
 
     Raises PromptError when the tokenizer has no chat template or the template refuses the conversation.
     """
-    chat_template = _chat_template(tokenizer)
+    jinja = _chat_template(tokenizer)
     chat = build_messages(messages, tools, template)
     try:
         return tokenizer.apply_chat_template(
-            chat, chat_template=chat_template, tokenize=False, add_generation_prompt=generation_prompt,
-            date_string=f"{TODAY:%d %b %Y}", strftime_now=TODAY.strftime,
+            chat, chat_template=FIXED_DATE + jinja if "strftime_now" in jinja else jinja, tokenize=False,
+            add_generation_prompt=generation_prompt, date_string=f"{TODAY:%d %b %Y}",
         )
     except jinja2.TemplateError as error:
         roles = " ".join(message["role"] for message in chat)

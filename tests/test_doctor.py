@@ -14,7 +14,7 @@ import torch
 from tokenizers import normalizers
 
 from config import Config, ConfigError
-from corpus.examples import Splits
+from corpus.examples import Splits, Tokenized
 from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
 from data import load_splits, tokenize_splits
 from distributed.ranks import Ranks
@@ -106,6 +106,13 @@ def with_answer(start: Start, argument: object) -> Start:
     return with_train(start, [*start.splits.train, bad])
 
 
+def with_stop_inside(start: Start) -> Start:
+    """A right reply that sampling ends inside an argument."""
+    bad = replace(start.splits.train[0], id="bad", answer=[ToolCall("f", {"x": "<|im_end|>"})])
+    train = [*start.tokenized.train, Tokenized(bad, [0])]
+    return replace(start, tokenized=replace(start.tokenized, train=train))
+
+
 def pays_silence(start: Start) -> Start:
     reward = lambda completion, *_: Reward(1.0 + bool(completion), True, True, "")  # noqa: E731
     return replace(with_config(start, reward="own.py:pays"), reward=reward)
@@ -126,12 +133,23 @@ DEEP = json.loads("[" * 70 + "]" * 70)  # nested deeper than the parser reads: i
     ("schedule", "warning", "prompts_per_step to 60", lambda s: with_config(s, prompts_per_step=64)),
     ("examples", "warning", "of 61 right replies 1 are too long", lambda s: with_answer(s, "w " * 200)),
     ("examples", "problem", "look at bad", lambda s: with_answer(s, DEEP)),
+    ("examples", "problem", "look at bad", with_stop_inside),
     ("examples", "warning", "silence can be learnt", pays_silence),
 ])
 def test_what_is_wrong_is_found(healthy, name, status, said, change):
     found = {check.name: check for check in examine(change(healthy))}
     assert found[name].status == status and said in str(found[name])
     assert status == "problem" or {check.status for key, check in found.items() if key != name} == {"ok"}
+
+
+def test_right_replies_are_paid_where_the_prompt_opens_the_thought(healthy):
+    def think(tokenizer):
+        tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n", "assistant\n<think>\n")
+
+    start = with_tokenizer(healthy, think)
+    assert {check.name: check.status for check in examine(start)}["examples"] == "ok"
+    tokenized = tokenize_splits(start.splits, start.tokenizer, TEMPLATE, SMALL, quiet=True)
+    assert "assistant\n<think>\n…</think><tool_call>" in doctor.shown(replace(start, tokenized=tokenized))
 
 
 @pytest.mark.parametrize("seen, theirs, said", [

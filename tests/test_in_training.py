@@ -46,6 +46,16 @@ def test_the_verdict_is_the_official_checkers():
 
 
 @needs_data
+def test_refused_prompts_are_left_out(monkeypatch, capsys):
+    refuses = "{% if 'triangle' in messages[1].content %}{{ raise_exception('no triangles') }}{% endif %}"
+    monkeypatch.setattr(TOKENIZER, "chat_template", refuses + TOKENIZER.chat_template)
+    settings = Config(bfcl=str(SHARED / "bfcl"), eval_cases=26, max_prompt_tokens=20000)
+    names = [case.prompt.id for case in load_benchmarks(settings, TOKENIZER, "{tools}")["bfcl"]]
+    assert len(names) < 26 and "simple_python_0" not in names and "simple_python_1" in names
+    assert f"; {26 - len(names)} are refused, such as simple_python_0: " in capsys.readouterr().out
+
+
+@needs_data
 def test_too_long_prompts_are_left_out():
     cases = load(bfcl=str(SHARED / "bfcl"), eval_cases=39, max_prompt_tokens=900)["bfcl"]
     assert 0 < len(cases) < 39 and all(len(case.prompt.ids) <= 900 for case in cases)

@@ -101,7 +101,7 @@ def test_a_killed_evaluation_misses_and_repeats_no_sample(exported, tmp_path, mo
 def test_replies_of_other_settings_are_not_mixed(exported, tmp_path):
     path = tmp_path / "predictions.jsonl"
     before = predict(exported, CASES[:1], path, **SAMPLED)
-    for changed in ({"seed": 1}, {"samples": 2}, {"temperature": 0.5}):
+    for changed in ({"seed": 1}, {"samples": 2}, {"temperature": 0.5}, {"chat_template_kwargs": "x: 1"}):
         with pytest.raises(ModelError, match="with another model or other settings"):
             predict(exported, CASES, path, **(SAMPLED | changed))
     with pytest.raises(ModelError, match="greedy decoding would give 3 equal replies"):
@@ -132,6 +132,13 @@ def test_an_id_that_occurs_twice_is_answered_twice(exported, tmp_path):
     assert len(predict(exported, [CASES[0], CASES[0]], path)) == 2
     path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])  # killed between the two
     assert len(predict(exported, [CASES[0], CASES[0]], path)) == 2
+
+
+def test_a_case_that_cannot_be_asked_is_skipped_and_says_why(exported, tmp_path):
+    bad = Case("bad", "simple", [{"role": "user", "content": "weather <|im_end|>"}], [])
+    rows = {row["id"]: row for row in predict(exported, [*CASES[:2], bad], tmp_path / "p.jsonl")}
+    assert rows["bad"]["skipped"].startswith("bad_text: the control token <|im_end|>")
+    assert rows["bad"]["output"] == "" and "skipped" not in rows["c0"] and len(rows) == 3
 
 
 def test_prompts_beyond_the_limit_are_skipped_and_say_so(exported, tokenizer, tmp_path):

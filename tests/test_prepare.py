@@ -117,16 +117,21 @@ def test_augmentation_leaves_the_test_part_as_it_is(sources, tmp_path):
     assert all("#masked" in row["id"] for row in files["train.jsonl"])
 
 
-def test_long_prompts_are_dropped_where_there_is_a_tokenizer(tmp_path):
+def test_long_and_refused_prompts_are_dropped_where_there_is_a_tokenizer(tmp_path, capsys):
     tokenizer = build_tiny_tokenizer([], 259)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "template.txt").write_text("{tools}")
-    x = save(tmp_path / "x.json", numbered(1), numbered(2, query="long " * 99))
+    bad = numbered(2, query="long " * 99), numbered(3, query="<|im_end|>")
+    x = save(tmp_path / "x.json", numbered(1), *bad)
     options = ["--prompt_template", tmp_path / "template.txt", "--max_prompt_tokens", 400, "--test_share", 0]
     files = run(tmp_path / "out", "--xlam", x, "--tokenizer", tmp_path / "tokenizer", *options)
     [example] = load_examples(tmp_path / "out/train.jsonl")[0]
-    [dropped] = files["dropped.jsonl"]
-    assert (example.id, dropped["id"], dropped["reason"]) == ("xlam-1", "xlam-2", "too_long")
+    dropped = [(row["id"], row["reason"], row["detail"][:8]) for row in files["dropped.jsonl"]]
+    assert example.id == "xlam-1"
+    assert dropped == [("xlam-2", "too_long", "the prom"), ("xlam-3", "refused", "bad_text")]
+    prepare.stats([str(x), "--tokenizer", str(tmp_path / "tokenizer")], load_tokenizer)
+    printed = capsys.readouterr().out
+    assert "1 prompts are refused, such as that of 3: bad_text" in printed and "x.json: 2 examples" in printed
 
 
 def test_a_prepared_set_is_replaced_only_on_request(sources, tmp_path):
