@@ -28,7 +28,7 @@ from distributed.fsdp import gathered_weights, load_sharded, make_mesh
 from distributed.ranks import Clock, Interrupted, Ranks, StopFlag
 from distributed.weights import model_config
 from evals.in_training import JudgedPrompt, evaluate, held_out_prompts, load_benchmarks
-from kernel.attention import attention_backend
+from kernel.attention import attention_backend, use_attention
 from model import check_vocabulary, load_tokenizer, prepare_model, token_logprobs
 from ops.checks import Start, check_names, check_start
 from ops.export import export, write_model
@@ -233,6 +233,8 @@ def load_policy(
         trust_remote_code=config.trust_remote_code, engine=config.rollout_engine,
         capabilities=policy.capabilities if frozen else None,
     )
+    model.capabilities = ranks.gather(model.capabilities)[0]  # rounding must not part the ranks
+    use_attention(model, "train")
     model.logprobs = partial(token_logprobs, model, temperature=temperature)
     return model
 
