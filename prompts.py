@@ -254,7 +254,7 @@ def encode_reply(tokenizer, text: str) -> list[int]:
     What the prompt has begun of it is left out. A reply without a thought closes the one that is begun.
     """
     if begun := prefilled_reply(tokenizer):
-        thinks = text.startswith(THINK)
+        thinks = (text := text.lstrip()).startswith(THINK)
         text = text[len(THINK) :].removeprefix(begun[len(THINK) :]) if thinks else END_THINK + text
     return [*tokenizer.encode(text, add_special_tokens=False), _end_ids(tokenizer)[0]]
 
@@ -278,8 +278,8 @@ def decode_reply(tokenizer, ids: list[int], stops: list[int]) -> str:
     """Sampled ids -> the whole reply, with what the prompt has begun of it, without the closing stop token.
 
     Special tokens stay: tags may be among them. Ids beyond the tokenizer, for which many models have rows
-    (Qwen2.5: 271), decode to nothing and would be paid for; they are named at the end, where no reward allows
-    text. No training text has them, so they are hardly ever sampled.
+    (Qwen2.5: 271), decode to nothing and would be paid for; they are named at the end, where a reply must
+    have no text. No training text has them, so they are hardly ever sampled.
     """
     body = ids[:-1] if ids and ids[-1] in stops else ids
     text = tokenizer.decode(body, skip_special_tokens=False, clean_up_tokenization_spaces=False)

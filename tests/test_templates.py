@@ -50,7 +50,7 @@ def test_what_the_prompt_opens_is_part_of_the_reply_and_written_once(tail):
     assert prefilled_reply(tokenizer) == begun
     prompt = encode_prompt(tokenizer, ASK, [ADD])
     for thought in ("why", begun.removeprefix("<think>") + "why"):  # the second is a trace of such a model
-        target = encode_reply(tokenizer, render_completion(CALLS, thought))
+        target = encode_reply(tokenizer, f"\n{render_completion(CALLS, thought)}")
         assert slow_ids(tokenizer, "<think>")[0] in prompt and "<think>" not in tokenizer.decode(target)
         reply = decode_reply(tokenizer, target, stops)
         assert reply == render_completion(CALLS, begun.removeprefix("<think>") + "why")
