@@ -58,6 +58,7 @@ def read_start(config: Config, ranks: Ranks) -> Start:
     steps = count_steps(config, len(inputs.tokenized.train), config.prompts_per_step)
     if ranks.main:
         (Path(config.run_dir) / "config.yaml").touch()  # whether all ranks see it is a check
+    ranks.gather(None)
     return Start(
         config, ranks, inputs.template, inputs.reward, inputs.splits, inputs.tokenized, inputs.tokenizer,
         path, steps, limit=10**9,

@@ -124,7 +124,7 @@ DEEP = json.loads("[" * 70 + "]" * 70)  # nested deeper than the parser reads: i
 @pytest.mark.parametrize("name, status, said, change", [
     ("sampling", "problem", "do not survive", lambda s: with_tokenizer(s, drop_tags)),
     ("sampling", "warning", "also ends with <|end|>", lambda s: with_tokenizer(s, other_end)),
-    ("schedule", "problem", "positions", lambda s: with_config(s, max_response_tokens=40000)),
+    ("model", "problem", "positions", lambda s: with_config(s, max_response_tokens=40000)),
     ("schedule", "warning", "max_prompt_tokens",
      lambda s: with_train(with_config(s, max_prompt_tokens=150), s.splits.train)),
     ("schedule", "warning", "[] is right too often",

@@ -105,8 +105,12 @@ def test_the_cache_holds_each_prompt_once_and_grows_by_half():
 
 def test_sequences_decoded_at_once_are_those_of_the_engine(monkeypatch):
     """The plan and the engine must not come apart: the same formula, there on a GPU's free memory."""
-    weight = SimpleNamespace(device=torch.device("cuda"))
-    model = SimpleNamespace(config=LARGE["14B"], get_output_embeddings=lambda: SimpleNamespace(weight=weight))
+    config, device = LARGE["14B"], torch.device("cuda")
+    embeddings = SimpleNamespace(weight=torch.empty(config.vocab_size, 0))
+    model = SimpleNamespace(
+        config=config, parameters=lambda: iter([SimpleNamespace(device=device)]),
+        get_input_embeddings=lambda: embeddings,
+    )
     moments, rows = estimate(PAPER, SHAPES["14B"], EIGHT)
     free = int(80 * GB - sum(list(moments["rollout"].values())[:-2]))  # all but K/V and prefill
     for name, value in dict(mem_get_info=(free, 0), memory_reserved=0, memory_allocated=0).items():

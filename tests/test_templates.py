@@ -5,6 +5,7 @@ from datetime import datetime
 import pytest
 from test_layouts import ADD, ids_of
 from test_prompts import BEGIN, QWEN, llama, qwen, slow_ids
+from transformers import Qwen2Config
 
 from config import Config, ConfigError, load_config, template_kwargs
 from corpus.examples import Example, Splits
@@ -102,6 +103,7 @@ def test_template_variables_go_with_the_exported_tokenizer(tmp_path):
 def test_a_run_asks_with_its_template_variables(tmp_path):
     tokenizer = qwen(CHOOSES)
     tokenizer.save_pretrained(tmp_path)
+    Qwen2Config(vocab_size=len(tokenizer)).save_pretrained(tmp_path)
     config = Config(data="synthetic", synthetic_train=20, eval_cases=2, chat_template_kwargs="thinking: true")
     inputs = read_prompts(config, str(tmp_path), read_inputs(config), quiet=True)
     assert all(tokenizer.decode(one.ids).endswith("<think>\n") for one in inputs.tokenized.train)
