@@ -112,8 +112,8 @@ def update_policy(
             # the tokens (or completions) of all ranks, so the sum over micro-batches and ranks is the mean.
             loss.backward()
             sums += part
-        longest = config.max_grad_norm or math.inf
-        norm = float(full_tensor(nn.utils.clip_grad_norm_(policy.parameters(), longest)))
+        bound = config.max_grad_norm or math.inf
+        norm = float(full_tensor(nn.utils.clip_grad_norm_(policy.parameters(), bound)))
         if math.isfinite(norm):  # the norm is the same on all ranks, so all skip together
             optimizer.step()
             norms.append(norm)

@@ -83,8 +83,8 @@ def sft_update(
         part_loss = -logprobs.sum() / total * bool(parts)
         part_loss.backward()
         loss += part_loss.item()
-    longest = config.max_grad_norm or math.inf
-    norm = float(full_tensor(nn.utils.clip_grad_norm_(policy.parameters(), longest)))
+    bound = config.max_grad_norm or math.inf
+    norm = float(full_tensor(nn.utils.clip_grad_norm_(policy.parameters(), bound)))
     if math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
