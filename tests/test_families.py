@@ -14,11 +14,12 @@ PACKED = [  # these must not fall back unnoticed
 ]
 EXACT = [  # packed or not
     "qwen2, layers with windows", "mistral", "gemma2", "gemma3_text", "gemma3, nested", "gpt_oss", "olmo3",
-    "granite", "doge", "diffllama", "minicpm3", "deepseek_v3", "qwen3_moe", "mixtral", "qwen3_5_text",
+    "granite", "diffllama", "minicpm3", "deepseek_v3", "qwen3_moe", "mixtral", "qwen3_5_text",
     "qwen3_5, nested", "lfm2", "gpt2", "gpt_neo", "gptj", "opt", "bloom",
 ]
-# Its rotary frequencies depend on the longest row; there may be no cache; padding is read as text.
-EXACT_OR_REFUSED = ["phi3, longrope", "mamba", "rwkv"]
+# Its rotary frequencies depend on the longest row; there may be no cache; padding is read as text; with
+# transformers 5.17 padding changes its masks.
+EXACT_OR_REFUSED = ["phi3, longrope", "mamba", "rwkv", "doge"]
 
 
 @pytest.mark.parametrize("name", [*PACKED, *EXACT, *EXACT_OR_REFUSED])
