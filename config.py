@@ -85,7 +85,9 @@ class Config:
     max_prompt_tokens: int = _key(4096, "longer prompts are counted and skipped")
     max_response_tokens: int = _key(8192, "longer completions are cut off and count as truncated")
     # speed, memory, many processes
-    rollout_engine: str = _key("shared_prefix", "or generate, continuous_batching (whose samples depend on their batch)")
+    rollout_engine: str = _key(
+        "shared_prefix", "or generate; continuous_batching (a sample there depends on its whole batch)"
+    )
     rollout_batch_size: int = _key(256, "sequences decoded at once per rank; fewer where K/V do not fit")
     max_tokens_per_micro_batch: int = _key(16384, "tokens per forward/backward per rank; changes no result")
     gradient_checkpointing: bool = _key(True, "recompute activations in the backward: less memory, more time")
