@@ -45,8 +45,9 @@ from kernel.hf_engines import ENGINES
 from kernel.packing import Packed, pack
 from prompts import set_template_kwargs
 
-# Mean difference in nats per token that rounding explains, in fp32 and in 16 bits. Measured: 1e-6, 0.02.
-PROBE_ERROR = (1e-4, 0.08)
+# Mean difference in nats per token that rounding explains, in fp32 and in 16 bits. Measured with random
+# tokens on a pretrained model of 135M parameters: 7e-6 and 0.05.
+PROBE_ERROR = (1e-4, 0.15)
 
 
 class ModelError(UserError):
@@ -200,6 +201,8 @@ def _probe(model: nn.Module, engine: str) -> tuple[Capabilities, list[str]]:
     """Every try sets model.capabilities to what it tries, and the result is what agreed."""
     weight = next(model.parameters())
     error = PROBE_ERROR[weight.is_cuda or weight.dtype != torch.float32]
+    if getattr(model, "capabilities", None):  # it was asked before
+        use_attention(model, "generate")
     own, limits = model.config._attn_implementation, []
     if attention_backend(weight.device) == "flash_attn":
         with contextlib.suppress(ImportError, ValueError):  # a model without it keeps its own

@@ -189,6 +189,8 @@ def test_an_ordinary_model_is_prepared_without_a_word(gradient_checkpointing):
     assert model.capabilities == Capabilities("sdpa", True, True, "shared_prefix")
     checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     assert checkpoints == gradient_checkpointing
+    found = model.capabilities
+    assert prepare_model(model, CPU).capabilities == found, "whatever attention is set when it is asked again"
 
 
 def test_the_older_name_of_gradient_checkpointing_is_used_where_the_new_one_is_missing(monkeypatch):
