@@ -60,9 +60,9 @@ class Config:
     num_iterations: int = _key(1, "times that a batch's updates are gone through (PPO's epochs)")
     epochs: float = _key(7.0, "passes over the training prompts; ignored when steps > 0")
     steps: int = _key(0, "rollout batches (sft.py: optimizer steps); 0: from epochs")
-    lr: float = _key(1e-6, "AdamW learning rate: the peak of its schedule")
-    lr_warmup_steps: int = _key(0, "steps over which it rises linearly")
-    lr_schedule: str = _key("constant", "or linear, cosine: falls to 0 over the run; losses.SCHEDULES")
+    lr: float = _key(1e-6, "AdamW learning rate, before warm-up and schedule")
+    lr_warmup_steps: int = _key(0, "grpo.py's learning rate rises linearly over so many steps")
+    lr_schedule: str = _key("constant", "linear or cosine: lr falls to 0 over the whole run (grpo.py)")
     max_grad_norm: float = _key(1.0, "gradient clipping by global norm; 0: none")
     temperature: float = _key(0.7, "sampling temperature; also divides the logits of every log-prob")
     loss: str = _key("grpo", "row of losses.LOSSES: grpo, dr_grpo, dapo, gspo, cispo, rloo")
@@ -74,7 +74,7 @@ class Config:
     kl: str = _key("k3", "row of losses.KLS, the estimate in the loss: k1, k2, k3")
     reward: str = _key("binary", "row of reward.REWARDS (binary, no_reason, ...) or file.py:function")
     lenient: bool = _key(False, "compare numbers as the tools declare them: 2 equals 2.0 for a number")
-    overlong_tokens: int = _key(0, "over the last so many response tokens a reward falls by 1 (DAPO)")
+    overlong_tokens: int = _key(0, "over the last so many response tokens a reward falls by up to 1 (DAPO)")
     shuffle_rewards: bool = _key(False, "negative control: permute rewards in the batch; nothing is learnt")
     skip_zero_variance: str = _key(
         "", "leave out groups with equal rewards, KL included; rest: the mean is over the other groups, a "
@@ -191,8 +191,10 @@ def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def _convert(key: str, value: Any, kind: type) -> Any:
     """A YAML or command-line value as `kind`. "1e-6" is text to YAML, and a bool must not pass for an int."""
-    if key == "skip_zero_variance" and isinstance(value, bool):  # a switch in older configs
-        value = "true" * value  # _check names the two that it can be now
+    if key == "skip_zero_variance" and str(value).lower() == "false":  # it was a switch once
+        value = ""
+    if key == "skip_zero_variance" and value is True:
+        value = "true"  # _check names the two that it can be now
     try:
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
@@ -217,7 +219,7 @@ def template_kwargs(text: str) -> dict[str, Any]:
             return values
     except (yaml.YAMLError, ValueError, TypeError, AttributeError):
         pass
-    example = "names and values such as 'enable_thinking: true'"
+    example = "names and values such as 'enable_thinking: true' (with a space)"
     raise ConfigError(f"chat_template_kwargs must be {example}, not {text!r}")
 
 

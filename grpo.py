@@ -67,7 +67,7 @@ def micro_batch_loss(
         return logprobs.sum() * 0.0, torch.zeros(5, dtype=torch.float64)
     objective = objective_of(config)
     counts = micro.packed.counts  # tokens per completion
-    if micro.old_logprobs is None:  # one update per batch: the policy is still the sampler
+    if micro.old_logprobs is None:  # the first pass of the only update: the policy still is the sampler
         micro.old_logprobs = logprobs.detach()
     surrogate, ratio = policy_loss(logprobs, micro.old_logprobs, micro.advantages, counts, objective)
     kl = torch.zeros_like(surrogate)

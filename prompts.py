@@ -170,12 +170,15 @@ def _chat_template(tokenizer) -> str:
 def set_template_kwargs(tokenizer, kwargs: dict[str, Any]) -> None:
     """Sets variables of the chat template inside it, so that an export asks as training did.
 
-    They replace those of an earlier call; without any, the template stays as it is.
+    They replace those of an earlier call; without any, the template stays as it is. Raises PromptError for a
+    variable that the template does not have.
     """
     if kwargs:
         template = _chat_template(tokenizer)
         if template.startswith(SET_BY_US):
             template = template.partition("\n")[2]
+        if unknown := [key for key in kwargs if key not in template]:
+            raise PromptError(f"{_name(tokenizer)}: its chat template has no variable {unknown[0]!r}")
         values = {key: json.dumps(value, ensure_ascii=False) for key, value in kwargs.items()}
         sets = "".join(f"{{% set {key} = {value} %}}" for key, value in values.items())
         # transformers trims one line break after a block: this one, and not one of the template's own.

@@ -201,8 +201,9 @@ def check_model(s: Start) -> Check:
     tokens = s.config.max_prompt_tokens + s.config.max_response_tokens
     known = rotary.get("original_max_position_embeddings") or getattr(model, "max_position_embeddings", 0)
     text = f"{model.model_type} with rotary positions of type {kind}"
-    return judge("model", text, {
-        f"they change beyond {known} tokens, so sampler and trainer differ: lower max_prompt_tokens": (
+    return judge("model", text, {}, {
+        f"beyond {known} tokens a token's log-prob depends on what follows it, so sampler and trainer would "
+        "differ: lower max_prompt_tokens or max_response_tokens": (
             kind in ("dynamic", "longrope") and tokens > known
         ),
     })

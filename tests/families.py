@@ -314,8 +314,10 @@ that `grpo.py` trains, the whole model of an evaluation, and what the sampler sa
 - **refused**: a start stops with this sentence.
 
 A start makes such a trial with the loaded model, and prints what it falls back from
-(`model.find_capabilities`). A gap is the largest difference of a token's log-prob. Sizes are small on
-purpose: a window has 8 tokens, longrope begins at 16.
+(`model.find_capabilities`). It compares the mean over tokens with 1e-4 nats in fp32 and with 0.15 in 16 bits,
+which hides small gaps. The column has the largest difference of a token's log-prob. Sizes are small on
+purpose: a window has 8 tokens, longrope begins at 16. A real longrope model runs only where prompt and
+response end before its frequencies change; elsewhere the check at the start stops it.
 
 | family | result | largest gap in nats | note |
 | --- | --- | --- | --- |"""

@@ -78,7 +78,7 @@ def test_plain_templates_and_a_changed_one():
 def test_template_variables_go_with_the_exported_tokenizer(tmp_path):
     """The template begins with a line break that it prints, as it does in transformers alone."""
     build_tiny_tokenizer([], 259).save_pretrained(tmp_path / "start")
-    (tmp_path / "start" / "chat_template.jinja").write_text("\n{{ '' }}" + CHOOSES)
+    (tmp_path / "start" / "chat_template.jinja").write_text("\n{{ '' }}{# city, many #}" + CHOOSES)
     plain = load_tokenizer(str(tmp_path / "start"))
     with pytest.raises(PromptError, match="closes the thought"):
         check_tokenizer(plain)
@@ -93,6 +93,8 @@ def test_template_variables_go_with_the_exported_tokenizer(tmp_path):
         loaded = load_tokenizer(str(tmp_path / "export"), chat_template_kwargs=again)
         assert loaded.chat_template == tokenizer.chat_template
         assert loaded.apply_chat_template(ASK, **options) == expected
+    with pytest.raises(PromptError, match="no variable 'thoughts'"):
+        load_tokenizer(str(tmp_path / "export"), chat_template_kwargs="thoughts: true")
     other = load_tokenizer(str(tmp_path / "export"), chat_template_kwargs="thinking: false")
     assert other.apply_chat_template(ASK, **options).endswith("</think>\n\n"), "the new value counts"
     values = qwen("{{ city }}{{ many[1] }}")
