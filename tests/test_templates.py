@@ -97,7 +97,7 @@ def test_template_variables_go_with_the_exported_tokenizer(tmp_path):
         load_tokenizer(str(tmp_path / "export"), chat_template_kwargs="thoughts: true")
     other = load_tokenizer(str(tmp_path / "export"), chat_template_kwargs="thinking: false")
     assert other.apply_chat_template(ASK, **options).endswith("</think>\n\n"), "the new value counts"
-    values = qwen("{{ city }}{{ many[1] }}")
+    values = qwen("{# thinking #}{{ city }}{{ many[1] }}")
     set_template_kwargs(values, template_kwargs(told))
     assert values.apply_chat_template(ASK, **options) == "Zü '%}\n2.5"
 
