@@ -97,6 +97,7 @@ def tokenize_splits(splits: Splits, tokenizer, template: str, config, quiet: boo
     long, refused = 0, []
 
     def encode(examples: Sequence[Example]) -> list[Tokenized]:
+        """Those that can be asked; counts the others in `long` and `refused`."""
         nonlocal long
         kept = []
         for example in tqdm(examples, desc="tokenize", leave=False, disable=quiet):

@@ -185,6 +185,7 @@ def reward_function(name: str, lenient: bool = False) -> RewardFunction:
     function = _import(path, attribute)
 
     def own(completion: str, answer: list[ToolCall], tools: list[dict]) -> Reward:
+        """The user's function as a reward; a plain number gets format and correctness of the strict one."""
         copies = copy.deepcopy(([call.as_dict() for call in answer], tools))  # it may change them
         try:
             value = function(completion, *copies)

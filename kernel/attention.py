@@ -179,6 +179,7 @@ class _GatherSegments(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        """grad [total_k, Hkv, D] -> the gradient of x [T, Hkv, D]; None for the rest."""
         by_source, uses = ctx.saved_tensors
         grad = grad.index_select(0, by_source).to(torch.promote_types(grad.dtype, torch.float32))
         grad = torch.segment_reduce(grad, "sum", lengths=uses, axis=0, unsafe=True)

@@ -32,6 +32,7 @@ class _HeadLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, scale, entropy, chunk):
+        """hidden [N, H], weight [V, H], bias [V] or None, target [N] -> log-probs [N], entropies [N]."""
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         sums = torch.promote_types(dtype, torch.float32)
@@ -63,6 +64,7 @@ class _HeadLogprobs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, _):
+        """grad [N], of the log-probs -> gradients of hidden, weight and bias; None for the rest."""
         hidden, weight, bias, target, kept = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden) if need_hidden else None

@@ -144,6 +144,7 @@ def micro_batches(
     """
 
     def tokens(parts: list[tuple[int, slice]]) -> int:
+        """What a micro-batch of these parts computes, padding included."""
         lengths = [(sizes[i][0], sizes[i][1][responses]) for i, responses in parts]
         if share_prompt:
             return sum(prompt + sum(replies) for prompt, replies in lengths)
