@@ -102,7 +102,7 @@ def _spread(numbers: Iterable[int]) -> dict[str, float]:
 
 
 def print_statistics(name: str, described: dict) -> None:
-    """Prints what `describe` counted, under the name of the file or split: a line for each group of counts."""
+    """Prints what `describe` counted, under the name of the file or split: a line for each group."""
     print(f"\n{name}: {described['examples']:,} examples")
     for title, one in described.items():
         if isinstance(one, dict):
