@@ -43,10 +43,10 @@ def _read_splits(config) -> Splits:
         if not held_out:
             raise DataError(f"test_data: {config.test_data} holds no usable example; {INSPECT}")
     elif config.test_share:
-        records = (record_of(example.id) for example in train)
+        records = (record_of(example) for example in train)
         apart = hold_out(records, config.test_share, config.seed)
-        held_out = [example for example in train if record_of(example.id) in apart]
-        train = [example for example in train if record_of(example.id) not in apart]
+        held_out = [example for example in train if record_of(example) in apart]
+        train = [example for example in train if record_of(example) not in apart]
     if not train:
         raise DataError(f"data: {config.data} leaves no example to train on; {INSPECT}")
     # A random part of them, or only the first file's would be evaluated.
@@ -60,13 +60,13 @@ def part_of(examples: Sequence[Example], start: float, end: float, seed: int) ->
     They keep their order. Parts that meet at a share have no record in common and lose none. Raises DataError
     for a part without examples.
     """
-    records = sorted({record_of(example.id) for example in examples})
+    records = sorted({record_of(example) for example in examples})
     random.Random(f"{seed}/part").shuffle(records)
     chosen = set(records[round(start * len(records)) : round(end * len(records))])
     if not chosen:
         what = f"the part from {start:g} to {end:g} of {len(records)} training records is empty"
         raise DataError(f"data_from, data_to: {what}; widen it")
-    return [example for example in examples if record_of(example.id) in chosen]
+    return [example for example in examples if record_of(example) in chosen]
 
 
 def load_files(paths: str) -> list[Example]:

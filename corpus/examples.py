@@ -18,13 +18,16 @@ KEEPABLE = ("missing_argument", "wrong_type", "contradiction")  # reasons that R
 class Example:
     """One step to learn: the conversation so far, the tools, and the calls that are right now."""
 
-    id: str  # "record", or "record#turn" where a record has several steps
+    id: str  # of the record, or "record#turn" where a record may have several steps
     source: str  # "xlam", "toolace", "synthetic", ...
     # role (user, assistant, tool, system), content, and for past calls `calls`, a list[ToolCall]
     messages: list[dict]
     tools: list[dict]  # {"name", "description", "parameters"} as the record gives them
     answer: list[ToolCall]  # ground truth; [] = no call is right
     demonstrations: tuple[str, ...] = ()  # replies to imitate (sft.py), may be empty
+    # The record in its file that the step belongs to; "" where it is the id. Splits go by it: later steps
+    # contain the answers of earlier ones.
+    record: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,9 @@ def example_kind(example: Example) -> str:
     return "single" if len(example.tools) == 1 else "choice"
 
 
-def record_of(example_id: str) -> str:
-    """The record that a step belongs to. Splits go by it: later steps contain the answers of earlier ones."""
-    return example_id.partition("#")[0]
+def record_of(example: Example) -> str:
+    """The record that a step belongs to."""
+    return example.record or example.id
 
 
 def hold_out(records: Iterable[str], share: float, seed: int) -> set[str]:

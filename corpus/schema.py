@@ -1,4 +1,4 @@
-"""What a tool declares of its parameters, in the dialects of xLAM, ToolACE, BFCL and JSON Schema.
+"""Tools as files have them, and what they declare, in the dialects of xLAM, ToolACE, BFCL and JSON Schema.
 
 Two uses: records whose answer contradicts its own tool are dropped, and the lenient reward compares numbers
 by it.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import re
 from typing import Any
+
+from prompts import strict_json
 
 # Declared names -> JSON types. By what is not here (Callable, any, Union, ...) nothing is judged.
 TYPES = {
@@ -25,6 +27,46 @@ FITS = {
     "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "array": (list,),
     "object": (dict,),
 }
+
+
+def read_tools(value: Any) -> list[dict]:
+    """The tools of a field: a list, one tool, or their JSON text; bare or in OpenAI's wrapper.
+
+    Keys that Arrow has filled with null are removed. Raises ValueError for anything else.
+    """
+    value = _decoded(value)
+    tools = [_bare(_decoded(one)) for one in (value if isinstance(value, list) else [value])]
+    if bad := [one for one in tools if not isinstance(one, dict) or not isinstance(one.get("name"), str)]:
+        raise ValueError(f"a tool needs a name: {str(bad[0])[:80]}")
+    return [without_nulls(tool) if is_filled(tool) else tool for tool in tools]
+
+
+def _decoded(value: Any) -> Any:
+    try:
+        return strict_json(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"tools are not JSON: {error}") from None
+
+
+def _bare(tool: Any) -> Any:
+    """The function inside `{"type": "function", "function": {…}}`."""
+    inner = tool.get("function") if isinstance(tool, dict) else None
+    return inner if isinstance(inner, dict) else tool
+
+
+def is_filled(tool: dict) -> bool:
+    """Whether Arrow has given the tool the keys of other rows' tools: then a parameter is declared as null."""
+    parameters = tool.get("parameters")
+    inner = parameters.get("properties") if isinstance(parameters, dict) else None
+    groups = [group for group in (parameters, inner) if isinstance(group, dict)]
+    return any(declared is None for group in groups for declared in group.values())
+
+
+def without_nulls(value: Any) -> Any:
+    """A JSON value without the keys whose value is null, however deep."""
+    if isinstance(value, dict):
+        return {key: without_nulls(one) for key, one in value.items() if one is not None}
+    return [without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def properties(tool: dict) -> dict[str, Any]:
