@@ -15,7 +15,7 @@ from dataclasses import replace
 from tqdm import tqdm
 
 from config import UserError
-from corpus.examples import KINDS, Example, Splits, Tokenized, example_kind, hold_out, record_of
+from corpus.examples import KINDS, Example, Splits, Tokenized, example_kind, hold_out, record_of, unseen
 from corpus.layouts import load_examples
 from corpus.sources import DataError
 from corpus.synthetic import synthetic_splits
@@ -42,6 +42,9 @@ def _read_splits(config) -> Splits:
         held_out = load_files(config.test_data)
         if not held_out:
             raise DataError(f"test_data: {config.test_data} holds no usable example; {INSPECT}")
+        given, train = len(train), unseen(train, held_out)
+        if len(train) < given and int(os.environ.get("RANK", 0)) == 0:
+            print(f"data: {given - len(train)} examples, steps of conversations in test_data, are dropped")
     elif config.test_share:
         records = (record_of(example) for example in train)
         apart = hold_out(records, config.test_share, config.seed)

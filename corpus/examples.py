@@ -11,7 +11,6 @@ from typing import Any
 from prompts import ToolCall
 
 KINDS = ("single", "choice", "parallel", "none")
-KEEPABLE = ("missing_argument", "wrong_type", "contradiction")  # reasons that Rules.keep may name
 
 
 @dataclass(frozen=True)
@@ -54,17 +53,6 @@ class Dropped:
     id: str
     reason: str
     detail: str
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How records are judged."""
-
-    keep: tuple[str, ...] = ()  # reasons, of KEEPABLE, for which nothing is dropped
-    no_call_turns: bool = False  # ToolACE's text turns become examples with answer []
-
-
-STRICT = Rules()
 
 
 class Unusable(Exception):
@@ -125,3 +113,31 @@ def hashes_of(example: Example) -> tuple[bytes, bytes]:
     except (ValueError, TypeError, RecursionError) as error:
         raise Unusable("broken_json", f"not JSON: {error}") from None
     return hashlib.blake2b(prompt, digest_size=16).digest(), hashlib.blake2b(answer, digest_size=16).digest()
+
+
+def unseen(train: Iterable[Example], held_out: Iterable[Example]) -> list[Example]:
+    """The training examples that are no step of a held-out conversation: with the same tools, neither prompt
+    is the other, nor its beginning.
+    """
+    whole: set[bytes] = set()
+    begun: set[bytes] = set()
+    for example in held_out:
+        hashes = _beginnings(example)
+        whole.add(hashes[-1])
+        begun.update(hashes)
+    kept = []
+    for example in train:
+        hashes = _beginnings(example)
+        if hashes[-1] not in begun and whole.isdisjoint(hashes):
+            kept.append(example)
+    return kept
+
+
+def _beginnings(example: Example) -> list[bytes]:
+    """A hash of the tools and the first message, of them and the second message, and so on."""
+    state = hashlib.blake2b(_CANONICAL.encode(example.tools).encode(), digest_size=16)
+    hashes = []
+    for message in example.messages:
+        state.update(_CANONICAL.encode(message).encode())
+        hashes.append(state.digest())
+    return hashes

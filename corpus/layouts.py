@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from corpus import toolace
-from corpus.examples import STRICT, Dropped, Example, Rules, Unusable, hashes_of, to_json
-from corpus.schema import required, wrong_types
+from corpus.dialogues import find_tools, read_turn, steps
+from corpus.examples import Dropped, Example, Unusable, hashes_of, to_json
+from corpus.rules import (
+    STRICT,
+    Rules,
+    check_arguments,
+    check_calls,
+    check_prompt,
+    check_tools,
+    decode,
+    dropped,
+)
+from corpus.schema import is_filled, without_nulls
 from corpus.sources import DataError, find_file, read_records
-from prompts import ToolCall, build_messages, strict_json
+from prompts import build_messages
 
 
 def _require(record: dict, **types: Any) -> None:
@@ -25,132 +34,50 @@ def _require(record: dict, **types: Any) -> None:
         raise Unusable("missing_field", detail)
 
 
-def _decode(value: Any, field: str) -> Any:
-    """The JSON in a string field; a value that was never encoded stays as it is."""
-    try:
-        return strict_json(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError) as error:
-        raise Unusable("broken_json", f"{field} is not JSON: {error}") from None
-
-
-def _check_tools(tools: Any) -> list[dict]:
-    if not tools or not toolace.is_named(tools):
-        raise Unusable("no_tools", f"not a list of tools with names: {str(tools)[:80]}")
-    return tools
-
-
-def _check_calls(calls: Any, tools: list[dict]) -> list[ToolCall]:
-    """JSON [{"name", "arguments"}, ...] -> calls, all of them of listed tools."""
-    if not toolace.is_named(calls) or not all(isinstance(call.get("arguments"), dict) for call in calls):
-        raise Unusable("bad_answer", f"not a list of name and arguments: {str(calls)[:80]}")
-    if unknown := {call["name"] for call in calls} - {tool["name"] for tool in tools}:
-        raise Unusable("unknown_tool", f"not among the tools: {', '.join(sorted(unknown))}")
-    return [ToolCall(call["name"], call["arguments"]) for call in calls]
-
-
-def _check_arguments(calls: list[ToolCall], tools: list[dict], rules: Rules) -> None:
-    """Raises where a call contradicts its tool's declaration; of tools with one name it need fit only one."""
-    for call in calls:
-        found = [_complaint(call, tool, rules) for tool in tools if tool["name"] == call.name]
-        if all(found):
-            raise Unusable(*found[0])
-
-
-def _complaint(call: ToolCall, tool: dict, rules: Rules) -> tuple[str, str] | None:
-    missing = [name for name in required(tool) if name not in call.arguments]
-    if missing and "missing_argument" not in rules.keep:
-        return "missing_argument", f"{call.name} needs {', '.join(missing)}"
-    if "wrong_type" not in rules.keep and (wrong := wrong_types(call.arguments, tool)):
-        return "wrong_type", f"{call.name}: {'; '.join(wrong)}"
-    return None
-
-
-def _dropped(name: str, line: int, error: Unusable) -> Dropped:
-    reason, detail = error.args
-    # Half surrogate pairs become "?", so that both can be printed.
-    name, detail = (text.encode("utf-8", "replace").decode() for text in (name, detail))
-    return Dropped(line, name, reason, detail)
 
 
 def _from_xlam(record: dict, rid: str, line: int, rules: Rules) -> Iterator[Example | Dropped]:
-    _require(record, id=(int, str), query=str, tools=(str, list), answers=(str, list))
-    tools = _check_tools(_decode(record["tools"], "tools"))
-    answer = _check_calls(_decode(record["answers"], "answers"), tools)
-    _check_arguments(answer, tools, rules)
+    _require(record, query=str, tools=(str, list, dict), answers=(str, list, dict))
+    tools = check_tools(decode(record["tools"], "tools"))
+    answer = check_calls(decode(record["answers"], "answers"), tools)
+    check_arguments(answer, tools, rules)
     yield Example(rid, "xlam", [{"role": "user", "content": record["query"]}], tools, answer)
 
 
-def _calls_of_turn(text: str, tools: list[dict]) -> list[ToolCall]:
-    """The calls of a call turn, in ToolACE's notation or, as re-packed files have it, in JSON."""
-    # any_name, because a call of an unknown tool deserves its own reason.
-    calls = toolace.parse_toolace_calls(text, [tool["name"] for tool in tools], any_name=True)
-    try:
-        value = strict_json(text) if calls is None else [call.as_dict() for call in calls]
-        if value:  # an empty list is a failed conversion in the known files, not a refusal
-            return _check_calls(value if isinstance(value, list) else [value], tools)
-    except (ValueError, RecursionError):
-        pass
-    except Unusable as error:
-        if error.args[0] == "unknown_tool":
-            raise
-    raise Unusable("unparsable_calls", f"cannot read the calls: {text[:80]!r}")
-
-
 def _from_toolace(record: dict, rid: str, line: int, rules: Rules) -> Iterator[Example | Dropped]:
-    """One example per call turn, with id "record#turn": all before the turn is context.
-
-    The system text is left out: it asks for ToolACE's own notation, and our prompt lists the tools already.
-    """
-    _require(record, conversations=list)
-    turns = record["conversations"]
-    messages = []
-    stepless = True
-    holders = [record.get(field, "") for field in ("tools", "system")]
-    texts = [text if isinstance(text, str) else json.dumps(text, default=str) for text in holders]
-    if (tools := toolace.find_tools("\n".join(texts))) is None:
+    """The tools stand in a field of their own, or in the system text."""
+    _require(record, conversations=(str, list))
+    system = record["system"] if isinstance(record.get("system"), str) else ""
+    listed = decode(record.get("tools"), "tools") or find_tools(system)
+    if not listed:
         raise Unusable("no_tools", "no JSON list of tools in `tools` or `system`")
-    names = [tool["name"] for tool in tools]
-    for index, turn in enumerate(turns):
-        if (role := toolace.role_of(turn)) is None:
-            raise Unusable("bad_turn", f"turn {index} has an unknown role or no text: {str(turn)[:80]}")
-        message = {"role": role, "content": turn["value"]}
-        if toolace.is_call_turn(turn):
-            stepless = False
-            try:
-                calls = _calls_of_turn(turn["value"], tools)
-                message = {"role": "assistant", "content": "", "calls": calls}
-                _check_arguments(calls, tools, rules)  # calls that fail this are context all the same
-                yield Example(f"{rid}#{index}", "toolace", list(messages), tools, calls)
-            except Unusable as error:  # only this step: later ones keep unreadable calls as plain text
-                yield _dropped(f"{rid}#{index}", line, error)
-        elif rules.no_call_turns and role == "assistant":
-            stepless = False
-            if toolace.is_text_step(turns, index, names):
-                yield Example(f"{rid}#{index}", "toolace", list(messages), tools, [])
-            else:
-                detail = f"the text does not show that no call was right: {turn['value'][:80]!r}"
-                yield _dropped(f"{rid}#{index}", line, Unusable("unclear_turn", detail))
-        messages.append(message)
-    if stepless:
-        raise Unusable("no_calls", "no turn of the conversation is a call")
+    tools = check_tools(listed)
+    said = decode(record["conversations"], "conversations")
+    yield from steps(said, tools, (rid, "toolace", line), rules, system)
+
+
+def _from_openai(record: dict, rid: str, line: int, rules: Rules) -> Iterator[Example | Dropped]:
+    _require(record, messages=(str, list))
+    tools = check_tools(decode(record["tools"], "tools"))
+    yield from steps(decode(record["messages"], "messages"), tools, (rid, "openai", line), rules)
 
 
 def _from_ours(record: dict, rid: str, line: int, rules: Rules) -> Iterator[Example | Dropped]:
-    _require(record, id=str, source=str, messages=list, tools=list, answer=list)
-    tools = record["tools"] and _check_tools(record["tools"])
+    _require(record, messages=list, tools=(str, list, dict), answer=(str, list, dict))
+    tools = record["tools"] and check_tools(decode(record["tools"], "tools"))
     messages = []
-    for message in record["messages"]:
-        known = isinstance(message, dict) and message.get("role") in toolace.ROLES.values()
-        if not known or not isinstance(message.get("content", ""), str):
-            raise Unusable("bad_turn", f"unknown role, or content that is no text: {str(message)[:80]}")
-        # Past calls may name tools that are no longer listed; only the answer must not.
-        past = message.get("calls") and {"calls": _check_calls(message["calls"], message["calls"])}
-        messages.append(message | (past or {}))
+    for index, message in enumerate(record["messages"]):
+        turn = read_turn(message, index)
+        if turn.problem:
+            raise Unusable("bad_turn", f"turn {index}: {turn.problem}")
+        messages.append(turn.message())
     demonstrations = record.get("demonstrations") or []
     if not isinstance(demonstrations, list) or not all(isinstance(text, str) for text in demonstrations):
         raise Unusable("missing_field", "demonstrations must be a list of texts")
-    answer = _check_calls(record["answer"], tools)
-    yield Example(rid, record["source"], messages, tools, answer, tuple(demonstrations))
+    # Past calls may name tools that are no longer listed; only the answer must not.
+    answer = check_calls(decode(record["answer"], "answer"), tools)
+    source, owner = str(record.get("source") or "examples"), str(record.get("record") or "")
+    yield Example(rid, source, messages, tools, answer, tuple(demonstrations), owner)
 
 
 def _from_trl(record: dict, rid: str, line: int, rules: Rules) -> Iterator[Example | Dropped]:
@@ -160,9 +87,9 @@ def _from_trl(record: dict, rid: str, line: int, rules: Rules) -> Iterator[Examp
         if isinstance(record.get(holder), dict):
             columns.update(record[holder])
     encoded = ("messages_json", "tools_json", "demonstrations_json", "ground_truth")
-    if not all(isinstance(columns.get(field), str) for field in ("id", "source", *encoded)):
+    if not all(isinstance(columns.get(field), str) for field in encoded):
         raise Unusable("foreign_row", "no messages_json and tools_json: not written by `data.py prepare`")
-    fields = {field.removesuffix("_json"): _decode(columns[field], field) for field in encoded}
+    fields = {field.removesuffix("_json"): decode(columns[field], field) for field in encoded}
     yield from _from_ours(columns | fields | {"answer": fields["ground_truth"]}, rid, line, rules)
 
 
@@ -170,6 +97,7 @@ LAYOUTS = {  # keys that tell a layout, and its reader
     "xlam": ({"query", "tools", "answers"}, _from_xlam),
     "toolace": ({"conversations"}, _from_toolace),
     "examples": ({"messages", "answer"}, _from_ours),
+    "openai": ({"messages", "tools"}, _from_openai),
     "trl": ({"prompt", "ground_truth"}, _from_trl),
     "verl": ({"prompt", "reward_model"}, _from_trl),
 }
@@ -221,25 +149,35 @@ def read_examples(
     seen = {} if seen is None else seen
     ids = set()
     for line, record in records:
-        rid = prefix + _own_id(record, line)
-        rid = f"{rid}@{line}" if rid in ids else rid
-        ids.add(rid)
+        own = _own_id(record, line)
+        own = f"{own}@{line}" if own in ids else own
+        ids.add(own)
+        rid = prefix + own
         read = Read(layout, line, record, [], [])
         try:
             if not isinstance(record, dict):
                 raise Unusable("broken_json", f"not a JSON object: {str(record)[:80]}")
+            record = without_nulls(record) if _is_filled(record) else record
             for made in LAYOUTS[layout][1](record, rid, line, rules):
                 if isinstance(made, Dropped):
                     read.dropped.append(made)
                     continue
                 try:
+                    made = replace(made, record=made.record or (own if own != made.id else ""))
+                    check_prompt(made)
                     _refuse_repeats(made, rules, seen, f"{made.id} of {Path(source).name}")
                     read.examples.append(made)
                 except Unusable as error:
-                    read.dropped.append(_dropped(made.id, line, error))
+                    read.dropped.append(dropped(made.id, line, error))
         except Unusable as error:
-            read.dropped.append(_dropped(rid, line, error))
+            read.dropped.append(dropped(rid, line, error))
         yield read
+
+
+def _is_filled(record: dict) -> bool:
+    """Whether Arrow has given the record's tools the keys of other records, with null as their value."""
+    tools = record.get("tools")
+    return isinstance(tools, list) and any(isinstance(tool, dict) and is_filled(tool) for tool in tools)
 
 
 def _own_id(record: Any, line: int) -> str:
@@ -283,6 +221,7 @@ def trl_row(example: Example, template: str) -> dict:
     return {
         "prompt": build_messages(example.messages, example.tools, template),
         "ground_truth": to_json(example.answer), "id": example.id, "source": example.source,
+        "record": example.record,
         "messages_json": to_json(example.messages), "tools_json": to_json(example.tools),
         "demonstrations_json": to_json(example.demonstrations),
     }
@@ -325,7 +264,7 @@ def _write_parquet(path: Path, rows: Iterator[dict]) -> None:
     from pyarrow import parquet
 
     text = pyarrow.string()
-    names = ("split", "id", "source", "messages_json", "tools_json", "demonstrations_json")
+    names = ("split", "id", "source", "record", "messages_json", "tools_json", "demonstrations_json")
     columns = {
         "data_source": text,
         "prompt": pyarrow.list_(pyarrow.struct([("role", text), ("content", text)])),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from corpus.examples import Example
+from corpus.examples import Example, record_of
 from corpus.layouts import load_examples, write_examples
 from corpus.sources import append_jsonl
 from evals.apibank_data import load_cases
@@ -170,9 +170,9 @@ def main(arguments: list[str]) -> None:
         examples += kept
         files += [path] * len(kept)
     matches = overlap(tqdm(examples, desc="overlap", leave=False), cases)
-    record_of = [(file, example.id.split("#")[0]) for file, example in zip(files, examples)]
-    shared = {record_of[match.example] for match in matches if match.kind != "tool"}
-    clean = [example for example, record in zip(examples, record_of) if record not in shared]
+    records = [(file, record_of(example)) for file, example in zip(files, examples)]
+    shared = {records[match.example] for match in matches if match.kind != "tool"}
+    clean = [example for example, record in zip(examples, records) if record not in shared]
     if args.out:
         args.out.unlink(missing_ok=True)
         append_jsonl(args.out, [{"file": files[match.example]} | asdict(match) for match in matches])

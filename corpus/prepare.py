@@ -24,10 +24,11 @@ from tempfile import TemporaryDirectory
 from tqdm import tqdm
 
 from corpus.augment import irrelevant_examples, masked_examples
-from corpus.examples import KEEPABLE, KINDS, Dropped, Example, Rules, example_kind, hold_out, record_of
+from corpus.dialogues import is_single_turn
+from corpus.examples import KINDS, Dropped, Example, example_kind, hold_out, record_of
 from corpus.layouts import load_examples, read_examples, trl_row, verl_row, write_examples, write_rows
+from corpus.rules import KEEPABLE, Rules
 from corpus.sources import DataError, file_sha256, find_file
-from corpus.toolace import is_single_turn
 from prompts import SYSTEM_TEMPLATE, PromptError, build_messages, encode_prompt, load_template
 
 OUTPUTS = (  # the manifest is the last to appear

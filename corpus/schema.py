@@ -10,7 +10,7 @@ import math
 import re
 from typing import Any
 
-from prompts import strict_json
+from prompts import ToolCall, strict_json
 
 # Declared names -> JSON types. By what is not here (Callable, any, Union, ...) nothing is judged.
 TYPES = {
@@ -34,28 +34,46 @@ def read_tools(value: Any) -> list[dict]:
 
     Keys that Arrow has filled with null are removed. Raises ValueError for anything else.
     """
-    value = _decoded(value)
-    tools = [_bare(_decoded(one)) for one in (value if isinstance(value, list) else [value])]
+    tools = _bare_items(value, "tools")
     if bad := [one for one in tools if not isinstance(one, dict) or not isinstance(one.get("name"), str)]:
         raise ValueError(f"a tool needs a name: {str(bad[0])[:80]}")
     return [without_nulls(tool) if is_filled(tool) else tool for tool in tools]
 
 
-def _decoded(value: Any) -> Any:
+def read_calls(value: Any) -> list[ToolCall]:
+    """The calls of a field: a list, one call, or their JSON text; bare or in OpenAI's wrapper.
+
+    Arguments may be JSON text, and a call without any has none. Raises ValueError for anything else.
+    """
+    calls = []
+    for one in _bare_items(value, "calls"):
+        arguments = _decoded(one.get("arguments") or {}, "arguments") if isinstance(one, dict) else None
+        if not isinstance(arguments, dict) or not isinstance(one.get("name"), str):
+            raise ValueError(f"a call needs a name and an object of arguments: {str(one)[:80]}")
+        calls.append(ToolCall(one["name"], arguments))
+    return calls
+
+
+def _bare_items(value: Any, what: str) -> list:
+    """The objects of a list, or the one object, without `{"type": "function", "function": {…}}` around."""
+    value = _decoded(value, what)
+    items = []
+    for one in value if isinstance(value, list) else [value]:
+        one = _decoded(one, what)
+        inner = one.get("function") if isinstance(one, dict) else None
+        items.append(inner if isinstance(inner, dict) else one)
+    return items
+
+
+def _decoded(value: Any, what: str) -> Any:
     try:
         return strict_json(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"tools are not JSON: {error}") from None
-
-
-def _bare(tool: Any) -> Any:
-    """The function inside `{"type": "function", "function": {…}}`."""
-    inner = tool.get("function") if isinstance(tool, dict) else None
-    return inner if isinstance(inner, dict) else tool
+        raise ValueError(f"{what} is not JSON: {error}") from None
 
 
 def is_filled(tool: dict) -> bool:
-    """Whether Arrow has given the tool the keys of other rows' tools: then a parameter is declared as null."""
+    """Whether Arrow has given the tool other rows' keys: then a parameter is declared as null."""
     parameters = tool.get("parameters")
     inner = parameters.get("properties") if isinstance(parameters, dict) else None
     groups = [group for group in (parameters, inner) if isinstance(group, dict)]
@@ -83,12 +101,37 @@ def properties(tool: dict) -> dict[str, Any]:
 
 
 def is_optional(declared: Any) -> bool:
-    """Whether a declaration says that the argument may be left out or null: a default, or "str, optional"."""
-    if not isinstance(declared, dict):
-        return True
+    """Whether a declaration says that the argument may be left out: a default, or "str, optional"."""
+    return not isinstance(declared, dict) or "default" in declared or _takes_null(declared)
+
+
+def _takes_null(declared: dict) -> bool:
+    """Whether the argument may be null: "str, optional", ["string", "null"], or null as its default."""
     kind = declared.get("type")
-    nullable = isinstance(kind, list) and "null" in kind
-    return nullable or "default" in declared or "optional" in str(kind).lower()
+    nullable = (isinstance(kind, list) and "null" in kind) or declared.get("nullable") is True
+    return nullable or "optional" in str(kind).lower() or declared.get("default", "") is None
+
+
+def undeclared(arguments: dict[str, Any], tool: dict) -> list[str]:
+    """Arguments that the tool does not declare, where it says what it takes, and that it takes no others."""
+    parameters, declared = tool.get("parameters"), properties(tool)
+    told = declared or (isinstance(parameters, dict) and parameters.get("properties", parameters) == {})
+    if not told or parameters.get("additionalProperties"):
+        return []
+    return [name for name in arguments if name not in declared]
+
+
+def not_in_enum(arguments: dict[str, Any], tool: dict) -> list[str]:
+    """Arguments, or items of a list, that are none of the values which the tool allows, as texts."""
+    found = []
+    for name, declared in properties(tool).items():
+        allowed = declared.get("enum") if isinstance(declared, dict) and name in arguments else None
+        if not isinstance(allowed, list) or not allowed or arguments[name] is None:
+            continue
+        value = arguments[name]
+        values = value if isinstance(value, list) and value not in allowed else [value]
+        found += [f"{name}: {one!r} is none of {allowed}" for one in values if one not in allowed]
+    return found
 
 
 def required(tool: dict) -> list[str]:
@@ -124,15 +167,16 @@ def json_type(declared: Any) -> str | None:
 def wrong_types(arguments: dict[str, Any], tool: dict) -> list[str]:
     """Arguments whose JSON type is clearly another than declared, as "name: integer declared, str given".
 
-    An integer fits where a number is declared, null where the declaration says optional. Only the top level
-    is judged: declarations of what lists and objects hold are too often wrong in the known data.
+    An integer fits where a number is declared, null where the type says optional or null is the default: else
+    it is more likely a column's filling. Only the top level is judged: declarations of what lists and objects
+    hold are too often wrong in the known data.
     """
     found = []
     for name, declared in properties(tool).items():
         kind = json_type(declared) if name in arguments else None
         if kind is None or type(arguments[name]) in FITS[kind]:
             continue
-        if arguments[name] is None and (is_optional(declared) or name not in required(tool)):
+        if arguments[name] is None and _takes_null(declared):
             continue
         found.append(f"{name}: {kind} declared, {type(arguments[name]).__name__} given")
     return found

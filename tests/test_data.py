@@ -43,13 +43,16 @@ def test_every_golden_call_string_gives_the_intended_calls():
     (r'"\d \\d \a\x41 \u00e9 \U0001f600 \ud83d\ude00 \101"', "\\d \\d \aA é 😀 😀 A"),
     ("{'a': [True, null, {\"b\": .5}], 'c': {},}", {"a": [True, None, {"b": 0.5}], "c": {}}),
     ("-3", -3), ("1e3", 1000.0), ("[ ]", []),
+    # What has no quotes and is no number is a text.
+    ("Paris", "Paris"), (" New York ", "New York"), ("2024-05-16", "2024-05-16"), ("007", "007"),
+    ("[Paris, 'Rome', 1]", ["Paris", "Rome", 1]), ("true", True),
 ])
-def test_values_are_python_or_json_literals(text, value):
+def test_values_are_python_or_json_literals_or_plain_text(text, value):
     assert parsed(text) == value and type(parsed(text)) is type(value)
 
 
 @pytest.mark.parametrize("text", [
-    "007", "1e999", "nan", "word", "1 2", "[1 2]", "'a", "[1}", "{1: 2}", "{'a': 1, 'a': 2}", '"\\ud83d"',
+    "1e999", "nan", "[1 2]", "'a", "[1}", "{1: 2}", "{'a': 1, 'a': 2}", '"\\ud83d"',
     "9" * 5000, "[" * 9999 + "]" * 9999, "", "(1)", "1, x=2", "1, 2", "1]", "g(y=1)",
 ])
 def test_what_is_no_json_value_does_not_parse(text):
@@ -124,16 +127,17 @@ def test_parts_of_the_training_data_share_nothing_and_lose_nothing(tmp_path):
     """SFT on one half and RL on the other must not see the same question, nor two steps of one dialogue."""
     ids = [f"r{i}#{step}" for i in range(40) for step in range(1 + i % 3)]  # records of 1, 2 or 3 steps
     said = [[{"role": "user", "content": rid}] for rid in ids]
-    rows = [dict(id=i, source="x", messages=text, tools=[], answer=[]) for i, text in zip(ids, said)]
+    rows = [dict(id=i, messages=text, tools=[], answer=[]) for i, text in zip(ids, said)]
+    rows = [row | {"record": row["id"].partition("#")[0]} for row in rows]
     path = str(save(tmp_path / "x.json", *rows))
     whole = load_splits(Config(data=path))
     pairs = [(0, 0.3), (0.3, 0.35), (0.35, 0.9), (0.9, 1)]
     parts = [load_splits(Config(data=path, data_from=a, data_to=b)) for a, b in pairs]
     assert sorted(rid for one in parts for rid in ids_of(one.train)) == sorted(ids_of(whole.train))
-    records = [{record_of(example.id) for example in one.train} for one in parts]
+    records = [{record_of(example) for example in one.train} for one in parts]
     assert [len(one) for one in records] == [round(36 * b) - round(36 * a) for a, b in pairs]
     assert sum(map(len, records)) == len(set().union(*records)) == 36, "no record is cut in two"
-    held_out = {record_of(example.id) for example in whole.held_out["held_out"]}
+    held_out = {record_of(example) for example in whole.held_out["held_out"]}
     assert len(held_out) == 4 and not held_out & set().union(*records)
     for one in parts:
         assert one.held_out == whole.held_out and one.train == [e for e in whole.train if e in one.train]

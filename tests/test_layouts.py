@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from corpus.examples import STRICT, Example, Rules
+from corpus.examples import Example
 from corpus.layouts import load_examples, read_examples, trl_row, verl_row, write_examples, write_rows
+from corpus.rules import STRICT, Rules
 from prompts import SYSTEM_TEMPLATE, ToolCall
 
 ADD = {"name": "add", "description": "Adds.", "parameters": {"a": {"type": "int"}}}
-FEED = {"name": "Feed (Video) V2", "description": "", "parameters": {"type": "dict", "properties": {}}}
+ENUM = {"name": "add", "parameters": {"a": {"type": "int", "enum": [1, 2]}}}
+QUERY = {"q": {"type": "string"}}
+FEED = {"name": "Feed (Video) V2", "description": "", "parameters": {"type": "dict", "properties": QUERY}}
 SYSTEM = f"Use [these], e.g. [func1(x=1)]:\n{json.dumps([ADD, FEED])}. \nWrite [func1(params)]"
 
 
@@ -58,7 +61,12 @@ def test_xlam_record_becomes_one_example(tmp_path):
     ({"answers": "[{"}, "broken_json"), ({"query": None}, "missing_field"), ({"tools": "[]"}, "no_tools"),
     ({"answers": '[{"name": "add", "arguments": {"a": NaN}}]'}, "broken_json"),
     ({"answers": '[{"name": "sub", "arguments": {}}]'}, "unknown_tool"),
-    ({"answers": '[{"name": "add", "arguments": "{}"}]'}, "bad_answer"),
+    ({"answers": '[{"name": "add", "arguments": "{"}]'}, "broken_json"),
+    ({"answers": '[{"name": "add", "arguments": "[]"}]'}, "bad_answer"),
+    ({"answers": '[{"name": "add"}]'}, "missing_argument"), ({"query": " "}, "no_user"),
+    ({"answers": '[{"name": "add", "arguments": {"a": 1, "b": 2}}]'}, "undeclared_argument"),
+    ({"answers": '[{"name": "add", "arguments": {"a": 1, "b": null}}]'}, "undeclared_argument"),
+    ({"tools": [ENUM], "answers": [{"name": "add", "arguments": {"a": 3}}]}, "not_in_enum"),
     ({"answers": '[{"name": "add", "arguments": {}}]'}, "missing_argument"),
     ({"answers": '[{"name": "add", "arguments": {"a": "1"}}]'}, "wrong_type"),
     ({"query": "half an emoji \ud83d"}, "bad_text"),
@@ -86,7 +94,7 @@ def test_trajectory_is_cut_at_every_call_turn(tmp_path, roles):
 
 
 @pytest.mark.parametrize("text, reason, past", [
-    ("[add(a=oops)]", "unparsable_calls", None), ("[sub(a=1)]", "unknown_tool", None),
+    ("[add(a=(1))]", "unparsable_calls", None), ("[sub(a=1)]", "unknown_tool", [ToolCall("sub", {"a": 1})]),
     ('[add(a="1")]', "wrong_type", [ToolCall("add", {"a": "1"})]),  # a call all the same
 ])
 def test_bad_call_turn_drops_its_step_and_stays_as_context(tmp_path, text, reason, past):
@@ -118,7 +126,7 @@ def test_text_turns_become_empty_answers_on_request(tmp_path):
 @pytest.mark.parametrize("turns", [
     [("user", "go"), ("assistant", "One moment."), ("assistant", "[add(a=1)]")],  # a call was right
     [("user", "go"), ("assistant", "I would run [add(a=1)].")],  # so here
-    [("user", "go"), ("assistant", "[add(a=oops)]")],  # calls that cannot be read
+    [("user", "go"), ("assistant", "[add(a=(1))]")],  # calls that cannot be read
     [("assistant", "Hello!"), ("user", "go")],  # answers nobody
 ])
 def test_text_turns_that_do_not_show_that_no_call_was_right(tmp_path, turns):

@@ -22,7 +22,8 @@ def benchmarks() -> list[HeldOutCase]:
 
 def example(*texts: str, rid: str = "7", tools: tuple[str, ...] = ()) -> Example:
     messages = [{"role": "user", "content": text} for text in texts]
-    return Example(rid, "xlam", messages, [{"name": name} for name in tools], [])
+    names = [{"name": name} for name in tools]
+    return Example(rid, "xlam", messages, names, [], record=rid.partition("#")[0])
 
 
 def case(*texts: str, tools: tuple[str, ...] = ()) -> HeldOutCase:

@@ -56,7 +56,8 @@ def test_flat_parameters_may_be_called_type_or_properties():
     ({"city": "Oslo", "days": 2}, []), ({"city": 5}, ["city: string declared, int given"]),
     ({"days": True}, ["days: integer declared, bool given"]),  # a truth value is no integer
     ({"days": 2.0}, ["days: integer declared, float given"]),
-    ({"days": None}, []), ({"unit": None}, []),  # a default, optional: null says, take that
+    ({"unit": None}, []),  # "optional": null says, none
+    ({"days": None}, ["days: integer declared, NoneType given"]),  # a default is no null: a column's filling
     ({"city": None}, ["city: string declared, NoneType given"]), ({"ghost": object}, []),  # not declared
 ])
 def test_wrong_types(arguments, wrong):

@@ -1,0 +1,275 @@
+"""Dialogues -> examples: one for every turn that calls, in the dialects of ToolACE, ShareGPT, Hermes, Glaive
+and OpenAI.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from corpus.examples import Dropped, Example, Unusable
+from corpus.rules import Rules, check_arguments, check_names, dropped, names_call
+from corpus.schema import read_calls, read_tools
+from corpus.toolace import parse_toolace_calls, read_literals
+from prompts import ToolCall
+
+ROLES = {  # by the words of the known files, in lower case and with underscores
+    "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant",
+    "function_call": "assistant", "tool_call": "assistant", "tool_calls": "assistant",
+    "tool": "tool", "observation": "tool", "function_response": "tool", "tool_response": "tool",
+    "tool_result": "tool", "ipython": "tool",
+    "function": "tool",  # in OpenAI's layout; in ShareGPT's it may hold a call
+    "system": "system", "developer": "system",
+}
+CALLERS = ("function_call", "tool_call", "tool_calls", "function")  # these turns hold calls alone
+STRUCTURED = ("calls", "tool_calls", "function_call")  # keys under which a turn may list its calls
+READ = ("from", "role", "value", "content", *STRUCTURED)
+# Keys that say nothing which the prompt shows; nor are past thoughts shown, as thinking models have it.
+UNSHOWN = ("id", "name", "tool_call_id", "type", "weight", "loss", "train")
+UNSHOWN += ("reasoning_content", "reasoning", "thinking")
+
+_THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
+_TAGGED = re.compile(
+    r"<(tool_call|function_?call)>(.*?)(?:</\1>|<\|endoftext\|>|\Z)", re.DOTALL | re.IGNORECASE
+)
+_FENCED = re.compile(r"\s*```\w*\n(.*?)\n?```\s*", re.DOTALL)
+_RESULT = re.compile(r"\s*<(tool_response|function_response)>(.*)</\1>\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """role: user, assistant, tool or system. calls: those of an assistant's turn, None where it is text.
+
+    problem: why it must not pass for text although no calls could be read; "" if it may.
+    """
+
+    role: str
+    content: str
+    calls: list[ToolCall] | None = None
+    problem: str = ""
+
+    @property
+    def called(self) -> bool:
+        """Whether the assistant called something here, readable or not."""
+        return self.calls is not None or bool(self.problem)
+
+    def message(self) -> dict:
+        """The turn as a message of an example."""
+        message = {"role": self.role, "content": self.content}
+        return message if self.calls is None else message | {"calls": self.calls}
+
+
+def speaker_of(turn: Any) -> str | None:
+    """Who speaks, as a key of ROLES; None for what is no turn."""
+    speaker = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
+    word = speaker.lower().replace("-", "_") if isinstance(speaker, str) else None
+    return word if word in ROLES else None
+
+
+def read_turn(turn: Any, index: int) -> Turn:
+    """A turn with the calls that its keys list; its text stays text. Raises Unusable for an unknown role or
+    key, and for content that is no text.
+    """
+    if (speaker := speaker_of(turn)) is None:
+        raise Unusable("bad_turn", f"turn {index} has an unknown role: {str(turn)[:80]}")
+    told = {key for key, value in turn.items() if value not in (None, "", [], {})}
+    if unknown := sorted(told - {*READ, *UNSHOWN}):
+        raise Unusable("bad_turn", f"turn {index} has keys that are not known: {', '.join(unknown)}")
+    content = _text(turn.get("value", turn.get("content")), index)
+    role = ROLES[speaker]
+    if role == "tool" and (inner := _RESULT.fullmatch(content)):
+        content = inner[2].strip()
+    listed = [turn[key] for key in STRUCTURED if key in told]
+    if not listed:
+        return Turn(role, content)
+    if role != "assistant":
+        raise Unusable("bad_turn", f"turn {index} is of role {role}, and calls")
+    try:
+        return Turn(role, content, read_calls(listed[0]))
+    except ValueError as error:
+        return Turn(role, content or json.dumps(listed[0]), None, f"cannot read the calls: {error}")
+
+
+def _text(content: Any, index: int) -> str:
+    """Content as text: OpenAI's list of text parts is joined, and null is none."""
+    parts = content if isinstance(content, list) else [content or ""]
+    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
+    if not all(isinstance(text, str) for text in texts):
+        raise Unusable("bad_turn", f"turn {index} has content that is no text: {str(content)[:80]}")
+    return "".join(texts)
+
+
+def read_turns(turns: Sequence[Any], names: Sequence[str]) -> list[Turn]:
+    """The turns of a dialogue, with calls that stand in their texts. names: of the tools. Raises Unusable.
+
+    An assistant's turn before a tool's result has called, whether its calls can be read or not.
+    """
+    read = []
+    for index, turn in enumerate(turns):
+        one, alone = read_turn(turn, index), speaker_of(turn) in CALLERS
+        if not one.called and (one.role == "assistant" or alone):
+            one = _with_calls(one, names, alone)
+        read.append(one)
+    for index, after in enumerate(read[1:]):
+        before = read[index]
+        if after.role == "tool" and before.role == "assistant" and not before.called:
+            problem = f"a result follows, but no call can be read: {before.content[:80]!r}"
+            read[index] = replace(before, problem=problem)
+    return read
+
+
+def _with_calls(turn: Turn, names: Sequence[str], alone: bool) -> Turn:
+    """The turn with the calls of its text: ToolACE's notation, JSON, or either in the tags of Hermes or
+    Glaive or in a code block. alone: its role says that it holds calls and nothing else.
+    """
+    thought = _THOUGHT.match(turn.content)
+    text = turn.content[thought.end() if thought else 0 :]
+    blocks = [match[2] for match in _TAGGED.finditer(text)]
+    prose = _TAGGED.sub("", text).strip()
+    sure = alone or bool(blocks)
+    if not blocks:
+        fenced = _FENCED.fullmatch(text)
+        blocks, prose = [fenced[1] if fenced else text], ""
+    calls: list[ToolCall] = []
+    for block in blocks:
+        calls += _read_block(block.strip(), names, sure) or []
+    if calls:
+        return Turn("assistant", prose, calls)
+    if turn.role == "tool":  # "function" in OpenAI's sense: a result
+        return turn
+    # An empty list is a failed conversion in the known files, not a refusal.
+    if sure or text.lstrip().startswith("["):
+        return replace(turn, problem=f"cannot read the calls: {turn.content[:80]!r}")
+    return turn
+
+
+def _read_block(block: str, names: Sequence[str], sure: bool) -> list[ToolCall] | None:
+    """The calls of a text, or None. Where nothing else says that it calls, JSON must have arguments."""
+    # Any name, because a call of an unknown tool deserves its own reason.
+    if (calls := parse_toolace_calls(block, names, any_name=True)) is not None:
+        return calls
+    if not block.startswith(("[", "{")):
+        return None
+    try:
+        calls = []
+        for value in read_literals(block):
+            listed = value if isinstance(value, list) else [value]
+            if not sure and any(not {"arguments", "function"} & set(one) for one in listed):
+                return None
+            calls += read_calls(listed)
+        return calls
+    except (ValueError, SyntaxError, TypeError, RecursionError):
+        return None
+
+
+def is_text_step(turns: Sequence[Turn], index: int, names: Sequence[str]) -> bool:
+    """Whether turn `index`, an assistant's plain text, shows that no call was right: then the target is [].
+
+    It must answer a user or the results of calls, and say something. Not so a text after which the assistant
+    goes on by itself ("One moment, I will look that up."), nor one that writes a call of a listed tool.
+    """
+    turn = turns[index]
+    before, after = [turns[i].role if 0 <= i < len(turns) else None for i in (index - 1, index + 1)]
+    said = bool(turn.content.strip()) and not turn.called and not names_call(turn.content, names)
+    return said and before in ("user", "tool") and after != "assistant"
+
+
+def find_tools(text: str) -> list[dict] | None:
+    """The first JSON list of tools inside `text`, or None. Other brackets ("[func1(...)]") are skipped."""
+    decoder, at = json.JSONDecoder(), text.find("[")
+    while at >= 0:
+        try:
+            value, end = decoder.raw_decode(text, at)
+            tools = read_tools(value)
+        except (ValueError, RecursionError):
+            tools, end = [], at + 1
+        # "parameters" tells tools from a list of named things inside a tool list that is itself broken.
+        if tools and all("parameters" in tool for tool in tools):
+            return tools
+        at = text.find("[", end)
+    return None
+
+
+def steps(
+    said: list, tools: list[dict], origin: tuple[str, str, int], rules: Rules, system: str = ""
+) -> Iterator[Example | Dropped]:
+    """One example per call turn of a dialogue, with id "record#turn": all before the turn is context.
+
+    Calls in consecutive turns are one answer. System text that lists the tools is left out: our prompt lists
+    them already, and it asks for another notation of calls. origin: id, source and line of the record.
+    system: text that stands outside of the turns.
+    """
+    rid, source, line = origin
+    names = [tool["name"] for tool in tools]
+    turns = read_turns(said, names)
+    messages = _context([Turn("system", system)], names) if system else []
+    stepless = True
+    at = 0
+    while at < len(turns):
+        end = at + 1
+        while turns[at].called and end < len(turns) and turns[end].called:
+            end += 1
+        step = f"{rid}#{at}"
+        judged = turns[at].called or (rules.no_call_turns and turns[at].role == "assistant")
+        stepless = stepless and not judged
+        try:
+            if judged:
+                answer = _answer_of(turns, at, end, tools)
+                check_arguments(answer, tools, rules)
+                yield Example(step, source, list(messages), tools, answer)
+        except Unusable as error:  # only this step: it is context of the later ones all the same
+            yield dropped(step, line, error)
+        messages += _context(turns[at:end], names)
+        at = end
+    if stepless:
+        if any(turn.role == "assistant" and names_call(turn.content, names) for turn in turns):
+            raise Unusable("unparsable_calls", "a text seems to call a tool, in a notation that is not known")
+        raise Unusable("no_calls", "no turn of the conversation is a call")
+
+
+def _answer_of(turns: list[Turn], at: int, end: int, tools: list[dict]) -> list[ToolCall]:
+    """The calls of turns `at` to before `end`, or [] for a text that shows that no call was right."""
+    if not turns[at].called:
+        if not is_text_step(turns, at, [tool["name"] for tool in tools]):
+            detail = f"the text does not show that no call was right: {turns[at].content[:80]!r}"
+            raise Unusable("unclear_turn", detail)
+        return []
+    if problems := [turn.problem for turn in turns[at:end] if turn.problem]:
+        raise Unusable("unparsable_calls", problems[0])
+    calls = [call for turn in turns[at:end] for call in turn.calls]
+    check_names(calls, tools)
+    return calls
+
+
+def _context(turns: list[Turn], names: list[str]) -> list[dict]:
+    """The turns as messages; calls in consecutive ones are one message, unreadable ones stay text."""
+    if len(turns) == 1 or any(turn.problem for turn in turns):
+        return [turn.message() for turn in turns if turn.role != "system" or not _lists_tools(turn, names)]
+    calls = [call for turn in turns for call in turn.calls]
+    content = "\n".join(turn.content for turn in turns if turn.content)
+    return [{"role": "assistant", "content": content, "calls": calls}]
+
+
+def _lists_tools(turn: Turn, names: list[str]) -> bool:
+    listed = all(name in turn.content or json.dumps(name)[1:-1] in turn.content for name in names)
+    return listed and '"parameters"' in turn.content
+
+
+def is_single_turn(record: Any) -> bool:
+    """Whether a record has at most one call turn, after at most one user message (without calls: in all)."""
+    turns = record.get("conversations") if isinstance(record, dict) else None
+    turns = turns if isinstance(turns, list) else []
+    calls = [index for index, turn in enumerate(turns) if _seems_to_call(turn)]
+    asked = turns[: calls[0]] if calls else turns
+    return len(calls) <= 1 and sum(ROLES.get(speaker_of(turn)) == "user" for turn in asked) <= 1
+
+
+def _seems_to_call(turn: Any) -> bool:
+    speaker = speaker_of(turn)
+    text = str(turn.get("value", turn.get("content"))) if speaker else ""
+    opens = ROLES.get(speaker) == "assistant" and (text.lstrip().startswith("[") or _TAGGED.search(text))
+    return speaker in CALLERS or bool(opens)

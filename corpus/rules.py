@@ -1,0 +1,116 @@
+"""What is refused, and why: the checks that every layout's records go through."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from corpus.examples import Dropped, Example, Unusable
+from corpus.schema import not_in_enum, read_calls, read_tools, required, undeclared, wrong_types
+from prompts import ToolCall, strict_json
+
+# Reasons that Rules.keep may name.
+KEEPABLE = ("missing_argument", "undeclared_argument", "wrong_type", "not_in_enum", "contradiction")
+
+BESIDE = 80  # characters around a tool's name in which brackets or "=" are taken for its arguments
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How records are judged."""
+
+    keep: tuple[str, ...] = ()  # reasons, of KEEPABLE, for which nothing is dropped
+    no_call_turns: bool = False  # text turns of dialogues become examples with answer []
+
+
+STRICT = Rules()
+
+
+def dropped(name: str, line: int, error: Unusable) -> Dropped:
+    """The record or step `name` with what is wrong with it."""
+    reason, detail = error.args
+    # Half surrogate pairs become "?", so that both can be printed.
+    name, detail = (text.encode("utf-8", "replace").decode() for text in (name, detail))
+    return Dropped(line, name, reason, detail)
+
+
+def decode(value: Any, field: str) -> Any:
+    """The JSON in a string field; a value that was never encoded stays as it is."""
+    try:
+        return strict_json(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError) as error:
+        raise Unusable("broken_json", f"{field} is not JSON: {error}") from None
+
+
+def check_tools(value: Any) -> list[dict]:
+    """The tools of a field, at least one. Raises Unusable."""
+    try:
+        if tools := read_tools(value):
+            return tools
+        raise ValueError("the list is empty")
+    except ValueError as error:
+        raise Unusable("no_tools", f"no list of tools: {error}") from None
+
+
+def check_calls(value: Any, tools: list[dict]) -> list[ToolCall]:
+    """The calls of a field, all of them of listed tools. Raises Unusable."""
+    try:
+        calls = read_calls(value)
+    except ValueError as error:
+        raise Unusable("broken_json" if "is not JSON" in str(error) else "bad_answer", str(error)) from None
+    check_names(calls, tools)
+    return calls
+
+
+def check_names(calls: list[ToolCall], tools: list[dict]) -> None:
+    """Raises where a call is of no listed tool."""
+    if unknown := {call.name for call in calls} - {tool["name"] for tool in tools}:
+        raise Unusable("unknown_tool", f"not among the tools: {', '.join(sorted(unknown))}")
+
+
+def check_arguments(calls: list[ToolCall], tools: list[dict], rules: Rules) -> None:
+    """Raises where a call contradicts its tool's declaration; of tools with one name it need fit only one."""
+    for call in calls:
+        found = [_complaint(call, tool, rules) for tool in tools if tool["name"] == call.name]
+        if all(found):
+            raise Unusable(*found[0])
+
+
+def _complaint(call: ToolCall, tool: dict, rules: Rules) -> tuple[str, str] | None:
+    found = {
+        "missing_argument": [name for name in required(tool) if name not in call.arguments],
+        "undeclared_argument": undeclared(call.arguments, tool),
+        "wrong_type": wrong_types(call.arguments, tool),
+        "not_in_enum": not_in_enum(call.arguments, tool),
+    }
+    said = [(reason, f"{call.name}: {'; '.join(wrong)}") for reason, wrong in found.items() if wrong]
+    return next((one for one in said if one[0] not in rules.keep), None)
+
+
+def check_prompt(example: Example) -> None:
+    """Raises for a prompt that asks nothing, or that says already what is asked for."""
+    messages, answer = example.messages, example.answer
+    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    asked = [i for i in users if (messages[i].get("content") or "").strip()]
+    if not asked:
+        raise Unusable("no_user", "no message of a user stands before the answer")
+    if messages[-1]["role"] == "assistant":
+        names = [call.name for call in answer]
+        if messages[-1].get("calls") or names_call(messages[-1]["content"], names):
+            raise Unusable("answered", "the prompt ends in the assistant's own calls")
+    wanted = sorted(call.key() for call in answer)
+    for message in messages[asked[-1] :] if answer else ():
+        if sorted(call.key() for call in message.get("calls") or ()) == wanted:
+            raise Unusable("answered", "since the last message of the user the same calls were made already")
+
+
+def names_call(text: str, names: Sequence[str]) -> bool:
+    """Whether a text names one of the tools beside what looks like arguments, in whatever notation."""
+    for name in names:
+        for found in re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", text) if name in text else ():
+            around = text[max(0, found.start() - BESIDE) : found.start()] + text[found.end() :][:BESIDE]
+            if re.search(r"[({<=]", around):
+                return True
+    return False
