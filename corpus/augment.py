@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from corpus.examples import Example
+from corpus.examples import Example, record_of
 from corpus.schema import properties
 from prompts import ToolCall
 
@@ -52,7 +52,10 @@ def _without_answer(example: Example) -> Example | None:
     said = [message.get("content") or "" for message in example.messages if message["role"] != "user"]
     if any(name in text for name in called for text in said) or any(_alike(a, b) for a in gone for b in rest):
         return None
-    return replace(example, id=f"{example.id}#irrelevant", tools=rest, answer=[], demonstrations=())
+    return replace(
+        example, id=f"{example.id}#irrelevant", tools=rest, answer=[], demonstrations=(),
+        record=record_of(example),
+    )
 
 
 def irrelevant_examples(examples: Sequence[Example], rate: float, seed: int) -> list[Example]:
@@ -182,6 +185,7 @@ def mask_names(example: Example, seed: int) -> Example:
     return replace(
         example, id=f"{example.id}#masked", messages=messages, answer=_mask_calls(example.answer, masks),
         tools=[_mask_tool(tool, masks, tools) for tool in example.tools], demonstrations=(),
+        record=record_of(example),
     )
 
 

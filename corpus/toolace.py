@@ -11,7 +11,7 @@ from typing import Any
 from prompts import ToolCall, strict_json
 
 _STRING = r"""(?s:"[^"\\]*(?:\\.[^"\\]*)*"|'[^'\\]*(?:\\.[^'\\]*)*')"""
-_PLAIN = re.compile(r"""\s*([^\s,()\[\]{}"'=][^,()\[\]{}"'=]*?)\s*(?=[,)])""")  # a value without quotes
+_PLAIN = re.compile(r"""\s*([^\s,()\[\]{}"'=][^,()\[\]{}"'=]*)(?=[,)])""")  # a value without quotes
 _TOKEN = re.compile(rf"\s*({_STRING}|[\[\]{{}},:]|[\w.+-]+)")
 _ESCAPE = re.compile(
     r"""\\(?:x[\da-fA-F]{2}|u[\da-fA-F]{4}|U[\da-fA-F]{8}|[0-3]?[0-7]{1,2}|[abfnrtv'"\\\n])"""
@@ -69,7 +69,7 @@ def _read_value(text: str, at: int) -> tuple[Any, int]:
 def _read_argument(text: str, at: int) -> tuple[Any, int]:
     """An argument's value, which may be a text without quotes, and the position after it."""
     if plain := _PLAIN.match(text, at):
-        return strict_json(_to_json(plain[1])), plain.end()
+        return strict_json(_to_json(plain[1].strip())), plain.end()
     return _read_value(text, at)
 
 

@@ -9,7 +9,7 @@ import pytest
 from test_layouts import shared
 
 from corpus.augment import draw_masks, irrelevant_examples, mask_names, masked_examples
-from corpus.examples import Example
+from corpus.examples import Example, record_of
 from corpus.layouts import load_examples
 from corpus.schema import properties
 from prompts import ToolCall
@@ -85,7 +85,8 @@ def test_genuine_irrelevant_examples(genuine):
     for one in made:
         plain, called = by_id[one.id], {call.name for call in by_id[one.id].answer}
         assert one.tools == [tool for tool in plain.tools if tool["name"] not in called] != []
-        assert one == replace(plain, id=one.id, tools=one.tools, answer=[], demonstrations=())
+        same = replace(plain, id=one.id, tools=one.tools, answer=[], demonstrations=())
+        assert replace(one, record=plain.record) == same and record_of(one) == record_of(plain)
 
 
 def test_masking_can_be_undone_to_the_last_character(genuine):
@@ -101,6 +102,7 @@ def test_masking_can_be_undone_to_the_last_character(genuine):
             text = text.replace(mask, json.dumps(name)[1:-1])
         assert text == as_text(plain) and one == masked
         assert (one.id, one.source, one.demonstrations) == (f"{plain.id}#masked", plain.source, ())
+        assert record_of(one) == record_of(plain)
     assert genuine == before
 
 

@@ -75,7 +75,8 @@ def test_the_time_is_linear_whatever_the_text():
     n = 300_000
     start = time.perf_counter()
     for text in (" " * n, "[" * n, "[f(x='" + "\\" * n, "[f(x" + " " * n, "[f" + " " * n, "[f(x='" + "'x" * n,
-                 "[" + "f(), " * n, "[f(x=[" + "[], " * n, "[f(x=" + "1, x" * n):
+                 "[" + "f(), " * n, "[f(x=[" + "[], " * n, "[f(x=" + "1, x" * n, "[f(x=" + "a " * n,
+                 "[f(x=a" + " " * n + "[", "[f(x=" + " " * n + "="):
         parse_toolace_calls(text, ["f"], any_name=True)
     assert time.perf_counter() - start < 20  # about 3 s; a quadratic reader needs hours
 
@@ -121,6 +122,26 @@ def test_several_files_are_joined_and_a_test_file_replaces_the_split(tmp_path):
     splits = load_splits(Config(data=a, test_data=test, eval_cases=2))
     chosen = set(ids_of(splits.held_out["held_out"]))  # at random: the first might be all of one kind
     assert len(splits.train) == 2 and len(chosen) == 2 and chosen < {"20", "21", "22"}
+
+
+def test_an_id_is_a_name_and_only_the_field_record_joins_steps(tmp_path):
+    rows = [xlam(id=f"dump#{i}", query=f"Add {i}.") for i in range(40)]
+    splits = load_splits(Config(data=str(save(tmp_path / "x.json", *rows))))
+    assert (len(splits.train), len(splits.held_out["held_out"])) == (36, 4)
+
+
+def test_no_step_of_a_conversation_of_test_data_is_trained_on(tmp_path, capsys):
+    """Neither a copy, nor a later step, which shows the answer, nor an earlier one."""
+    def asked(texts: str) -> dict:
+        said = [{"role": "user", "content": text} for text in texts]
+        return {"messages": said, "tools": [ADD], "answer": []}
+
+    train = save(tmp_path / "a.json", *map(asked, ("123", "12", "1", "13", "2")))
+    test = save(tmp_path / "b.json", asked("12"))
+    splits = load_splits(Config(data=str(train), test_data=str(test)))
+    assert ids_of(splits.train) == ["3", "4"] and "data: 3 examples" in capsys.readouterr().out
+    with pytest.raises(DataError, match="no example to train on"):
+        load_splits(Config(data=str(test), test_data=str(test)))
 
 
 def test_parts_of_the_training_data_share_nothing_and_lose_nothing(tmp_path):

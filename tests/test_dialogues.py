@@ -1,4 +1,4 @@
-"""Dialogues in every dialect: what calls is a call, what may have called is no refusal, nothing is skipped."""
+"""Dialogues in every dialect: what calls is a call, what may have called is no refusal, none is skipped."""
 
 import json
 
