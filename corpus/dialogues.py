@@ -25,7 +25,7 @@ ROLES = {  # by the words of the known files, in lower case and with underscores
     "function": "tool",  # in OpenAI's layout; in ShareGPT's it may hold a call
     "system": "system", "developer": "system",
 }
-CALLERS = ("function_call", "tool_call", "tool_calls", "function")  # these turns hold calls alone
+CALLERS = ("function_call", "tool_call", "tool_calls")  # these turns hold calls alone
 STRUCTURED = ("calls", "tool_calls", "function_call")  # keys under which a turn may list its calls
 READ = ("from", "role", "value", "content", *STRUCTURED)
 # Keys that say nothing which the prompt shows; nor are past thoughts shown, as thinking models have it.
@@ -110,9 +110,9 @@ def read_turns(turns: Sequence[Any], names: Sequence[str]) -> list[Turn]:
     """
     read = []
     for index, turn in enumerate(turns):
-        one, alone = read_turn(turn, index), speaker_of(turn) in CALLERS
-        if not one.called and (one.role == "assistant" or alone):
-            one = _with_calls(one, names, alone)
+        one, speaker = read_turn(turn, index), speaker_of(turn)
+        if not one.called and (one.role == "assistant" or speaker == "function"):
+            one = _with_calls(one, names, speaker in CALLERS)
         read.append(one)
     for index, after in enumerate(read[1:]):
         before = read[index]

@@ -46,6 +46,16 @@ def test_a_turn_that_calls_in_an_unknown_notation_is_never_a_refusal(tmp_path, t
     assert read_with(STRICT, path) == ([], ["no_calls" if refused else "unparsable_calls"])
 
 
+def test_a_reply_in_json_and_a_result_of_role_function_are_no_calls(tmp_path):
+    record = toolace(
+        ("human", "add"), ("gpt", '{"name": "Which number?"}'), ("human", "1"), ("gpt", "[add(a=1)]"),
+        ("function", '{"name": "sum", "value": 2}'), ("function", "[2]"), ("gpt", "2"),
+    )
+    examples, reasons = read_with(Rules(no_call_turns=True), save(tmp_path / "t.json", record))
+    assert ([len(one.answer) for one in examples], reasons) == ([0, 1, 0], [])
+    assert [message["role"] for message in examples[-1].messages][-2:] == ["tool", "tool"]
+
+
 @pytest.mark.parametrize("call, result", [
     ("function-call", "function-response"), ("tool_call", "tool_response"), ("function", "ipython"),
     ("bot", "observation"),

@@ -2,7 +2,15 @@
 
 import pytest
 
-from corpus.schema import json_type, lenient_arguments, properties, required, wrong_types
+from corpus.schema import (
+    json_type,
+    lenient_arguments,
+    not_in_enum,
+    properties,
+    required,
+    undeclared,
+    wrong_types,
+)
 
 FLAT = {  # xLAM
     "name": "f",
@@ -78,3 +86,20 @@ def test_lenient_arguments_change_declared_numbers_only():
     changed = lenient_arguments(arguments, tool)
     assert repr(changed) == repr({"a": 1.0, "b": 1, "c": [1.0, "1", None], "d": [1, 1], "e": 1})
     assert type(arguments["a"]) is int, "the record itself stays as it is"
+
+
+@pytest.mark.parametrize("parameters, found", [
+    ({"a": {"type": "int"}}, ["x"]), ({}, ["x"]), ({"type": "object", "properties": {}}, ["x"]),
+    ({"type": "object", "properties": {}, "additionalProperties": True}, []), ({"type": "object"}, []),
+    (None, []),
+])
+def test_an_argument_is_undeclared_only_where_a_tool_says_what_it_takes(parameters, found):
+    assert undeclared({"x": 1}, {"name": "f", "parameters": parameters}) == found
+
+
+@pytest.mark.parametrize("value, wrong", [
+    ("b", 0), ("c", 1), (["a", "b"], 0), (["a", "c"], 1), (None, 0), ([], 0),
+])
+def test_a_value_or_each_item_of_a_list_is_one_of_the_enum(value, wrong):
+    tool = {"parameters": {"x": {"type": "str", "enum": ["a", "b"]}, "y": {"enum": []}}}
+    assert len(not_in_enum({"x": value, "y": 1}, tool)) == wrong
