@@ -20,6 +20,7 @@ from prompts import strict_json
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # no records in these
+SAVED = "datasets.save_to_disk saved; load it with datasets.load_from_disk, and use to_json or to_parquet"
 # The paper's data sets. Naming the file saves a listing where it lies in the hub's cache already.
 KNOWN = {
     "Salesforce/xlam-function-calling-60k": "xlam_function_calling_60k.json",
@@ -77,7 +78,7 @@ def _names_in(folder: Path) -> list[str]:
 
 
 def _splits(names: Iterable[str]) -> dict[str, list[str]]:
-    """The data files among `names`: shards under what stands before their numbers, others under their names."""
+    """The data files among `names`: shards under what stands before their numbers, others by themselves."""
     splits: dict[str, list[str]] = {}
     for name in sorted(names):
         if name.endswith(SUFFIXES) and name.rpartition("/")[2] not in ABOUT:
@@ -92,16 +93,16 @@ def _one_split(names: Sequence[str], where: str, wanted: str = "") -> list[str]:
     if wanted:
         splits = {name: files for name, files in splits.items() if name == wanted}
     if not splits and any(name.endswith(("state.json", "dataset_dict.json")) for name in names):
-        raise DataError(f"{where} was saved by datasets.save_to_disk; write it with to_json or to_parquet")
+        raise DataError(f"{where} is what {SAVED}")
     if not splits:
-        raise DataError(f"{where} holds no {', '.join(SUFFIXES)} file{wanted and ' of '}{wanted}; name another")
+        raise DataError(f"{where} holds no {wanted or ', '.join(SUFFIXES)} file; name another")
     if len(splits) > 1:
         listed = ", ".join(list(splits)[:10])
         raise DataError(f"{where} holds several data files: {listed}; name one, as {where}/FILE")
     [(split, files)] = splits.items()
     shard = _SHARD.fullmatch(files[0])
     if shard and int(shard[2]) != len(files):
-        raise DataError(f"{where} holds {len(files)} of the {int(shard[2])} shards of {split}; get all of them")
+        raise DataError(f"{where} holds {len(files)} of {int(shard[2])} shards of {split}; get all of them")
     return files
 
 
@@ -157,7 +158,7 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
             yield from _parquet_rows(path)
             return
         if magic in (b"ARRO", b"\xff\xff\xff\xff"):
-            raise DataError(f"{path} is an Arrow file, as of datasets.save_to_disk; use to_json or to_parquet")
+            raise DataError(f"{path} is part of what {SAVED}")
         opened = gzip.open if magic.startswith(b"\x1f\x8b") else open
         # newline: JSONL's own. A record may hold others, such as a carriage return between its parts.
         with opened(path, "rt", encoding="utf-8-sig", newline="\n") as file:
