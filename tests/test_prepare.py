@@ -134,7 +134,8 @@ def test_a_closed_pipe_is_no_error(sources, command, said):
     reading, writing = os.pipe()
     os.close(reading)  # as `| head` does, sooner or later
     words = [sys.executable, data.__file__, *command.format(sources[1]).split()]
-    done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, encoding="utf-8")
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, encoding="utf-8", env=buffered)
     os.close(writing)
     assert done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
 
