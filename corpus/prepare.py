@@ -167,7 +167,8 @@ def split(made: Prepared, share: float, seed: int) -> None:
     records = {record_of(example) for example, _ in made.splits["train"]}
     apart = hold_out(records, share, seed)
     if share and not apart:
-        print(f"warning: --test_share {share:g} of {len(records)} records is none: there is no test.jsonl")
+        what = f"--test_share {share:g} of {len(records)} records holds none out"
+        print(f"warning: {what}, so there is no test.jsonl; give a larger share")
     for example, length in made.splits["train"]:
         (test if record_of(example) in apart else train).append((example, length))
     made.splits = {"train": train, "test": test} if test else {"train": train}
