@@ -7,8 +7,13 @@ import difflib
 import inspect
 import json
 import math
+import os
 import re
+import signal
+import sys
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +34,31 @@ class ConfigError(UserError):
 def first_line(error: BaseException) -> str:
     """The kind of an exception and the first line of its message; some libraries say pages."""
     return f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+
+
+@contextmanager
+def quiet_pipe() -> Iterator[None]:
+    """Ends the process without a word where the reader of its output has seen enough, as `| head` does."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # Python's own flush, at the very end, could only complain
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def run_command(main: Callable[[list[str]], None]) -> None:
+    """Runs the main of a script without torch: what its user can mend ends it with one sentence."""
+    try:
+        with quiet_pipe():
+            main(sys.argv[1:])
+    except (UserError, OSError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
 
 
 def _key(default: Any, help: str):

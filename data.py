@@ -1,27 +1,33 @@
 """Training data: files of records -> examples -> splits -> token ids; and the commands around it.
 
-    python data.py prepare | stats | inspect | overlap | distill, each with its arguments or --help
+usage: python data.py COMMAND …; each COMMAND has its own --help
+
+    prepare    raw files -> training and test set, with counts of what was dropped
+    stats      sizes, kinds, sources and prompt lengths of a file
+    inspect    what was dropped of a file and why, and some of its prompts
+    overlap    what training data shares with its test file and with the benchmarks
+    distill    replies of a model that are right, to imitate
 """
 
 from __future__ import annotations
 
 import os
 import random
-import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
 from tqdm import tqdm
 
-from config import UserError
-from corpus.examples import KINDS, Example, Splits, Tokenized, example_kind, hold_out, record_of, unseen
+from config import run_command
+from corpus.examples import Example, Splits, Tokenized, hold_out, record_of, unseen
 from corpus.layouts import load_examples
 from corpus.sources import DataError
 from corpus.synthetic import synthetic_splits
-from prompts import PromptError, build_messages, encode_prompt, render_calls
+from prompts import PromptError, encode_prompt
 
 INSPECT = "run: python data.py inspect FILE"
+
 
 def load_splits(config) -> Splits:
     """Training and held-out examples as the config asks: generated for "synthetic", else read from files.
@@ -103,7 +109,7 @@ def tokenize_splits(splits: Splits, tokenizer, template: str, config, quiet: boo
         """Those that can be asked; counts the others in `long` and `refused`."""
         nonlocal long
         kept = []
-        for example in tqdm(examples, desc="tokenize", leave=False, disable=quiet):
+        for example in tqdm(examples, desc="tokenize", leave=False, disable=quiet or None):
             try:
                 ids = encode_prompt(tokenizer, example.messages, example.tools, template, example.answer)
             except PromptError as error:
@@ -127,23 +133,6 @@ def tokenize_splits(splits: Splits, tokenizer, template: str, config, quiet: boo
     return Splits(train, {name: kept for name, kept in held_out.items() if kept})
 
 
-def inspect(path: str, count: int) -> None:
-    """Prints how many examples a file gives, what was dropped and why, and `count` prompts and targets."""
-    examples, dropped = load_examples(path)
-    kinds = Counter(example_kind(example) for example in examples)
-    print(f"{path}: {len(examples)} examples ({', '.join(f'{kinds[k]} {k}' for k in KINDS if kinds[k])})")
-    for one in dropped[:20]:
-        print(f"  dropped: line {one.line}, id {one.id}: {one.reason}: {one.detail}")
-    if len(dropped) > 20:
-        reasons = Counter(one.reason for one in dropped)
-        print(f"  … and {len(dropped) - 20} more; by reason: {dict(reasons)}")
-    for example in examples[:count]:
-        print(f"\n{'=' * 20} {example.source} {example.id}")
-        for message in build_messages(example.messages, example.tools):
-            print(f"--- {message['role']}\n{message['content']}")
-        print(f"--- target\n{render_calls(example.answer)}")
-
-
 def _load_tokenizer(path: str):
     from model import load_tokenizer  # imports torch, which takes seconds
 
@@ -152,14 +141,18 @@ def _load_tokenizer(path: str):
 
 def main(arguments: list[str]) -> None:
     """Hands the arguments to the command, each in a module of its own. Raises UserError."""
-    command, *rest = arguments or [""]
-    if command == "inspect" and len(rest) in (1, 2) and "".join(rest[1:] or "3").isdigit():
-        inspect(rest[0], int(rest[1]) if rest[1:] else 3)
+    command, *rest = arguments or ["--help"]
+    if command in ("-h", "--help"):
+        print(__doc__.strip())
     elif command in ("prepare", "stats"):
         from corpus import prepare
 
         run = prepare.main if command == "prepare" else prepare.stats
         run(rest, _load_tokenizer)
+    elif command == "inspect":
+        from corpus import prepare
+
+        prepare.inspect(rest)
     elif command == "overlap":
         from corpus import overlap
 
@@ -169,14 +162,8 @@ def main(arguments: list[str]) -> None:
 
         distill.main(rest, load_splits, tokenize_splits)
     else:
-        raise DataError("usage: python data.py inspect FILE [COUNT]; prepare, stats, overlap, distill --help")
+        raise DataError(f"there is no command {command!r}; usage: python data.py --help")
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    run_command(main)

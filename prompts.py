@@ -104,7 +104,7 @@ def load_template(path: str) -> str:
     if not path:
         return SYSTEM_TEMPLATE
     try:
-        text = Path(path).read_text(encoding="utf-8").rstrip("\n")
+        text = Path(path).read_text(encoding="utf-8-sig").rstrip("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"prompt_template: cannot read {path}: {error}") from None
     if text.count("{tools}") != 1:

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from config import UserError, first_line
+from config import UserError, first_line, run_command
 from corpus.schema import lenient_arguments
 from corpus.sources import read_records
 from evals.reference_reward import REFERENCE, ReferenceRow, score_as_reference
@@ -293,9 +293,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except BrokenPipeError:  # `| head` has seen enough
-        sys.stderr.close()
-    except (UserError, OSError) as error:
-        sys.exit(f"error: {error}")
+    run_command(main)

@@ -24,7 +24,7 @@ from corpus.rules import (
     dropped,
 )
 from corpus.schema import is_filled, without_nulls
-from corpus.sources import DataError, find_file, read_records
+from corpus.sources import DataError, find_files, is_columns, read_files
 from prompts import build_messages
 
 
@@ -103,9 +103,14 @@ LAYOUTS = {  # keys that tell a layout, and its reader
 }
 
 
+def _layout_of(record: Any) -> str | None:
+    keys = set(record) if isinstance(record, dict) else set()
+    return next((name for name, (known, _) in LAYOUTS.items() if known <= keys), None)
+
+
 def _start(source: str | Path, layout: str | None) -> tuple[str, Iterator[tuple[int, Any]]]:
     """The layout of a file, and its records. Raises DataError without a record of a known layout."""
-    records = read_records(find_file(source))
+    records = read_files(find_files(source))
     head = []
     for numbered in records:
         head.append(numbered)
@@ -115,8 +120,15 @@ def _start(source: str | Path, layout: str | None) -> tuple[str, Iterator[tuple[
         line, error = head[0] if head else (1, "no records")
         raise DataError(f"{source}:{line}: {str(error)[:60]}; give a JSON array or one JSON object per line")
     line, first = head[-1]
-    told = next((name for name, (keys, _) in LAYOUTS.items() if keys <= set(first)), None)
+    if is_columns(first):
+        what = "an object of columns, as pandas' to_json writes it"
+        raise DataError(f"{source}:{line}: {what}; use orient='records', or give one JSON object per record")
+    told = _layout_of(first)
     if told is None:
+        for key, value in first.items():
+            if isinstance(value, list) and any(map(_layout_of, value)):
+                what = f"an object around the array of records, {key!r}"
+                raise DataError(f"{source}:{line}: {what}; give the array alone, or one JSON object per line")
         known = "; ".join(f"{name}: {', '.join(sorted(keys))}" for name, (keys, _) in LAYOUTS.items())
         raise DataError(f"{source}:{line}: unknown layout: found keys {', '.join(first)}; known are {known}")
     if layout not in (None, told):
@@ -141,7 +153,7 @@ def read_examples(
 ) -> Iterator[Read]:
     """What becomes of each record of a file, one after the other. Repeated examples are dropped.
 
-    source: as for sources.find_file. layout: the one that it must have. prefix: set before every id; an id
+    source: as for sources.find_files. layout: the one that it must have. prefix: set before every id; an id
     that an earlier record has gets "@line" behind it. seen: hash -> name of the examples before these.
     Raises DataError for a missing, empty or unreadable file and for an unknown layout.
     """

@@ -23,13 +23,15 @@ from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
+from config import Config
 from corpus.augment import irrelevant_examples, masked_examples
 from corpus.dialogues import is_single_turn
 from corpus.examples import KINDS, Dropped, Example, example_kind, hold_out, record_of
 from corpus.layouts import load_examples, read_examples, trl_row, verl_row, write_examples, write_rows
 from corpus.rules import KEEPABLE, Rules
-from corpus.sources import DataError, file_sha256, find_file
-from prompts import SYSTEM_TEMPLATE, PromptError, build_messages, encode_prompt, load_template
+from corpus.sources import DataError, file_sha256, find_files
+from corpus.synthetic import synthetic_splits
+from prompts import SYSTEM_TEMPLATE, PromptError, build_messages, encode_prompt, load_template, render_calls
 
 OUTPUTS = (  # the manifest is the last to appear
     "train.jsonl", "test.jsonl", "trl_train.jsonl", "trl_test.jsonl", "verl_train.jsonl", "verl_test.jsonl",
@@ -53,10 +55,11 @@ class Input:
 
     label: str  # "xlam", "xlam2", ...: no other input has it, and the ids of its examples begin with it
     layout: str | None
-    given: str  # path or hub id
+    given: str  # path, hub id or "synthetic"
     records: Counter = field(default_factory=Counter)  # of a row of TABLE
     examples: Counter = field(default_factory=Counter)  # of a row of TABLE
     dropped: Counter = field(default_factory=Counter)  # of a reason
+    sha256: str = ""  # of its files; of "synthetic" as of the file that it would be
 
 
 @dataclass
@@ -110,13 +113,21 @@ def print_statistics(name: str, described: dict) -> None:
             print(f"  {title}: {', '.join(f'{key} {value:,}' for key, value in one.items())}")
 
 
-def sift(inputs: list[Input], args: argparse.Namespace, length_of: Measure) -> Prepared:
-    """Reads all inputs, counts in them, and puts every usable example into the training part."""
+def sift(inputs: list[Input], args: argparse.Namespace, length_of: Measure, folder: Path) -> Prepared:
+    """Reads all inputs, counts in them, and puts every usable example into the training part.
+
+    folder: where the generated data of an input "synthetic" is written, to be read as any other file.
+    """
     train, dropped = [], []
     rules = Rules(args.keep, args.no_call_turns)
     seen: dict[bytes, str] = {}
     for one in inputs:
-        reads = read_examples(one.given, one.layout, rules, f"{one.label}-", seen)
+        source = one.given
+        if source == "synthetic":
+            source = folder / source
+            write_examples(source, synthetic_splits(Config(seed=args.seed)).train)
+        one.sha256 = file_sha256(*find_files(source))
+        reads = read_examples(source, one.layout, rules, f"{one.label}-", seen)
         for read in tqdm(reads, one.given, unit=" records", disable=None):
             row = "xlam" if read.layout == "xlam" else "other"
             if read.layout == "toolace":
@@ -150,17 +161,17 @@ def weigh(examples: Iterable, args: argparse.Namespace, length_of: Measure, line
     return kept, dropped
 
 
-def own_record(example: Example) -> str:
-    """The record's id in its file, without our label: training on that file splits by it, too."""
-    return record_of(example.id).partition("-")[2]
-
-
 def split(made: Prepared, share: float, seed: int) -> None:
     """Moves the held-out records from the training part to a test part; no part where none is held out."""
     train, test = [], []
-    apart = hold_out((own_record(example) for example, _ in made.splits["train"]), share, seed)
+    # By the records' own ids, without our labels: training on a raw file splits it in the same way.
+    records = {record_of(example) for example, _ in made.splits["train"]}
+    apart = hold_out(records, share, seed)
+    if share and not apart:
+        what = f"--test_share {share:g} of {len(records)} records holds none out"
+        print(f"warning: {what}, so there is no test.jsonl; give a larger share")
     for example, length in made.splits["train"]:
-        (test if own_record(example) in apart else train).append((example, length))
+        (test if record_of(example) in apart else train).append((example, length))
     made.splits = {"train": train, "test": test} if test else {"train": train}
 
 
@@ -199,7 +210,8 @@ def main(arguments: list[str], load_tokenizer: Callable) -> None:
     if any((out / name).exists() for name in OUTPUTS) and not args.overwrite:
         raise DataError(f"{out} holds a prepared set already; choose another --out or add --overwrite")
     length_of = partial(prompt_length, template=template, tokenizer=tokenizer)
-    made = sift(inputs, args, length_of)
+    with TemporaryDirectory() as folder:
+        made = sift(inputs, args, length_of, Path(folder))
     split(made, args.test_share, args.seed)
     if args.irrelevance or args.mask:
         augment(made, args, length_of)
@@ -246,8 +258,8 @@ def write(made: Prepared, inputs: list[Input], args: argparse.Namespace, templat
 def manifest(made: Prepared, inputs: list[Input], args: argparse.Namespace, work: Path) -> dict:
     """What was made, from what, and how: the same for the same data and options, wherever it is made."""
     options = {key: value for key, value in sorted(vars(args).items()) if key not in ("out", "overwrite")}
-    sources = [vars(one) | {"sha256": file_sha256(find_file(one.given))} for one in inputs]
     digests = {file.name: file_sha256(file) for file in sorted(work.iterdir())}
+    sources = [vars(one) for one in inputs]
     return {"options": options, "inputs": sources, "augmented": made.augmented, "outputs": digests}
 
 
@@ -274,19 +286,19 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     files = {"nargs": "+", "action": "extend", "default": [], "metavar": "FILE"}
     add("--xlam", **files, help="xLAM's JSON, or Salesforce/xlam-function-calling-60k on the hub (gated)")
     add("--toolace", **files, help="ToolACE's data.json, or Team-ACE/ToolACE on the hub")
-    add("--data", **files, help="further files, of any layout that data.py reads")
+    add("--data", **files, help='further files, of any layout; or "synthetic": the demo\'s')
     add("--out", required=True, help="folder for train.jsonl, test.jsonl, dropped.jsonl and two summaries")
     add("--overwrite", action="store_true", help="replace the prepared set in it")
-    add("--test_share", type=share, default=0.1, help="share of the records held out (paper: 0.1)")
-    add("--seed", type=int, default=0)
+    add("--test_share", type=share, default=0.1, help="share of the records held out (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of split and augmentation (default: %(default)s)")
     add("--no_call_turns", action="store_true", help="ToolACE's text turns become examples with answer []")
-    add("--irrelevance", type=share, default=0.0, help="share of examples to repeat without their tools")
-    add("--mask", type=share, default=0.0, help="share of training examples with random names")
-    add("--keep", default="", help=f"reasons not to drop for, of {', '.join(KEEPABLE)}")
-    add("--tokenizer", default="", metavar="M", help="folder or hub id: counts tokens and drops long prompts")
-    add("--max_prompt_tokens", type=int, default=4096, help="with --tokenizer: the longest (paper: 4096)")
+    add("--irrelevance", type=share, default=0.0, help="share to repeat without its tools (default: 0)")
+    add("--mask", type=share, default=0.0, help="share that gets random names (default: 0)")
+    add("--keep", default="", help=f"reasons not to drop for, of {', '.join(KEEPABLE)}; default: none")
+    add("--tokenizer", default="", metavar="M", help="folder or hub id: counts tokens, drops long prompts")
+    add("--max_prompt_tokens", type=int, default=4096, help="of a prompt, with --tokenizer (default: 4096)")
     add("--prompt_template", default="", metavar="F", help="file with a {tools} slot; default: our own")
-    add("--layouts", default="", help="more layouts to write: trl, verl or trl,verl")
+    add("--layouts", default="", help="more layouts to write: trl, verl or trl,verl; default: none")
     args = parser.parse_args(arguments)
     if not args.xlam + args.toolace + args.data:
         parser.error("no input; give --xlam FILE, --toolace FILE, --data FILE or several of them")
@@ -302,7 +314,7 @@ def stats(arguments: list[str], load_tokenizer: Callable) -> None:
     """`python data.py stats FILE [--tokenizer M]`. Raises UserError."""
     parser = argparse.ArgumentParser(prog="python data.py stats", description="Sizes, kinds and sources.")
     parser.add_argument("file", help="any layout that data.py reads")
-    parser.add_argument("--tokenizer", default="", metavar="M", help="folder or hub id; counts tokens")
+    parser.add_argument("--tokenizer", default="", metavar="M", help="folder or hub id; default: characters")
     args = parser.parse_args(arguments)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     examples, _ = load_examples(args.file)
@@ -317,3 +329,25 @@ def stats(arguments: list[str], load_tokenizer: Callable) -> None:
             raise DataError(f"{args.file}: {what}")
         print(what)
     print_statistics(args.file, describe(part, "tokens" if args.tokenizer else "characters"))
+
+
+def inspect(arguments: list[str]) -> None:
+    """`python data.py inspect FILE [COUNT]`: examples by kind, what was dropped and why, COUNT prompts."""
+    parser = argparse.ArgumentParser(prog="python data.py inspect", description="Looks into a file.")
+    parser.add_argument("file", help="any layout that data.py reads")
+    parser.add_argument("count", type=int, nargs="?", default=3, help="prompts to print (default: 3)")
+    args = parser.parse_args(arguments)
+    examples, dropped = load_examples(args.file)
+    kinds = Counter(example_kind(example) for example in examples)
+    counts = ", ".join(f"{kinds[kind]} {kind}" for kind in KINDS if kinds[kind])
+    print(f"{args.file}: {len(examples)} examples ({counts})")
+    for one in dropped[:20]:
+        print(f"  dropped: line {one.line}, id {one.id}: {one.reason}: {one.detail}")
+    if len(dropped) > 20:
+        reasons = Counter(one.reason for one in dropped)
+        print(f"  … and {len(dropped) - 20} more; by reason: {dict(reasons)}")
+    for example in examples[: args.count]:
+        print(f"\n{'=' * 20} {example.source} {example.id}")
+        for message in build_messages(example.messages, example.tools):
+            print(f"--- {message['role']}\n{message['content']}")
+        print(f"--- target\n{render_calls(example.answer)}")

@@ -1,73 +1,124 @@
-"""Files in and out: a file here or on the Hugging Face hub as numbered records; our own JSONL; digests."""
+"""Files in and out: files here or on the Hugging Face hub as numbered records; our own JSONL; digests."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from config import UserError, first_line
+from corpus.schema import without_nulls
+from prompts import strict_json
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # no records in these
+SAVED = "datasets.save_to_disk saved; load it with datasets.load_from_disk, and use to_json or to_parquet"
 # The paper's data sets. Naming the file saves a listing where it lies in the hub's cache already.
 KNOWN = {
     "Salesforce/xlam-function-calling-60k": "xlam_function_calling_60k.json",
     "Team-ACE/ToolACE": "data.json",
 }
 
-_HUB_ID = re.compile(r"(\w[\w.-]*)/(\w[\w.-]*)(?:/(.+))?")
-_DECODER = json.JSONDecoder()
+# "owner/name/path/in/it", as such or as an address of the hub.
+_HUB_ID = re.compile(
+    r"(?:(?:https?://huggingface\.co/|hf://)?datasets/)?(\w[\w.-]*)/(\w[\w.-]*)"
+    r"(?:/(?:resolve|blob|raw|tree)/main)?(?:/([^?]+?))?/?(?:\?.*)?"
+)
+_SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})(?:-\w+)?\.[.\w]+")  # the split, and how many shards it has
+_OUTLINE = json.JSONDecoder(parse_int=str, parse_float=str)  # says where a value ends, whatever its numbers
 
 
 class DataError(UserError):
     """A file that cannot be used; the message names the file, the line where there is one, and what to do."""
 
 
-def find_file(source: str | Path) -> Path:
-    """The file that `source` names: a path, or the hub's "owner/name" or "owner/name/path/in/it.json".
+def find_files(source: str | Path) -> list[Path]:
+    """The files that `source` names: one, or the shards of one split, in order.
 
-    A path that exists wins; a folder stands for the one data file in it. Files of the hub are downloaded
-    once, into the hub's cache. A path that cannot be meant for the hub is returned as it is, even where
-    nothing is there. Raises DataError with a remedy.
+    source: a path, or the hub's "owner/name" or "owner/name/path/in/it.json", also as an address. A path that
+    exists wins. A folder stands for the one data file or split in it; FOLDER/SPLIT names a split by what
+    stands before the numbers of its shards. Files of the hub are downloaded once, into the hub's cache. A
+    path that cannot be meant for the hub is returned as it is, even where nothing is there. Raises DataError
+    with a remedy.
     """
-    path, named = Path(source), _HUB_ID.fullmatch(str(source))
+    path, named = Path(os.path.expanduser(source)), _HUB_ID.fullmatch(str(source))
     if path.is_dir():
-        return path / _only_file([file.name for file in path.iterdir() if file.is_file()], str(path))
-    if path.exists() or not named:
-        return path
+        return [path / name for name in _one_split(_names_in(path), str(source))]
+    if path.exists():
+        return [path]
+    if path.parent.is_dir() and path.name in _splits(names := os.listdir(path.parent)):
+        return [path.parent / name for name in _one_split(names, str(path.parent), path.name)]
+    if not named:
+        return [path]
     owner, name, inner = named.groups()
-    repository = f"{owner}/{name}"
+    repository, parts = f"{owner}/{name}", Path(source).parts
     # "data/train.jsonl", or "runs/x/train.jsonl" where runs/ is a folder, is a mistyped path, no data set.
-    if repository not in KNOWN and (Path(owner).is_dir() if inner else name.endswith(SUFFIXES)):
-        return path
-    return _download(repository, inner or KNOWN.get(repository))
+    mistyped = Path(parts[0]).is_dir() if len(parts) > 2 else name.endswith(SUFFIXES)
+    if mistyped and repository not in KNOWN:
+        return [path]
+    return _download(repository, inner or KNOWN.get(repository, ""))
 
 
-def _only_file(names: Sequence[str], where: str) -> str:
-    """The one data file among `names`."""
-    found = sorted(name for name in names if name.endswith(SUFFIXES) and name != "dataset_infos.json")
-    if not found:
-        raise DataError(f"{where} holds no {', '.join(SUFFIXES)} file; name another")
-    if len(found) > 1:
-        listed = ", ".join(found[:10])
+def _names_in(folder: Path) -> list[str]:
+    """The files of a folder, and those one level down where it has no data of its own."""
+    names: list[str] = []
+    for pattern in ("*", "*/*"):
+        names += [file.relative_to(folder).as_posix() for file in folder.glob(pattern) if file.is_file()]
+        if _splits(names):
+            break
+    return names
+
+
+def _splits(names: Iterable[str]) -> dict[str, list[str]]:
+    """The data files among `names`: shards under what stands before their numbers, others by themselves."""
+    splits: dict[str, list[str]] = {}
+    for name in sorted(names):
+        if name.endswith(SUFFIXES) and name.rpartition("/")[2] not in ABOUT:
+            shard = _SHARD.fullmatch(name)
+            splits.setdefault(shard[1] if shard else name, []).append(name)
+    return splits
+
+
+def _one_split(names: Sequence[str], where: str, wanted: str = "") -> list[str]:
+    """The files of the one split among `names`, or of the one that is wanted."""
+    splits = _splits(names)
+    if wanted:
+        splits = {name: files for name, files in splits.items() if name == wanted}
+    if not splits and any(name.endswith(("state.json", "dataset_dict.json")) for name in names):
+        raise DataError(f"{where} is what {SAVED}")
+    if not splits:
+        raise DataError(f"{where} holds no {wanted or ', '.join(SUFFIXES)} file; name another")
+    if len(splits) > 1:
+        listed = ", ".join(list(splits)[:10])
         raise DataError(f"{where} holds several data files: {listed}; name one, as {where}/FILE")
-    return found[0]
+    [(split, files)] = splits.items()
+    shard = _SHARD.fullmatch(files[0])
+    if shard and int(shard[2]) != len(files):
+        raise DataError(f"{where} holds {len(files)} of {int(shard[2])} shards of {split}; get all of them")
+    return files
 
 
-def _download(repository: str, name: str | None) -> Path:
+def _download(repository: str, inner: str) -> list[Path]:
+    """The files of a data set on the hub. inner: a file, folder or split in it, or "" for all there is."""
     # Comes with transformers; imported here, because local files do without it.
     from huggingface_hub import HfApi, errors, hf_hub_download
 
     page = f"https://huggingface.co/datasets/{repository}"
     try:
-        if name is None:
-            name = _only_file(HfApi().list_repo_files(repository, repo_type="dataset"), repository)
-        return Path(hf_hub_download(repository, name, repo_type="dataset"))
+        names = [inner]
+        if not inner.endswith(SUFFIXES):
+            listed = HfApi().list_repo_files(repository, repo_type="dataset")
+            inside = [name for name in listed if name.startswith(f"{inner}/")]
+            names = _one_split(inside or listed, repository, "" if inside else inner)
+        return [Path(hf_hub_download(repository, name, repo_type="dataset")) for name in names]
     except DataError:
         raise
     except errors.GatedRepoError:
@@ -79,51 +130,140 @@ def _download(repository: str, name: str | None) -> Path:
         raise DataError(f"{what} ({first_line(error)}); {todo}") from None
 
 
+def read_files(paths: Sequence[Path]) -> Iterator[tuple[int, Any]]:
+    """The records of one file, or of all shards: then their numbers go on from shard to shard."""
+    last = 0
+    for path in paths:
+        before = last
+        for number, record in read_records(path):
+            last = before + number
+            if isinstance(record, Exception) and len(paths) > 1:
+                record = ValueError(f"{path.name}:{number}: {record}")
+            yield last, record
+
+
 def read_records(path: Path) -> Iterator[tuple[int, Any]]:
     """A JSON array, JSONL (both perhaps gzipped) or Parquet -> numbered records, one after the other.
 
-    Numbers count from 1: lines of JSONL, else positions. In place of a broken line stands its error. Raises
-    DataError for a file that is missing, empty or cannot be read, and for Parquet without pyarrow.
+    What a file is, its content says. Numbers count from 1: lines of JSONL, else positions. In place of a
+    record that is not strict JSON stands its error. Raises DataError for a file that is missing or empty,
+    that cannot be read or whose records are laid out in another way, and for Parquet without pyarrow.
     """
     if not path.exists():
         raise DataError(f"{path} does not exist; check the path")
-    if path.suffix == ".parquet":
-        yield from _parquet_rows(path)
-        return
-    opened = gzip.open if path.suffix == ".gz" else open
     try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+        if magic == b"PAR1":
+            yield from _parquet_rows(path)
+            return
+        if magic in (b"ARRO", b"\xff\xff\xff\xff"):
+            raise DataError(f"{path} is part of what {SAVED}")
+        opened = gzip.open if magic.startswith(b"\x1f\x8b") else open
         # newline: JSONL's own. A record may hold others, such as a carriage return between its parts.
         with opened(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-            start = file.read(1)
-            while start.isspace():
-                start = file.read(1)
-            if not start:
-                raise DataError(f"{path} is empty; give a file with at least one record")
-            file.seek(0)
-            yield from enumerate(_DECODER.decode(file.read()), 1) if start == "[" else _lines(file)
+            yield from _json_records(path, file)
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{path} cannot be read: {error}; give JSON in UTF-8 or its .gz") from None
+        raise DataError(f"{path} cannot be read: {error}; give JSON in UTF-8, its .gz, or Parquet") from None
 
 
-def _lines(file: TextIO) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(file, 1):
+def _json_records(path: Path, file: io.TextIOBase) -> Iterator[tuple[int, Any]]:
+    filled = ((number, line) for number, line in enumerate(file, 1) if not line.isspace())
+    start, first = next(filled, (0, ""))
+    if not first:
+        raise DataError(f"{path} is empty; give a file with at least one record")
+    if first.lstrip().startswith("["):
+        yield from enumerate(map(_decoded, _elements(first + file.read())), 1)
+        return
+    lines = file
+    if isinstance(_decoded(first), Exception):
+        rest = file.read()
+        if (spread := _spread_object(path, first, rest)) is not None:
+            yield 1, spread
+            return
+        lines = io.StringIO(rest)
+    for number, line in enumerate(chain([first], lines), start):
         if not line.isspace():
-            try:
-                record = _DECODER.decode(line)
-            except (ValueError, RecursionError) as error:
-                record = error
+            record = _decoded(line)
+            if isinstance(record, Exception) and (found := _separator(line)):
+                raise DataError(f"{path}:{number}: {found}; give a JSON array or one JSON object per line")
             yield number, record
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
+def _decoded(text: str) -> Any:
     try:
+        return strict_json(text)
+    except (ValueError, RecursionError) as error:
+        return error
+
+
+def _elements(text: str) -> list[str]:
+    """The texts of the elements of a JSON array. Raises JSONDecodeError for anything else."""
+    if re.fullmatch(r"\s*\[\s*\]\s*", text):
+        return []
+    space, elements, end = re.compile(r"[ \t\n\r]*"), [], text.index("[")
+    while text.startswith(("[", ","), end):
+        start = space.match(text, end + 1).end()
+        end = _OUTLINE.raw_decode(text, start)[1]
+        elements.append(text[start:end])
+        end = space.match(text, end).end()
+    if text[end:].strip() != "]":
+        _OUTLINE.decode(text)  # raises, and names the place
+    return elements
+
+
+def _spread_object(path: Path, first: str, rest: str) -> Any:
+    """The one object of a file that is written over several lines; None where the first line stands alone."""
+    text = (first + rest).strip()
+    try:
+        _, end = _OUTLINE.raw_decode(text)
+    except (ValueError, RecursionError):
+        return None
+    if end <= len(first.strip()):
+        return None
+    if text[end:]:
+        raise DataError(f"{path} holds objects over several lines; write each on one line, or an array")
+    return _decoded(text)
+
+
+def _separator(line: str) -> str:
+    """What stands between the objects of a line that JSONL does not have: the whole file is then no JSONL."""
+    text = line.strip()
+    bare = text.lstrip(", ")
+    try:
+        value, end = _OUTLINE.raw_decode(bare)
+    except (ValueError, RecursionError):
+        return ""
+    rest = bare[end:].lstrip()
+    if isinstance(value, dict) and (text != bare or rest.startswith(",")):
+        return "commas between the records"
+    return "several objects on one line" if isinstance(value, dict) and rest.startswith("{") else ""
+
+
+def is_columns(record: dict) -> bool:
+    """Whether an object holds whole columns, as pandas and datasets write them, and is no record."""
+    values = list(record.values())
+    if all(isinstance(value, dict) for value in values):
+        return bool(values)
+    lists = all(isinstance(value, list) for value in values) and len(set(map(len, values))) == 1
+    return lists and bool(values[0]) and not any(isinstance(one, dict) for one in chain(*values))
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
+    """Arrow gives every struct the keys of all rows, as null: these are left out again."""
+    try:
+        import pyarrow
         from pyarrow import parquet
     except ImportError:
         todo = "run: python -m pip install pyarrow"
         raise DataError(f"{path}: reading Parquet needs pyarrow; {todo}") from None
-    with parquet.ParquetFile(path) as file:
-        batches = file.iter_batches(batch_size=1000)
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    try:
+        with parquet.ParquetFile(path) as file:
+            batches = file.iter_batches(batch_size=1000)
+            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+                yield number, {key: without_nulls(value) for key, value in row.items()}
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} cannot be read: {first_line(error)}; get it again") from None
 
 
 def append_jsonl(path: Path, rows: Iterable[dict]) -> None:
@@ -138,7 +278,10 @@ def read_jsonl(path: Path) -> list[dict]:
     return [json.loads(line) for line in lines[:-1]]  # not splitlines(): a completion may hold U+2028
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def file_sha256(*paths: Path) -> str:
+    """SHA-256 of a file, or of the bytes of several one after the other, in hex."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()

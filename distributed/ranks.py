@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from config import ConfigError, UserError
+from config import ConfigError, UserError, quiet_pipe
 
 
 class Interrupted(Exception):
@@ -142,7 +142,8 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     message, lost, code = "", "", 1
     many = int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
-        main(sys.argv[1:])
+        with quiet_pipe():
+            main(sys.argv[1:])
         code = 0
     except UserError as error:
         message = f"error: {error}"
@@ -153,7 +154,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     except torch.OutOfMemoryError as error:
         message = f"error: out of GPU memory on rank {os.environ.get('RANK', 0)}{phase_of(error)}; "
         message += "lower rollout_batch_size (rollout) or max_tokens_per_micro_batch (update)"
-    except SystemExit as stopped:  # --help, or a second signal
+    except SystemExit as stopped:  # --help, a second signal or a closed pipe
         code = stopped.code or 0
     except BaseException as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):

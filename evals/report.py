@@ -17,7 +17,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from config import UserError
+from config import UserError, quiet_pipe
 from corpus.sources import read_records
 
 Z = 1.959963984540054  # 97.5 % quantile of the normal distribution: intervals are two-sided, 95 %
@@ -89,10 +89,11 @@ def run(script: Script, arguments: list[str] | None) -> int:
     if bool(args.diff) == ("run" in args):
         parser.error("choose one of generate, score and --diff A B")
     try:
-        if args.diff:
-            print_diff(*args.diff, args.show, script.right, script.group)
-        else:
-            args.run(args)
+        with quiet_pipe():
+            if args.diff:
+                print_diff(*args.diff, args.show, script.right, script.group)
+            else:
+                args.run(args)
     except (UserError, OSError) as error:
         print(f"{script.name}: error: {error}", file=sys.stderr)
         return 2

@@ -206,7 +206,10 @@ def test_the_command_line(tmp_path):
     done = data_py("inspect", path, 1)
     assert (done.returncode, done.stderr) == (0, "") and "2 examples (2 single)" in done.stdout
     assert "dropped: line 2, id 8: broken_json: answers is not JSON" in done.stdout
-    for wrong in (["inspect"], ["look"], ["inspect", "somebody/something"]):  # the last: the hub, offline
+    for wrong in (["look"], ["inspect", "somebody/something"]):  # the second: the hub, offline
         done = data_py(*wrong)
         assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-        assert done.stderr.startswith(("error: usage: python data.py", "error: somebody/something is no"))
+        assert done.stderr.startswith(("error: there is no command", "error: somebody/something is no"))
+    for asked in ([], ["-h"], ["inspect", "--help"]):
+        done = data_py(*asked)
+        assert (done.returncode, done.stderr) == (0, "") and "usage: python data.py" in done.stdout

@@ -1,6 +1,9 @@
 """prepare: what it promises of its files, its split and its counts."""
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from unittest.mock import Mock
@@ -8,6 +11,7 @@ from unittest.mock import Mock
 import pytest
 from test_layouts import ADD, save, toolace, xlam
 
+import data
 from config import Config, UserError
 from corpus import prepare
 from corpus.examples import hold_out
@@ -97,6 +101,43 @@ def test_training_on_the_raw_files_holds_out_the_same_records(sources, tmp_path,
             assert {example.id for example in part} == prepared
         train, test = ({row["id"].split("#")[0] for row in files[f"{n}.jsonl"]} for n in ("train", "test"))
         assert not train & test, "later steps stay with their record"
+
+
+@pytest.mark.parametrize("records, share, warned", [(4, 0.1, True), (4, 0, False), (10, 0.1, False)])
+def test_a_share_that_holds_nothing_out_is_said(tmp_path, capsys, records, share, warned):
+    x = save(tmp_path / "x.json", *(numbered(i) for i in range(records)))
+    files = run(tmp_path / "out", "--xlam", x, "--test_share", share)
+    assert ("warning: " in capsys.readouterr().out) == warned
+    assert ("test.jsonl" in files) == (records == 10)
+
+
+def test_the_demo_s_data_goes_through_it(tmp_path):
+    outs = [tmp_path / name for name in ("a", "b", "c")]
+    for out, seed in zip(outs, (0, 0, 1)):
+        files = run(out, "--data", "synthetic", "--seed", seed)
+    a, b, c = (json.loads((out / "manifest.json").read_text()) for out in outs)
+    assert a == b and a["inputs"][0]["sha256"] != c["inputs"][0]["sha256"]
+    rows = files["train.jsonl"] + files["test.jsonl"]
+    assert len(rows) == Config().synthetic_train and len(files["test.jsonl"]) == len(rows) / 10
+    trained = {example.id: example for example in load_splits(Config(data="synthetic", seed=1)).train}
+    for example in load_examples(outs[2] / "train.jsonl")[0]:
+        same = trained[example.id.partition("-")[2]]
+        assert (example.messages, example.answer, example.demonstrations) == (
+            same.messages, same.answer, same.demonstrations
+        )
+
+
+@pytest.mark.parametrize("command, said", [
+    ("stats {}", ""), ("inspect {} 50", ""), ("prepare --help", ""), ("look", "error: there is no command"),
+])
+def test_a_closed_pipe_is_no_error(sources, command, said):
+    reading, writing = os.pipe()
+    os.close(reading)  # as `| head` does, sooner or later
+    words = [sys.executable, data.__file__, *command.format(sources[1]).split()]
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    done = subprocess.run(words, stdout=writing, stderr=subprocess.PIPE, encoding="utf-8", env=buffered)
+    os.close(writing)
+    assert done.stderr.startswith(said) and done.stderr.count("\n") == bool(said)
 
 
 def test_another_file_moves_few_records_between_the_parts():

@@ -138,8 +138,9 @@ def test_one_system_message_ours_first_then_those_of_the_data():
 
 def test_own_template_file(tmp_path):
     path = tmp_path / "prompt.txt"
-    path.write_text("Werkzeuge für dich:\n{tools}\n", encoding="utf-8")
-    assert load_template(str(path)) == "Werkzeuge für dich:\n{tools}"
+    for encoding in ("utf-8", "utf-8-sig"):  # the second begins with a byte order mark
+        path.write_text("Werkzeuge für dich:\n{tools}\n", encoding=encoding)
+        assert load_template(str(path)) == "Werkzeuge für dich:\n{tools}"
     path.write_text("no slot", encoding="utf-8")
     with pytest.raises(PromptError, match=r"prompt.txt must have one \{tools\} slot"):
         load_template(str(path))

@@ -1,7 +1,9 @@
 """Files and hub ids: no record is lost, and what is no data says so in one sentence."""
 
 import gzip
+import hashlib
 import json
+from pathlib import Path
 
 import pytest
 from test_layouts import ids_of, save, xlam
@@ -9,7 +11,7 @@ from test_layouts import ids_of, save, xlam
 from config import Config
 from corpus.examples import Example
 from corpus.layouts import load_examples, write_examples
-from corpus.sources import DataError
+from corpus.sources import DataError, file_sha256, find_files, read_files
 from data import load_splits
 
 
@@ -32,12 +34,35 @@ def test_broken_lines_are_dropped_with_their_numbers(tmp_path):
     assert [example.messages[0]["content"] for example in examples] == ["Add 1.", query]
 
 
+RECORD = xlam()
+
+
+def lines(*texts: str) -> bytes:
+    """JSONL in which {} stands for a record."""
+    return "\n".join(texts).replace("{}", json.dumps(RECORD)).encode()
+
+
 @pytest.mark.parametrize("content, complaint", [
     (b" \n", "is empty"),
     (b"id,query\n1,hello\n", "x.json:1: .*JSON object per line"),
     (b'[{"query": ""},\n oops]', "cannot be read: Expecting value: line 2"),
     (b"[" * 99999, "cannot be read: .*recursion"),
     (b"\xff\xfe\x00", "cannot be read.*UTF-8"),
+    (b"\xff\xff\xff\xff\x10", "x.json is part of what datasets.save_to_disk saved"),
+    (lines("[{}, {}"), "cannot be read: .*delimiter"),
+    (lines("[{} {}]"), "cannot be read: .*delimiter"),
+    (lines("[{}] {}"), "cannot be read: Extra data"),
+    (lines("{},", "{}"), "x.json:1: commas between the records"),
+    (lines("{}", "", ", {}"), "x.json:3: commas between the records"),
+    (lines("{}", "{} {}"), "x.json:2: several objects on one line"),
+    (b"{}\r{}\r", "x.json:1: several objects on one line"),
+    (json.dumps(RECORD, indent=1).encode() * 2, "x.json holds objects over several lines"),
+    (json.dumps({"v": 1, "data": [RECORD]}).encode(), "x.json:1: an object around the array .* 'data'"),
+    (json.dumps({"v": 1, "data": [RECORD]}, indent=1).encode(), "an object around the array .* 'data'"),
+    (b'{"v": 1, "rows": [\n%b,\n%b\n' % (2 * (json.dumps(RECORD).encode(),)), "x.json:2: commas"),
+    (json.dumps({key: {"0": value, "4": value} for key, value in RECORD.items()}).encode(), "pandas"),
+    (json.dumps({"0": RECORD, "4": RECORD}, indent=1).encode(), "pandas"),
+    (json.dumps({key: [value, value] for key, value in RECORD.items()}).encode(), "an object of columns"),
 ])
 def test_a_file_that_is_no_data_says_what_is_wrong(tmp_path, content, complaint):
     (tmp_path / "x.json").write_bytes(content)
@@ -54,6 +79,82 @@ def test_a_file_that_is_cut_off_gives_nothing_away(tmp_path):
             load_examples(tmp_path / name)
 
 
+@pytest.mark.parametrize("content", [
+    gzip.compress(lines("{}")), b"\xef\xbb\xbf" + lines("{}"), lines("\n [ {} ]\n"), lines("\n{}", " "),
+    json.dumps(RECORD, indent=1).encode(), gzip.compress(lines("[{}")) + gzip.compress(b"]"),
+])
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl.gz", "x.parquet"])
+def test_the_content_says_what_a_file_is(tmp_path, content, name):
+    (tmp_path / name).write_bytes(content)
+    examples, dropped = load_examples(tmp_path / name)
+    assert ids_of(examples) == ["7"] and dropped == []
+
+
+@pytest.mark.parametrize("form", ["\n".join, lambda texts: f"[{', '.join(texts)}]"])
+def test_a_record_that_json_allows_two_readings_of_is_dropped_alone(tmp_path, form):
+    texts = [json.dumps(xlam(id=i, query=f"Add {i}.", more=0)) for i in range(5)]
+    for index, value in ((1, "NaN"), (2, "1e999"), (3, "{\"x\": 1, \"x\": 2}")):
+        texts[index] = texts[index].replace('"more": 0', f'"more": {value}')
+    (tmp_path / "x.json").write_text(form(texts))
+    examples, dropped = load_examples(tmp_path / "x.json")
+    assert ids_of(examples) == ["0", "4"]
+    assert [(drop.line, drop.reason) for drop in dropped] == [(line, "broken_json") for line in (2, 3, 4)]
+
+
+def test_arrow_s_nulls_in_structs_are_not_read(tmp_path):
+    """A column of structs has one set of keys: each row would get those of all others, with null as value."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    other = {"name": "sub", "description": "Takes away.", "parameters": {"b": {"type": "int", "default": 1}}}
+    calls = [{"name": "add", "arguments": {"a": 1}}], [{"name": "sub", "arguments": {"b": 2}}]
+    tools = json.loads(RECORD["tools"]), [other]
+    rows = [xlam(id=i, query=f"{i}", tools=t, answers=c) for i, (t, c) in enumerate(zip(tools, calls))]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
+    assert load_examples(tmp_path / "x.parquet") == load_examples(save(tmp_path / "x.json", *rows))
+    (tmp_path / "x.parquet").write_bytes((tmp_path / "x.parquet").read_bytes()[:-9])
+    with pytest.raises(DataError, match="x.parquet cannot be read"):
+        load_examples(tmp_path / "x.parquet")
+
+
+def save_shards(folder: Path, split: str, count: int, of: int) -> list[Path]:
+    """JSONL shards of two records each, with a line between them that is no JSON."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{split}-{i:05}-of-{of:05}.jsonl" for i in range(count)]
+    for i, path in enumerate(paths):
+        rows = [json.dumps(xlam(id=f"{split}{i}{j}", query=f"{split} {i} {j}")) for j in range(2)]
+        path.write_text("\noops\n".join(rows) + "\n")
+    return paths
+
+
+def test_the_shards_of_a_split_are_one_file(tmp_path):
+    paths = save_shards(tmp_path / "data", "train", 3, 3)
+    for source in (tmp_path, tmp_path / "data", tmp_path / "data/train"):
+        assert find_files(source) == paths
+        examples, dropped = load_examples(source)
+        assert ids_of(examples) == [f"train{i}{j}" for i in range(3) for j in range(2)]
+        assert [drop.line for drop in dropped] == [2, 5, 8] and f"{paths[1].name}:2" in dropped[1].detail
+    assert [number for number, _ in read_files(paths)] == list(range(1, 10))
+    assert find_files(paths[1]) == paths[1:2]
+    assert file_sha256(*paths) == hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()
+    save_shards(tmp_path / "data", "test", 1, 2)
+    with pytest.raises(DataError, match="several data files: test, train; name one"):
+        find_files(tmp_path / "data")
+    assert find_files(tmp_path / "data/train") == paths
+    with pytest.raises(DataError, match="1 of 2 shards of test"):
+        find_files(tmp_path / "data/test")
+
+
+@pytest.mark.parametrize("files", [["state.json", "dataset_info.json", "data-00000-of-00001.arrow"],
+                                   ["dataset_dict.json", "train/state.json"]])
+def test_a_folder_of_save_to_disk_is_named(tmp_path, files):
+    (tmp_path / "train").mkdir()
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(DataError, match="save_to_disk.* use to_json or to_parquet"):
+        find_files(tmp_path)
+
+
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A hub of a few files, without a network. Returns the names that were asked for."""
@@ -64,7 +165,12 @@ def hub(monkeypatch, tmp_path):
         return str(save(tmp_path / "downloaded.json", xlam()))
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    files = {"me/one": ["README.md", "data/train.json"], "me/two": ["a.jsonl", "b.parquet"]}
+    shards = [f"-0000{i}-of-00002-3f.parquet" for i in (1, 0)]
+    files = {
+        "me/one": ["README.md", "data/train.json"], "me/two": ["a.jsonl", "b.parquet"],
+        "me/shards": [f"data/train{shard}" for shard in shards] + [f"data/test{shard}" for shard in shards],
+        "me/saved": ["dataset_dict.json", "train/state.json", "train/data-00000-of-00001.arrow"],
+    }
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda self, name, repo_type: files[name])
     monkeypatch.chdir(tmp_path)
     return asked
@@ -74,18 +180,40 @@ def hub(monkeypatch, tmp_path):
     ("Team-ACE/ToolACE", ("Team-ACE/ToolACE", "data.json", "dataset")),
     ("me/one", ("me/one", "data/train.json", "dataset")),
     ("me/two/sub/b.json", ("me/two", "sub/b.json", "dataset")),
+    ("datasets/me/one", ("me/one", "data/train.json", "dataset")),
+    ("hf://datasets/me/one/data/train.json", ("me/one", "data/train.json", "dataset")),
+    ("https://huggingface.co/datasets/me/one", ("me/one", "data/train.json", "dataset")),
+    ("https://huggingface.co/datasets/me/one/tree/main/", ("me/one", "data/train.json", "dataset")),
+    ("https://huggingface.co/datasets/me/one/resolve/main/b/c.jsonl?download=true",
+     ("me/one", "b/c.jsonl", "dataset")),
+    ("https://huggingface.co/datasets/me/one/blob/main/x.json", ("me/one", "x.json", "dataset")),
 ])
 def test_hub_ids_are_fetched_also_by_a_training_run(hub, source, fetched):
     assert ids_of(load_splits(Config(data=source, test_share=0.0)).train) == ["7"]
     assert hub == [fetched]
 
 
-def test_a_path_that_exists_wins_a_mistyped_one_is_no_hub_id_and_there_must_be_one_file(hub, tmp_path):
+def test_splits_of_the_hub_are_fetched_whole(hub):
+    for source in ("me/shards/data/train", "https://huggingface.co/datasets/me/shards/tree/main/data/train"):
+        assert len(find_files(source)) == 2
+        names = [f"data/train-0000{i}-of-00002-3f.parquet" for i in range(2)]
+        assert [name for _, name, _ in hub] == names
+        hub.clear()
+    for source, complaint in (("me/shards", "several data files: data/test, data/train; name one"),
+                              ("me/shards/train", "holds no train"), ("me/saved", "save_to_disk")):
+        with pytest.raises(DataError, match=complaint):
+            find_files(source)
+
+
+def test_a_path_that_exists_wins_and_a_mistyped_one_is_no_hub_id(hub, tmp_path, monkeypatch):
     (tmp_path / "me/one").mkdir(parents=True)
     save(tmp_path / "me/one/data.json", xlam(id="local"))
     for path in ("me/one", "me/one/data.json"):
         assert ids_of(load_examples(path)[0]) == ["local"]
-    for path in ("you/data.json", "me/one/other.json", "./x/y", "../x/y", "/x/y"):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert ids_of(load_examples("~/me/one/data.json")[0]) == ["local"]
+    (tmp_path / "datasets").mkdir()
+    for path in ("you/data.json", "me/one/other.json", "datasets/me/two", "./x/y", "../x/y", "/x/y"):
         with pytest.raises(DataError, match=f"{path.lstrip('./')} does not exist; check the path"):
             load_examples(path)
     assert hub == []
