@@ -283,10 +283,12 @@ def rescore(path: Path, variant: str, lenient: bool) -> Iterator[dict]:
 def main(arguments: list[str]) -> None:
     """`FILE.jsonl[.gz] --variant NAME [--lenient] [--out FILE]`: a row of rewards for every row."""
     parser = argparse.ArgumentParser(prog="reward.py", description="Re-scores a file of completions.")
-    parser.add_argument("file", type=Path, help="JSONL(.gz): completion, ground_truth or answer, tools")
-    parser.add_argument("--variant", default="binary", choices=REWARDS, help="default: binary")
-    parser.add_argument("--lenient", action="store_true", help="compare numbers by what the tools declare")
-    parser.add_argument("--out", type=Path, help="where the scored rows go (default: standard output)")
+    add = parser.add_argument
+    add("file", type=Path, help="JSON, JSONL or Parquet: completion, ground_truth or answer, tools")
+    names = f"{', '.join(REWARDS)} (default: binary)"
+    add("--variant", default="binary", choices=REWARDS, metavar="NAME", help=names)
+    add("--lenient", action="store_true", help="compare numbers by what a row's tools declare (default: no)")
+    add("--out", type=Path, metavar="FILE", help="where the scored rows go (default: standard output)")
     args = parser.parse_args(arguments)
     if args.out and args.out.exists() and args.out.samefile(args.file):
         raise RewardError(f"--out {args.out} is the file that is read; choose another name")
