@@ -4,13 +4,14 @@ Source: Nemotron-Research-Tool-N1 (arXiv 2505.00024), reward modelling and its a
 prompts.py; a row of REWARDS says what a variant pays. `python reward.py FILE.jsonl` re-scores completions.
 """
 
-from __future__ import annotations
-
+# No postponed annotations here: verl executes this file without an entry in sys.modules, where dataclasses
+# cannot resolve them.
 import argparse
 import copy
 import importlib.util
 import json
 import math
+import numbers
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -19,11 +20,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from config import UserError, first_line, run_command
-from corpus.schema import lenient_arguments
-from corpus.sources import read_records
-from evals.reference_reward import REFERENCE, ReferenceRow, score_as_reference
-from prompts import ToolCall, parse_completion, strict_json
+sys.path.append(str(Path(__file__).resolve().parent))  # a trainer executes this file by its path
+from corpus.foreign import modules_beside
+
+with modules_beside(Path(__file__)):  # and may have a `config` or `prompts` of its own
+    from config import UserError, first_line, run_command
+    from corpus.replies import reply_text
+    from corpus.schema import lenient_arguments, read_tools
+    from corpus.sources import read_records
+    from evals.reference_reward import REFERENCE, ReferenceRow, score_as_reference
+    from prompts import ToolCall, parse_completion, strict_json
 
 
 class RewardError(UserError):
@@ -99,7 +105,7 @@ def decode_answer(ground_truth: Any) -> list[ToolCall]:
 
 def score(
     completion: str, answer: Sequence | str, variant: str = "binary", lenient: bool = False,
-    tools: Sequence[dict] = (),
+    tools: Sequence[dict] | str | None = (),
 ) -> Reward:
     """Scores one completion against the ground-truth calls.
 
@@ -108,7 +114,7 @@ def score(
     lenient: numbers are compared by what `tools` declare, so that 2 equals 2.0 where a number is asked for.
 
     For the tool_n1 variants the answer may also be JSON text, which the reference reads itself; a broken one
-    pays 0. Otherwise raises ValueError for a broken answer, and KeyError for an unknown variant.
+    pays 0. Otherwise raises ValueError for a broken answer or tools, and KeyError for an unknown variant.
     """
     row = REWARDS[variant]
     if isinstance(row, ReferenceRow):
@@ -124,7 +130,10 @@ def score(
         return Reward(0.0, False, False, parsed.error)
     calls = parsed.calls
     if lenient:
-        truth, calls = _leniently(truth, tools), _leniently(calls, tools)
+        if tools is None:
+            raise ValueError("lenient needs the tools that were offered: `tools`, or prepare's `tools_json`")
+        declared = {tool["name"]: tool for tool in read_tools(tools or [])}
+        truth, calls = _leniently(truth, declared), _leniently(calls, declared)
     difference = _difference(calls, truth)
     correct = difference == "correct"
     format_ok = parsed.error is None
@@ -157,8 +166,7 @@ def _same_names(calls: list[ToolCall], answer: list[ToolCall]) -> bool:
     return sorted(call.name for call in calls) == sorted(call.name for call in answer)
 
 
-def _leniently(calls: list[ToolCall], tools: Sequence[dict]) -> list[ToolCall]:
-    declared = {tool["name"]: tool for tool in tools}
+def _leniently(calls: list[ToolCall], declared: dict[str, dict]) -> list[ToolCall]:
     return [ToolCall(c.name, lenient_arguments(c.arguments, declared.get(c.name, {}))) for c in calls]
 
 
@@ -189,12 +197,14 @@ def reward_function(name: str, lenient: bool = False) -> RewardFunction:
         copies = copy.deepcopy(([call.as_dict() for call in answer], tools))  # it may change them
         try:
             value = function(completion, *copies)
+            total = value.total if isinstance(value, Reward) else value
+            number = isinstance(total, numbers.Real) and not isinstance(total, bool) and math.isfinite(total)
         except (Exception, SystemExit) as error:  # anything may come out of a user's function
             raise RewardError(f"reward: {name} raised {first_line(error)} on {completion!r:.200}") from error
+        if not number:
+            raise RewardError(f"reward: {name} must return a finite number, not {value!r}")
         if isinstance(value, Reward):
             return value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise RewardError(f"reward: {name} must return a finite number, not {value!r}")
         strict = score(completion, answer)
         return Reward(float(value), strict.format_ok, strict.correct, strict.reason)
 
@@ -202,47 +212,50 @@ def reward_function(name: str, lenient: bool = False) -> RewardFunction:
 
 
 def _import(path: str, attribute: str) -> Callable:
-    """A function of a user's file, which may import its neighbours."""
+    """A function of a user's file, which may import its neighbours, also those with names of ours."""
     if not Path(path).is_file() or not path.endswith(".py"):
         raise RewardError(f"reward: there is no Python file {path}; give file.py:function")
     spec = importlib.util.spec_from_file_location(f"own_reward_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
-    sys.path.append(str(Path(path).parent.resolve()))
     try:
-        spec.loader.exec_module(module)
+        with modules_beside(Path(path)):
+            spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # a user's file may raise anything
-        raise RewardError(f"reward: importing {path} failed: {first_line(error)}") from error
+        hint = "; only `if __name__ == '__main__':` may read a command line" * isinstance(error, SystemExit)
+        raise RewardError(f"reward: importing {path} failed: {first_line(error)}{hint}") from error
     if not callable(getattr(module, attribute, None)):
         raise RewardError(f"reward: {path} has no function {attribute!r}")
     return getattr(module, attribute)
 
 
-def _text(completion: str | list[dict]) -> str:
-    """A completion as text: chat messages give their contents."""
-    if isinstance(completion, list) and all(isinstance(message, dict) for message in completion):
-        return "\n".join(message.get("content") or "" for message in completion)
-    return completion
-
-
 def trl_reward(
-    prompts: list, completions: list, *, ground_truth: list, variant: str = "binary", **columns
+    prompts: list, completions: list, *, ground_truth: list, variant: str = "binary", lenient: bool = False,
+    **columns,
 ) -> list[float]:
-    """A reward function for TRL's GRPOTrainer. Completions are texts or lists of messages; `ground_truth` is
-    the column that `python data.py prepare --layouts trl` writes. Raises ValueError for a broken one.
+    """A reward function for TRL's GRPOTrainer. Completions are texts or messages, see corpus.replies.
+
+    `ground_truth` and, for lenient, `tools_json` are columns that `python data.py prepare --layouts trl`
+    writes. Raises ValueError for broken ones, and for a completion that cannot be put together.
     """
-    pairs = zip(completions, ground_truth, strict=True)
-    return [score(_text(completion), decode_answer(truth), variant).total for completion, truth in pairs]
+    tools = columns.get("tools") or columns.get("tools_json") or [None] * len(completions)
+    rows = zip(completions, ground_truth, tools, strict=True)
+    return [
+        score(reply_text(completion), decode_answer(truth), variant, lenient, offered).total
+        for completion, truth, offered in rows
+    ]
 
 
 def compute_score(
     data_source: str, solution_str: str, ground_truth: Any, extra_info: dict | None = None,
-    variant: str = "binary",
+    variant: str = "binary", lenient: bool = False,
 ) -> float:
-    """verl's interface (custom_reward_function.path=reward.py, name=compute_score). The ground truth is the
-    text that `python data.py prepare --layouts verl` writes. Raises ValueError for a broken one.
+    """verl's interface (custom_reward_function.path=reward.py, name=compute_score). Ground truth and, for
+    lenient, tools are those of `python data.py prepare --layouts verl`. Raises ValueError for broken ones.
     """
-    return score(solution_str, decode_answer(ground_truth), variant).total
+    extra = extra_info or {}
+    tools = extra.get("tools") or extra.get("tools_json")
+    return score(solution_str, decode_answer(ground_truth), variant, lenient, tools).total
 
 
 # ----------------------------------------------------------------------------------------------- command line
@@ -259,11 +272,9 @@ def rescore(path: Path, variant: str, lenient: bool) -> Iterator[dict]:
                 raise ValueError("a row needs the fields completion and ground_truth (or answer); see --help")
             if variant not in REFERENCE or not isinstance(truth, str):  # the reference reads texts itself
                 truth = decode_answer(truth)
-            tools = row.get("tools") or []
-            if lenient and not all(isinstance(tool, dict) and "name" in tool for tool in tools):
-                raise ValueError("tools must be a list of objects with a name")
-            reward = score(_text(row["completion"]), truth, variant, lenient, tools)
-        except ValueError as error:
+            tools = row.get("tools") or row.get("tools_json") or []
+            reward = score(reply_text(row["completion"]), truth, variant, lenient, tools)
+        except (ValueError, RecursionError) as error:
             raise RewardError(f"{path}:{line}: {error}") from None
         named = {key: row[key] for key in ("id", "prompt_id", "step") if key in row}
         yield {**named, "line": line, "reward": reward.total, **asdict(reward)}
@@ -272,10 +283,12 @@ def rescore(path: Path, variant: str, lenient: bool) -> Iterator[dict]:
 def main(arguments: list[str]) -> None:
     """`FILE.jsonl[.gz] --variant NAME [--lenient] [--out FILE]`: a row of rewards for every row."""
     parser = argparse.ArgumentParser(prog="reward.py", description="Re-scores a file of completions.")
-    parser.add_argument("file", type=Path, help="JSONL(.gz): completion, ground_truth or answer, tools")
-    parser.add_argument("--variant", default="binary", choices=REWARDS, help="default: binary")
-    parser.add_argument("--lenient", action="store_true", help="compare numbers by what the tools declare")
-    parser.add_argument("--out", type=Path, help="where the scored rows go (default: standard output)")
+    add = parser.add_argument
+    add("file", type=Path, help="JSON, JSONL or Parquet: completion, ground_truth or answer, tools")
+    names = f"{', '.join(REWARDS)} (default: binary)"
+    add("--variant", default="binary", choices=REWARDS, metavar="NAME", help=names)
+    add("--lenient", action="store_true", help="compare numbers by what a row's tools declare (default: no)")
+    add("--out", type=Path, metavar="FILE", help="where the scored rows go (default: standard output)")
     args = parser.parse_args(arguments)
     if args.out and args.out.exists() and args.out.samefile(args.file):
         raise RewardError(f"--out {args.out} is the file that is read; choose another name")
@@ -283,7 +296,7 @@ def main(arguments: list[str]) -> None:
     total = 0.0
     with args.out.open("w", encoding="utf-8") if args.out else nullcontext(sys.stdout) as out:
         for row in rescore(args.file, args.variant, args.lenient):
-            out.write(json.dumps(row) + "\n")
+            out.write(json.dumps(row, default=str) + "\n")
             reasons[row["reason"]] += 1
             total += row["total"]
     count = reasons.total()

@@ -71,7 +71,8 @@ def score_as_reference(completion: str, ground_truth: str, variant: str) -> Verd
         answer = json.loads(ground_truth)
         answer = json.loads(answer) if isinstance(answer, str) else answer
         if block is None and row.silence:
-            return Verdict(float(not answer), False, not answer, "no_block")
+            silent = len(answer) == 0
+            return Verdict(float(silent), False, silent, "no_block")
         if calls is None:
             return Verdict(row.unread * thought, False, False, "no_block" if block is None else "unread")
         if row.think_first and not thought:

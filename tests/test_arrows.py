@@ -18,9 +18,10 @@ FLOORS = [  # from the top; a wing stands for its modules that have no line of t
     {"rollout"},
     {"distributed", "corpus"},
     {"model", "reward"},
-    {"losses", "corpus.examples", "corpus.schema", "corpus.sources", "evals.reference_reward"},
+    {"losses", "corpus.examples", "corpus.replies", "corpus.schema", "corpus.sources",
+     "evals.reference_reward"},
     {"prompts"},
-    {"config", "kernel"},
+    {"config", "kernel", "corpus.foreign"},
 ]
 WINGS = ("kernel", "distributed", "corpus", "evals", "ops")
 FILES = [file for folder in (".", *WINGS) for file in ROOT.glob(f"{folder}/*.py")]

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+import data
 from config import UserError
 from evals.reference_reward import REFERENCE
 from prompts import ToolCall, render_completion
-from reward import REWARDS, RewardError, compute_score, main, reward_function, score, trl_reward
+from reward import REWARDS, RewardError, main, reward_function, score
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "reward_verdicts.jsonl.gz"
 
@@ -184,6 +185,15 @@ def test_the_reference_variants_give_its_verdict_on_every_golden_row(variant, go
     assert len(golden) == 6009 and not differing
 
 
+@pytest.mark.parametrize("truth", ["null", "0", "5", "true", "false", '"null"'])
+def test_the_reference_asks_every_ground_truth_for_its_length(truth):
+    """Of a number or null there is none: it raises, also where a reply without any call would be right."""
+    for completion in ("", THINK, with_calls("[]"), with_calls("5")):
+        reward = score(completion, truth, "tool_n1_llama")
+        assert (reward.total, reward.correct, reward.reason) == (0.0, False, "raises TypeError")
+    assert score("", "{}", "tool_n1_llama").total == score("", '"[]"', "tool_n1_llama").total == 1.0
+
+
 def test_against_the_verdicts_of_the_reference(golden):
     """The default pays less often, for the format; more often only where a tag in a value misled it."""
     fewer, more = set(), []
@@ -264,21 +274,17 @@ def test_time_is_linear_in_the_length(unit):
     assert time.perf_counter() - start < 15  # about 1 s; a quadratic reader needs minutes
 
 
-def test_the_functions_for_trl_and_verl():
-    truth = json.dumps(ANSWER)
-    completions = [GOOD, [{"role": "assistant", "content": GOOD}], [{"role": "assistant"}]]
-    rewards = trl_reward(["p"] * 3, completions, ground_truth=[truth, ANSWER, truth], id=["a", "b", "c"])
-    assert rewards == [1.0, 1.0, 0.0] and all(isinstance(reward, float) for reward in rewards)
-    assert compute_score("toolace", GOOD, truth, {"index": 3}) == 1.0
-    assert compute_score("toolace", BLOCK, truth, None, variant="no_reason") == 1.0
-    with pytest.raises(ValueError, match="answer is not JSON"):
-        trl_reward(["p"], [GOOD], ground_truth=["[oops"])
-
-
 OWN = """
 from __future__ import annotations
+import argparse
 import dataclasses
+import fractions
+import numpy
 from beside import TEN
+from data import MINE  # ours is loaded already
+from prompts import ToolCall  # there is only ours
+
+argparse.ArgumentParser().parse_args()  # the test runner's arguments are not its own
 
 @dataclasses.dataclass
 class Weights:
@@ -286,9 +292,14 @@ class Weights:
 
 def length(completion, answer, tools):
     answer[0]["arguments"].clear()
+    tools[0].clear()
     return len(completion) * Weights().length
 
+single = lambda completion, answer, tools: numpy.float32(0.5)
+half = lambda completion, answer, tools: fractions.Fraction(1, 2)
 nothing = lambda completion, answer, tools: None
+true = lambda completion, answer, tools: True
+huge = lambda completion, answer, tools: 10**400
 constant = 3
 """
 
@@ -296,7 +307,9 @@ constant = 3
 @pytest.fixture
 def own_file(tmp_path, monkeypatch):
     (tmp_path / "beside.py").write_text("TEN = 10\n")
+    (tmp_path / "data.py").write_text("MINE = True\n")
     (tmp_path / "bad.py").write_text("1 / 0\n")
+    (tmp_path / "asks.py").write_text("import argparse\nargparse.ArgumentParser().error('no')\n")
     (tmp_path / "mine.py").write_text(OWN)
     monkeypatch.setattr("sys.path", [*sys.path])
     return str(tmp_path / "mine.py")
@@ -304,16 +317,22 @@ def own_file(tmp_path, monkeypatch):
 
 def test_a_reward_function_of_the_users_own(own_file):
     """It may use dataclasses and neighbours, and change what it gets. The reason is the strict verdict's."""
-    answer = [ToolCall("f", {"x": 1})]
-    reward = reward_function(f"{own_file}:length")("x" * 10, answer, [])
-    assert (reward.total, reward.correct, reward.reason) == (1.0, False, "no_think")
-    assert answer == [ToolCall("f", {"x": 1})]
+    answer, tools, arguments = [ToolCall("f", {"x": 1})], [{"name": "f"}], sys.argv
+    for _ in range(2):
+        reward = reward_function(f"{own_file}:length")("x" * 10, answer, tools)
+        assert (reward.total, reward.correct, reward.reason) == (1.0, False, "no_think")
+    assert answer == [ToolCall("f", {"x": 1})] and tools == [{"name": "f"}]
+    assert sys.modules["data"] is data and sys.argv is arguments
+    assert all(reward_function(f"{own_file}:{name}")("x", [], []).total == 0.5 for name in ("single", "half"))
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [("binery", "reward must be one of binary"), ("{folder}/mine.py:constant", "has no function 'constant'"),
      ("{folder}/bad.py:f", "importing .* failed: ZeroDivisionError"),
+     ("{folder}/asks.py:f", "importing .* failed: SystemExit"),
+     ("{folder}/mine.py:huge", "raised OverflowError"),
+     ("{folder}/mine.py:true", "must return a finite number, not True"),
      ("{folder}/mine.py:nothing", "must return a finite number, not None")],
 )
 def test_a_reward_that_cannot_be_used_is_one_sentence(own_file, name, message):
@@ -323,20 +342,34 @@ def test_a_reward_that_cannot_be_used_is_one_sentence(own_file, name, message):
 
 def test_a_file_is_rescored(tmp_path, capsys):
     two = [{"name": "f", "arguments": {"x": 2}}]
-    rows = [{"id": "a", "completion": GOOD, "ground_truth": json.dumps(ANSWER)},
+    wrapped = json.dumps([{"type": "function", "function": TOOL}])
+    rows = [{"id": "\ud83d", "completion": GOOD, "ground_truth": json.dumps(ANSWER)},
             {"id": "b", "completion": [{"role": "assistant", "content": THINK}], "answer": ANSWER},
-            {"id": "c", "completion": with_value("2.0"), "answer": two, "tools": [TOOL]}]
+            {"id": "c", "completion": with_value("2.0"), "answer": two, "tools": [TOOL]},
+            {"id": "d", "completion": with_value("2.0"), "answer": two, "tools": wrapped},
+            {"id": "e", "completion": with_value("2.0"), "answer": two, "tools_json": wrapped}]
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
     main([str(path), "--lenient", "--out", str(tmp_path / "scored.jsonl")])
     scored = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
     read = [(row["id"], row["line"], row["reward"], row["reason"]) for row in scored]
-    assert read == [("a", 1, 1.0, "correct"), ("b", 2, 0.0, "no_tool_call"), ("c", 3, 1.0, "correct")]
+    right = [(row, line, 1.0, "correct") for row, line in (("\ud83d", 1), ("c", 3), ("d", 4), ("e", 5))]
+    assert sorted(read) == sorted([*right, ("b", 2, 0.0, "no_tool_call")])
     main([str(path), "--variant", "tool_n1_v3"])
-    assert [json.loads(line)["total"] for line in capsys.readouterr().out.splitlines()] == [1.0, 0.2, 0.2]
+    scored = [json.loads(line)["total"] for line in capsys.readouterr().out.splitlines()]
+    assert scored == [1.0, 0.2, 0.2, 0.2, 0.2]
 
 
-def test_a_broken_file_is_one_sentence_with_its_line(tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"completion": "x", "ground_truth": []}\n{"completion": "x"}')
-    with pytest.raises(UserError, match="rows.jsonl:2: a row needs the fields completion and ground_truth"):
-        main([str(tmp_path / "rows.jsonl")])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [({"completion": "x"}, "needs the fields completion and ground_truth"),
+     ({"completion": "x", "ground_truth": None}, "needs the fields completion and ground_truth"),
+     ({"completion": "x", "ground_truth": "null"}, "answer"),
+     ({"completion": [{"role": "tool", "content": "x"}], "ground_truth": []}, "assistant"),
+     ({"completion": THINK + NO_CALL, "ground_truth": [], "tools": [{"type": "function"}]}, "tool")],
+)
+def test_a_broken_file_is_one_sentence_with_its_line(row, message, tmp_path):
+    good = '{"completion": "x", "ground_truth": []}\n'
+    (tmp_path / "rows.jsonl").write_text(good + json.dumps(row))
+    with pytest.raises(UserError, match=f"rows.jsonl:2: .*{message}"):
+        main([str(tmp_path / "rows.jsonl"), "--lenient"])
