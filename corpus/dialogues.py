@@ -204,6 +204,8 @@ def steps(
     system: text that stands outside of the turns.
     """
     rid, source, line = origin
+    if not isinstance(said, list):
+        raise Unusable("missing_field", f"the turns are no list: {str(said)[:80]}")
     names = [tool["name"] for tool in tools]
     turns = read_turns(said, names)
     messages = _context([Turn("system", system)], names) if system else []
