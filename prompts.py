@@ -216,10 +216,13 @@ def encode_prompt(
     it would become that token, and a reply would end there.
     """
     said = [message["content"] for message in build_messages(messages, tools, "{tools}")]
-    found = _control_tokens(tokenizer, len(tokenizer)).search("\n".join([*said, render_calls(answer)]))
-    if found:
-        raise PromptError(f"bad_text: the control token {found[0]} stands in the text or in the right calls")
+    _refuse_control_tokens(tokenizer, "\n".join([*said, render_calls(answer)]))
     return tokenizer.encode(render_prompt(tokenizer, messages, tools, template), add_special_tokens=False)
+
+
+def _refuse_control_tokens(tokenizer, text: str) -> None:
+    if found := _control_tokens(tokenizer, len(tokenizer)).search(text):
+        raise PromptError(f"bad_text: the control token {found[0]} stands in the text or in the right calls")
 
 
 @functools.lru_cache(maxsize=8)  # asked for every prompt
@@ -255,7 +258,10 @@ def encode_reply(tokenizer, text: str) -> list[int]:
     """A reply to imitate as token ids, closed by an end token, so that the policy learns to stop.
 
     What the prompt has begun of it is left out. A reply without a thought closes the one that is begun.
+    Raises PromptError for a control token that is not at its end: no policy could write on.
     """
+    text = _without_end(text)
+    _refuse_control_tokens(tokenizer, text)
     if begun := prefilled_reply(tokenizer):
         thinks = (text := text.lstrip()).startswith(THINK)
         text = text[len(THINK) :].removeprefix(begun[len(THINK) :]) if thinks else END_THINK + text
@@ -407,6 +413,12 @@ def _parse_calls(text: str) -> tuple[list[ToolCall] | None, str | None]:
     return calls, None
 
 
+def _without_end(text: str) -> str:
+    """A reply without one end token at its end, and without the white space before that."""
+    token = next((token for token in END_TOKENS if text.endswith(token)), "")
+    return text[: -len(token)].rstrip() if token else text
+
+
 def parse_completion(text: str) -> Parsed:
     """Reads a reply strictly: `<think>…</think>` with something in it, then `<tool_call>[…]</tool_call>`.
 
@@ -418,11 +430,7 @@ def parse_completion(text: str) -> Parsed:
     """
     if not isinstance(text, str):
         return Parsed(None, None, "not_text")
-    text = text.strip()
-    for token in END_TOKENS:
-        if text.endswith(token):
-            text = text[: -len(token)].rstrip()
-            break
+    text = _without_end(text.strip())
     if not text.startswith(THINK):
         first_call, first_think = text.find(CALL), text.find(THINK)
         if first_call == 0:

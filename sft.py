@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from config import Config, load_config
 from corpus.examples import Example, Tokenized
+from corpus.sources import DataError
 from distributed.batches import batch_for_step, plan_micro_batches
 from distributed.fsdp import full_tensor
 from distributed.ranks import Ranks, run_script, start_ranks
@@ -28,7 +29,7 @@ from kernel.packing import pack
 from losses import learning_rate
 from model import count_parameters
 from ops.export import write_model
-from prompts import encode_reply, render_completion
+from prompts import PromptError, encode_reply, render_completion
 from session import (
     Run,
     RunSpec,
@@ -54,14 +55,26 @@ def replies_to_imitate(example: Example, reason: bool = True) -> tuple[str, ...]
 
 
 def encode_replies(tokenizer, train: Sequence[Tokenized], config: Config, quiet: bool) -> list[Imitation]:
-    """What every example gives to imitate. Says how many lack demonstrations that the settings ask for."""
+    """What every example gives to imitate. Says how many lack demonstrations that the settings ask for, and
+    skips replies that encode_reply refuses.
+    """
     bare = sum(not item.example.demonstrations for item in train)
     if bare and config.sft_reason and not quiet:
         print(f"data: {bare} of {len(train)} examples have no demonstrations: their bare calls are imitated")
     imitations = []
-    for item in tqdm(train, desc="encode replies", leave=False, disable=quiet):
-        replies = replies_to_imitate(item.example, config.sft_reason)
-        imitations.append((item.ids, [encode_reply(tokenizer, text) for text in replies]))
+    refused = []
+    for item in tqdm(train, desc="encode replies", leave=False, disable=quiet or None):
+        replies = []
+        for text in replies_to_imitate(item.example, config.sft_reason):
+            try:
+                replies.append(encode_reply(tokenizer, text))
+            except PromptError as error:
+                refused.append(f"id={item.example.id}: {error}")
+        imitations += [(item.ids, replies)] if replies else []
+    if refused and not quiet:
+        print(f"data: {len(refused)} demonstrations are refused and skipped, such as", refused[0])
+    if not imitations:
+        raise DataError(f"data: no demonstration is left to imitate; {refused[0]}")
     return imitations
 
 

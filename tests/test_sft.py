@@ -26,7 +26,7 @@ import session
 import sft
 from config import Config, count_steps
 from corpus.examples import Example, Tokenized
-from corpus.sources import read_jsonl
+from corpus.sources import DataError, read_jsonl
 from corpus.tiny_model import build_tiny_tokenizer
 from distributed.ranks import Interrupted
 from distributed.weights import load_model
@@ -115,6 +115,17 @@ def test_examples_without_demonstrations_are_counted(capsys):
     assert [(prompt, len(replies)) for prompt, replies in groups] == [([1], 3), ([2], 1)]
     encode_replies(tokenizer, train, Config(sft_reason=False), quiet=False)
     assert said not in capsys.readouterr().out, "there they are asked for"
+
+
+def test_a_demonstration_ends_once_and_holds_no_other_control_token(capsys):
+    tokenizer = build_tiny_tokenizer([], 300)
+    texts = ("a<|im_end|>", "a", "a<|im_end|>b<|im_end|>")
+    item = Tokenized(replace(sum_example(0, 1, 2), demonstrations=texts), [1])
+    [(_, [first, second])] = encode_replies(tokenizer, [item], Config(), quiet=False)
+    assert first == second and first.count(tokenizer.eos_token_id) == 1
+    assert "1 demonstrations are refused and skipped" in capsys.readouterr().out
+    with pytest.raises(DataError, match="no demonstration is left to imitate; id=.*<|im_end|>"):
+        encode_replies(tokenizer, [Tokenized(replace(item.example, demonstrations=texts[2:]), [1])], Config(), True)
 
 
 def test_steps_or_epochs():
