@@ -18,13 +18,11 @@ from typing import Any
 import jinja2
 
 from config import UserError
+from corpus.strict_json import MAX_DEPTH, canonical_json, nested_deeper, strict_json
 
 THINK, END_THINK = "<think>", "</think>"
 CALL, END_CALL = "<tool_call>", "</tool_call>"
 TAGS = (THINK, END_THINK, CALL, END_CALL)
-
-# Deeper JSON is refused: Python's own limit depends on the caller's stack, and a verdict must not.
-MAX_DEPTH = 64
 
 # Every token with which a known model family ends its turn. Llama 3 has three of them: stopping at one only
 # lets the others run on to the length limit.
@@ -330,62 +328,6 @@ def check_tokenizer(tokenizer, template: str = SYSTEM_TEMPLATE) -> None:
 # -------------------------------------------------------------------------------------------- from the model
 
 
-# Kept, because json.dumps makes one for every call.
-_CANONICAL = json.JSONEncoder(sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-
-
-def canonical_json(value: Any) -> str:
-    """JSON with sorted keys, so that equal values give equal text. Keeps 1, 1.0, true and "1" apart."""
-    return _CANONICAL.encode(value)
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _finite_float(text: str) -> float:
-    number = float(text)
-    if number in (float("inf"), float("-inf")):
-        raise ValueError("a number overflows")
-    return number
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key is repeated")
-    return result
-
-
-_STRICT = json.JSONDecoder(
-    parse_constant=_refuse_constant, parse_float=_finite_float, object_pairs_hook=_unique_keys
-)
-
-
-def strict_json(text: str) -> Any:
-    """json.loads without NaN, Infinity, overflow or repeated keys, each of which could hide a second reading.
-
-    Raises ValueError (json.JSONDecodeError is one) or RecursionError for absurd nesting.
-    """
-    return _STRICT.decode(text)
-
-
-def _nested_deeper(value: Any, limit: int) -> bool:
-    """Whether lists and objects are nested more than `limit` deep. Without recursion: nothing overflows."""
-    level = [value]
-    for _ in range(limit + 1):
-        inner = []
-        for outer in level:
-            if isinstance(outer, dict):
-                inner += outer.values()
-            elif isinstance(outer, list):
-                inner += outer
-        if not inner:
-            return False
-        level = inner
-    return True
-
-
 def _parse_calls(text: str) -> tuple[list[ToolCall] | None, str | None]:
     """The tool-call section alone, without surrounding white space -> (calls, None) or (None, reason)."""
     if not text.startswith(CALL):
@@ -401,7 +343,7 @@ def _parse_calls(text: str) -> tuple[list[ToolCall] | None, str | None]:
         return None, "several_tool_calls" if CALL in inner else "bad_json"
     if not isinstance(listed, list):
         return None, "not_a_list"
-    if _nested_deeper(listed, MAX_DEPTH):
+    if nested_deeper(listed, MAX_DEPTH):
         return None, "bad_json"
     calls = []
     for item in listed:

@@ -28,8 +28,9 @@ with modules_beside(Path(__file__)):  # and may have a `config` or `prompts` of 
     from corpus.replies import reply_text
     from corpus.schema import lenient_arguments, read_tools
     from corpus.sources import read_records
+    from corpus.strict_json import strict_json
     from evals.reference_reward import REFERENCE, ReferenceRow, score_as_reference
-    from prompts import ToolCall, parse_completion, strict_json
+    from prompts import ToolCall, parse_completion
 
 
 class RewardError(UserError):

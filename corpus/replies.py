@@ -6,7 +6,8 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-from prompts import CALL, END_CALL, END_THINK, THINK, strict_json
+from corpus.strict_json import strict_json
+from prompts import CALL, END_CALL, END_THINK, THINK
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 LABELS = ("id", "index", "type")  # of a call in OpenAI's layout

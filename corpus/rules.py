@@ -9,7 +9,8 @@ from typing import Any
 
 from corpus.examples import Dropped, Example, Unusable
 from corpus.schema import not_in_enum, read_calls, read_tools, required, undeclared, wrong_types
-from prompts import ToolCall, strict_json
+from corpus.strict_json import strict_json
+from prompts import ToolCall
 
 # Reasons that Rules.keep may name.
 KEEPABLE = ("missing_argument", "undeclared_argument", "wrong_type", "not_in_enum", "contradiction")

@@ -10,7 +10,8 @@ import math
 import re
 from typing import Any
 
-from prompts import ToolCall, strict_json
+from corpus.strict_json import strict_json
+from prompts import ToolCall
 
 # Declared names -> JSON types. By what is not here (Callable, any, Union, ...) nothing is judged.
 TYPES = {

@@ -16,7 +16,7 @@ from typing import Any
 
 from config import UserError, first_line
 from corpus.schema import without_nulls
-from prompts import strict_json
+from corpus.strict_json import strict_json
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # no records in these

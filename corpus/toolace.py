@@ -8,7 +8,8 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from prompts import ToolCall, strict_json
+from corpus.strict_json import strict_json
+from prompts import ToolCall
 
 _STRING = r"""(?s:"[^"\\]*(?:\\.[^"\\]*)*"|'[^'\\]*(?:\\.[^'\\]*)*')"""
 _PLAIN = re.compile(r"""\s*([^\s,()\[\]{}"'=][^,()\[\]{}"'=]*)(?=[,)])""")  # a value without quotes

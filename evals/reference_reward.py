@@ -11,7 +11,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from prompts import CALL, END_CALL, END_THINK, THINK, canonical_json
+from corpus.strict_json import canonical_json
+from prompts import CALL, END_CALL, END_THINK, THINK
 
 QWEN_MARKER = "<|im_start|>assistant"
 LLAMA_MARKER = "<|start_header_id|>assistant<|end_header_id|>"

@@ -21,7 +21,7 @@ FLOORS = [  # from the top; a wing stands for its modules that have no line of t
     {"losses", "corpus.examples", "corpus.replies", "corpus.schema", "corpus.sources",
      "evals.reference_reward"},
     {"prompts"},
-    {"config", "kernel", "corpus.foreign"},
+    {"config", "kernel", "corpus.foreign", "corpus.strict_json"},
 ]
 WINGS = ("kernel", "distributed", "corpus", "evals", "ops")
 FILES = [file for folder in (".", *WINGS) for file in ROOT.glob(f"{folder}/*.py")]

@@ -125,7 +125,8 @@ def test_a_demonstration_ends_once_and_holds_no_other_control_token(capsys):
     assert first == second and first.count(tokenizer.eos_token_id) == 1
     assert "1 demonstrations are refused and skipped" in capsys.readouterr().out
     with pytest.raises(DataError, match="no demonstration is left to imitate; id=.*<|im_end|>"):
-        encode_replies(tokenizer, [Tokenized(replace(item.example, demonstrations=texts[2:]), [1])], Config(), True)
+        bad = Tokenized(replace(item.example, demonstrations=texts[2:]), [1])
+        encode_replies(tokenizer, [bad], Config(), quiet=True)
 
 
 def test_steps_or_epochs():
