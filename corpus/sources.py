@@ -16,7 +16,7 @@ from typing import Any
 
 from config import UserError, first_line
 from corpus.schema import without_nulls
-from corpus.strict_json import strict_json
+from corpus.strict_json import unique_json
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # no records in these
@@ -146,8 +146,8 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
     """A JSON array, JSONL (both perhaps gzipped) or Parquet -> numbered records, one after the other.
 
     What a file is, its content says. Numbers count from 1: lines of JSONL, else positions. In place of a
-    record that is not strict JSON stands its error. Raises DataError for a file that is missing or empty,
-    that cannot be read or whose records are laid out in another way, and for Parquet without pyarrow.
+    record that is no JSON, or repeats a key, stands its error. Raises DataError for a file that is missing or
+    empty, that cannot be read or whose records are laid out in another way, and for Parquet without pyarrow.
     """
     if not path.exists():
         raise DataError(f"{path} does not exist; check the path")
@@ -192,7 +192,7 @@ def _json_records(path: Path, file: io.TextIOBase) -> Iterator[tuple[int, Any]]:
 
 def _decoded(text: str) -> Any:
     try:
-        return strict_json(text)
+        return unique_json(text)
     except (ValueError, RecursionError) as error:
         return error
 

@@ -48,6 +48,17 @@ def strict_json(text: str) -> Any:
     return _STRICT.decode(text)
 
 
+_UNIQUE = json.JSONDecoder(object_pairs_hook=_unique_keys)
+
+
+def unique_json(text: str) -> Any:
+    """json.loads without repeated keys. NaN and overflow pass: they may stand in a column that nobody reads.
+
+    Raises ValueError or RecursionError.
+    """
+    return _UNIQUE.decode(text)
+
+
 def nested_deeper(value: Any, limit: int) -> bool:
     """Whether lists and objects are nested more than `limit` deep. Without recursion: nothing overflows."""
     level = [value]

@@ -91,14 +91,18 @@ def test_the_content_says_what_a_file_is(tmp_path, content, name):
 
 
 @pytest.mark.parametrize("form", ["\n".join, lambda texts: f"[{', '.join(texts)}]"])
-def test_a_record_that_json_allows_two_readings_of_is_dropped_alone(tmp_path, form):
-    texts = [json.dumps(xlam(id=i, query=f"Add {i}.", more=0)) for i in range(5)]
-    for index, value in ((1, "NaN"), (2, "1e999"), (3, "{\"x\": 1, \"x\": 2}")):
-        texts[index] = texts[index].replace('"more": 0', f'"more": {value}')
+def test_what_json_does_not_have_drops_its_record_alone_and_only_where_it_is_read(tmp_path, form):
+    good = json.dumps(xlam(tools=[{"name": "add"}], answers=[{"name": "add", "arguments": {"a": 0}}], more=0))
+    texts = [good.replace("Add", f"Add {i}").replace('"id": 7', f'"id": {i}') for i in range(6)]
+    repeated = '{"x": 1, "x": 2}'
+    for index, field, value in (
+        (0, "more", "NaN"), (1, "a", "NaN"), (2, "a", "1e999"), (3, "a", repeated), (4, "more", repeated),
+    ):
+        texts[index] = texts[index].replace(f'"{field}": 0', f'"{field}": {value}')
     (tmp_path / "x.json").write_text(form(texts))
     examples, dropped = load_examples(tmp_path / "x.json")
-    assert ids_of(examples) == ["0", "4"]
-    assert [(drop.line, drop.reason) for drop in dropped] == [(line, "broken_json") for line in (2, 3, 4)]
+    assert ids_of(examples) == ["0", "5"]
+    assert [(drop.line, drop.reason) for drop in dropped] == [(line, "broken_json") for line in (2, 3, 4, 5)]
 
 
 def test_arrow_s_nulls_in_structs_are_not_read(tmp_path):
