@@ -66,6 +66,7 @@ def sample_groups(
     """
     stops = stop_ids(tokenizer)
     was_training = model.training
+    quiet = not progress or None  # None: only where a terminal shows it
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     copies = decoding.group_size if decoding.temperature > 0 else 1  # greedy copies would be equal
     batch_size = decoding.batch_size
@@ -74,7 +75,7 @@ def sample_groups(
     groups: dict[int, Group] = {}
     model.eval()
     try:
-        with tqdm(total=len(prompts), desc="rollout", leave=False, delay=10, disable=not progress) as bar:
+        with tqdm(total=len(prompts), desc="rollout", leave=False, delay=10, disable=quiet) as bar:
             while len(groups) < len(prompts):
                 ahead = order[len(groups) :]
                 fitting = rows_that_fit(model, len(prompts[ahead[-1]].ids), copies, decoding.max_new_tokens)

@@ -59,7 +59,7 @@ def encode_replies(tokenizer, train: Sequence[Tokenized], config: Config, quiet:
     if bare and config.sft_reason and not quiet:
         print(f"data: {bare} of {len(train)} examples have no demonstrations: their bare calls are imitated")
     imitations = []
-    for item in tqdm(train, desc="encode replies", leave=False, disable=quiet):
+    for item in tqdm(train, desc="encode replies", leave=False, disable=quiet or None):
         replies = replies_to_imitate(item.example, config.sft_reason)
         imitations.append((item.ids, [encode_reply(tokenizer, text) for text in replies]))
     return imitations
@@ -107,7 +107,7 @@ def train(run: Run, budget: float = 0.0) -> None:
     imitations = encode_replies(run.tokenizer, run.examples, config, quiet=not run.ranks.main)
     total = None if budget else run.steps
     label = "SFT" if run.monitor else "warm-up (SFT)"
-    with tqdm(total=total, initial=state["step"], desc=label, disable=not run.ranks.main) as bar:
+    with tqdm(total=total, initial=state["step"], desc=label, disable=not run.ranks.main or None) as bar:
         while progress(run, budget) < 1:
             step = start_step(run)
             lr = learning_rate(config.sft_lr, "linear", step, RAMP_STEPS, progress(run, budget))

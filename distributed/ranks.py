@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
@@ -138,7 +138,9 @@ class StopFlag:
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """Runs a script's main. A UserError, lost processes and full memory or disk end it with one sentence."""
+    """Runs a script's main. A UserError, lost processes and full memory or disk end it with one sentence; a
+    reader of its output that has seen enough, like `| head`, without any.
+    """
     message, lost, code = "", "", 1
     many = int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
@@ -155,6 +157,9 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         message += "lower rollout_batch_size (rollout) or max_tokens_per_micro_batch (update)"
     except SystemExit as stopped:  # --help, or a second signal
         code = stopped.code or 0
+    except BrokenPipeError:
+        if end_output(sys.stdout):  # another pipe
+            raise
     except BaseException as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             message = f"error: {error.filename}: {error.strerror}; make room, and go on with --resume true"
@@ -163,18 +168,28 @@ def run_script(main: Callable[[list[str]], None]) -> None:
             message = lost or traceback.format_exc().rstrip()
         else:
             raise
+    end_output(sys.stdout)
     if message:
         print(message, file=sys.stderr, flush=True)
     if lost:  # so that torchrun's table shows the process that died, and not this one
         _let_torchrun_end_us(1)
     if many and code not in (0, 130):
         # An orderly end would wait for the others, who may sit in a collective; torchrun ends them then.
-        sys.stdout.flush()
         os._exit(code)
     if dist.is_initialized():
         dist.destroy_process_group()
     if code:
         sys.exit(code)
+
+
+def end_output(stream: TextIO) -> bool:
+    """Writes out what is buffered -> whether anybody reads it. If not, it goes nowhere from here on."""
+    try:
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return False
+    return True
 
 
 def _let_torchrun_end_us(seconds: float) -> None:
