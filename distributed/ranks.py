@@ -20,6 +20,7 @@ from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from config import ConfigError, UserError
 
@@ -157,18 +158,15 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         message += "lower rollout_batch_size (rollout) or max_tokens_per_micro_batch (update)"
     except SystemExit as stopped:  # --help, or a second signal
         code = stopped.code or 0
-    except BrokenPipeError:
-        if end_output(sys.stdout):  # another pipe
-            raise
     except BaseException as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             message = f"error: {error.filename}: {error.strerror}; make room, and go on with --resume true"
         elif many:
             lost = lost_processes(error)
             message = lost or traceback.format_exc().rstrip()
-        else:
+        elif not isinstance(error, BrokenPipeError):
             raise
-    end_output(sys.stdout)
+    write_out(sys.stdout)
     if message:
         print(message, file=sys.stderr, flush=True)
     if lost:  # so that torchrun's table shows the process that died, and not this one
@@ -182,14 +180,13 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         sys.exit(code)
 
 
-def end_output(stream: TextIO) -> bool:
-    """Writes out what is buffered -> whether anybody reads it. If not, it goes nowhere from here on."""
+def write_out(stream: TextIO, text: str = "") -> None:
+    """Writes a text and what is buffered. Where nobody reads it any more, all goes nowhere from here on."""
     try:
-        stream.flush()
+        tqdm.write(text, stream, end="")  # tears no progress bar
+        stream.flush()  # somebody may follow the file
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        return False
-    return True
 
 
 def _let_torchrun_end_us(seconds: float) -> None:

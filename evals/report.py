@@ -86,20 +86,24 @@ def _parser(script: Script) -> argparse.ArgumentParser:
 def run(script: Script, arguments: list[str] | None) -> int:
     """`generate`, `score` or --diff A B. Returns 0, or 2 after an error, which is told in one sentence."""
     parser = _parser(script)
-    args = parser.parse_args(arguments)
-    if bool(args.diff) == ("run" in args):
-        parser.error("choose one of generate, score and --diff A B")
     try:
+        args = parser.parse_args(arguments)
+        if bool(args.diff) == ("run" in args):
+            parser.error("choose one of generate, score and --diff A B")
         if args.diff:
             print_diff(*args.diff, args.show, script.right, script.group)
         else:
             args.run(args)
-        sys.stdout.flush()
     except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        pass
     except (UserError, OSError) as error:
         print(f"{script.name}: error: {error}", file=sys.stderr)
         return 2
+    finally:
+        try:
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 0
 
 

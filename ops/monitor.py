@@ -18,10 +18,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from tqdm import tqdm
-
 from config import Config, ConfigError, first_line
-from distributed.ranks import Ranks, end_output, first_problem
+from distributed.ranks import Ranks, first_problem, write_out
 from ops.plot import draw
 from reward import REWARDS
 
@@ -227,6 +225,4 @@ def attempt(what: str, action: Callable, *arguments: Any) -> bool:
 def say(sentence: str, stream: TextIO) -> None:
     """Prints without tearing a progress bar. A terminal or pipe that is gone stops nothing."""
     with contextlib.suppress(OSError):
-        tqdm.write(sentence, file=stream)
-    with contextlib.suppress(OSError):
-        end_output(stream)  # somebody may follow the file
+        write_out(stream, sentence + "\n")
