@@ -135,6 +135,8 @@ def warm_up(session: Session) -> Session:
     config = session.config
     folder = Path(config.run_dir) / "warmup"
     folder.mkdir(exist_ok=True)
+    if session.ranks.main:
+        print(f"warm-up: {config.warmup_steps} steps of SFT, logged in {folder}", flush=True)
     spec = RunSpec(folder, session.path, config.warmup_steps, config.sft_lr, BETAS, warm_up=True)
     run = begin(session, spec)
     train(run)

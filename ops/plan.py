@@ -275,7 +275,8 @@ def report(config: Config, shape: Shape, a: Assumptions) -> str:
 
 def main(arguments: list[str]) -> None:
     """Prints the plan of the run that the settings describe. Raises ConfigError or ModelError."""
-    parser = argparse.ArgumentParser("ops.plan", allow_abbrev=False, description=Assumptions.__doc__)
+    more = "All other options are settings; python grpo.py --help lists them."
+    parser = argparse.ArgumentParser("ops.plan", None, Assumptions.__doc__, more, allow_abbrev=False)
     for f in dataclasses.fields(Assumptions):
         note = f"default: {f.default}"
         parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default, help=note)
