@@ -48,7 +48,7 @@ def write_page(run_dir: Path) -> Path:
     with source.open("rb") as file:
         lines, unread = read_lines(file)
         if unread:
-            print(f"warning: {source}: {unread} lines hold no completion of ours; left out", file=sys.stderr)
+            print(f"warning: {source}: left out {unread} unreadable line(s)", file=sys.stderr)
         about = {"run": run_dir.resolve().name, "logged": len(lines)}
         text = embed(about | rewards_by_step(lines) | rows_of(file, thin(lines)))
     head, tail = TEMPLATE.read_text(encoding="utf-8").split("__ROWS__")
@@ -139,7 +139,7 @@ def rows_of(file: BinaryIO, kept: Iterable[Line]) -> dict:
         answer = "\n".join(shown(call) for call in row["answer"])
         prompt = prompts.setdefault((row["prompt_id"], row["kind"], row["query"], answer), len(prompts))
         if row["tools"] or prompt not in more:
-            tools = [json.dumps(tool, ensure_ascii=False) for tool in row["tools"]]
+            tools = [(str(tool.get("name")), json.dumps(tool, ensure_ascii=False)) for tool in row["tools"]]
             more[prompt] = [tools, row["turns"], row["begun"]]
         reasons[row["reason"]] += 1
         words.update(row["tokens"])

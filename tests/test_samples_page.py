@@ -73,7 +73,7 @@ def test_a_prompt_shows_its_tools_its_turns_and_what_it_begins_of_the_reply(tmp_
     rows = [row(1, tools=tools, turns=turns, begun="<think>\n"), row(1, "c"), row(2)]
     old = {"step": 3, "prompt_id": "p", "completion": "…", "reward": 1.0}
     data = embedded(write_page(run_of(tmp_path, [*rows, old])))
-    assert data["prompts"][0][4:] == [['{"name": "f"}'], turns, "<think>\n"]
+    assert data["prompts"][0][4:] == [[["f", '{"name": "f"}']], turns, "<think>\n"]
     assert data["prompts"][1][4:] == data["prompts"][2][4:] == [[], [], ""]
     assert [one[1] for one in data["rows"]] == [0, 0, 1, 2] and data["words"][data["rows"][3][6][0]] == "…"
 
@@ -82,7 +82,7 @@ def test_a_line_that_is_no_row_is_left_out_and_told(tmp_path, capsys):
     lines = ["{", "7", "{}", json.dumps(row(1, reward=math.nan)), json.dumps(row(1, logprobs=["x"] * 3))]
     run_of(tmp_path, [row(1)], rest="\n".join(lines) + "\n")
     assert unpacked(write_page(tmp_path)) == [row(1)]
-    assert f"{len(lines)} lines" in capsys.readouterr().err
+    assert f"left out {len(lines)} " in capsys.readouterr().err
 
 
 ASKED = [ToolCall("f", {"x": 1, "city": "Łódź"}), ToolCall("g", {})]
