@@ -139,8 +139,8 @@ class StopFlag:
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """Runs a script's main. A UserError, lost processes and full memory or disk end it with one sentence; a
-    reader of its output that has seen enough, like `| head`, without any.
+    """Runs a script's main. A UserError, lost processes and full memory or disk end it with one sentence, and
+    a reader of its output that has seen enough, like `| head`, without any.
     """
     message, lost, code = "", "", 1
     many = int(os.environ.get("WORLD_SIZE", 1)) > 1
@@ -166,6 +166,8 @@ def run_script(main: Callable[[list[str]], None]) -> None:
             message = lost or traceback.format_exc().rstrip()
         elif not isinstance(error, BrokenPipeError):
             raise
+        elif dist.is_initialized():  # a run, which must not end unnoticed
+            message = "error: nobody reads the output of this run any more; write it to a file"
     write_out(sys.stdout)
     if message:
         print(message, file=sys.stderr, flush=True)
