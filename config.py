@@ -154,12 +154,12 @@ def load_config(arguments: list[str]) -> Config:
     A flag without a value is true. A YAML file may name a `base` file, relative to itself, that it refines.
     """
     values: dict[str, Any] = {}
-    pairs = _pairs(arguments)
-    if any(key == "help" for key, _ in pairs):
-        print("usage: python grpo.py or sft.py [--config FILE.yaml] [--key value …]; a key alone is true\n")
+    if {"-h", "--help"} & set(arguments):
+        print("usage: grpo.py or sft.py [--config FILE.yaml] [--key value …]; a key alone is true\n")
         for f in dataclasses.fields(Config):
             print(f"--{f.name:<28}{f.default!r:<30} {f.metadata['help']}")
         raise SystemExit(0)
+    pairs = _pairs(arguments)
     for path in [value for key, value in pairs if key == "config"]:
         values |= _read_yaml(Path(path))
     values |= {key: value for key, value in pairs if key != "config"}

@@ -227,8 +227,9 @@ def main(arguments: list[str] | None = None) -> int:
     script = report.Script(
         name="eval_bfcl", data=f"folder or checkout with BFCL_v4_*.json, or {HUB_ID}",
         max_prompt_tokens=16384, generate=generate, generate_options={"--categories": which},
-        score=score, score_options={"--official-dir": folder, "--model-name": name},
-        right="valid", group=lambda verdict: bfcl_data.category_of(verdict["id"]),
+        score=score, right="valid",
+        score_options={"--official_dir --official-dir": folder, "--model_name --model-name": name},
+        group=lambda verdict: bfcl_data.category_of(verdict["id"]),
     )
     return report.run(script, arguments)
 

@@ -214,7 +214,7 @@ def resample_flat(run: Run, step: int, groups: Sequence[Group]) -> tuple[list[Gr
 def train(run: Run) -> None:
     """Collective. The training loop, from the step after run.state["step"] to the last."""
     config, state = run.config, run.state
-    with tqdm(total=run.steps, initial=state["step"], desc="GRPO", disable=not run.ranks.main) as bar:
+    with tqdm(total=run.steps, initial=state["step"], desc="GRPO", disable=not run.ranks.main or None) as bar:
         while state["step"] < run.steps:
             step = start_step(run)
             done = (step - 1) / run.steps

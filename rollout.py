@@ -22,10 +22,10 @@ from kernel.attention import use_attention
 from kernel.decode import Prompt, rows_that_fit
 from kernel.hf_engines import ENGINES, EngineError
 from model import ModelError, autocast
-from prompts import decode_reply, parse_completion, stop_ids
+from prompts import build_messages, decode_reply, parse_completion, prefilled_reply, stop_ids
 from reward import RewardFunction
 
-QUERY_CHARACTERS = 500  # of a query, in samples.jsonl
+QUERY_CHARACTERS, TURN_CHARACTERS = 500, 2000  # of a query and of a message, in samples.jsonl
 PEAK_TFLOPS = {"H100": 989, "H200": 989, "GH200": 989, "H800": 989, "A100": 312, "A800": 312, "B200": 2250}
 
 
@@ -66,6 +66,7 @@ def sample_groups(
     """
     stops = stop_ids(tokenizer)
     was_training = model.training
+    quiet = not progress or None  # None: only where a terminal shows it
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
     copies = decoding.group_size if decoding.temperature > 0 else 1  # greedy copies would be equal
     batch_size = decoding.batch_size
@@ -74,7 +75,7 @@ def sample_groups(
     groups: dict[int, Group] = {}
     model.eval()
     try:
-        with tqdm(total=len(prompts), desc="rollout", leave=False, delay=10, disable=not progress) as bar:
+        with tqdm(total=len(prompts), desc="rollout", leave=False, delay=10, disable=quiet) as bar:
             while len(groups) < len(prompts):
                 ahead = order[len(groups) :]
                 fitting = rows_that_fit(model, len(prompts[ahead[-1]].ids), copies, decoding.max_new_tokens)
@@ -176,27 +177,36 @@ def sample_rows(
     rank.
 
     advantages [P][G]: those of `groups`. query: the start of the last user message. answer: the right calls.
-    tokens, logprobs: of the response, see token_texts and Group.
+    tokens, logprobs: of the response, see token_texts and Group. A prompt's first row also has its tools, its
+    turns (role, text) where there are several, and what it has begun of the reply.
     """
     chosen = [(p, g) for p, group in enumerate(groups) for g in range(len(group.texts))]
     chosen = chosen[: -(-limit // ranks.world)]
     rows = []
     for (p, g), tokens in zip(chosen, token_texts(tokenizer, [groups[p].responses[g] for p, g in chosen])):
         group = groups[p]
-        messages = group.example.messages
-        asked = [message.get("content") or "" for message in messages if message["role"] == "user"]
-        query = asked[-1] if asked else ""
+        said = build_messages(group.example.messages, [], "")  # the first: the system prompt of the data
+        said = [(turn["role"], turn["content"].strip()) for turn in said]
+        query = next((text for role, text in reversed(said) if role == "user"), "")
         row = {
             "step": step, "prompt_id": group.prompt.id, "completion": group.texts[g],
             "reward": group.rewards[g].total, "reason": group.rewards[g].reason,
             "advantage": round(advantages[p][g], 4), "truncated": group.truncated[g],
-            "kind": example_kind(group.example),
-            "query": query[:QUERY_CHARACTERS] + "…" * (len(query) > QUERY_CHARACTERS),
+            "kind": example_kind(group.example), "query": cut(query, QUERY_CHARACTERS),
             "answer": [call.as_dict() for call in group.example.answer],
             "tokens": tokens, "logprobs": [round(x, 3) for x in group.logprobs[g]],
         }
+        if g == 0:
+            turns = [(role, cut(text, TURN_CHARACTERS)) for role, text in said if text]
+            row |= {"tools": group.example.tools, "begun": prefilled_reply(tokenizer)}
+            row["turns"] = turns if len(turns) > 1 else []
         rows.append(row)
     return [row for part in ranks.gather(rows) for row in part]
+
+
+def cut(text: str, limit: int) -> str:
+    """The text, or its start and an ellipsis."""
+    return text[:limit] + "…" * (len(text) > limit)
 
 
 def token_texts(tokenizer, responses: Sequence[list[int]]) -> list[list[str]]:

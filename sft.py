@@ -120,7 +120,7 @@ def train(run: Run, budget: float = 0.0) -> None:
     imitations = encode_replies(run.tokenizer, run.examples, config, quiet=not run.ranks.main)
     total = None if budget else run.steps
     label = "SFT" if run.monitor else "warm-up (SFT)"
-    with tqdm(total=total, initial=state["step"], desc=label, disable=not run.ranks.main) as bar:
+    with tqdm(total=total, initial=state["step"], desc=label, disable=not run.ranks.main or None) as bar:
         while progress(run, budget) < 1:
             step = start_step(run)
             lr = learning_rate(config.sft_lr, "linear", step, RAMP_STEPS, progress(run, budget))
@@ -148,6 +148,8 @@ def warm_up(session: Session) -> Session:
     config = session.config
     folder = Path(config.run_dir) / "warmup"
     folder.mkdir(exist_ok=True)
+    if session.ranks.main:
+        print(f"warm-up: {config.warmup_steps} steps of SFT, logged in {folder}", flush=True)
     spec = RunSpec(folder, session.path, config.warmup_steps, config.sft_lr, BETAS, warm_up=True)
     run = begin(session, spec)
     train(run)

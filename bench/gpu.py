@@ -302,11 +302,12 @@ def tables(path: Path) -> str:
 def main(arguments: list[str]) -> int:
     """Runs the parts and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--parts", default=",".join(PARTS), help="some of them, comma-separated")
-    parser.add_argument("--minutes", type=float, default=9.0, help="for all; the rest is skipped")
-    parser.add_argument("--out", type=Path, default=ROOT / "runs/gpu.jsonl", help="results are appended here")
-    parser.add_argument("--tiny", action="store_true", help="tiny models, also without a GPU")
-    parser.add_argument("--table", type=Path, help="print the results of this file as Markdown")
+    add = parser.add_argument
+    add("--parts", default=",".join(PARTS), help="some of %(default)s")
+    add("--minutes", type=float, default=9.0, help="for all; the rest is skipped (default: %(default)s)")
+    add("--out", type=Path, default=ROOT / "runs/gpu.jsonl", help="appended to (default: runs/gpu.jsonl)")
+    add("--tiny", action="store_true", help="tiny models, also without a GPU")
+    add("--table", type=Path, help="print the results of this file as Markdown")
     args = parser.parse_args(arguments)
     if args.table:
         print(tables(args.table), end="")

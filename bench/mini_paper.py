@@ -128,7 +128,7 @@ def run_all(jobs: Sequence[tuple[str, int]], parts: dict[str, Part], out: Path, 
         for name, seed in jobs:
             futures[name, seed] = pool.submit(run_part, name, seed, parts, out, futures)
         try:
-            for future in tqdm(list(futures.values()), desc="runs"):
+            for future in tqdm(list(futures.values()), desc="runs", disable=None):
                 future.result()
         except BaseException:
             pool.shutdown(cancel_futures=True)
@@ -231,13 +231,14 @@ def main() -> None:
     """Runs what is missing and prints the tables."""
     demo = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text(encoding="utf-8"))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("seeds", "ablations"))
-    parser.add_argument("--seeds", type=int, help="how many; default: 8, ablations: 5")
-    parser.add_argument("--controls", type=int, default=1, help="seeds of each negative control")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at a time")
-    parser.add_argument("--steps", type=int, default=demo["steps"], help="of RL")
-    parser.add_argument("--warmup_steps", type=int, default=demo["warmup_steps"])
-    parser.add_argument("--out", type=Path, default=Path("runs/mini_paper"), help="folder of the runs")
+    add = parser.add_argument
+    add("what", choices=("seeds", "ablations"))
+    add("--seeds", type=int, help="how many; default: 8, ablations: 5")
+    add("--controls", type=int, default=1, help="seeds of each negative control (default: %(default)s)")
+    add("--jobs", type=int, default=os.cpu_count(), help="processes at a time (default: all cores)")
+    add("--steps", type=int, default=demo["steps"], help="of RL (default: %(default)s)")
+    add("--warmup_steps", type=int, default=demo["warmup_steps"], help="of SFT (default: %(default)s)")
+    add("--out", type=Path, default=Path("runs/mini_paper"), help="of the runs (default: %(default)s)")
     args, settings = parser.parse_known_args()  # other --key value pairs are settings of every run
     load_config(settings)  # a mistake shows before the first run
     ablations = args.what == "ablations"

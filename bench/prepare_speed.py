@@ -78,11 +78,12 @@ def demo_records() -> tuple[list[dict], list[dict]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, help=f"folder with {' and '.join(GENUINE)}")
-    parser.add_argument("--xlam", type=int, default=60_000, help="records in xLAM's layout")
-    parser.add_argument("--toolace", type=int, default=10_000, help="records in ToolACE's layout")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("options", nargs="*", help="further options of prepare, after --")
+    add = parser.add_argument
+    add("--data", type=Path, help=f"folder with {' and '.join(GENUINE)}; default: generated records")
+    add("--xlam", type=int, default=60_000, help="records in xLAM's layout (default: %(default)s)")
+    add("--toolace", type=int, default=10_000, help="records in ToolACE's layout (default: %(default)s)")
+    add("--repeats", type=int, default=3, help="of each measurement (default: %(default)s)")
+    add("options", nargs="*", help="further options of prepare, after --")
     args = parser.parse_args()
     genuine = [json.loads((args.data / name).read_text()) for name in GENUINE] if args.data else None
     xlam, toolace = genuine or demo_records()

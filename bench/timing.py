@@ -44,7 +44,7 @@ def options(about: str, **defaults: int | str | bool) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in defaults.items():
         kind = {"action": "store_true"} if default is False else {"type": type(default), "default": default}
-        parser.add_argument(f"--{name}", **kind)
+        parser.add_argument(f"--{name}", **kind, help=f"default: {default!r}")
     return parser.parse_args()
 
 

@@ -73,7 +73,7 @@ def try_prompts(
     decoding = replace(Decoding.training(config), group_size=samples)
     items = sorted(items, key=lambda item: len(item.ids))  # prompts of similar length share a batch
     size = max(1, config.rollout_batch_size // samples)
-    for start in tqdm(range(0, len(items), size), desc="distill", unit="batch"):
+    for start in tqdm(range(0, len(items), size), desc="distill", unit="batch", disable=None):
         batch = items[start : start + size]
         keys = [example_key(item.example) for item in batch]
         seeds = [prompt_seed(config.seed, 0, int(key[:16], 16)) for key in keys]

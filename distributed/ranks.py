@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
-from config import ConfigError, UserError, quiet_pipe
+from config import ConfigError, UserError
 
 
 class Interrupted(Exception):
@@ -138,12 +139,13 @@ class StopFlag:
 
 
 def run_script(main: Callable[[list[str]], None]) -> None:
-    """Runs a script's main. A UserError, lost processes and full memory or disk end it with one sentence."""
+    """Runs a script's main. A UserError, lost processes and full memory or disk end it with one sentence, and
+    a reader of its output that has seen enough, like `| head`, without any.
+    """
     message, lost, code = "", "", 1
     many = int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
-        with quiet_pipe():
-            main(sys.argv[1:])
+        main(sys.argv[1:])
         code = 0
     except UserError as error:
         message = f"error: {error}"
@@ -154,7 +156,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     except torch.OutOfMemoryError as error:
         message = f"error: out of GPU memory on rank {os.environ.get('RANK', 0)}{phase_of(error)}; "
         message += "lower rollout_batch_size (rollout) or max_tokens_per_micro_batch (update)"
-    except SystemExit as stopped:  # --help, a second signal or a closed pipe
+    except SystemExit as stopped:  # --help, or a second signal
         code = stopped.code or 0
     except BaseException as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
@@ -162,20 +164,31 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         elif many:
             lost = lost_processes(error)
             message = lost or traceback.format_exc().rstrip()
-        else:
+        elif not isinstance(error, BrokenPipeError):
             raise
+        elif dist.is_initialized():  # a run, which must not end unnoticed
+            message = "error: nobody reads the output of this run any more; write it to a file"
+    write_out(sys.stdout)
     if message:
         print(message, file=sys.stderr, flush=True)
     if lost:  # so that torchrun's table shows the process that died, and not this one
         _let_torchrun_end_us(1)
     if many and code not in (0, 130):
         # An orderly end would wait for the others, who may sit in a collective; torchrun ends them then.
-        sys.stdout.flush()
         os._exit(code)
     if dist.is_initialized():
         dist.destroy_process_group()
     if code:
         sys.exit(code)
+
+
+def write_out(stream: TextIO, text: str = "") -> None:
+    """Writes a text and what is buffered. Where nobody reads it any more, all goes nowhere from here on."""
+    try:
+        tqdm.write(text, stream, end="")  # tears no progress bar
+        stream.flush()  # somebody may follow the file
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _let_torchrun_end_us(seconds: float) -> None:

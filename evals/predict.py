@@ -92,7 +92,7 @@ def write_predictions(
     todo.sort(key=lambda one: len(one.prompt.ids))  # prompts of similar length share a batch
     size = max(1, sampling.batch_size // sampling.samples)
     began = time.perf_counter()
-    for start in tqdm(range(0, len(todo), size), desc=path.parent.name or "eval", unit="batch"):
+    for start in tqdm(range(0, len(todo), size), desc=path.parent.name or "eval", unit="batch", disable=None):
         append_jsonl(path, _answer(policy, tokenizer, todo[start : start + size], sampling))
     print(f"{path}: {len(todo)} cases asked in {time.perf_counter() - began:.1f} s")
 

@@ -41,7 +41,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Script:
-    """What an evaluation script adds to the command line. Options: flag -> keywords of add_argument."""
+    """What an evaluation script adds to the command line. Options: flags -> keywords of add_argument."""
 
     name: str
     data: str  # what --data may be
@@ -64,32 +64,32 @@ def _parser(script: Script) -> argparse.ArgumentParser:
     ask.set_defaults(run=script.generate)
     score.set_defaults(run=script.score)
     ask.add_argument("--model", required=True, help="folder or hub id of a model")
-    ask.add_argument("--limit", type=int, help="first N cases of each category or level")
-    ask.add_argument("--temperature", type=float, default=0.0, help="0, the default, is greedy")
-    ask.add_argument("--samples", type=int, default=1, help="replies per case; needs a temperature")
+    ask.add_argument("--limit", type=int, help="first N cases of each category or level; default: all")
+    ask.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
+    ask.add_argument("--samples", type=int, default=1, help="replies per case (default: %(default)s)")
     ask.add_argument("--prompt_template", default="", help="file with a {tools} slot; default: our own")
-    ask.add_argument("--chat_template_kwargs", default="", help="variables of its chat template")
-    ask.add_argument("--seed", type=int, default=0, help="of the samples")
+    ask.add_argument("--chat_template_kwargs", default="", help="variables of its template; default: none")
+    ask.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
     limits = {"max_prompt_tokens": script.max_prompt_tokens, "max_new_tokens": 1024, "batch_size": 32}
     for name, default in limits.items():
         ask.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
     score.add_argument("--predictions", required=True, type=Path, help=".jsonl or .jsonl.gz")
     for command, options in ((ask, script.generate_options), (score, script.score_options)):
         command.add_argument("--data", required=True, help=script.data)
-        command.add_argument("--out", required=True, type=Path)
-        for flag, keywords in options.items():
-            command.add_argument(flag, **keywords)
+        command.add_argument("--out", required=True, type=Path, help="folder to write to")
+        for flags, keywords in options.items():
+            command.add_argument(*flags.split(), **keywords)
     return parser
 
 
 def run(script: Script, arguments: list[str] | None) -> int:
     """`generate`, `score` or --diff A B. Returns 0, or 2 after an error, which is told in one sentence."""
     parser = _parser(script)
-    args = parser.parse_args(arguments)
-    if bool(args.diff) == ("run" in args):
-        parser.error("choose one of generate, score and --diff A B")
     try:
         with quiet_pipe():
+            args = parser.parse_args(arguments)
+            if bool(args.diff) == ("run" in args):
+                parser.error("choose one of generate, score and --diff A B")
             if args.diff:
                 print_diff(*args.diff, args.show, script.right, script.group)
             else:

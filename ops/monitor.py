@@ -18,27 +18,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from tqdm import tqdm
-
 from config import Config, ConfigError, first_line
-from distributed.ranks import Ranks, first_problem
+from distributed.ranks import Ranks, first_problem, write_out
 from ops.plot import draw
 from reward import REWARDS
 
 PLOT_SECONDS = 60.0  # at least, between two drawings of curves.png
-STEP_LINE = (
-    "step {step}/{steps} · reward {reward:.2f} (right {correct_rate:.0%}, format {format_rate:.0%}) · "
-    "KL {kl:.2g} · entropy {entropy:.2g} · {completions/mean_length:.0f} tokens, "
-    "{completions/clipped_ratio:.0%} cut · flat groups {frac_reward_zero_std:.0%} · {whole:.1f} s: {phases}"
+LINE_SECONDS = 10.0  # at least, between two lines of SFT where no bar is seen
+STEP_LINE = (  # of GRPO; at most 100 columns
+    "step {step}/{steps} · reward {reward:.2f}, right {correct_rate:.0%}, format {format_rate:.0%} · "
+    "KL {kl:.3f}, {completions/mean_length:.0f} tokens, flat {frac_reward_zero_std:.0%} · {whole:.3g} s"
 )
+SFT_LINE = "step {step}/{steps} · loss {loss:.4f} · {whole:.3g} s"
 
 
 def step_line(record: dict, steps: int) -> str:
-    """One line about one step of GRPO. steps: of the whole run."""
-    seconds = {key[len("time/") : -len("_s")]: record[key] for key in record if key.startswith("time/")}
-    largest = sorted(seconds, key=seconds.get)[-2:]
-    phases = ", ".join(f"{name} {seconds[name]:.1f}" for name in seconds if name in largest)
-    return STEP_LINE.format_map(record | {"steps": steps, "whole": sum(seconds.values()), "phases": phases})
+    """One line about one step. steps: of the whole run."""
+    seconds = sum(record[key] for key in record if key.startswith("time/"))
+    form = STEP_LINE if "reward" in record else SFT_LINE
+    return form.format_map(record | {"steps": steps, "whole": seconds})
 
 
 def evaluation_line(record: dict) -> str:
@@ -155,6 +153,7 @@ class Monitor:
     folder: Path
     trackers: dict[str, tuple[Callable, Callable]]
     next_picture: float  # time.monotonic()
+    next_line: float = 0.0  # the same, of SFT
     active: frozenset[str] = field(default_factory=frozenset)  # keys of the alarms that are on
 
 
@@ -181,9 +180,14 @@ def open_monitor(config: Config, folder: Path, step: int, ranks: Ranks) -> Monit
 
 
 def show(monitor: Monitor, record: dict, steps: int) -> None:
-    """Shows a record of log.jsonl. steps: of the whole run. SFT's steps have a bar instead of lines."""
-    lines = [step_line(record, steps) if "reward" in record else "", evaluation_line(record)]
-    for line in filter(None, lines):
+    """Shows a record of log.jsonl. steps: of the whole run. SFT's steps have a bar in a terminal, elsewhere a
+    line now and then.
+    """
+    due = not sys.stderr.isatty() and time.monotonic() >= monitor.next_line
+    if "reward" in record or ("loss" in record and due):
+        monitor.next_line = time.monotonic() + LINE_SECONDS
+        say(step_line(record, steps), sys.stdout)
+    if line := evaluation_line(record):
         say(line, sys.stdout)
     sentences, monitor.active = alarms(record, monitor.active, monitor.config)
     for sentence in sentences:
@@ -221,5 +225,4 @@ def attempt(what: str, action: Callable, *arguments: Any) -> bool:
 def say(sentence: str, stream: TextIO) -> None:
     """Prints without tearing a progress bar. A terminal or pipe that is gone stops nothing."""
     with contextlib.suppress(OSError):
-        tqdm.write(sentence, file=stream)
-        stream.flush()  # somebody may follow the file
+        write_out(stream, sentence + "\n")

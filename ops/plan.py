@@ -2,7 +2,7 @@
 
     python -m ops.plan --config configs/qwen2.5-7b.yaml --gpus 8 --gpu_memory 80
 
-Arithmetic on the model's config.json and the settings; no weights are loaded. Memory is counted from a
+Arithmetic on the model's sizes and the settings; no weights are loaded. Memory is counted from a
 decoder layer of Qwen2, Qwen3 or Llama; tests/test_plan.py compares it with measured bytes. Times are a
 roofline; network, offloading, launches, rewards and evaluations come on top. GB are 10^9 bytes.
 """
@@ -14,8 +14,10 @@ import dataclasses
 import itertools
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from config import Config, ConfigError, load_config
 from corpus.tiny_model import LAYERS, VOCABULARY, tiny_config
@@ -31,6 +33,17 @@ USABLE = 0.95  # of a GPU's memory; the rest is lost between the allocator's blo
 EFFICIENCY = 0.45  # share of the peak that matrix products reach
 ENGINE_SHARE = 0.8  # of the free memory that kernel.decode.rows_that_fit gives to sequences
 SAMPLING = 26  # bytes per logit in kernel.decode.choose: bf16, two in fp32, two in fp64
+CONFIGS = Path(__file__).parents[1] / "configs"
+# The paper's models, for a plan without a network: hidden and MLP size, layers, heads, K/V heads, vocabulary.
+KNOWN = {
+    "Qwen/Qwen2.5-0.5B-Instruct": (896, 4864, 24, 14, 2, 151936),
+    "Qwen/Qwen2.5-1.5B-Instruct": (1536, 8960, 28, 12, 2, 151936),
+    "Qwen/Qwen2.5-3B-Instruct": (2048, 11008, 36, 16, 2, 151936),
+    "Qwen/Qwen2.5-7B-Instruct": (3584, 18944, 28, 28, 4, 152064),
+    "Qwen/Qwen2.5-14B-Instruct": (5120, 13824, 48, 40, 8, 152064),
+    "meta-llama/Meta-Llama-3-8B-Instruct": (4096, 14336, 32, 32, 8, 128256),
+    "meta-llama/Llama-3.1-8B-Instruct": (4096, 14336, 32, 32, 8, 128256),
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +78,24 @@ class Shape:
     kv_bytes: int
 
 
-def shape_of(model, trust_remote_code: bool = False) -> Shape:
+def start_config(config: Config) -> PreTrainedConfig:
+    """The config of the model to start from; of one that a run of configs/ has yet to write, that run's."""
+    model = config.model
+    if model == "tiny":
+        return tiny_config(VOCABULARY, config.tiny_hidden, LAYERS)
+    if Path(model).name == "model" and not Path(model).exists():
+        runs = [load_config(["--config", str(path)]) for path in sorted(CONFIGS.rglob("*.yaml"))]
+        model = next((run.model for run in runs if Path(run.run_dir, "model") == Path(model)), model)
+    if model in KNOWN and not Path(model).exists():
+        hidden, mlp, layers, heads, kv_heads, vocab = KNOWN[model]
+        return (Qwen2Config if model.startswith("Qwen/") else LlamaConfig)(
+            hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=kv_heads, vocab_size=vocab, tie_word_embeddings=vocab == 151936,  # below 7B
+        )
+    return model_config(model, config.trust_remote_code)
+
+
+def shape_of(model: PreTrainedConfig, trust_remote_code: bool = False) -> Shape:
     """The sizes in a model's config; weights have no memory. Raises ConfigError."""
     try:
         empty = skeleton(model, torch.float32, trust_remote_code)
@@ -245,17 +275,17 @@ def report(config: Config, shape: Shape, a: Assumptions) -> str:
 
 def main(arguments: list[str]) -> None:
     """Prints the plan of the run that the settings describe. Raises ConfigError or ModelError."""
-    parser = argparse.ArgumentParser("ops.plan", allow_abbrev=False, description=Assumptions.__doc__)
+    more = "All other options are settings; python grpo.py --help lists them."
+    parser = argparse.ArgumentParser("ops.plan", None, Assumptions.__doc__, more, allow_abbrev=False)
     for f in dataclasses.fields(Assumptions):
-        parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default, help=str(f.default))
+        note = f"default: {f.default}"
+        parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default, help=note)
     options, rest = parser.parse_known_args(arguments)
     config = load_config(rest)
     options.prompt_tokens = min(options.prompt_tokens, config.max_prompt_tokens)
     options.response_tokens = min(options.response_tokens, config.max_response_tokens)
-    model = tiny_config(VOCABULARY, config.tiny_hidden, LAYERS)
-    if config.model != "tiny":
-        model = model_config(config.model, config.trust_remote_code)
-    print(report(config, shape_of(model, config.trust_remote_code), Assumptions(**vars(options))))
+    shape = shape_of(start_config(config), config.trust_remote_code)
+    print(report(config, shape, Assumptions(**vars(options))))
 
 
 if __name__ == "__main__":

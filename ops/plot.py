@@ -2,11 +2,14 @@
 
     python -m ops.plot runs/demo          writes runs/demo/curves.png and prints the results
     python -m ops.plot runs/a runs/b      the same curves of several runs in one picture, runs/a/overlay.png
+
+A folder may also be another trainer's, with a log.jsonl or the trainer_state.json of transformers and TRL.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -17,13 +20,14 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from config import ConfigError
+from config import ConfigError, first_line
 from corpus.examples import KINDS
-from corpus.sources import read_jsonl
 from distributed.ranks import run_script
 
 PERCENT = "%"
 STYLES = ("-", "--", ":", "-.")
+LOGS = ("log.jsonl", "trainer_state.json")
+MOST = 1e100  # larger numbers are noise, and overflow when they are added up
 
 
 @dataclass(frozen=True)
@@ -98,16 +102,51 @@ def was_evaluated(row: dict) -> bool:
     return any("/accuracy" in key for key in row)
 
 
+def read_rows(path: Path) -> list[dict]:
+    """The objects of a JSONL file, a JSON array or a Trainer's state; [] if there is none. What is no object,
+    as a line that is still being written, is left out.
+    """
+    text = path.read_text(encoding="utf-8-sig", errors="replace") if path.exists() else ""
+    rows = []
+    for part in (text, *text.split("\n")):  # not splitlines(): a completion may hold U+2028
+        try:
+            whole = json.loads(part)
+        except (ValueError, RecursionError):
+            continue
+        history = whole.get("log_history", whole) if isinstance(whole, dict) else whole
+        rows += history if isinstance(history, list) else [history]
+        if part is text:
+            break
+    return [row for row in rows if isinstance(row, dict)]
+
+
+def read_log(run: Path) -> list[dict]:
+    """The finite numbers in the rows of a run's log; [] if there is none. A row's step is its position where
+    it names none.
+    """
+    path = next((run / name for name in LOGS if (run / name).exists()), run / LOGS[0])
+    return [{"step": place, **numbers(row)} for place, row in enumerate(read_rows(path), 1)]
+
+
+def numbers(row: dict) -> dict[str, float]:
+    """The values that are finite numbers."""
+    return {key: value for key, value in row.items() if type(value) in (int, float) and abs(value) < MOST}
+
+
+def read_summary(run: Path) -> dict[str, float]:
+    """The numbers in a run's summary.json, {} if it has none."""
+    return numbers(next(iter(read_rows(run / "summary.json")), {}))
+
+
 def accuracies(run: Path) -> dict[str, dict[str, float]]:
     """{"before": row of log.jsonl, "after RL": …, "after SFT": …}; the demo's SFT baseline is in RUN/sft."""
-    rows = read_jsonl(run / "log.jsonl")
+    rows = read_log(run)
     evaluated = [row for row in rows if was_evaluated(row)]
     found = {"before": evaluated[0]} if evaluated else {}
     if len(evaluated) > 1:
         found["after RL" if any("reward" in row for row in rows) else "after SFT"] = evaluated[-1]
-    baseline = run / "sft" / "summary.json"
-    if baseline.exists():
-        found["after SFT"] = json.loads(baseline.read_text(encoding="utf-8"))
+    if baseline := read_summary(run / "sft"):
+        found["after SFT"] = baseline
     return found
 
 
@@ -123,20 +162,21 @@ def print_results(run: Path) -> None:
         for key in [*keys, f"{split}/accuracy"]:
             kind = key.removeprefix(f"{split}/accuracy").lstrip("_") or "all"
             values = "".join(f"{row.get(key, math.nan):>11.3f}" for row in columns.values())
-            print(f"  {kind:<10}{sizes[key.replace('/accuracy', '/n')]:>5}{values}")
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-    if "reward_first5" in summary:
+            print(f"  {kind:<10}{sizes.get(key.replace('/accuracy', '/n'), ''):>5}{values}")
+    summary = read_summary(run)
+    if summary.keys() >= {"reward_first5", "reward_last10"}:
         first, last = summary["reward_first5"], summary["reward_last10"]
         print(f"\nReward: {first:.3f} in the first 5 steps, {last:.3f} in the last 10")
-    samples = [row for row in read_jsonl(run / "samples.jsonl") if row["step"] == summary.get("steps")]
-    if samples:
+    rows = [row for row in read_rows(run / "samples.jsonl") if "completion" in row]
+    if samples := [row for row in rows if row.get("step") == summary.get("steps")]:
         print("\nCompletions of the last step:")
         for row in samples[:: max(1, len(samples) // 3)][:3]:
-            print(f"  reward {row['reward']:g} ({row['reason']})\n    {row['completion']}")
+            print(f"  reward {row.get('reward')} ({row.get('reason')})\n    {row['completion']}")
 
 
-def draw(runs: Sequence[Path], target: Path) -> None:
-    """Draws the panels that any run has data for. The suffix of `target` decides the format of the file.
+def draw(runs: Sequence[Path], target: Path) -> bool:
+    """Draws the panels that any run has data for, and says whether there are any. The suffix of `target`
+    decides the format of the file.
 
     Training may call this: it touches no global state of matplotlib, and whoever has the last picture open
     never sees half of a new one.
@@ -145,9 +185,11 @@ def draw(runs: Sequence[Path], target: Path) -> None:
     from matplotlib.lines import Line2D
 
     names = group_seeds(runs)
-    groups = [[read_jsonl(run / "log.jsonl") for run in seeds] for seeds in names.values()]
+    groups = [[read_log(run) for run in seeds] for seeds in names.values()]
     rows = [row for logs in groups for log in logs for row in log]
     panels = choose_panels(rows, several=len(groups) > 1)
+    if not panels:
+        return False
     columns = min(4, max(2, len(panels)))
     lines = max(1, math.ceil(len(panels) / columns))
     figure = Figure(figsize=(4.1 * columns, 3.1 * lines + 0.5), layout="constrained")
@@ -159,13 +201,15 @@ def draw(runs: Sequence[Path], target: Path) -> None:
     else:
         last = max((row["step"] for row in rows), default=0)
         minutes = max((row.get("seconds", 0.0) for row in rows), default=0.0) / 60
-        figure.suptitle(f"{next(iter(names))} · step {last} · {minutes:.1f} min", fontsize=11)
+        title = f"{next(iter(names))} · step {last} · {minutes:.1f} min"
+        figure.suptitle(title, fontsize=11, parse_math=False)
     temporary = target.with_name(f".{os.getpid()}.{target.name}")
     try:
         figure.savefig(temporary, dpi=100)
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+    return True
 
 
 def group_seeds(runs: Sequence[Path]) -> dict[str, list[Path]]:
@@ -173,7 +217,7 @@ def group_seeds(runs: Sequence[Path]) -> dict[str, list[Path]]:
     together: dict[str, list[Path]] = {}
     for run in runs:
         path, recipe = run / "config.yaml", str(run)
-        if path.exists():
+        with contextlib.suppress(OSError, ValueError, AttributeError, yaml.YAMLError):  # another trainer's
             settings = yaml.safe_load(path.read_text(encoding="utf-8"))
             recipe = repr(sorted(item for item in settings.items() if item[0] not in ("seed", "run_dir")))
         together.setdefault(recipe, []).append(run)
@@ -184,8 +228,10 @@ def group_seeds(runs: Sequence[Path]) -> dict[str, list[Path]]:
 
 
 def choose_panels(rows: list[dict], several: bool) -> list[Panel]:
-    """PANELS with the keys that the rows have finite numbers for. several: whether it is an overlay."""
-    found = dict.fromkeys(key for row in rows for key, value in row.items() if math.isfinite(value))
+    """PANELS with the keys that the rows have; where they have none of ours, one for each of theirs. several:
+    whether it is an overlay.
+    """
+    found = dict.fromkeys(key for row in rows for key in row if key not in ("step", "seconds"))
     panels = []
     for panel in PANELS:
         names = panel.keys
@@ -194,7 +240,7 @@ def choose_panels(rows: list[dict], several: bool) -> list[Panel]:
         keys = [key for key in names if key in found][: 2 if several else None]
         if keys:
             panels.append(Panel(panel.title, panel.unit, {key: names[key] for key in keys}))
-    return panels
+    return panels or [Panel(key.replace("$", ""), "", {key: ""}) for key in list(found)[: len(PANELS)]]
 
 
 def draw_panel(axis, panel: Panel, groups: Sequence[list[list[dict]]]) -> None:
@@ -208,7 +254,7 @@ def draw_panel(axis, panel: Panel, groups: Sequence[list[list[dict]]]) -> None:
         for i, logs in enumerate(groups):
             color = f"C{i if several else k}"
             for log in logs:
-                points = [(row["step"], row[key]) for row in log if math.isfinite(row.get(key, math.nan))]
+                points = [(row["step"], row[key]) for row in log if key in row]
                 steps, values = [step for step, _ in points], [value for _, value in points]
                 if key.endswith("/accuracy") or len(points) == 1:
                     axis.plot(steps, values, style, color=color, marker="o", markersize=3)
@@ -240,18 +286,24 @@ def smooth(values: Sequence[float]) -> np.ndarray:
 
 
 def main(arguments: list[str]) -> None:
-    """`RUN [RUN …] [--out FILE]`. Raises ConfigError for a folder without a log."""
+    """`RUN [RUN …] [--out FILE]`. Raises ConfigError where there is nothing to draw."""
     parser = argparse.ArgumentParser(description="Draws the curves of runs; of one run, prints the results.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--out", type=Path, help="default: RUN/curves.png, of several runs overlay.png")
     args = parser.parse_args(arguments)
     for run in args.runs:
-        if not (run / "log.jsonl").exists():
-            raise ConfigError(f"plot: {run} has no log.jsonl; give the folder of a run")
+        if not any((run / name).exists() for name in LOGS):
+            raise ConfigError(f"plot: {run} has no {' or '.join(LOGS)}; give the folder of a run")
     target = args.out or args.runs[0] / ("curves.png" if len(args.runs) == 1 else "overlay.png")
-    draw(args.runs, target)
-    if len(args.runs) == 1 and (args.runs[0] / "summary.json").exists():
-        print_results(args.runs[0])
+    try:
+        if not draw(args.runs, target):
+            raise ConfigError(f"plot: the log of {args.runs[0]} holds no numbers to draw")
+        if len(args.runs) == 1:
+            print_results(args.runs[0])
+    except (BrokenPipeError, ConfigError):
+        raise
+    except (OSError, ValueError) as error:  # no such folder, or a suffix that is no picture's
+        raise ConfigError(f"plot: {first_line(error)}") from None
     print(f"\npicture: {target}")
 
 

@@ -12,15 +12,17 @@ import base64
 import hashlib
 import json
 import math
+import sys
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from config import ConfigError
 from distributed.ranks import run_script
+from prompts import ToolCall, parse_completion
 
 TEMPLATE = Path(__file__).with_name("samples_page.html")
 MAX_ROWS = 20_000  # of samples.jsonl on one page
@@ -44,7 +46,9 @@ def write_page(run_dir: Path) -> Path:
     if not source.is_file():
         raise ConfigError(f"{run_dir} has no samples.jsonl; give the folder of a run of grpo.py")
     with source.open("rb") as file:
-        lines = read_lines(file)
+        lines, unread = read_lines(file)
+        if unread:
+            print(f"warning: {source}: left out {unread} unreadable line(s)", file=sys.stderr)
         about = {"run": run_dir.resolve().name, "logged": len(lines)}
         text = embed(about | rewards_by_step(lines) | rows_of(file, thin(lines)))
     head, tail = TEMPLATE.read_text(encoding="utf-8").split("__ROWS__")
@@ -56,16 +60,40 @@ def write_page(run_dir: Path) -> Path:
     return target
 
 
-def read_lines(file: BinaryIO) -> list[Line]:
-    """The rows of a samples.jsonl. A last line that is still being written is left out."""
+def read_lines(file: BinaryIO) -> tuple[list[Line], int]:
+    """The rows of a samples.jsonl, and how many lines are none. A last line that is still being written is
+    left out.
+    """
     lines = []
-    offset = 0
+    unread = offset = 0
     for text in file:
         if text.endswith(b"\n"):
-            row = json.loads(text)
-            lines.append(Line(offset, len(text), row["step"], row["kind"], row["reward"]))
+            try:
+                row = read_row(text)
+                lines.append(Line(offset, len(text), row["step"], row["kind"], row["reward"]))
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+                unread += 1
         offset += len(text)
-    return lines
+    return lines, unread
+
+
+def read_row(text: bytes) -> dict:
+    """A row with all that the page shows, also where an older run wrote less. Raises where it is none."""
+    row = json.loads(text)
+    row.update(step=int(row["step"]), reward=float(row["reward"]), advantage=float(row.get("advantage", 0)))
+    if not math.isfinite(row["reward"] + row["advantage"]):
+        raise ValueError("a value that JSON does not have")
+    for key in ("prompt_id", "kind", "reason", "query", "begun", "completion"):
+        row[key] = str(row["completion"] if key == "completion" else row.get(key, ""))
+    tokens, logprobs = row.get("tokens") or [], row.get("logprobs") or []
+    if len(tokens) != len(logprobs) or not tokens:  # then the completion is shown as one
+        tokens, logprobs = [row["completion"]], [0.0]
+        row["begun"] = ""
+    row["tokens"], row["surprise"] = list(map(str, tokens)), [round(-1000 * x) for x in logprobs]
+    row["answer"] = [ToolCall(call["name"], dict(call["arguments"])) for call in row.get("answer") or []]
+    row["tools"] = [dict(tool) for tool in row.get("tools") or []]
+    row["turns"] = [(str(role), str(text)) for role, text in row.get("turns") or []]
+    return row
 
 
 def thin(lines: Sequence[Line]) -> list[Line]:
@@ -98,26 +126,72 @@ def rewards_by_step(lines: Sequence[Line]) -> dict:
 
 def rows_of(file: BinaryIO, kept: Iterable[Line]) -> dict:
     """The rows, and tables of the texts that are repeated in them. A row: [step, number of the prompt, of the
-    reason, reward, advantage, whether truncated, numbers of the tokens, -1000 x their log-probs].
+    reason, reward, advantage, whether truncated, numbers of the tokens, -1000 x their log-probs, what differs
+    from the ground truth]. A prompt: [id, kind, query, ground truth, tools, turns, what it begins].
     """
     prompts: dict[tuple, int] = {}
+    more: dict[int, list] = {}  # of a prompt, from the first of its rows that has it
     reasons, words = Counter(), Counter()
     rows = []
     for line in kept:
         file.seek(line.offset)
-        row = json.loads(file.readline())
-        answer = "\n".join(json.dumps(call, ensure_ascii=False) for call in row["answer"])
+        row = read_row(file.readline())
+        answer = "\n".join(shown(call) for call in row["answer"])
         prompt = prompts.setdefault((row["prompt_id"], row["kind"], row["query"], answer), len(prompts))
+        if row["tools"] or prompt not in more:
+            tools = [(str(tool.get("name")), json.dumps(tool, ensure_ascii=False)) for tool in row["tools"]]
+            more[prompt] = [tools, row["turns"], row["begun"]]
         reasons[row["reason"]] += 1
         words.update(row["tokens"])
-        surprise = [round(-1000 * logprob) for logprob in row["logprobs"]]
-        marks = [row["reason"], line.reward, row["advantage"], row["truncated"]]
-        rows.append([line.step, prompt, *marks, row["tokens"], surprise])
+        marks = [row["reason"], line.reward, row["advantage"], bool(row.get("truncated"))]
+        other = [] if row["reason"] == "correct" else differences(row["completion"], row["answer"])
+        rows.append([line.step, prompt, *marks, row["tokens"], row["surprise"], other])
     reasons, words = numbered(reasons), numbered(words)
     for row in rows:
         row[2] = reasons[row[2]]
         row[6] = [words[word] for word in row[6]]
-    return {"prompts": list(prompts), "reasons": list(reasons), "words": list(words), "rows": rows}
+    prompts = [[*known, *more[number]] for known, number in prompts.items()]
+    return {"prompts": prompts, "reasons": list(reasons), "words": list(words), "rows": rows}
+
+
+def shown(call: ToolCall) -> str:
+    """A call on one line."""
+    return json.dumps(call.as_dict(), ensure_ascii=False)
+
+
+def as_json(value: Any) -> str:
+    """JSON for people to read, equal for equal values alone: 1, 1.0, true and "1" all differ."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+
+
+def differences(completion: str, answer: Sequence[ToolCall]) -> list[str]:
+    """What the calls of a reply lack, have too much or say otherwise; [] where they cannot be read.
+
+    A call is held against the right one of its name that has most arguments in common.
+    """
+    calls = parse_completion(completion).calls
+    if calls is None:
+        return []
+    missing, found, right = list(answer), [], {call.key() for call in answer}
+    for call in sorted(calls, key=lambda call: call.key() not in right):  # the right ones first
+        given = {key: as_json(value) for key, value in call.arguments.items()}
+        same_name = [
+            (one, {key: as_json(value) for key, value in one.arguments.items()})
+            for one in missing if one.name == call.name
+        ]
+        if not same_name:
+            found.append(f"extra call: {shown(call)}")
+            continue
+        nearest, wanted = max(same_name, key=lambda one: len(one[1].items() & given.items()))
+        missing = [one for one in missing if one is not nearest]
+        for key in wanted | given:
+            if key not in given:
+                found.append(f"{call.name}: {key} is missing: {wanted[key]}")
+            elif key not in wanted:
+                found.append(f"{call.name}: {key} is extra: {given[key]}")
+            elif given[key] != wanted[key]:
+                found.append(f"{call.name}: {key} is {given[key]} instead of {wanted[key]}")
+    return found + [f"missing call: {shown(call)}" for call in missing]
 
 
 def numbered(counts: Counter[str]) -> dict[str, int]:

@@ -8,6 +8,7 @@ model that grpo.py trains, the whole model of evaluation, and what the sampler s
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import sys
@@ -325,6 +326,7 @@ response end before its frequencies change; elsewhere the check at the start sto
 
 def main() -> None:
     """Prints the table."""
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     print(HEAD)

@@ -80,6 +80,14 @@ def test_the_alarm_about_thoughts_is_off_where_the_reward_does_not_ask_for_one()
         assert bool(said_in([0.1], "think_rate", config)[0]) == speaks
 
 
+def test_the_line_of_a_step_fits_a_hundred_columns():
+    large = dict.fromkeys(("correct_rate", "format_rate", "frac_reward_zero_std"), 1.0)
+    large |= {"step": 12345, "reward": -0.53, "kl": 1.234, "completions/mean_length": 8192.4}
+    long = monitor.step_line(RECORD | large | {"time/rollout_s": 987.6}, 20000)
+    assert len(long) <= 100 and "step 12345/20000" in long and "reward -0.53" in long
+    assert "loss 0.5" in monitor.step_line({"step": 1, "loss": 0.5, "time/update_s": 1.0}, 20)
+
+
 @pytest.fixture
 def wandb(monkeypatch):
     """Stands for the module and for the run that it opens."""

@@ -1,6 +1,8 @@
 """The plan of a run: its arithmetic against measured bytes and FLOPs of a small model, and its advice."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,13 +12,23 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 
-from config import Config
+from config import Config, load_config
 from distributed.ranks import start_ranks
 from kernel import decode
 from kernel.attention import use_attention
 from kernel.packing import pack
 from model import prepare_model, token_logprobs
-from ops.plan import GB, Assumptions, cache_bytes, estimate, shape_of, step, update_bytes, verdict
+from ops.plan import (
+    GB,
+    Assumptions,
+    cache_bytes,
+    estimate,
+    shape_of,
+    start_config,
+    step,
+    update_bytes,
+    verdict,
+)
 
 
 def sizes(hidden, intermediate, layers, heads, kv_heads, vocabulary):
@@ -28,10 +40,7 @@ def sizes(hidden, intermediate, layers, heads, kv_heads, vocabulary):
 
 
 SIZES = sizes(256, 1376, 8, 8, 2, 2048)  # the MLP as wide for its hidden size as that of Qwen2.5-7B
-LARGE = {  # public facts of two models
-    "7B": Qwen2Config(**sizes(3584, 18944, 28, 28, 4, 152064)),
-    "14B": Qwen2Config(**sizes(5120, 13824, 48, 40, 8, 152064)),
-}
+LARGE = {size: start_config(Config(model=f"Qwen/Qwen2.5-{size}-Instruct")) for size in ("7B", "14B")}
 SHAPES, SMALL = {name: shape_of(config) for name, config in LARGE.items()}, shape_of(Qwen2Config(**SIZES))
 PROMPT, RESPONSE, COPIES, GROUPS = 200, 40, 4, 3
 REPLIES, TOKENS = GROUPS * COPIES * RESPONSE, GROUPS * (PROMPT + COPIES * RESPONSE)
@@ -144,6 +153,16 @@ def test_known_models_on_8_gpus(name, billions, kib, update, rollout):
     gigabytes = [sum(parts.values()) / GB for parts in estimate(PAPER, shape, EIGHT)[0].values()]
     assert (shape.parameters / 1e9, shape.kv_bytes / 1024) == pytest.approx((billions, kib), abs=0.001)
     assert gigabytes == pytest.approx([update, rollout], abs=0.05)
+
+
+def test_every_config_of_ours_is_planned_without_a_network(monkeypatch):
+    """Its sizes come from a table, with the parameters that are published; one asks for a run's own model."""
+    published = {"0.5B": 0.494, "1.5B": 1.544, "3B": 3.086, "7B": 7.616, "14B": 14.77, "8B": 8.03, "tiny": 0}
+    monkeypatch.setattr("ops.plan.model_config", lambda *given: pytest.fail(f"asked the hub for {given}"))
+    for path in Path(__file__).parents[1].glob("configs/**/*.yaml"):
+        config = load_config(["--config", str(path)])
+        size = re.search(r"[\d.]+B|tiny|$", config.model)[0] or "7B"
+        assert shape_of(start_config(config)).parameters / 1e9 == pytest.approx(published[size], abs=5e-4)
 
 
 @pytest.mark.parametrize("name, changes, a, advice", [

@@ -44,21 +44,41 @@ def test_smoothing_is_the_mean_of_the_neighbours(count):
 def test_panels_are_those_that_there_are_finite_numbers_for():
     panels = plot.choose_panels([{"step": 0, **HELD_OUT}, {"step": 1, **GRPO_ROW}], several=False)
     assert [panel.title for panel in panels] == [panel.title for panel in plot.PANELS]
-    sft = plot.choose_panels([{"step": 1, **SFT_ROW, "kl": math.nan}], several=False)
+    sft = plot.choose_panels([plot.numbers({"step": 1, **SFT_ROW, "kl": math.nan})], several=False)
     assert [panel.title for panel in sft] == ["gradient norm before clipping", "loss"]
 
 
-def test_rows_without_a_finite_number_are_left_out_of_a_curve():
-    """One NaN would spoil nine smoothed values, or the whole running sum."""
-    from matplotlib.figure import Figure
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("text, points", [
+    ('{"step": 1, "kl": 1}\n{"step": 2, "kl": NaN}\n{"step": 4, "kl": -Infinity}\n{"step": 5, "kl": 3}\n',
+     [(1, 1), (5, 3)]),  # one NaN would spoil nine smoothed values, or the whole running sum
+    ('{"kl": 1}\n{"kl": "2"}\n{"kl": null}\n{"kl": true}\n{"step": "x", "kl": 3}\n{"kl": 1e309}\n7\n{"kl": 4',
+     [(1, 1), (5, 3)]),  # no steps, no numbers, no object, and a last line that is cut off
+    ('[{"step": 10, "kl": 1},\n {"step": 20, "kl": [3]}]', [(10, 1)]),
+    ('{\n  "log_history": [{"step": 5, "kl": 1}, {"step": 9, "kl": 2, "runtime": 3}]\n}', [(5, 1), (9, 2)]),
+    ('{"iter": 1, "val$loss$": 2}\n{"iter": 2, "val$loss$": 3, "note": "x"}\n', []),
+])
+def test_logs_of_other_tools_are_drawn_as_far_as_they_are_numbers(tmp_path, text, points):
+    """What is no finite number is left out of a curve; keys that we do not know have panels of their own."""
+    name = "trainer_state.json" if "log_history" in text else "log.jsonl"
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert [(row["step"], row["kl"]) for row in plot.read_log(tmp_path) if "kl" in row] == points
+    plot.main([str(tmp_path)])
+    assert (tmp_path / "curves.png").exists()
 
-    axis = Figure().add_subplot()
-    values = {1: 1.0, 2: math.nan, 4: math.inf, 5: 3.0}
-    log = [{"step": step, "kl": value} for step, value in values.items()] + [{"step": 3}]
-    plot.draw_panel(axis, plot.Panel("KL", "nats", {"kl": "KL"}), [[log]])
-    legend, smoothed, raw = axis.lines
-    assert list(smoothed.get_xdata()) == [1, 5] and list(smoothed.get_ydata()) == [2.0, 2.0]
-    assert list(raw.get_ydata()) == [1.0, 3.0]
+
+@pytest.mark.parametrize("name, text", [
+    ("other.jsonl", '{"kl": 1}'), ("log.jsonl", ""), ("log.jsonl", '{"step": 1}\n'), ("log.jsonl", "[[1"),
+])
+def test_a_folder_without_anything_to_draw_is_told_so(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match="has no log.jsonl or|holds no numbers"):
+        plot.main([str(tmp_path)])
+    (tmp_path / "log.jsonl").write_text('{"kl": 1}\n')
+    for out in ("curves.nothing", "no/such/folder.png"):
+        with pytest.raises(ConfigError, match="plot: "):
+            plot.main([str(tmp_path), "--out", str(tmp_path / out)])
+    assert not (tmp_path / "curves.png").exists()
 
 
 @pytest.mark.filterwarnings("error")  # matplotlib warns of an axis without any length
@@ -77,8 +97,6 @@ def test_runs_of_different_length_and_kind_fit_into_one_picture(tmp_path):
     plot.main([*map(str, runs), "--out", str(tmp_path / "all.svg")])
     picture = (tmp_path / "all.svg").read_text()
     assert all(f"{label} -->" in picture for label in (f"{runs[0]} and 1 more", "sft", "broken"))
-    with pytest.raises(ConfigError, match="has no log.jsonl; give the folder of a run"):
-        plot.main([str(tmp_path)])
 
 
 def test_a_picture_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch):
@@ -87,11 +105,12 @@ def test_a_picture_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypa
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    (tmp_path / "curves.png").write_bytes(b"old")
+    run = make_run(tmp_path / "run", GRPO_ROW, 2)
+    (run / "curves.png").write_bytes(b"old")
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", stops_half_way)
     with pytest.raises(OSError):
-        plot.draw([tmp_path], tmp_path / "curves.png")
-    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+        plot.draw([run], run / "curves.png")
+    assert (run / "curves.png").read_bytes() == b"old" and len(list(run.iterdir())) == 2
 
 
 def test_the_summary_of_a_run_comes_from_its_log():

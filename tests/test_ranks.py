@@ -1,5 +1,6 @@
 """distributed/ranks.py: how processes stop together, and what happens when one of them dies or hangs."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -195,3 +196,18 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_and_torchrun_goes_on(fault, t
     assert FAULTS[fault] in said and (fault == "SIGKILL" or "in all_reduce" in said), "the stack says where"
     assert "going on from the last checkpoint" in said
     assert said.rstrip().endswith("done") and agent.returncode == 0
+
+
+@pytest.mark.parametrize("words, unbuffered", [
+    ("grpo.py -h", "1"), ("-m ops.plot --help", ""), ("eval_bfcl.py score --help", ""),
+])
+def test_output_that_nobody_reads_ends_a_command_without_a_traceback(words, unbuffered):
+    """As `| head` does, which goes away in the middle. What is buffered is written at the process's end."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, *words.split()], cwd=ROOT, stdout=write, stderr=subprocess.PIPE, text=True,
+        env=ENVIRONMENT | {"PYTHONUNBUFFERED": unbuffered},
+    )
+    os.close(write)
+    assert done.stderr == "" and done.returncode in (0, 1)

@@ -254,11 +254,14 @@ def test_rows_for_samples_jsonl(tokenizer):
     arguments = 7, groups, [[0.70712, -0.70712], [0.5, -0.5]], tokenizer
     rows = sample_rows(*arguments, 100, ALONE)
     assert rows[0] == {
+        "tools": [{"name": "f"}, {"name": "g"}], "begun": "",
+        "turns": [("user", "before"), ("assistant", "?"), ("user", "q" * 501)],
         "step": 7, "prompt_id": "p0", "completion": "Paris é", "reward": 1.0, "reason": "correct",
         "advantage": 0.7071, "truncated": False, "kind": "choice", "query": "q" * 500 + "…",
         "answer": [{"name": "f", "arguments": {"x": 1}}], "tokens": ["Paris", " ", "", "é", "<|im_end|>"],
         "logprobs": [-0.123, -0.247, -0.37, -0.494, -0.617],
     }
+    assert ["tools" in row for row in rows] == [True, False, True, False], "once per prompt: they are long"
     told = [(row["kind"], row["query"], row["truncated"]) for row in rows[2:]]
     assert told == [("none", "", False), ("none", "", True)]
     assert [row["completion"] for row in rows] == ["Paris é", "3 days", "Rome", "taxi"]

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from config import ConfigError
 from ops import samples_page
 from ops.samples_page import TEMPLATE, main, write_page
+from prompts import ToolCall, render_completion
 
 HOSTILE = [
     "</script><script>document.title = 'taken'</script>", "<img src=x onerror=\"document.title = 'taken'\">",
@@ -43,7 +45,7 @@ def embedded(page: Path) -> dict:
 def unpacked(page: Path) -> list[dict]:
     """The rows of a page, with the tables put back in."""
     data, rows = embedded(page), []
-    for step, prompt, reason, reward, advantage, truncated, body, surprise in data["rows"]:
+    for step, prompt, reason, reward, advantage, truncated, body, surprise, _ in data["rows"]:
         tokens = [data["words"][i] for i in body]
         one = row(step, "".join(tokens).removesuffix("<end>"), reward=reward, advantage=advantage)
         one |= dict(zip(("prompt_id", "kind", "query"), data["prompts"][prompt]))
@@ -65,6 +67,41 @@ def test_the_page_holds_the_rows_of_a_run_that_goes_on(tmp_path):
         main([str(tmp_path / "nothing")])
 
 
+def test_a_prompt_shows_its_tools_its_turns_and_what_it_begins_of_the_reply(tmp_path):
+    """They stand in its first row alone. Rows of older runs have none of it, some not even tokens."""
+    turns, tools = [["user", "a"], ["tool", "b"], ["user", "rain?"]], [{"name": "f"}]
+    rows = [row(1, tools=tools, turns=turns, begun="<think>\n"), row(1, "c"), row(2)]
+    old = {"step": 3, "prompt_id": "p", "completion": "…", "reward": 1.0}
+    data = embedded(write_page(run_of(tmp_path, [*rows, old])))
+    assert data["prompts"][0][4:] == [[["f", '{"name": "f"}']], turns, "<think>\n"]
+    assert data["prompts"][1][4:] == data["prompts"][2][4:] == [[], [], ""]
+    assert [one[1] for one in data["rows"]] == [0, 0, 1, 2] and data["words"][data["rows"][3][6][0]] == "…"
+
+
+def test_a_line_that_is_no_row_is_left_out_and_told(tmp_path, capsys):
+    lines = ["{", "7", "{}", json.dumps(row(1, reward=math.nan)), json.dumps(row(1, logprobs=["x"] * 3))]
+    run_of(tmp_path, [row(1)], rest="\n".join(lines) + "\n")
+    assert unpacked(write_page(tmp_path)) == [row(1)]
+    assert f"left out {len(lines)} " in capsys.readouterr().err
+
+
+ASKED = [ToolCall("f", {"x": 1, "city": "Łódź"}), ToolCall("g", {})]
+
+
+@pytest.mark.parametrize("calls, expected", [
+    (ASKED[::-1], []),
+    ([ToolCall("f", {"x": 1.0, "city": "Łódź"}), ASKED[1]], ["f: x is 1.0 instead of 1"]),
+    ([ToolCall("f", {"x": 1, "y": [2]}), ASKED[1]], ['f: city is missing: "Łódź"', "f: y is extra: [2]"]),
+    ([ASKED[0]], ['missing call: {"name": "g", "arguments": {}}']),
+    ([*ASKED, ToolCall("h", {})], ['extra call: {"name": "h", "arguments": {}}']),
+    ([ToolCall("f", {"x": 2}), *ASKED], ['extra call: {"name": "f", "arguments": {"x": 2}}']),
+    ([], [f"missing call: {samples_page.shown(call)}" for call in ASKED]),
+])
+def test_what_differs_from_the_ground_truth_is_named(calls, expected):
+    assert samples_page.differences(render_completion(calls, "x"), ASKED) == expected
+    assert samples_page.differences("no calls", ASKED) == []
+
+
 def test_every_step_keeps_equally_many_of_its_first_rows_or_every_third_keeps_one(tmp_path, monkeypatch):
     monkeypatch.setattr(samples_page, "MAX_ROWS", 11)
     rows = [row(step, f"{k}") for step in range(1, 6) for k in range(4 if step != 2 else 1)]
@@ -82,6 +119,7 @@ def hostile_page(folder: Path, texts: list[str]) -> Path:
     for text in texts:
         answer = [{"name": text, "arguments": {text: text}}]
         places = dict.fromkeys(("reason", "kind", "query", "prompt_id"), text)
+        places |= {"tools": [{text: text}], "turns": [[text, text]], "begun": text}
         rows.append(row(1, text, tokens=[text], logprobs=[-1.0], answer=answer, **places))
     return write_page(run_of(folder, rows))
 

@@ -242,8 +242,9 @@ def all_cases(rounds: int) -> dict[str, dict[str, Case]]:
 def main() -> None:
     """The whole drill, or a part."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=10, help="so many kills and signals of each kind")
-    parser.add_argument("--only", help="names of faults, comma-separated")
+    add = parser.add_argument
+    add("--rounds", type=int, default=10, help="kills and signals of each kind (default: %(default)s)")
+    add("--only", help="names of faults, comma-separated; default: all")
     options = parser.parse_args()
     cases, figures, began = all_cases(options.rounds), {}, time.monotonic()
     site = jobs.open_site(Path(tempfile.mkdtemp(prefix="drill_")))
