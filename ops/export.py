@@ -47,10 +47,9 @@ from prompts import (
 )
 
 TOOL_PROMPT = Path(__file__).with_name("tool_prompt.jinja")
-START, END = "{# tool prompt #}", "{# end of tool prompt #}{% endif %}\n"  # its first words and its last line
-# AutoTokenizer gives some model types (Qwen2) the word splitting of their own tokenizer, whatever
-# tokenizer.json says. It keeps the file as it is where the folder brings a class, even one that it does not
-# run: only with trust_remote_code=True would it.
+START, END = "{# tool prompt #}", "{# end of tool prompt #}{% endif %}\n"  # its first words, its last line
+# AutoTokenizer gives some model types (Qwen2) their own word splitting, whatever tokenizer.json says. Where
+# the folder brings a class of its own, it takes the file as it is: without that class, if it may not run it.
 AS_SAVED = {"AutoTokenizer": [None, "tokenizer_as_saved.TokenizerAsSaved"]}
 AS_SAVED_CODE = '''"""Makes AutoTokenizer take tokenizer.json as it is, whatever the type of the model."""
 
@@ -61,8 +60,8 @@ class TokenizerAsSaved(PreTrainedTokenizerFast):
     """The tokenizer that the model was trained with."""
 '''
 PROBES = (
-    render_completion([ToolCall("book_taxi", {"city": "São Tomé", "seats": 12, "at": 7.5})], "12 taxis, 出租车"),
-    "  Don't   split\n\n\tthis-way: 'Zürich', 1234567 (e.g.)\r\n",
+    render_completion([ToolCall("book_taxi", {"city": "São Tomé", "seats": 12})], "12 taxis, 出租车"),
+    "  Don't   split\n\n\tthis-way: 'Zu\u0308rich', 1234567 (e.g.)\r\n",
 )
 
 LOCAL = ("run_dir", "data", "test_data")  # say nothing about the model, or stand elsewhere in the card
@@ -75,10 +74,11 @@ from transformers import AutoModelForCausalLM, {loader}
 
 model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")  # the folder of this file
 tokenizer = {loader}.from_pretrained(".")
-taxi = {{"name": "book_taxi", "description": "Books a taxi.", "parameters": {{"city": {{"type": "str"}}}}}}
-chat = [{{"role": "user", "content": "a taxi in Oslo"}}]
+parameters = {{"city": {{"type": "str"}}, "nights": {{"type": "int"}}}}
+hotel = {{"name": "find_hotel", "description": "hotels in a city", "parameters": parameters}}
+chat = [{{"role": "user", "content": "a hotel in Oslo for 3 nights"}}]
 prompt = tokenizer.apply_chat_template(
-    chat, tools=[taxi], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    chat, tools=[hotel], add_generation_prompt=True, return_tensors="pt", return_dict=True
 )
 reply = model.generate(**prompt, max_new_tokens=200)[0, prompt["input_ids"].shape[1] :]
 print(tokenizer.decode(reply))
@@ -137,7 +137,7 @@ def ask_from_tools(tokenizer, template: str) -> None:
 
 
 def tool_prompt(tokenizer) -> str | None:
-    """The system prompt that its chat template makes of `tools=`, with a {tools} slot; None: it makes none."""
+    """The system prompt, with its {tools} slot, that the chat template makes of `tools=`, or None."""
     jinja = tokenizer.chat_template
     jinja = jinja.get("default") if isinstance(jinja, dict) else jinja
     _, found, block = (jinja or "").partition(START)
@@ -157,11 +157,12 @@ def save_tokenizer(tokenizer, folder: Path) -> str:
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     saved = json.loads(file.read_text(encoding="utf-8"))
-    wrong = "auto_map" not in saved and not _same_ids(tokenizer, folder)
-    if isinstance(tokenizer, PreTrainedTokenizerFast) and (wrong or saved.get("auto_map") == AS_SAVED):
+    same = "auto_map" not in saved and _same_ids(tokenizer, folder)
+    may = saved.get("auto_map", AS_SAVED) == AS_SAVED and isinstance(tokenizer, PreTrainedTokenizerFast)
+    if may and not same:
         file.write_text(json.dumps(saved | {"auto_map": AS_SAVED}, indent=2) + "\n", encoding="utf-8")
         (folder / "tokenizer_as_saved.py").write_text(AS_SAVED_CODE, encoding="utf-8")
-    return "AutoTokenizer" if _same_ids(tokenizer, folder) else type(tokenizer).__name__
+    return "AutoTokenizer" if same or _same_ids(tokenizer, folder) else type(tokenizer).__name__
 
 
 def _same_ids(tokenizer, folder: Path) -> bool:
@@ -174,7 +175,7 @@ def _same_ids(tokenizer, folder: Path) -> bool:
 
 
 def export_model(config, state: dict[str, Tensor], tokenizer, path: Path, dtype: torch.dtype) -> str:
-    """Writes full weights as a Hugging Face folder. Returns the class that reads its tokenizer (save_tokenizer).
+    """Writes full weights as a Hugging Face folder. Returns the class that reads its tokenizer.
 
     config: the model's, of transformers.
 
