@@ -131,7 +131,7 @@ def test_the_card_names_the_class_where_autotokenizer_cannot_be_right(policy, ra
     assert f"ForCausalLM, {type(TOKENIZER).__name__}\n" in card and "AutoTokenizer" not in card
 
 
-DATED = "\n{{ '' }}" + QWEN + "{{ strftime_now('%d %B') }}{{ date_string | default('') }}"
+DATED = "\n{{ tools or '' }}" + QWEN + "{{ strftime_now('%d %B') }}{{ date_string | default('') }}"
 ODD_CALL = ToolCall("é", {"a": 'Zü "\\ 漢 🙂, b: c\n\x01 \\u00e9', "b": [1, 2.5, None, {"c": {}}]})
 TALES = [*TALK, {"role": "assistant", "content": "", "calls": []}, {"role": "system", "content": "Late."},
          {"role": "assistant", "content": "", "calls": [ODD_CALL, ToolCall("f", {})]}]
@@ -184,3 +184,5 @@ def test_template_variables_and_the_tool_prompt_do_not_nest():
     set_template_kwargs(fresh, {"mode": "two"})
     asked = tokenizer.apply_chat_template(TALK[:2], tools=[], tokenize=False, add_generation_prompt=True)
     assert asked == render_prompt(fresh, TALK[:2], [], "two {tools}")
+    ask_from_tools(fresh, "two {tools}")
+    assert tokenizer.chat_template == fresh.chat_template
