@@ -47,7 +47,8 @@ from prompts import (
 )
 
 TOOL_PROMPT = Path(__file__).with_name("tool_prompt.jinja")
-START, END = "{# tool prompt #}", "{# end of tool prompt #}{% endif %}\n"  # its first words, its last line
+START = "{# tool prompt #}"  # its first words
+END = "{# end of tool prompt #}{% endif %}\n"  # its last line
 # AutoTokenizer gives some model types (Qwen2) their own word splitting, whatever tokenizer.json says. Where
 # the folder brings a class of its own, it takes the file as it is: without that class, if it may not run it.
 AS_SAVED = {"AutoTokenizer": [None, "tokenizer_as_saved.TokenizerAsSaved"]}
@@ -119,18 +120,18 @@ def ask_from_tools(tokenizer, template: str) -> None:
     Without tools nothing changes, so training and evaluation, which render the tools themselves, pass it by.
     """
     named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
-    kwargs, own = "", named.get("default") if named else tokenizer.chat_template
+    own = named.get("default") if named else tokenizer.chat_template
     if not own:
         return
-    if own.startswith(SET_BY_US):
-        kwargs, own = own.split("\n", 1)
+    kwargs = own[: own.index("\n") + 1] if own.startswith(SET_BY_US) else ""
+    own = own.removeprefix(kwargs)
     own = own.partition(END)[2] if own.startswith(START) else own
     words = {"PROMPT": template, "CALL": CALL, "END_CALL": END_CALL, "TODAY": f"{TODAY:%d %b %Y}"}
     words = {word: json.dumps(text, ensure_ascii=False) for word, text in words.items()}
     words["DATES"] = FIXED_DATE if "strftime_now" in own else ""
     block = TOOL_PROMPT.read_text(encoding="utf-8")
     block = re.sub(rf"\b({'|'.join(words)})\b", lambda found: words[found[0]], block)
-    asking = f"{kwargs}\n{block}{own}" if kwargs else block + own
+    asking = kwargs + block + own
     # Where a tokenizer has several templates, transformers takes "tool_use" for a prompt with tools.
     names = {"default", "tool_use"} & named.keys()
     tokenizer.chat_template = named | dict.fromkeys(names, asking) if named else asking
@@ -158,8 +159,8 @@ def save_tokenizer(tokenizer, folder: Path) -> str:
     file = folder / "tokenizer_config.json"
     saved = json.loads(file.read_text(encoding="utf-8"))
     same = "auto_map" not in saved and _same_ids(tokenizer, folder)
-    may = saved.get("auto_map", AS_SAVED) == AS_SAVED and isinstance(tokenizer, PreTrainedTokenizerFast)
-    if may and not same:
+    ours = saved.get("auto_map", AS_SAVED) == AS_SAVED and isinstance(tokenizer, PreTrainedTokenizerFast)
+    if ours and not same:
         file.write_text(json.dumps(saved | {"auto_map": AS_SAVED}, indent=2) + "\n", encoding="utf-8")
         (folder / "tokenizer_as_saved.py").write_text(AS_SAVED_CODE, encoding="utf-8")
     return "AutoTokenizer" if same or _same_ids(tokenizer, folder) else type(tokenizer).__name__
