@@ -31,7 +31,7 @@ from evals.in_training import JudgedPrompt, evaluate, held_out_prompts, load_ben
 from kernel.attention import attention_backend, use_attention
 from model import check_vocabulary, load_tokenizer, prepare_model, token_logprobs
 from ops.checks import Start, check_names, check_start
-from ops.export import export, write_model
+from ops.export import ask_from_tools, export, write_model
 from ops.monitor import Monitor, attempt, close_monitor, open_monitor, show
 from ops.plot import headline, summarize, was_evaluated
 from ops.run_dir import atomic_folder, cut_log, open_run
@@ -96,6 +96,7 @@ def read_inputs(config: Config) -> Inputs:
 def read_prompts(config: Config, path: str, inputs: Inputs, quiet: bool) -> Inputs:
     """The inputs with examples and benchmarks tokenized for the model in `path`."""
     tokenizer = load_tokenizer(path, config.trust_remote_code, config.chat_template_kwargs)
+    ask_from_tools(tokenizer, inputs.template)
     check_tokenizer(tokenizer, inputs.template)
     check_vocabulary(tokenizer, model_config(path, config.trust_remote_code))
     tokenized = tokenize_splits(inputs.splits, tokenizer, inputs.template, config, quiet=quiet)

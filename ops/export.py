@@ -1,5 +1,8 @@
 """A sharded model as a Hugging Face folder that anything can load, with its model card.
 
+Plain transformers then asks as training did: AutoTokenizer gives the run's token ids, and the chat template
+makes the run's own prompt of `tools=` (tool_prompt.jinja).
+
     python -m ops.export runs/demo/step_140 OUT          a checkpoint as a bf16 folder
 """
 
@@ -9,12 +12,19 @@ import argparse
 import copy
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
 
 from config import Config, ConfigError, load_config
 from corpus.sources import file_sha256, read_jsonl
@@ -24,7 +34,36 @@ from distributed.ranks import Ranks, run_script
 from distributed.weights import config_to_save
 from model import load_tokenizer
 from ops.run_dir import atomic_folder, git_state
-from prompts import stop_ids
+from prompts import (
+    CALL,
+    END_CALL,
+    FIXED_DATE,
+    SET_BY_US,
+    TODAY,
+    ToolCall,
+    load_template,
+    render_completion,
+    stop_ids,
+)
+
+TOOL_PROMPT = Path(__file__).with_name("tool_prompt.jinja")
+START = "{# tool prompt #}"  # its first words
+END = "{# end of tool prompt #}{% endif %}\n"  # its last line
+# AutoTokenizer gives some model types (Qwen2) their own word splitting, whatever tokenizer.json says. Where
+# the folder brings a class of its own, it takes the file as it is: without that class, if it may not run it.
+AS_SAVED = {"AutoTokenizer": [None, "tokenizer_as_saved.TokenizerAsSaved"]}
+AS_SAVED_CODE = '''"""Makes AutoTokenizer take tokenizer.json as it is, whatever the type of the model."""
+
+from transformers import PreTrainedTokenizerFast
+
+
+class TokenizerAsSaved(PreTrainedTokenizerFast):
+    """The tokenizer that the model was trained with."""
+'''
+PROBES = (
+    render_completion([ToolCall("book_taxi", {"city": "São Tomé", "seats": 12})], "12 taxis, 出租车"),
+    "  Don't   split\n\n\tthis-way: 'Zu\u0308rich', 1234567 (e.g.)\r\n",
+)
 
 LOCAL = ("run_dir", "data", "test_data")  # say nothing about the model, or stand elsewhere in the card
 CARD = """# {model}, trained to call tools
@@ -32,11 +71,26 @@ CARD = """# {model}, trained to call tools
 After Nemotron-Research-Tool-N1 (arXiv 2505.00024). Code: {commit}.
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, {loader}
 
 model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")  # the folder of this file
-tokenizer = AutoTokenizer.from_pretrained(".")
+tokenizer = {loader}.from_pretrained(".")
+parameters = {{"city": {{"type": "str"}}, "nights": {{"type": "int"}}}}
+hotel = {{"name": "find_hotel", "description": "hotels in a city", "parameters": parameters}}
+chat = [{{"role": "user", "content": "a hotel in Oslo for 3 nights"}}]
+prompt = tokenizer.apply_chat_template(
+    chat, tools=[hotel], add_generation_prompt=True, return_tensors="pt", return_dict=True
+)
+reply = model.generate(**prompt, max_new_tokens=200)[0, prompt["input_ids"].shape[1] :]
+print(tokenizer.decode(reply))
 ```
+
+With `tools`, the chat template asks as in training: this system prompt, with a tool per line in the place of
+`{{tools}}`. Past calls of the assistant stand in `tool_calls`, as OpenAI has them.
+
+````
+{prompt}
+````
 
 Settings that differ from the defaults:
 {recipe}
@@ -60,8 +114,71 @@ def gather_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     return state
 
 
-def export_model(config, state: dict[str, Tensor], tokenizer, path: Path, dtype: torch.dtype) -> None:
-    """Writes full weights as a Hugging Face folder. config: the model's, of transformers.
+def ask_from_tools(tokenizer, template: str) -> None:
+    """Puts before its chat template what makes our prompt of `tools=`; replaces that of an earlier call.
+
+    Without tools nothing changes, so training and evaluation, which render the tools themselves, pass it by.
+    """
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    own = named.get("default") if named else tokenizer.chat_template
+    if not own:
+        return
+    kwargs = own[: own.index("\n") + 1] if own.startswith(SET_BY_US) else ""
+    own = own.removeprefix(kwargs)
+    own = own.partition(END)[2] if own.startswith(START) else own
+    words = {"PROMPT": template, "CALL": CALL, "END_CALL": END_CALL, "TODAY": f"{TODAY:%d %b %Y}"}
+    words = {word: json.dumps(text, ensure_ascii=False) for word, text in words.items()}
+    words["DATES"] = FIXED_DATE if "strftime_now" in own else ""
+    block = TOOL_PROMPT.read_text(encoding="utf-8")
+    block = re.sub(rf"\b({'|'.join(words)})\b", lambda found: words[found[0]], block)
+    asking = kwargs + block + own
+    # Where a tokenizer has several templates, transformers takes "tool_use" for a prompt with tools.
+    names = {"default", "tool_use"} & named.keys()
+    tokenizer.chat_template = named | dict.fromkeys(names, asking) if named else asking
+
+
+def tool_prompt(tokenizer) -> str | None:
+    """The system prompt, with its {tools} slot, that the chat template makes of `tools=`, or None."""
+    jinja = tokenizer.chat_template
+    jinja = jinja.get("default") if isinstance(jinja, dict) else jinja
+    _, found, block = (jinja or "").partition(START)
+    return json.JSONDecoder().raw_decode(block, block.index('"'))[0] if found else None
+
+
+def asking_from_tools(tokenizer, config: Config):
+    """The tokenizer, or a copy whose chat template makes the prompt that the settings name of `tools=`."""
+    if tool_prompt(tokenizer) is None:
+        tokenizer = copy.copy(tokenizer)
+        ask_from_tools(tokenizer, load_template(config.prompt_template))
+    return tokenizer
+
+
+def save_tokenizer(tokenizer, folder: Path) -> str:
+    """Writes it beside its model. Returns the class that gives its token ids: AutoTokenizer, if it can be."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    saved = json.loads(file.read_text(encoding="utf-8"))
+    same = "auto_map" not in saved and _same_ids(tokenizer, folder)
+    ours = saved.get("auto_map", AS_SAVED) == AS_SAVED and isinstance(tokenizer, PreTrainedTokenizerFast)
+    if ours and not same:
+        file.write_text(json.dumps(saved | {"auto_map": AS_SAVED}, indent=2) + "\n", encoding="utf-8")
+        (folder / "tokenizer_as_saved.py").write_text(AS_SAVED_CODE, encoding="utf-8")
+    return "AutoTokenizer" if same or _same_ids(tokenizer, folder) else type(tokenizer).__name__
+
+
+def _same_ids(tokenizer, folder: Path) -> bool:
+    """Whether AutoTokenizer encodes as the tokenizer does."""
+    try:
+        loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError):
+        return False
+    return all(loaded.encode(text) == tokenizer.encode(text) for text in PROBES)
+
+
+def export_model(config, state: dict[str, Tensor], tokenizer, path: Path, dtype: torch.dtype) -> str:
+    """Writes full weights as a Hugging Face folder. Returns the class that reads its tokenizer.
+
+    config: the model's, of transformers.
 
     The model's own sampling defaults (Qwen2.5-Instruct brings top_k 20, top_p 0.8, repetition penalty 1.05)
     are left out: they would change every evaluation. ValueError: weights that are not of such a model.
@@ -80,7 +197,7 @@ def export_model(config, state: dict[str, Tensor], tokenizer, path: Path, dtype:
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=pad)
     path.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(path, max_shard_size="5GB")  # the config's dtype becomes that of the weights
-    tokenizer.save_pretrained(path)
+    return save_tokenizer(tokenizer, path)
 
 
 def export(model: nn.Module, tokenizer, path: Path, dtype: torch.dtype = torch.float32) -> None:
@@ -95,15 +212,21 @@ def write_model(
     """Collective. The model in training as an fp32 Hugging Face folder, complete or not there at all."""
     full = gather_weights(policy, torch.float32)
     if ranks.main:
-        card = model_card(config, state, evaluation, git_state())
+        tokenizer = asking_from_tools(tokenizer, config)
         with atomic_folder(path) as folder:
-            export_model(config_to_save(policy), full, tokenizer, folder, torch.float32)
+            loader = export_model(config_to_save(policy), full, tokenizer, folder, torch.float32)
+            card = model_card(config, state, evaluation, git_state(), tool_prompt(tokenizer), loader)
             (folder / "README.md").write_text(card, encoding="utf-8")
     ranks.gather(None)
 
 
-def model_card(config: Config, state: dict, evaluation: dict, git: str) -> str:
-    """README.md of a model. state: of its checkpoint; evaluation: value by name; git: run_dir.git_state()."""
+def model_card(
+    config: Config, state: dict, evaluation: dict, git: str, prompt: str | None, loader: str
+) -> str:
+    """README.md of a model. state: of its checkpoint; evaluation: value by name; git: run_dir.git_state().
+
+    prompt: tool_prompt's; loader: the class that reads the tokenizer.
+    """
     values, defaults = dataclasses.asdict(config), dataclasses.asdict(Config())
     recipe = {key: values[key] for key in values if values[key] != defaults[key] and key not in LOCAL}
     names = [name for name in f"{config.data},{config.test_data}".split(",") if name]
@@ -113,7 +236,7 @@ def model_card(config: Config, state: dict, evaluation: dict, git: str) -> str:
     return CARD.format(
         model=config.model, commit=commit + (" with uncommitted changes" if changes else ""),
         step=state["step"], hours=state["seconds"] / 3600, flops=state["flops"], recipe=bullets(recipe),
-        data=bullets(data), evaluation=bullets(figures),
+        data=bullets(data), evaluation=bullets(figures), prompt=prompt or "", loader=loader,
     )
 
 
@@ -136,10 +259,12 @@ def main(arguments: list[str]) -> None:
     state = json.loads((source / "state.json").read_text(encoding="utf-8"))["state"]
     logged = [row for row in read_jsonl(run / "log.jsonl") if row["step"] == state["step"]]
     evaluation = {key: value for key, value in logged[-1].items() if "/accuracy" in key or "/n" in key}
-    card = model_card(config, state, evaluation, (run / "git.txt").read_text(encoding="utf-8"))
+    git = (run / "git.txt").read_text(encoding="utf-8")
+    tokenizer = asking_from_tools(load_tokenizer(str(source)), config)
     model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     with atomic_folder(args.out) as folder:
-        export_model(model_config, full, load_tokenizer(str(source)), folder, torch.bfloat16)
+        loader = export_model(model_config, full, tokenizer, folder, torch.bfloat16)
+        card = model_card(config, state, evaluation, git, tool_prompt(tokenizer), loader)
         (folder / "README.md").write_text(card, encoding="utf-8")
     print(f"model: {args.out}")
 

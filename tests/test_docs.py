@@ -165,7 +165,8 @@ def test_commands_exist_and_have_these_options(page, script, site, monkeypatch):
     monkeypatch.setattr("config.load_config", ending(load_config))
     monkeypatch.setattr("corpus.distill.load_config", ending(load_config))  # may be imported
     monkeypatch.setattr("corpus.layouts.load_examples", ending(str))  # data.py inspect has no options
-    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", ending(argparse.ArgumentParser.parse_args))
+    for name in ("parse_args", "parse_intermixed_args"):
+        monkeypatch.setattr(argparse.ArgumentParser, name, ending(getattr(argparse.ArgumentParser, name)))
     for program, *words in calls:
         words += ["--help"] * (words[:1] == ["bench/mini_paper.py"])  # its own parser would run it
         if words[:2] == ["-m", "pytest"]:
@@ -182,6 +183,7 @@ FIRST = (
     "python -m ops.samples_page runs/demo",
     "python -m ops.export runs/demo/step_2 runs/exported",
     "bash run.sh eval runs/demo/model --limit 1 --max_new_tokens 2",
+    "echo '{\"name\": \"f\"}' > runs/tool.json; python -m ops.chat runs/demo/model --tools runs/tool.json hi",
 )
 
 
