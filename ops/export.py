@@ -86,7 +86,7 @@ print(tokenizer.decode(reply))
 ```
 
 With `tools`, the chat template asks as in training: this system prompt, with a tool per line in the place of
-`{{tools}}`. Past calls of the assistant stand in `tool_calls`, as OpenAI has them; their arguments are objects.
+`{{tools}}`. Past calls of the assistant stand in `tool_calls`, as OpenAI has them, with objects as arguments.
 
 ````
 {prompt}
