@@ -162,8 +162,7 @@ def check_examples(s: Start) -> Check:
 
     for one in examples:
         reply = encode_reply(s.tokenizer, render_completion(one.answer, "."))
-        end = next(place for place, token in enumerate(reply, 1) if token in stops)  # there sampling stops
-        right, empty = paid(reply[:end], one), paid([], one)
+        right, empty = paid(reply, one), paid([], one)
         cut += len(reply) > s.config.max_response_tokens
         silent += empty > 0
         if right != row.right if row else right <= empty:

@@ -14,7 +14,7 @@ import torch
 from tokenizers import normalizers
 
 from config import Config, ConfigError
-from corpus.examples import Splits, Tokenized
+from corpus.examples import Splits
 from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
 from data import load_splits, tokenize_splits
 from distributed.ranks import Ranks
@@ -106,13 +106,6 @@ def with_answer(start: Start, argument: object) -> Start:
     return with_train(start, [*start.splits.train, bad])
 
 
-def with_stop_inside(start: Start) -> Start:
-    """A right reply that sampling ends inside an argument."""
-    bad = replace(start.splits.train[0], id="bad", answer=[ToolCall("f", {"x": "<|im_end|>"})])
-    train = [*start.tokenized.train, Tokenized(bad, [0])]
-    return replace(start, tokenized=replace(start.tokenized, train=train))
-
-
 def pays_silence(start: Start) -> Start:
     reward = lambda completion, *_: Reward(1.0 + bool(completion), True, True, "")  # noqa: E731
     return replace(with_config(start, reward="own.py:pays"), reward=reward)
@@ -133,7 +126,6 @@ DEEP = json.loads("[" * 70 + "]" * 70)  # nested deeper than the parser reads: i
     ("schedule", "warning", "prompts_per_step to 60", lambda s: with_config(s, prompts_per_step=64)),
     ("examples", "warning", "of 61 right replies 1 are too long", lambda s: with_answer(s, "w " * 200)),
     ("examples", "problem", "look at bad", lambda s: with_answer(s, DEEP)),
-    ("examples", "problem", "look at bad", with_stop_inside),
     ("examples", "warning", "silence can be learnt", pays_silence),
 ])
 def test_what_is_wrong_is_found(healthy, name, status, said, change):

@@ -210,4 +210,4 @@ def test_output_that_nobody_reads_ends_a_command_without_a_traceback(words, unbu
         env=ENVIRONMENT | {"PYTHONUNBUFFERED": unbuffered},
     )
     os.close(write)
-    assert done.stderr == "" and done.returncode in (0, 1)
+    assert done.stderr == "" and done.returncode in (0, 1, 141)
