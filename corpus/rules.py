@@ -15,6 +15,8 @@ from prompts import ToolCall
 # Reasons that Rules.keep may name.
 KEEPABLE = ("missing_argument", "undeclared_argument", "wrong_type", "not_in_enum", "contradiction")
 
+_FAILED = re.compile(r"error|exception|fail|time(?:d )?out|unavailable|try again", re.IGNORECASE)
+
 BESIDE = 80  # characters around a tool's name in which brackets or "=" are taken for its arguments
 
 
@@ -101,10 +103,14 @@ def check_prompt(example: Example) -> None:
         names = [call.name for call in answer]
         if messages[-1].get("calls") or names_call(messages[-1]["content"], names):
             raise Unusable("answered", "the prompt ends in the assistant's own calls")
-    wanted = sorted(call.key() for call in answer)
-    for message in messages[asked[-1] :] if answer else ():
-        if sorted(call.key() for call in message.get("calls") or ()) == wanted:
-            raise Unusable("answered", "since the last message of the user the same calls were made already")
+    made = [index for index in range(asked[-1], len(messages)) if messages[index].get("calls")]
+    if not answer or not made:
+        return
+    last, *results = messages[made[-1] :]
+    # After others, which change things, or after an error the same calls may be right again.
+    failed = any(_FAILED.search(message.get("content") or "") for message in results)
+    if not failed and sorted(call.key() for call in last["calls"]) == sorted(call.key() for call in answer):
+        raise Unusable("answered", "the calls before, since the last message of the user, were the same")
 
 
 def names_call(text: str, names: Sequence[str]) -> bool:
