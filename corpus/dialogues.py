@@ -33,7 +33,8 @@ READ = ("from", "role", "value", "content", *STRUCTURED)
 UNSHOWN = ("id", "name", "tool_call_id", "type", "weight", "loss", "train")
 UNSHOWN += ("reasoning_content", "reasoning", "thinking")
 
-_THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
+# Some files leave out how a thought begins, because their prompts end in it.
+_THOUGHT = re.compile(r"\s*<think>.*?</think>\s*|.*?</think>[ \t]*\n\s*", re.DOTALL)
 _TAGGED = re.compile(
     r"<(tool_call|function_?call)>(.*?)(?:</\1>|<\|endoftext\|>|\Z)", re.DOTALL | re.IGNORECASE
 )
@@ -94,7 +95,8 @@ def read_turn(turn: Any, index: int) -> Turn:
     if role != "assistant":
         raise Unusable("bad_turn", f"turn {index} is of role {role}, and calls")
     try:
-        return Turn(role, _TAGGED.sub("", content).strip(), read_calls(listed[0]))
+        calls = read_calls(listed[0])
+        return Turn(role, _TAGGED.sub("", content).strip(), calls) if calls else Turn(role, content)
     except ValueError as error:
         return Turn(role, content or json.dumps(listed[0]), None, f"cannot read the calls: {error}")
 
@@ -139,7 +141,7 @@ def _with_calls(turn: Turn, names: Sequence[str], alone: bool) -> Turn:
         fenced = _FENCED.fullmatch(text)
         blocks, prose = [fenced[1] if fenced else text], ""
     read = [_read_block(block.strip(), names, sure) for block in blocks]
-    if all(read):  # half an answer is none
+    if all(read) and "<think>" not in prose:  # half an answer is none, and a thought that does not end is
         return Turn("assistant", prose, list(chain(*read)))
     if turn.role == "tool":  # "function" in OpenAI's sense: a result
         return turn
@@ -168,7 +170,7 @@ def _read_block(block: str, names: Sequence[str], sure: bool) -> list[ToolCall] 
         return None
 
 
-def is_text_step(turns: Sequence[Turn], index: int, names: Sequence[str]) -> bool:
+def is_text_step(turns: Sequence[Turn], index: int, tools: list[dict]) -> bool:
     """Whether turn `index`, an assistant's plain text, shows that no call was right: then the target is [].
 
     It must answer a user or the results of calls, and say something. Not so a text after which the assistant
@@ -176,7 +178,7 @@ def is_text_step(turns: Sequence[Turn], index: int, names: Sequence[str]) -> boo
     """
     turn = turns[index]
     before, after = [turns[i].role if 0 <= i < len(turns) else None for i in (index - 1, index + 1)]
-    said = bool(turn.content.strip()) and not turn.called and not names_call(turn.content, names)
+    said = bool(turn.content.strip()) and not turn.called and not names_call(turn.content, tools)
     return said and before in ("user", "tool") and after != "assistant"
 
 
@@ -230,7 +232,7 @@ def steps(
         messages += _context(turns[at:end], names)
         at = end
     if stepless:
-        if any(turn.role == "assistant" and names_call(turn.content, names) for turn in turns):
+        if any(turn.role == "assistant" and names_call(turn.content, tools) for turn in turns):
             raise Unusable("unparsable_calls", "a text seems to call a tool, in a notation that is not known")
         raise Unusable("no_calls", "no turn of the conversation is a call")
 
@@ -238,7 +240,7 @@ def steps(
 def _answer_of(turns: list[Turn], at: int, end: int, tools: list[dict]) -> list[ToolCall]:
     """The calls of turns `at` to before `end`, or [] for a text that shows that no call was right."""
     if not turns[at].called:
-        if not is_text_step(turns, at, [tool["name"] for tool in tools]):
+        if not is_text_step(turns, at, tools):
             detail = f"the text does not show that no call was right: {turns[at].content[:80]!r}"
             raise Unusable("unclear_turn", detail)
         return []

@@ -17,7 +17,8 @@ WRAPPED = {"type": "function", "function": ADD}
     '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>',  # Hermes
     "<functioncall> {\"name\": \"add\", \"arguments\": '{\"a\": 1}'} <|endoftext|>",  # Glaive
     '{"arguments": {"a": 1}, "name": "add"}', '```json\n[{"name": "add", "arguments": {"a": 1}}]\n```',
-    "<think>One number.</think>\n[ add(a=1)]", f"<tool_call>[{json.dumps(PAST_CALL)}]</tool_call>",
+    "<think>One number.</think>\n[ add(a=1)]", "Or [add(a=2)]?</think>\n\n[add(a=1)]",
+    f"<tool_call>[{json.dumps(PAST_CALL)}]</tool_call>",
 ])
 @pytest.mark.parametrize("who", ["tool", "human"])
 def test_calls_in_an_assistants_text_are_calls(tmp_path, text, who):
@@ -36,6 +37,8 @@ def test_calls_in_an_assistants_text_are_calls(tmp_path, text, who):
     "Let me look. add(a=1)", 'Action: add\nAction Input: {"a": 1}',
     '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>\n<tool_call>{"name": "add"',  # half
     "<function=add><parameter=a>1</parameter>", '{"a": 1} is what I give to add',
+    '<think>Or <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>',  # a thought
+    'add["1"]', "add:\n  a: 1", "tool: add\na: 1",
     "I look it up.",  # only a result shows that it called
 ])
 @pytest.mark.parametrize("result", [True, False])
@@ -53,6 +56,13 @@ def test_a_row_without_tools_is_dropped_alone(tmp_path):
     path = save(tmp_path / "t.json", row | {"tools": [ADD]}, row | {"tools": None}, row)
     examples, reasons = read_with(STRICT, path)
     assert (len(examples), reasons) == (1, ["no_tools", "no_tools"])
+
+
+@pytest.mark.parametrize("none", [[], "[]"])
+def test_an_empty_list_of_calls_is_none(tmp_path, none):
+    said = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "Add it?", "tool_calls": none}]
+    path = save(tmp_path / "t.json", {"messages": said, "tools": [ADD]})
+    assert read_with(STRICT, path)[0] == [] and len(read_with(Rules(no_call_turns=True), path)[0]) == 1
 
 
 def test_a_reply_in_json_and_a_result_of_role_function_are_no_calls(tmp_path):
