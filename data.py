@@ -42,20 +42,19 @@ def load_splits(config) -> Splits:
 def _read_splits(config) -> Splits:
     if not config.data:
         raise DataError("data: no training file given; use --data FILE[,FILE] or --data synthetic")
-    train = load_files(config.data)
-    held_out = []
+    train, held_out = load_files(config.data), []
     if config.test_data:
         held_out = load_files(config.test_data)
         if not held_out:
             raise DataError(f"test_data: {config.test_data} holds no usable example; {INSPECT}")
-        given, train = len(train), unseen(train, held_out)
-        if len(train) < given and int(os.environ.get("RANK", 0)) == 0:
-            print(f"data: {given - len(train)} examples, steps of conversations in test_data, are dropped")
     elif config.test_share:
         records = (record_of(example) for example in train)
         apart = hold_out(records, config.test_share, config.seed)
         held_out = [example for example in train if record_of(example) in apart]
         train = [example for example in train if record_of(example) not in apart]
+    given, train = len(train), unseen(train, held_out)
+    if len(train) < given and int(os.environ.get("RANK", 0)) == 0:
+        print(f"data: {given - len(train)} examples, steps of held-out conversations, are dropped")
     if not train:
         raise DataError(f"data: {config.data} leaves no example to train on; {INSPECT}")
     # A random part of them, or only the first file's would be evaluated.

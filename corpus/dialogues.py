@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from corpus.examples import Dropped, Example, Unusable
@@ -32,12 +33,14 @@ READ = ("from", "role", "value", "content", *STRUCTURED)
 UNSHOWN = ("id", "name", "tool_call_id", "type", "weight", "loss", "train")
 UNSHOWN += ("reasoning_content", "reasoning", "thinking")
 
-_THOUGHT = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
+# Some files leave out how a thought begins, because their prompts end in it.
+_THOUGHT = re.compile(r"\s*<think>.*?</think>\s*|.*?</think>[ \t]*\n\s*", re.DOTALL)
 _TAGGED = re.compile(
     r"<(tool_call|function_?call)>(.*?)(?:</\1>|<\|endoftext\|>|\Z)", re.DOTALL | re.IGNORECASE
 )
 _FENCED = re.compile(r"\s*```\w*\n(.*?)\n?```\s*", re.DOTALL)
 _RESULT = re.compile(r"\s*<(tool_response|function_response)>(.*)</\1>\s*", re.DOTALL)
+_NEXT_RESULT = re.compile(r"\s*</(tool_response|function_response)>\s*<\1>\s*")
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Turn:
 
 def speaker_of(turn: Any) -> str | None:
     """Who speaks, as a key of ROLES; None for what is no turn."""
-    speaker = turn.get("from", turn.get("role")) if isinstance(turn, dict) else None
+    speaker = (turn.get("from") or turn.get("role")) if isinstance(turn, dict) else None
     word = speaker.lower().replace("-", "_") if isinstance(speaker, str) else None
     return word if word in ROLES else None
 
@@ -79,24 +82,28 @@ def read_turn(turn: Any, index: int) -> Turn:
     told = {key for key, value in turn.items() if value not in (None, "", [], {})}
     if unknown := sorted(told - {*READ, *UNSHOWN}):
         raise Unusable("bad_turn", f"turn {index} has keys that are not known: {', '.join(unknown)}")
-    content = _text(turn.get("value", turn.get("content")), index)
+    value = turn.get("value")
+    content = _text(turn.get("content") if value is None else value, index)
     role = ROLES[speaker]
-    if role == "tool" and (inner := _RESULT.fullmatch(content)):
-        content = inner[2].strip()
+    if role in ("tool", "user") and (inner := _RESULT.fullmatch(content)):  # Qwen shows results as a user's
+        role, content = "tool", _NEXT_RESULT.sub("\n", inner[2]).strip()
+    elif role == "assistant" and (thought := _THOUGHT.match(content)):
+        content = content[thought.end() :]
     listed = [turn[key] for key in STRUCTURED if key in told]
     if not listed:
         return Turn(role, content)
     if role != "assistant":
         raise Unusable("bad_turn", f"turn {index} is of role {role}, and calls")
     try:
-        return Turn(role, content, read_calls(listed[0]))
+        calls = read_calls(listed[0])
+        return Turn(role, _TAGGED.sub("", content).strip(), calls) if calls else Turn(role, content)
     except ValueError as error:
         return Turn(role, content or json.dumps(listed[0]), None, f"cannot read the calls: {error}")
 
 
 def _text(content: Any, index: int) -> str:
     """Content as text: OpenAI's list of text parts is joined, and null is none."""
-    parts = content if isinstance(content, list) else [content or ""]
+    parts = content if isinstance(content, list) else ["" if content is None else content]
     texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
     if not all(isinstance(text, str) for text in texts):
         raise Unusable("bad_turn", f"turn {index} has content that is no text: {str(content)[:80]}")
@@ -126,19 +133,16 @@ def _with_calls(turn: Turn, names: Sequence[str], alone: bool) -> Turn:
     """The turn with the calls of its text: ToolACE's notation, JSON, or either in the tags of Hermes or
     Glaive or in a code block. alone: its role says that it holds calls and nothing else.
     """
-    thought = _THOUGHT.match(turn.content)
-    text = turn.content[thought.end() if thought else 0 :]
+    text = turn.content
     blocks = [match[2] for match in _TAGGED.finditer(text)]
     prose = _TAGGED.sub("", text).strip()
     sure = alone or bool(blocks)
     if not blocks:
         fenced = _FENCED.fullmatch(text)
         blocks, prose = [fenced[1] if fenced else text], ""
-    calls: list[ToolCall] = []
-    for block in blocks:
-        calls += _read_block(block.strip(), names, sure) or []
-    if calls:
-        return Turn("assistant", prose, calls)
+    read = [_read_block(block.strip(), names, sure) for block in blocks]
+    if all(read) and "<think>" not in prose:  # half an answer is none, and a thought that does not end is
+        return Turn("assistant", prose, list(chain(*read)))
     if turn.role == "tool":  # "function" in OpenAI's sense: a result
         return turn
     # An empty list is a failed conversion in the known files, not a refusal.
@@ -166,7 +170,7 @@ def _read_block(block: str, names: Sequence[str], sure: bool) -> list[ToolCall] 
         return None
 
 
-def is_text_step(turns: Sequence[Turn], index: int, names: Sequence[str]) -> bool:
+def is_text_step(turns: Sequence[Turn], index: int, tools: list[dict]) -> bool:
     """Whether turn `index`, an assistant's plain text, shows that no call was right: then the target is [].
 
     It must answer a user or the results of calls, and say something. Not so a text after which the assistant
@@ -174,7 +178,7 @@ def is_text_step(turns: Sequence[Turn], index: int, names: Sequence[str]) -> boo
     """
     turn = turns[index]
     before, after = [turns[i].role if 0 <= i < len(turns) else None for i in (index - 1, index + 1)]
-    said = bool(turn.content.strip()) and not turn.called and not names_call(turn.content, names)
+    said = bool(turn.content.strip()) and not turn.called and not names_call(turn.content, tools)
     return said and before in ("user", "tool") and after != "assistant"
 
 
@@ -195,7 +199,7 @@ def find_tools(text: str) -> list[dict] | None:
 
 
 def steps(
-    said: list, tools: list[dict], origin: tuple[str, str, int], rules: Rules, system: str = ""
+    said: list, tools: list[dict], origin: tuple[str, str, int], rules: Rules, system: Any = None
 ) -> Iterator[Example | Dropped]:
     """One example per call turn of a dialogue, with id "record#turn": all before the turn is context.
 
@@ -208,7 +212,7 @@ def steps(
         raise Unusable("missing_field", f"the turns are no list: {str(said)[:80]}")
     names = [tool["name"] for tool in tools]
     turns = read_turns(said, names)
-    messages = _context([Turn("system", system)], names) if system else []
+    messages = system_messages(system, tools)
     stepless = True
     at = 0
     while at < len(turns):
@@ -228,7 +232,7 @@ def steps(
         messages += _context(turns[at:end], names)
         at = end
     if stepless:
-        if any(turn.role == "assistant" and names_call(turn.content, names) for turn in turns):
+        if any(turn.role == "assistant" and names_call(turn.content, tools) for turn in turns):
             raise Unusable("unparsable_calls", "a text seems to call a tool, in a notation that is not known")
         raise Unusable("no_calls", "no turn of the conversation is a call")
 
@@ -236,7 +240,7 @@ def steps(
 def _answer_of(turns: list[Turn], at: int, end: int, tools: list[dict]) -> list[ToolCall]:
     """The calls of turns `at` to before `end`, or [] for a text that shows that no call was right."""
     if not turns[at].called:
-        if not is_text_step(turns, at, [tool["name"] for tool in tools]):
+        if not is_text_step(turns, at, tools):
             detail = f"the text does not show that no call was right: {turns[at].content[:80]!r}"
             raise Unusable("unclear_turn", detail)
         return []
@@ -254,6 +258,12 @@ def _context(turns: list[Turn], names: list[str]) -> list[dict]:
     calls = [call for turn in turns for call in turn.calls]
     content = "\n".join(turn.content for turn in turns if turn.content)
     return [{"role": "assistant", "content": content, "calls": calls}]
+
+
+def system_messages(system: Any, tools: list[dict]) -> list[dict]:
+    """The system text of a record's own field as messages: none where it is empty or lists the tools."""
+    turn = read_turn({"role": "system", "content": system}, 0)
+    return _context([turn], [tool["name"] for tool in tools]) if turn.content else []
 
 
 def _lists_tools(turn: Turn, names: list[str]) -> bool:

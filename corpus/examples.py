@@ -116,8 +116,8 @@ def hashes_of(example: Example) -> tuple[bytes, bytes]:
 
 
 def unseen(train: Iterable[Example], held_out: Iterable[Example]) -> list[Example]:
-    """The training examples that are no step of a held-out conversation: with the same tools, neither prompt
-    is the other, nor its beginning.
+    """The training examples that are no step of a held-out conversation: with tools of the same names, and
+    white space aside, neither prompt is the other, nor its beginning.
     """
     whole: set[bytes] = set()
     begun: set[bytes] = set()
@@ -134,10 +134,12 @@ def unseen(train: Iterable[Example], held_out: Iterable[Example]) -> list[Exampl
 
 
 def _beginnings(example: Example) -> list[bytes]:
-    """A hash of the tools and the first message, of them and the second message, and so on."""
-    state = hashlib.blake2b(_CANONICAL.encode(example.tools).encode(), digest_size=16)
+    """A hash of the tools' names and the first message, of them and the second message, and so on."""
+    names = sorted(tool["name"] for tool in example.tools)
+    state = hashlib.blake2b(_CANONICAL.encode(names).encode(), digest_size=16)
     hashes = []
     for message in example.messages:
-        state.update(_CANONICAL.encode(message).encode())
+        said = [message["role"], (message.get("content") or "").split(), message.get("calls") or []]
+        state.update(_CANONICAL.encode(said).encode())
         hashes.append(state.digest())
     return hashes

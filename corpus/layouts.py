@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from corpus.dialogues import find_tools, read_turn, steps
+from corpus.dialogues import find_tools, read_turn, steps, system_messages
 from corpus.examples import Dropped, Example, Unusable, hashes_of, to_json
 from corpus.rules import (
     STRICT,
@@ -41,25 +42,21 @@ def _from_xlam(record: dict, rid: str, line: int, rules: Rules) -> Iterator[Exam
     tools = check_tools(decode(record["tools"], "tools"))
     answer = check_calls(decode(record["answers"], "answers"), tools)
     check_arguments(answer, tools, rules)
-    yield Example(rid, "xlam", [{"role": "user", "content": record["query"]}], tools, answer)
+    messages = [*system_messages(record.get("system"), tools), {"role": "user", "content": record["query"]}]
+    yield Example(rid, "xlam", messages, tools, answer)
 
 
-def _from_toolace(record: dict, rid: str, line: int, rules: Rules) -> Iterator[Example | Dropped]:
+def _from_dialogue(
+    field: str, source: str, record: dict, rid: str, line: int, rules: Rules
+) -> Iterator[Example | Dropped]:
     """The tools stand in a field of their own, or in the system text."""
-    _require(record, conversations=(str, list))
-    system = record["system"] if isinstance(record.get("system"), str) else ""
-    listed = decode(record.get("tools"), "tools") or find_tools(system)
+    _require(record, **{field: (str, list)})
+    system = record.get("system")
+    listed = decode(record.get("tools"), "tools") or find_tools(system if isinstance(system, str) else "")
     if not listed:
         raise Unusable("no_tools", "no JSON list of tools in `tools` or `system`")
     tools = check_tools(listed)
-    said = decode(record["conversations"], "conversations")
-    yield from steps(said, tools, (rid, "toolace", line), rules, system)
-
-
-def _from_openai(record: dict, rid: str, line: int, rules: Rules) -> Iterator[Example | Dropped]:
-    _require(record, messages=(str, list))
-    tools = check_tools(decode(record["tools"], "tools"))
-    yield from steps(decode(record["messages"], "messages"), tools, (rid, "openai", line), rules)
+    yield from steps(decode(record[field], field), tools, (rid, source, line), rules, system)
 
 
 def _from_ours(record: dict, rid: str, line: int, rules: Rules) -> Iterator[Example | Dropped]:
@@ -76,7 +73,8 @@ def _from_ours(record: dict, rid: str, line: int, rules: Rules) -> Iterator[Exam
         raise Unusable("missing_field", "demonstrations must be a list of texts")
     # Past calls may name tools that are no longer listed; only the answer must not.
     answer = check_calls(decode(record["answer"], "answer"), tools)
-    source, owner = str(record.get("source") or "examples"), str(record.get("record") or "")
+    source = str(record.get("source") or "examples")
+    owner = "" if record.get("record") is None else str(record["record"])
     yield Example(rid, source, messages, tools, answer, tuple(demonstrations), owner)
 
 
@@ -95,9 +93,9 @@ def _from_trl(record: dict, rid: str, line: int, rules: Rules) -> Iterator[Examp
 
 LAYOUTS = {  # keys that tell a layout, and its reader
     "xlam": ({"query", "tools", "answers"}, _from_xlam),
-    "toolace": ({"conversations"}, _from_toolace),
+    "toolace": ({"conversations"}, partial(_from_dialogue, "conversations", "toolace")),
     "examples": ({"messages", "answer"}, _from_ours),
-    "openai": ({"messages", "tools"}, _from_openai),
+    "openai": ({"messages", "tools"}, partial(_from_dialogue, "messages", "openai")),
     "trl": ({"prompt", "ground_truth"}, _from_trl),
     "verl": ({"prompt", "reward_model"}, _from_trl),
 }
@@ -118,7 +116,8 @@ def _start(source: str | Path, layout: str | None) -> tuple[str, Iterator[tuple[
             break
     else:
         line, error = head[0] if head else (1, "no records")
-        raise DataError(f"{source}:{line}: {str(error)[:60]}; give a JSON array or one JSON object per line")
+        what = f"{str(error)[:60]}{f': {error.doc[:60]!r}' if hasattr(error, 'doc') else ''}"
+        raise DataError(f"{source}:{line}: {what}; give a JSON array or one JSON object per line")
     line, first = head[-1]
     if is_columns(first):
         what = "an object of columns, as pandas' to_json writes it"
@@ -162,7 +161,8 @@ def read_examples(
     ids = set()
     for line, record in records:
         own = _own_id(record, line)
-        own = f"{own}@{line}" if own in ids else own
+        while own in ids:
+            own += f"@{line}"
         ids.add(own)
         rid = prefix + own
         read = Read(layout, line, record, [], [])
@@ -176,8 +176,9 @@ def read_examples(
                     continue
                 try:
                     made = replace(made, record=made.record or (own if own != made.id else ""))
+                    hashes = hashes_of(made)
                     check_prompt(made)
-                    _refuse_repeats(made, rules, seen, f"{made.id} of {Path(source).name}")
+                    _refuse_repeats(*hashes, rules, seen, f"{made.id} of {Path(source).name}")
                     read.examples.append(made)
                 except Unusable as error:
                     read.dropped.append(dropped(made.id, line, error))
@@ -195,16 +196,17 @@ def _is_filled(record: dict) -> bool:
 def _own_id(record: Any, line: int) -> str:
     """The id that a record gives, verl's rows inside `extra_info`; else its position from 0."""
     holders = (record, record.get("extra_info")) if isinstance(record, dict) else ()
-    ids = [one["id"] for one in holders if isinstance(one, dict) and one.get("id") is not None]
+    ids = [one["id"] for one in holders if isinstance(one, dict) and one.get("id") not in (None, "")]
     return str(ids[0]) if ids else str(line - 1)
 
 
-def _refuse_repeats(example: Example, rules: Rules, seen: dict[bytes, str], name: str) -> None:
+def _refuse_repeats(
+    prompt: bytes, answer: bytes, rules: Rules, seen: dict[bytes, str], name: str
+) -> None:
     """Raises for an example that came before: `duplicate`, or `contradiction` if with another answer.
 
     Of a contradiction the first stays, so that no prompt is lost or paid for two different answers.
     """
-    prompt, answer = hashes_of(example)
     if first := seen.get(prompt + answer):
         raise Unusable("duplicate", f"the same messages, tools and answer as {first}")
     if "contradiction" not in rules.keep and (first := seen.get(prompt)):

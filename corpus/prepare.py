@@ -26,7 +26,7 @@ from tqdm import tqdm
 from config import Config
 from corpus.augment import irrelevant_examples, masked_examples
 from corpus.dialogues import is_single_turn
-from corpus.examples import KINDS, Dropped, Example, example_kind, hold_out, record_of
+from corpus.examples import KINDS, Dropped, Example, example_kind, hold_out, record_of, unseen
 from corpus.layouts import load_examples, read_examples, trl_row, verl_row, write_examples, write_rows
 from corpus.rules import KEEPABLE, Rules
 from corpus.sources import DataError, file_sha256, find_files
@@ -162,7 +162,9 @@ def weigh(examples: Iterable, args: argparse.Namespace, length_of: Measure, line
 
 
 def split(made: Prepared, share: float, seed: int) -> None:
-    """Moves the held-out records from the training part to a test part; no part where none is held out."""
+    """Moves the held-out records from the training part to a test part; no part where none is held out. Steps
+    of their conversations that other records hold are dropped from the training part.
+    """
     train, test = [], []
     # By the records' own ids, without our labels: training on a raw file splits it in the same way.
     records = {record_of(example) for example, _ in made.splits["train"]}
@@ -172,6 +174,15 @@ def split(made: Prepared, share: float, seed: int) -> None:
         print(f"warning: {what}, so there is no test.jsonl; give a larger share")
     for example, length in made.splits["train"]:
         (test if record_of(example) in apart else train).append((example, length))
+    clean = unseen((example for example, _ in train), (example for example, _ in test))
+    kept = {id(example) for example in clean}
+    for example, _ in train:
+        if id(example) not in kept:
+            drop = Dropped(0, example.id, "held_out", "a step of a conversation in test.jsonl")
+            made.dropped.append({"file": "(split)", **vars(drop)})
+    if len(kept) < len(train):
+        print(f"{len(train) - len(kept)} examples, steps of conversations in test.jsonl, are dropped")
+    train = [sized for sized in train if id(sized[0]) in kept]
     made.splits = {"train": train, "test": test} if test else {"train": train}
 
 

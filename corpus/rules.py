@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from corpus.examples import Dropped, Example, Unusable
-from corpus.schema import not_in_enum, read_calls, read_tools, required, undeclared, wrong_types
+from corpus.schema import not_in_enum, properties, read_calls, read_tools, required, undeclared, wrong_types
 from corpus.strict_json import strict_json
 from prompts import ToolCall
 
 # Reasons that Rules.keep may name.
 KEEPABLE = ("missing_argument", "undeclared_argument", "wrong_type", "not_in_enum", "contradiction")
 
-BESIDE = 80  # characters around a tool's name in which brackets or "=" are taken for its arguments
+_FAILED = re.compile(r"error|exception|fail|time(?:d )?out|unavailable|try again", re.IGNORECASE)
+
+BESIDE = 80  # characters around a tool's name in which brackets, "=" or "parameter:" mean arguments
 
 
 @dataclass(frozen=True)
@@ -98,20 +100,26 @@ def check_prompt(example: Example) -> None:
     if not asked:
         raise Unusable("no_user", "no message of a user stands before the answer")
     if messages[-1]["role"] == "assistant":
-        names = [call.name for call in answer]
-        if messages[-1].get("calls") or names_call(messages[-1]["content"], names):
+        names = {call.name for call in answer}
+        tools = [tool for tool in example.tools if tool["name"] in names]
+        if messages[-1].get("calls") or names_call(messages[-1]["content"], tools):
             raise Unusable("answered", "the prompt ends in the assistant's own calls")
-    wanted = sorted(call.key() for call in answer)
-    for message in messages[asked[-1] :] if answer else ():
-        if sorted(call.key() for call in message.get("calls") or ()) == wanted:
-            raise Unusable("answered", "since the last message of the user the same calls were made already")
+    made = [index for index in range(asked[-1], len(messages)) if messages[index].get("calls")]
+    if not answer or not made:
+        return
+    last, *results = messages[made[-1] :]
+    # After others, which change things, or after an error the same calls may be right again.
+    failed = any(_FAILED.search(message.get("content") or "") for message in results)
+    if not failed and sorted(call.key() for call in last["calls"]) == sorted(call.key() for call in answer):
+        raise Unusable("answered", "the calls before, since the last message of the user, were the same")
 
 
-def names_call(text: str, names: Sequence[str]) -> bool:
+def names_call(text: str, tools: Sequence[dict]) -> bool:
     """Whether a text names one of the tools beside what looks like arguments, in whatever notation."""
-    for name in names:
+    for name, tool in ((tool["name"], tool) for tool in tools):
         for found in re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", text) if name in text else ():
             around = text[max(0, found.start() - BESIDE) : found.start()] + text[found.end() :][:BESIDE]
-            if re.search(r"[({<=]", around):
+            keys = "|".join(map(re.escape, properties(tool))) or "(?!)"
+            if re.search(rf"[({{\[<=>]|(?<!\w)(?:{keys})\W{{0,3}}:", around):
                 return True
     return False

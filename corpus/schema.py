@@ -23,6 +23,10 @@ TYPES = {
     "dict": "object", "object": "object",
 }
 
+BARE_CALL = {"name", "parameters", "id", "type", "index"}  # may stand in a call without arguments
+# Keys of JSON Schema by which a tool takes more than its `properties` say.
+OPEN = ("additionalProperties", "patternProperties", "anyOf", "oneOf", "allOf", "$ref")
+
 # JSON type -> the Python types of its values; bool is a subclass of int, so types are compared exactly
 FITS = {
     "string": (str,), "integer": (int,), "number": (int, float), "boolean": (bool,), "array": (list,),
@@ -48,8 +52,11 @@ def read_calls(value: Any) -> list[ToolCall]:
     """
     calls = []
     for one in _bare_items(value, "calls"):
-        arguments = _decoded(one.get("arguments") or {}, "arguments") if isinstance(one, dict) else None
-        if not isinstance(arguments, dict) or not isinstance(one.get("name"), str):
+        call = one if isinstance(one, dict) else {}
+        given = call.get("arguments") or call.get("parameters")  # Llama's word for them
+        other = not given and "arguments" not in call and not call.keys() <= BARE_CALL
+        arguments = _decoded(given or {}, "arguments")
+        if other or not isinstance(arguments, dict) or not isinstance(call.get("name"), str):
             raise ValueError(f"a call needs a name and an object of arguments: {str(one)[:80]}")
         calls.append(ToolCall(one["name"], arguments))
     return calls
@@ -74,11 +81,16 @@ def _decoded(value: Any, what: str) -> Any:
 
 
 def is_filled(tool: dict) -> bool:
-    """Whether Arrow has given the tool other rows' keys: then a parameter is declared as null."""
-    parameters = tool.get("parameters")
+    """Whether Arrow has given the tool, perhaps in its wrapper, other rows' keys: then a parameter is null,
+    or what is said of it, its default aside.
+    """
+    inner = tool.get("function")
+    parameters = (inner if isinstance(inner, dict) else tool).get("parameters")
     inner = parameters.get("properties") if isinstance(parameters, dict) else None
     groups = [group for group in (parameters, inner) if isinstance(group, dict)]
-    return any(declared is None for group in groups for declared in group.values())
+    declared = [one for group in groups for one in group.values()]
+    nulls = [key for one in declared if isinstance(one, dict) for key, value in one.items() if value is None]
+    return None in declared or not {"default"}.issuperset(nulls)
 
 
 def without_nulls(value: Any) -> Any:
@@ -98,12 +110,15 @@ def properties(tool: dict) -> dict[str, Any]:
     if isinstance(inner, dict) and not isinstance(parameters.get("type"), dict):
         if all(isinstance(declaration, dict) for declaration in inner.values()):
             return inner
-    return {} if isinstance(parameters.get("type"), str) else parameters
+    is_schema = isinstance(parameters.get("type"), str) or not parameters.keys().isdisjoint(OPEN)
+    return {} if is_schema else parameters
 
 
 def is_optional(declared: Any) -> bool:
     """Whether a declaration says that the argument may be left out: a default, or "str, optional"."""
-    return not isinstance(declared, dict) or "default" in declared or _takes_null(declared)
+    if not isinstance(declared, dict) or declared.get("required") is False:
+        return True
+    return "default" in declared or _takes_null(declared)
 
 
 def _takes_null(declared: dict) -> bool:
@@ -117,7 +132,7 @@ def undeclared(arguments: dict[str, Any], tool: dict) -> list[str]:
     """Arguments that the tool does not declare, where it says what it takes, and that it takes no others."""
     parameters, declared = tool.get("parameters"), properties(tool)
     told = declared or (isinstance(parameters, dict) and parameters.get("properties", parameters) == {})
-    if not told or parameters.get("additionalProperties"):
+    if not told or any(parameters.get(key, False) not in (None, False) for key in OPEN):
         return []
     return [name for name in arguments if name not in declared]
 
@@ -131,7 +146,9 @@ def not_in_enum(arguments: dict[str, Any], tool: dict) -> list[str]:
             continue
         value = arguments[name]
         values = value if isinstance(value, list) and value not in allowed else [value]
-        found += [f"{name}: {one!r} is none of {allowed}" for one in values if one not in allowed]
+        texts = [str(one) for one in (*allowed, declared.get("default"))]  # many declare "1" and mean 1
+        wrong = [one for one in values if one not in allowed and str(one) not in texts]
+        found += [f"{name}: {one!r} is none of {allowed}" for one in wrong]
     return found
 
 
@@ -139,13 +156,14 @@ def required(tool: dict) -> list[str]:
     """Names of the parameters that every call must give.
 
     With JSON Schema they are listed, inside `parameters` or, as in ToolACE, beside it; with xLAM's flat
-    parameters they are those without a default and without "optional".
+    parameters, where no list says it, they are those without a default and without "optional".
     """
     parameters, declared = tool.get("parameters"), properties(tool)
-    if isinstance(parameters, dict) and declared is parameters:
+    inside = parameters.get("required") if isinstance(parameters, dict) else None
+    if declared is parameters and not isinstance(inside, list):
         return [name for name, declaration in declared.items() if not is_optional(declaration)]
-    listed = [tool.get("required"), parameters.get("required") if isinstance(parameters, dict) else None]
-    names = [name for one in listed if isinstance(one, list) for name in one if isinstance(name, str)]
+    listed = [one for one in (tool.get("required"), inside) if isinstance(one, list)]
+    names = [name for one in listed for name in one if isinstance(name, str)]
     return [name for name in dict.fromkeys(names) if name in declared]
 
 

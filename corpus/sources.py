@@ -81,7 +81,7 @@ def _splits(names: Iterable[str]) -> dict[str, list[str]]:
     """The data files among `names`: shards under what stands before their numbers, others by themselves."""
     splits: dict[str, list[str]] = {}
     for name in sorted(names):
-        if name.endswith(SUFFIXES) and name.rpartition("/")[2] not in ABOUT:
+        if name.endswith(SUFFIXES) and not name.rpartition("/")[2].startswith((".", *ABOUT)):
             shard = _SHARD.fullmatch(name)
             splits.setdefault(shard[1] if shard else name, []).append(name)
     return splits

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,8 @@ def test_repeated_examples_name_the_first_one(tmp_path):
 def test_an_id_that_repeats_gets_its_line(tmp_path):
     path = save(tmp_path / "x.json", *(xlam(query=f"Add {i}.") for i in range(3)))
     assert ids_of(load_examples(path)[0]) == ["7", "7@2", "7@3"]
+    rows = [xlam(id=rid, query=f"Add {i}.") for i, rid in enumerate(("a", "a@3", "a", ""))]
+    assert ids_of(load_examples(save(tmp_path / "y.json", *rows))[0]) == ["a", "a@3", "a@3@3", "3"]
 
 
 def save_numbered(path: Path, *ids: int) -> str:
@@ -128,16 +131,20 @@ def test_an_id_is_a_name_and_only_the_field_record_joins_steps(tmp_path):
     rows = [xlam(id=f"dump#{i}", query=f"Add {i}.") for i in range(40)]
     splits = load_splits(Config(data=str(save(tmp_path / "x.json", *rows))))
     assert (len(splits.train), len(splits.held_out["held_out"])) == (36, 4)
+    said = [[{"role": "user", "content": str(i)}] for i in range(40)]
+    rows = [dict(id=f"r{i}", record=i // 20, messages=one, tools=[], answer=[]) for i, one in enumerate(said)]
+    splits = load_splits(Config(data=str(save(tmp_path / "y.json", *rows)), test_share=0.5))
+    assert (len(splits.train), len(splits.held_out["held_out"])) == (20, 20)
 
 
 def test_no_step_of_a_conversation_of_test_data_is_trained_on(tmp_path, capsys):
     """Neither a copy, nor a later step, which shows the answer, nor an earlier one."""
-    def asked(texts: str) -> dict:
+    def asked(texts: Sequence[str]) -> dict:
         said = [{"role": "user", "content": text} for text in texts]
         return {"messages": said, "tools": [ADD], "answer": []}
 
     train = save(tmp_path / "a.json", *map(asked, ("123", "12", "1", "13", "2")))
-    test = save(tmp_path / "b.json", asked("12"))
+    test = save(tmp_path / "b.json", asked(("1 ", "2")) | {"tools": [ADD | {"description": ""}]})
     splits = load_splits(Config(data=str(train), test_data=str(test)))
     assert ids_of(splits.train) == ["3", "4"] and "data: 3 examples" in capsys.readouterr().out
     with pytest.raises(DataError, match="no example to train on"):

@@ -17,23 +17,28 @@ WRAPPED = {"type": "function", "function": ADD}
     '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>',  # Hermes
     "<functioncall> {\"name\": \"add\", \"arguments\": '{\"a\": 1}'} <|endoftext|>",  # Glaive
     '{"arguments": {"a": 1}, "name": "add"}', '```json\n[{"name": "add", "arguments": {"a": 1}}]\n```',
-    "<think>One number.</think>\n[ add(a=1)]", f"<tool_call>[{json.dumps(PAST_CALL)}]</tool_call>",
+    "<think>One number.</think>\n[ add(a=1)]", "Or [add(a=2)]?</think>\n\n[add(a=1)]",
+    f"<tool_call>[{json.dumps(PAST_CALL)}]</tool_call>",
 ])
-def test_calls_in_an_assistants_text_are_calls(tmp_path, text):
-    result = ("tool", "<tool_response>2</tool_response>")
+@pytest.mark.parametrize("who", ["tool", "human"])
+def test_calls_in_an_assistants_text_are_calls(tmp_path, text, who):
+    result = (who, "<tool_response>2</tool_response>\n<tool_response>\n3\n</tool_response>")
     record = toolace(("human", "go"), ("gpt", text), result, ("gpt", "2."))
     path = save(tmp_path / "t.json", record)
     [example], reasons = read_with(STRICT, path)
     assert (example.id, example.answer, reasons) == ("0#1", [ToolCall("add", {"a": 1})], [])
     later = read_with(Rules(no_call_turns=True), path)[0][-1]
     assert later.messages[1:] == [
-        {"role": "assistant", "content": "", "calls": example.answer}, {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "", "calls": example.answer}, {"role": "tool", "content": "2\n3"},
     ]
 
 
 @pytest.mark.parametrize("text", [
     "Let me look. add(a=1)", 'Action: add\nAction Input: {"a": 1}',
+    '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>\n<tool_call>{"name": "add"',  # half
     "<function=add><parameter=a>1</parameter>", '{"a": 1} is what I give to add',
+    '<think>Or <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>',  # a thought
+    'add["1"]', "add:\n  a: 1", "tool: add\na: 1",
     "I look it up.",  # only a result shows that it called
 ])
 @pytest.mark.parametrize("result", [True, False])
@@ -44,6 +49,20 @@ def test_a_turn_that_calls_in_an_unknown_notation_is_never_a_refusal(tmp_path, t
     examples, reasons = read_with(Rules(no_call_turns=True), path)
     assert [one.answer for one in examples] == [[]] * refused and len(reasons) == 1 - refused
     assert read_with(STRICT, path) == ([], ["no_calls" if refused else "unparsable_calls"])
+
+
+def test_a_row_without_tools_is_dropped_alone(tmp_path):
+    row = {"messages": [{"role": "user", "content": "go"}, {"role": "assistant", "calls": [PAST_CALL]}]}
+    path = save(tmp_path / "t.json", row | {"tools": [ADD]}, row | {"tools": None}, row)
+    examples, reasons = read_with(STRICT, path)
+    assert (len(examples), reasons) == (1, ["no_tools", "no_tools"])
+
+
+@pytest.mark.parametrize("none", [[], "[]"])
+def test_an_empty_list_of_calls_is_none(tmp_path, none):
+    said = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "Add it?", "tool_calls": none}]
+    path = save(tmp_path / "t.json", {"messages": said, "tools": [ADD]})
+    assert read_with(STRICT, path)[0] == [] and len(read_with(Rules(no_call_turns=True), path)[0]) == 1
 
 
 def test_a_reply_in_json_and_a_result_of_role_function_are_no_calls(tmp_path):
@@ -83,6 +102,8 @@ def test_calls_in_consecutive_turns_are_one_answer(tmp_path):
 @pytest.mark.parametrize("past", [
     {"calls": [PAST_CALL]}, {"tool_calls": [{"id": "c", "type": "function", "function": PAST_CALL}]},
     {"function_call": PAST_CALL, "content": None}, {"tool_calls": json.dumps([PAST_CALL]), "name": "x"},
+    {"calls": [PAST_CALL], "content": f"<think>Hm.</think><tool_call>{json.dumps(PAST_CALL)}</tool_call>"},
+    {"calls": [{"name": "add", "parameters": {"a": 1}}], "from": None, "value": None},
 ])
 def test_openais_messages_give_an_example_per_turn_with_calls(tmp_path, past):
     answer = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2}}}]}
@@ -110,10 +131,28 @@ def test_openais_messages_give_an_example_per_turn_with_calls(tmp_path, past):
     ([ASK, {"role": "assistant", "content": "", "plan": "add"}], "bad_turn"),  # a key that may say something
     ([ASK, {"role": "assistant", "tool_calls": "add"}], "bad_turn"), ([{"role": "pilot"}], "bad_turn"),
     ([{"role": "user", "content": [{"type": "image", "image": "x"}]}], "bad_turn"),
+    ([{"role": "user", "content": 0}], "bad_turn"),
+    ([ASK, {"role": "assistant", "calls": [{"name": "add", "input": {"a": 1}}]}], "bad_turn"),
 ])
 def test_a_prompt_that_asks_nothing_or_holds_its_answer_is_dropped(tmp_path, messages, reason):
     record = {"messages": messages, "tools": [ADD], "answer": [PAST_CALL]}
     assert read_with(STRICT, save(tmp_path / "t.json", record)) == ([], [reason])
+
+
+@pytest.mark.parametrize("between", [
+    [{"role": "tool", "content": "Error: busy"}],
+    [{"role": "tool", "content": "2"}, {"role": "assistant", "calls": [{"name": "sub"}]}, {"role": "tool"}],
+])
+def test_the_same_calls_may_be_right_again_after_an_error_or_after_others(tmp_path, between):
+    said = [ASK, {"role": "assistant", "calls": [PAST_CALL]}, *between]
+    path = save(tmp_path / "t.json", {"messages": said, "tools": [ADD], "answer": [PAST_CALL]})
+    assert len(read_with(STRICT, path)[0]) == 1
+
+
+def test_past_thoughts_are_not_shown(tmp_path):
+    said = ("human", "go"), ("gpt", "<think>a is?</think>\nWhat is a?"), ("human", "1"), ("gpt", "[add(a=1)]")
+    [example], _ = load_examples(save(tmp_path / "t.json", toolace(*said)))
+    assert example.messages[1]["content"] == "What is a?"
 
 
 def test_the_system_text_stays_unless_it_lists_the_tools(tmp_path):
@@ -121,15 +160,20 @@ def test_the_system_text_stays_unless_it_lists_the_tools(tmp_path):
     kept = toolace(("human", "go"), call, system=policy, tools=[WRAPPED])
     listing = toolace(("system", SYSTEM), ("human", "on"), call)
     (first, second), _ = load_examples(save(tmp_path / "t.json", kept, listing))
+    for record in (xlam(query="go"), {"messages": kept["conversations"], "tools": [ADD]}):
+        [example], _ = load_examples(save(tmp_path / "o.json", record | {"system": [policy]}))
+        assert example.messages == first.messages
     assert [message["content"] for message in first.messages] == [policy, "go"]
     assert [message["content"] for message in second.messages] == ["on"]
 
 
-def test_nulls_that_columns_fill_in_are_no_arguments(tmp_path):
+@pytest.mark.parametrize("wrap", [lambda tool: tool, lambda tool: {"type": "function", "function": tool}])
+@pytest.mark.parametrize("filled", [{"b": None}, {"c": {"type": "str, optional", "enum": None}}])
+def test_nulls_that_columns_fill_in_are_no_arguments(tmp_path, filled, wrap):
     """What `datasets` writes as JSON after reading records of different tools."""
     optional = {"type": "str, optional"}
-    tool = {"name": "add", "parameters": {"a": {"type": "int", "default": None}, "b": None, "c": optional}}
+    tool = {"name": "add", "parameters": {"a": {"type": "int", "default": None}, "c": optional} | filled}
     answers = [{"name": "add", "arguments": {"a": 1, "b": None, "c": None}}]
-    [example], _ = load_examples(save(tmp_path / "x.json", xlam(tools=[tool], answers=answers)))
+    [example], _ = load_examples(save(tmp_path / "x.json", xlam(tools=[wrap(tool)], answers=answers)))
     assert example.answer == [ToolCall("add", {"a": 1})]
     assert example.tools == [{"name": "add", "parameters": {"a": {"type": "int"}, "c": optional}}]

@@ -103,6 +103,20 @@ def test_training_on_the_raw_files_holds_out_the_same_records(sources, tmp_path,
         assert not train & test, "later steps stay with their record"
 
 
+def test_records_that_hold_steps_of_one_conversation_are_not_on_both_sides(tmp_path):
+    """Many files have a record for every step, which shows those before it."""
+    answer = [{"name": "add", "arguments": {"a": 1}}]
+    call = {"role": "assistant", "calls": answer}, {"role": "tool", "content": "error"}
+    talks = [[{"role": "user", "content": str(i)}, *call * steps] for i in range(10) for steps in range(3)]
+    rows = [{"messages": said, "tools": [ADD], "answer": answer} for said in talks]
+    path = save(tmp_path / "x.json", *rows)
+    files = run(tmp_path / "out", "--data", path)
+    train, test = ({row["messages"][0]["content"] for row in files[f"{n}.jsonl"]} for n in ("train", "test"))
+    assert test and not train & test and {row["reason"] for row in files["dropped.jsonl"]} == {"held_out"}
+    splits = load_splits(Config(data=str(path)))
+    assert [f"data-{example.id}" for example in splits.train] == [row["id"] for row in files["train.jsonl"]]
+
+
 @pytest.mark.parametrize("records, share, warned", [(4, 0.1, True), (4, 0, False), (10, 0.1, False)])
 def test_a_share_that_holds_nothing_out_is_said(tmp_path, capsys, records, share, warned):
     x = save(tmp_path / "x.json", *(numbered(i) for i in range(records)))

@@ -54,6 +54,12 @@ def test_a_tool_without_readable_parameters_declares_nothing(parameters):
     assert wrong_types({"x": 1}, tool) == []
 
 
+def test_flat_parameters_may_say_which_are_required():
+    said = {"a": {"type": "str", "required": False}, "b": {"type": "str"}}
+    assert required({"parameters": said}) == ["b"]
+    assert required({"parameters": {"a": {"type": "str"}, "b": {"type": "str"}, "required": ["a"]}}) == ["a"]
+
+
 def test_flat_parameters_may_be_called_type_or_properties():
     flat = {"type": {"type": "str"}, "properties": {"description": "", "type": "int"}}
     assert list(properties({"name": "f", "parameters": flat})) == ["type", "properties"]
@@ -91,7 +97,10 @@ def test_lenient_arguments_change_declared_numbers_only():
 @pytest.mark.parametrize("parameters, found", [
     ({"a": {"type": "int"}}, ["x"]), ({}, ["x"]), ({"type": "object", "properties": {}}, ["x"]),
     ({"type": "object", "properties": {}, "additionalProperties": True}, []), ({"type": "object"}, []),
-    (None, []),
+    (None, []), ({"a": {"type": "int"}, "required": ["a"]}, ["x"]), ({"oneOf": [{"required": ["x"]}]}, []),
+    ({"$ref": "#/$defs/A", "$defs": {"A": {}}}, []), ({"properties": {}, "patternProperties": {"x": {}}}, []),
+    ({"properties": {"a": {}}, "additionalProperties": {}}, []),
+    ({"properties": {"a": {}}, "additionalProperties": False}, ["x"]),
 ])
 def test_an_argument_is_undeclared_only_where_a_tool_says_what_it_takes(parameters, found):
     assert undeclared({"x": 1}, {"name": "f", "parameters": parameters}) == found
@@ -99,7 +108,8 @@ def test_an_argument_is_undeclared_only_where_a_tool_says_what_it_takes(paramete
 
 @pytest.mark.parametrize("value, wrong", [
     ("b", 0), ("c", 1), (["a", "b"], 0), (["a", "c"], 1), (None, 0), ([], 0),
+    ("1", 0), (2, 0), ("2.0", 1), ("", 0),  # as often declared as text; the default
 ])
 def test_a_value_or_each_item_of_a_list_is_one_of_the_enum(value, wrong):
-    tool = {"parameters": {"x": {"type": "str", "enum": ["a", "b"]}, "y": {"enum": []}}}
+    tool = {"parameters": {"x": {"enum": ["a", "b", 1, "2"], "default": ""}, "y": {"enum": []}}}
     assert len(not_in_enum({"x": value, "y": 1}, tool)) == wrong

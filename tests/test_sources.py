@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -44,7 +45,7 @@ def lines(*texts: str) -> bytes:
 
 @pytest.mark.parametrize("content, complaint", [
     (b" \n", "is empty"),
-    (b"id,query\n1,hello\n", "x.json:1: .*JSON object per line"),
+    (b"id,query\n1,hello\n", "x.json:1: .*id,query.*JSON object per line"),
     (b'[{"query": ""},\n oops]', "cannot be read: Expecting value: line 2"),
     (b"[" * 99999, "cannot be read: .*recursion"),
     (b"\xff\xfe\x00", "cannot be read.*UTF-8"),
@@ -116,6 +117,9 @@ def test_arrow_s_nulls_in_structs_are_not_read(tmp_path):
     rows = [xlam(id=i, query=f"{i}", tools=t, answers=c) for i, (t, c) in enumerate(zip(tools, calls))]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "x.parquet")
     assert load_examples(tmp_path / "x.parquet") == load_examples(save(tmp_path / "x.json", *rows))
+    dated = xlam(tools=[{"name": "add"}], answers=[{"name": "add", "arguments": {"day": date(2024, 5, 16)}}])
+    parquet.write_table(pyarrow.Table.from_pylist([dated]), tmp_path / "y.parquet")
+    assert [drop.reason for drop in load_examples(tmp_path / "y.parquet")[1]] == ["broken_json"]
     (tmp_path / "x.parquet").write_bytes((tmp_path / "x.parquet").read_bytes()[:-9])
     with pytest.raises(DataError, match="x.parquet cannot be read"):
         load_examples(tmp_path / "x.parquet")
@@ -133,6 +137,7 @@ def save_shards(folder: Path, split: str, count: int, of: int) -> list[Path]:
 
 def test_the_shards_of_a_split_are_one_file(tmp_path):
     paths = save_shards(tmp_path / "data", "train", 3, 3)
+    (tmp_path / "data/._train.jsonl").write_bytes(b"\x00\x05")  # a Mac's own
     for source in (tmp_path, tmp_path / "data", tmp_path / "data/train"):
         assert find_files(source) == paths
         examples, dropped = load_examples(source)
