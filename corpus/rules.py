@@ -15,8 +15,6 @@ from prompts import ToolCall
 # Reasons that Rules.keep may name.
 KEEPABLE = ("missing_argument", "undeclared_argument", "wrong_type", "not_in_enum", "contradiction")
 
-_FAILED = re.compile(r"error|exception|fail|time(?:d )?out|unavailable|try again", re.IGNORECASE)
-
 BESIDE = 80  # characters around a tool's name in which brackets, "=" or "parameter:" mean arguments
 
 
@@ -104,13 +102,8 @@ def check_prompt(example: Example) -> None:
         tools = [tool for tool in example.tools if tool["name"] in names]
         if messages[-1].get("calls") or names_call(messages[-1]["content"], tools):
             raise Unusable("answered", "the prompt ends in the assistant's own calls")
-    made = [index for index in range(asked[-1], len(messages)) if messages[index].get("calls")]
-    if not answer or not made:
-        return
-    last, *results = messages[made[-1] :]
-    # After others, which change things, or after an error the same calls may be right again.
-    failed = any(_FAILED.search(message.get("content") or "") for message in results)
-    if not failed and sorted(call.key() for call in last["calls"]) == sorted(call.key() for call in answer):
+    made = [message["calls"] for message in messages[asked[-1] :] if message.get("calls")]
+    if answer and made and sorted(call.key() for call in made[-1]) == sorted(call.key() for call in answer):
         raise Unusable("answered", "the calls before, since the last message of the user, were the same")
 
 

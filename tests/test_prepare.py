@@ -106,7 +106,8 @@ def test_training_on_the_raw_files_holds_out_the_same_records(sources, tmp_path,
 def test_records_that_hold_steps_of_one_conversation_are_not_on_both_sides(tmp_path):
     """Many files have a record for every step, which shows those before it."""
     answer = [{"name": "add", "arguments": {"a": 1}}]
-    call = {"role": "assistant", "calls": answer}, {"role": "tool", "content": "error"}
+    past = [{"name": "add", "arguments": {"a": 2}}]
+    call = {"role": "assistant", "calls": past}, {"role": "tool", "content": "2"}
     talks = [[{"role": "user", "content": str(i)}, *call * steps] for i in range(10) for steps in range(3)]
     rows = [{"messages": said, "tools": [ADD], "answer": answer} for said in talks]
     path = save(tmp_path / "x.json", *rows)
