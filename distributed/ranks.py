@@ -144,6 +144,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     """
     message, lost, code = "", "", 1
     many = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    sys.stdout.reconfigure(errors="backslashreplace")  # a reply may hold half a surrogate pair
     try:
         main(sys.argv[1:])
         code = 0

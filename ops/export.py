@@ -247,7 +247,7 @@ def bullets(values: dict) -> str:
 
 def main(arguments: list[str]) -> None:
     """`RUN/step_N OUT`. Raises ConfigError or CheckpointError."""
-    parser = argparse.ArgumentParser(description="A checkpoint as a bf16 Hugging Face folder.")
+    parser = argparse.ArgumentParser("ops.export", description="A checkpoint as a bf16 Hugging Face folder.")
     parser.add_argument("checkpoint", type=Path, metavar="RUN/step_N")
     parser.add_argument("out", type=Path, help="a folder that does not exist yet")
     args = parser.parse_args(arguments)
