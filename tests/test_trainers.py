@@ -66,6 +66,7 @@ def test_what_the_model_wrote_wrong_stays_wrong(reply, message):
         {"content": [{"type": "text", "text": WHOLE, "image": "x"}]}, {"content": {"text": WHOLE}},
         {"content": WHOLE, "audio": "x"}, {"reasoning": ["a"], "content": LISTED},
         {"reasoning": "a", "reasoning_content": "b", "content": LISTED},
+        {"reasoning": "<think>three</think>", "content": LISTED},
         {"reasoning": "three", "content": WHOLE}, {"content": WHOLE, "tool_calls": WRAPPED},
         {"reasoning": "none", "content": "", "tool_calls": []}, {"tool_calls": json.dumps(CALLS)},
         {"tool_calls": [{"type": "custom", "custom": {"name": "f"}}]}, {"tool_calls": [{"function": "f"}]},
