@@ -133,7 +133,7 @@ DEEP = json.loads("[" * 70 + "]" * 70)  # nested deeper than the parser reads: i
     ("schedule", "warning", "prompts_per_step to 60", lambda s: with_config(s, prompts_per_step=64)),
     ("examples", "warning", "of 61 right replies 1 are too long", lambda s: with_answer(s, "w " * 200)),
     ("examples", "problem", "look at bad", lambda s: with_answer(s, DEEP)),
-    ("examples", "problem", "look at bad", with_stop_inside),
+    ("examples", "problem", "the control token", with_stop_inside),
     ("examples", "warning", "silence can be learnt", pays_silence),
 ])
 def test_what_is_wrong_is_found(healthy, name, status, said, change):
