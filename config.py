@@ -335,4 +335,4 @@ def settings_table() -> str:
 
 
 if __name__ == "__main__":  # python config.py > docs/settings.md
-    print(f"# Settings\n\n{(Config.__doc__ or '').strip()}\n\n{settings_table()}")
+    run_command(lambda _: print(f"# Settings\n\n{(Config.__doc__ or '').strip()}\n\n{settings_table()}"))

@@ -102,7 +102,7 @@ def load_template(path: str) -> str:
     if not path:
         return SYSTEM_TEMPLATE
     try:
-        text = Path(path).read_text(encoding="utf-8-sig").rstrip("\n")
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig").rstrip("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"prompt_template: cannot read {path}: {error}") from None
     if text.count("{tools}") != 1:
@@ -220,7 +220,7 @@ def encode_prompt(
 
 def _refuse_control_tokens(tokenizer, text: str) -> None:
     if found := _control_tokens(tokenizer, len(tokenizer)).search(text):
-        raise PromptError(f"bad_text: the control token {found[0]} stands in the text or in the right calls")
+        raise PromptError(f"bad_text: the control token {found[0]} stands in text, tools or right calls")
 
 
 @functools.lru_cache(maxsize=8)  # asked for every prompt

@@ -4,29 +4,29 @@ Source: Nemotron-Research-Tool-N1 (arXiv 2505.00024), reward modelling and its a
 prompts.py; a row of REWARDS says what a variant pays. `python reward.py FILE.jsonl` re-scores completions.
 """
 
-# No postponed annotations here: verl executes this file without an entry in sys.modules, where dataclasses
-# cannot resolve them.
+# No postponed annotations: dataclasses look them up in sys.modules, where verl does not enter this file.
 import argparse
 import copy
 import importlib.util
 import json
 import math
 import numbers
+import runpy
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parent))  # a trainer executes this file by its path
-from corpus.foreign import modules_beside
+# A trainer executes this file by its path, and may have a `config` or `corpus` of its own.
+modules_beside = runpy.run_path(str(Path(__file__).resolve().parent / "corpus/foreign.py"))["modules_beside"]
 
-with modules_beside(Path(__file__)):  # and may have a `config` or `prompts` of its own
+with modules_beside(Path(__file__)):
     from config import UserError, first_line, run_command
     from corpus.replies import reply_text
-    from corpus.schema import lenient_arguments, read_tools
+    from corpus.schema import lenient_arguments, read_tools, without_nulls
     from corpus.sources import read_records
     from corpus.strict_json import strict_json
     from evals.reference_reward import REFERENCE, ReferenceRow, score_as_reference
@@ -92,8 +92,10 @@ def as_calls(answer: Sequence) -> list[ToolCall]:
 
 
 def decode_answer(ground_truth: Any) -> list[ToolCall]:
-    """A ground truth as files have it, a list or its JSON text, as ToolCalls. Raises ValueError else."""
+    """A ground truth as trainers have it, a list or its JSON text, as ToolCalls. Raises ValueError else."""
     if not isinstance(ground_truth, str):
+        if without_nulls(ground_truth) != ground_truth:
+            raise ValueError(f"a null may be Arrow's filling; give the answer as text: {ground_truth!r:.80}")
         return as_calls(ground_truth)
     try:
         return as_calls(strict_json(ground_truth))
@@ -123,8 +125,7 @@ def score(
             raise ValueError(f"lenient does not go with {variant}, which compares as the reference does")
         if not isinstance(answer, str):
             answer = json.dumps([call.as_dict() for call in as_calls(answer)])
-        verdict = score_as_reference(completion, answer, variant)
-        return Reward(verdict.total, verdict.format_ok, verdict.correct, verdict.reason)
+        return Reward(**vars(score_as_reference(completion, answer, variant)))
     truth = as_calls(answer)
     parsed = parse_completion(completion)
     if parsed.calls is None:
@@ -136,9 +137,8 @@ def score(
         declared = {tool["name"]: tool for tool in read_tools(tools or [])}
         truth, calls = _leniently(truth, declared), _leniently(calls, declared)
     difference = _difference(calls, truth)
-    correct = difference == "correct"
     format_ok = parsed.error is None
-    if correct:
+    if correct := difference == "correct":
         total = row.right if format_ok else row.right_no_think
     else:
         total = row.wrong if format_ok else row.wrong_no_think
@@ -191,7 +191,7 @@ def reward_function(name: str, lenient: bool = False) -> RewardFunction:
     path, colon, attribute = name.rpartition(":")
     if not colon:
         raise RewardError(f"reward must be one of {', '.join(REWARDS)}, or file.py:function, not {name!r}")
-    function = _import(path, attribute)
+    function = _import(str(Path(path).expanduser()), attribute)
 
     def own(completion: str, answer: list[ToolCall], tools: list[dict]) -> Reward:
         """The user's function as a reward; a plain number gets format and correctness of the strict one."""
@@ -204,10 +204,8 @@ def reward_function(name: str, lenient: bool = False) -> RewardFunction:
             raise RewardError(f"reward: {name} raised {first_line(error)} on {completion!r:.200}") from error
         if not number:
             raise RewardError(f"reward: {name} must return a finite number, not {value!r}")
-        if isinstance(value, Reward):
-            return value
-        strict = score(completion, answer)
-        return Reward(float(value), strict.format_ok, strict.correct, strict.reason)
+        verdict = value if isinstance(value, Reward) else score(completion, answer)
+        return replace(verdict, total=float(total))
 
     return own
 
@@ -240,10 +238,9 @@ def trl_reward(
     writes. Raises ValueError for broken ones, and for a completion that cannot be put together.
     """
     tools = columns.get("tools") or columns.get("tools_json") or [None] * len(completions)
-    rows = zip(completions, ground_truth, tools, strict=True)
     return [
         score(reply_text(completion), decode_answer(truth), variant, lenient, offered).total
-        for completion, truth, offered in rows
+        for completion, truth, offered in zip(completions, ground_truth, tools, strict=True)
     ]
 
 
@@ -264,6 +261,7 @@ def compute_score(
 
 def rescore(path: Path, variant: str, lenient: bool) -> Iterator[dict]:
     """The reward of every row of a file, as a row. Raises RewardError that names the file and the line."""
+    known = {}
     for line, row in read_records(path):
         try:
             if isinstance(row, Exception):
@@ -271,9 +269,11 @@ def rescore(path: Path, variant: str, lenient: bool) -> Iterator[dict]:
             truth = row.get("ground_truth", row.get("answer")) if isinstance(row, dict) else None
             if truth is None or "completion" not in row:
                 raise ValueError("a row needs the fields completion and ground_truth (or answer); see --help")
-            if variant not in REFERENCE or not isinstance(truth, str):  # the reference reads texts itself
+            if variant not in REFERENCE and isinstance(truth, str):  # the reference reads texts itself
                 truth = decode_answer(truth)
-            tools = row.get("tools") or row.get("tools_json") or []
+            prompt = str(row.get("prompt_id", line))  # samples.jsonl has its tools in its first row
+            tools = row.get("tools") or row.get("tools_json") or known.get(prompt, row.get("tools"))
+            known = {prompt: tools}
             reward = score(reply_text(row["completion"]), truth, variant, lenient, tools)
         except (ValueError, RecursionError) as error:
             raise RewardError(f"{path}:{line}: {error}") from None

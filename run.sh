@@ -146,5 +146,6 @@ case "$command" in
   test) setup; run_tests "$@" ;;
   train) setup; train "$@" ;;
   eval) setup; evaluate "$@" ;;
+  -h | --help) sed -n '2,6s/^# //p' run.sh ;;
   *) sed -n '2,6s/^# //p' run.sh >&2 && fail "unknown command: $command" "bash run.sh" ;;
 esac

@@ -32,6 +32,8 @@ def reply_text(completion: Any) -> str:
     thoughts = [thought for thought in map(message.get, THOUGHTS) if thought]
     if any(not isinstance(thought, str) or thought != thoughts[0] for thought in thoughts):
         raise ValueError(f"the thought must be one text, not {thoughts!r:.80}")
+    if thoughts and END_THINK in thoughts[0]:  # no parser goes on behind it
+        raise ValueError(f"the thought must come without its tags, not {thoughts[0]!r:.80}")
     thought = f"{THINK}{thoughts[0]}{END_THINK}" if thoughts else ""
     if (thought and THINK in content and thoughts[0].strip() in content) or (calls and CALL in content):
         raise ValueError("the thought or the calls stand twice, in content and beside it; keep one of them")

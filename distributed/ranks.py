@@ -144,6 +144,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     """
     message, lost, code = "", "", 1
     many = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    sys.stdout.reconfigure(errors="backslashreplace")  # a reply may hold half a surrogate pair
     try:
         main(sys.argv[1:])
         code = 0
@@ -161,6 +162,8 @@ def run_script(main: Callable[[list[str]], None]) -> None:
     except BaseException as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             message = f"error: {error.filename}: {error.strerror}; make room, and go on with --resume true"
+        elif isinstance(error, PermissionError):
+            message = f"error: {error.filename}: {error.strerror}"
         elif many:
             lost = lost_processes(error)
             message = lost or traceback.format_exc().rstrip()

@@ -286,7 +286,7 @@ def read_verdicts(place: str, right: str) -> list[dict]:
     """Rows of a verdicts.jsonl, given itself or as the --out folder of `score`. Raises ReportError."""
     path = Path(place) / "verdicts.jsonl" if Path(place).is_dir() else Path(place)
     rows = [row for _, row in read_objects(path)]
-    if not all("id" in row and isinstance(row.get(right), bool) for row in rows):
+    if not all(isinstance(row.get("id"), str) and isinstance(row.get(right), bool) for row in rows):
         raise ReportError(f"--diff: {path} holds no verdicts; give the --out folder of a `score` run")
     return rows
 

@@ -60,7 +60,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--max_new_tokens", type=int, default=512, help="of a reply (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="(default: 0, greedy)")
     args = parser.parse_intermixed_args(arguments)  # or Python 3.11 finds no query behind an option
-    if args.temperature < 0 or args.max_new_tokens < 1:
+    if not args.temperature >= 0 or args.max_new_tokens < 1:
         parser.error("--temperature is at least 0, and --max_new_tokens at least 1")
     try:
         tools = read_tools(args.tools.read_text(encoding="utf-8-sig"))

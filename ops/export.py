@@ -25,6 +25,7 @@ from transformers import (
     GenerationConfig,
     PreTrainedTokenizerFast,
 )
+from transformers.utils import logging as transformers_logging
 
 from config import Config, ConfigError, load_config
 from corpus.sources import file_sha256, read_jsonl
@@ -247,19 +248,22 @@ def bullets(values: dict) -> str:
 
 def main(arguments: list[str]) -> None:
     """`RUN/step_N OUT`. Raises ConfigError or CheckpointError."""
-    parser = argparse.ArgumentParser(description="A checkpoint as a bf16 Hugging Face folder.")
+    parser = argparse.ArgumentParser("ops.export", description="A checkpoint as a bf16 Hugging Face folder.")
     parser.add_argument("checkpoint", type=Path, metavar="RUN/step_N")
     parser.add_argument("out", type=Path, help="a folder that does not exist yet")
     args = parser.parse_args(arguments)
     source, run = args.checkpoint, args.checkpoint.parent
+    transformers_logging.disable_progress_bar()
     if args.out.exists():
         raise ConfigError(f"export: {args.out} exists already")
     full = full_state(source, torch.bfloat16)
     config = load_config(["--config", str(run / "config.yaml")])
     state = json.loads((source / "state.json").read_text(encoding="utf-8"))["state"]
     logged = [row for row in read_jsonl(run / "log.jsonl") if row["step"] == state["step"]]
-    evaluation = {key: value for key, value in logged[-1].items() if "/accuracy" in key or "/n" in key}
-    git = (run / "git.txt").read_text(encoding="utf-8")
+    last = logged[-1] if logged else {}  # a checkpoint may have been copied without the run's other files
+    evaluation = {key: value for key, value in last.items() if "/accuracy" in key or "/n" in key}
+    commit = run / "git.txt"
+    git = commit.read_text(encoding="utf-8") if commit.exists() else "unknown"
     tokenizer = asking_from_tools(load_tokenizer(str(source)), config)
     model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     with atomic_folder(args.out) as folder:

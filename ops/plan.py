@@ -281,6 +281,8 @@ def main(arguments: list[str]) -> None:
         note = f"default: {f.default}"
         parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default, help=note)
     options, rest = parser.parse_known_args(arguments)
+    if wrong := [name for name, value in vars(options).items() if not 0 < value < math.inf]:
+        parser.error(f"--{wrong[0]} must be greater than 0, and finite")
     config = load_config(rest)
     options.prompt_tokens = min(options.prompt_tokens, config.max_prompt_tokens)
     options.response_tokens = min(options.response_tokens, config.max_response_tokens)

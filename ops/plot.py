@@ -287,13 +287,14 @@ def smooth(values: Sequence[float]) -> np.ndarray:
 
 def main(arguments: list[str]) -> None:
     """`RUN [RUN …] [--out FILE]`. Raises ConfigError where there is nothing to draw."""
-    parser = argparse.ArgumentParser(description="Draws the curves of runs; of one run, prints the results.")
+    parser = argparse.ArgumentParser("ops.plot", None, "Draws the curves of runs; prints the results of one.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run")
     parser.add_argument("--out", type=Path, help="default: RUN/curves.png, of several runs overlay.png")
     args = parser.parse_args(arguments)
     for run in args.runs:
         if not any((run / name).exists() for name in LOGS):
-            raise ConfigError(f"plot: {run} has no {' or '.join(LOGS)}; give the folder of a run")
+            what = f"{run} has no {' or '.join(LOGS)}"
+            raise ConfigError(f"plot: {what}; give the folder of a run, or a checkpoint's of TRL")
     target = args.out or args.runs[0] / ("curves.png" if len(args.runs) == 1 else "overlay.png")
     try:
         if not draw(args.runs, target):

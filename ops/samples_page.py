@@ -67,12 +67,11 @@ def read_lines(file: BinaryIO) -> tuple[list[Line], int]:
     lines = []
     unread = offset = 0
     for text in file:
-        if text.endswith(b"\n"):
-            try:
-                row = read_row(text)
-                lines.append(Line(offset, len(text), row["step"], row["kind"], row["reward"]))
-            except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-                unread += 1
+        try:
+            row = read_row(text)
+            lines.append(Line(offset, len(text), row["step"], row["kind"], row["reward"]))
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+            unread += text.endswith(b"\n")
         offset += len(text)
     return lines, unread
 
@@ -207,7 +206,7 @@ def embed(data: dict) -> str:
 
 def main(arguments: list[str]) -> None:
     """`RUN`. Raises ConfigError without a samples.jsonl."""
-    parser = argparse.ArgumentParser(description="A run's completions as one page for a browser.")
+    parser = argparse.ArgumentParser("ops.samples_page", None, "A run's completions as a page for a browser.")
     parser.add_argument("run", type=Path, help="folder of a run, finished or not")
     page = write_page(parser.parse_args(arguments).run)
     print(f"page: {page} ({page.stat().st_size / 1e6:.1f} MB)")

@@ -149,7 +149,8 @@ def test_diff_counts_every_fate_of_a_case(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("row", "sentence"),
-    [({"id": "c_0", "output": ""}, "b.jsonl holds no verdicts"), (*verdicts("1", "d"), "no case in common")],
+    [({"id": "c_0", "output": ""}, "b.jsonl holds no verdicts"),
+     (verdicts("1")[0] | {"id": 3}, "b.jsonl holds no verdicts"), (*verdicts("1", "d"), "no case in common")],
 )
 def test_diff_of_what_cannot_be_compared(tmp_path, row, sentence):
     a, b = write_jsonl(tmp_path / "a.jsonl", verdicts("1")), write_jsonl(tmp_path / "b.jsonl", [row])

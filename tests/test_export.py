@@ -92,6 +92,10 @@ def test_a_checkpoint_is_exported_in_bf16(policy, ranks, tmp_path, monkeypatch):
     monkeypatch.chdir(out)
     for code in re.findall(r"(?ms)^```python\n(.*?)^```", card):
         exec(code.replace("max_new_tokens=200", "max_new_tokens=2"), {})
+    for name in ("git.txt", "log.jsonl"):  # a checkpoint that was copied without them
+        (run / name).unlink()
+    main([str(run / "step_3"), str(tmp_path / "copied")])
+    assert "Code: unknown." in (tmp_path / "copied/README.md").read_text()
 
 
 WORDS = ['weather in Paris {"name": "get_weather", "arguments": {"city": "Paris"}}, "a taxi in Rome"'] * 9

@@ -23,6 +23,7 @@ from ops.plan import (
     Assumptions,
     cache_bytes,
     estimate,
+    main,
     shape_of,
     start_config,
     step,
@@ -176,3 +177,10 @@ def test_following_the_advice_makes_it_fit(name, changes, a, advice):
     assert line.startswith("does not fit") and f"; set {key} {str(value).lower()}" in line
     assert verdict(replace(config, **advice), SHAPES[name], a).startswith("fits")
     assert "take larger GPUs" in verdict(config, SHAPES[name], replace(a, gpu_memory=15.0))
+
+
+@pytest.mark.parametrize("option", [("--gpus", "0"), ("--gpu_memory", "-1"), ("--gpu_tflops", "nan")])
+def test_gpus_that_cannot_be_are_refused(option, capsys):
+    with pytest.raises(SystemExit):
+        main(list(option))
+    assert option[0] in capsys.readouterr().err

@@ -283,6 +283,7 @@ import numpy
 from beside import TEN
 from data import MINE  # ours is loaded already
 from prompts import ToolCall  # there is only ours
+from reward import Reward
 
 argparse.ArgumentParser().parse_args()  # the test runner's arguments are not its own
 
@@ -299,6 +300,7 @@ single = lambda completion, answer, tools: numpy.float32(0.5)
 half = lambda completion, answer, tools: fractions.Fraction(1, 2)
 nothing = lambda completion, answer, tools: None
 true = lambda completion, answer, tools: True
+verdict = lambda completion, answer, tools: Reward(numpy.float32(0.5), False, False, "mine")
 huge = lambda completion, answer, tools: 10**400
 constant = 3
 """
@@ -315,15 +317,19 @@ def own_file(tmp_path, monkeypatch):
     return str(tmp_path / "mine.py")
 
 
-def test_a_reward_function_of_the_users_own(own_file):
+def test_a_reward_function_of_the_users_own(own_file, monkeypatch):
     """It may use dataclasses and neighbours, and change what it gets. The reason is the strict verdict's."""
+    monkeypatch.setenv("HOME", str(Path(own_file).parent))
+    assert reward_function("~/mine.py:single")("x", [], []).total == 0.5
     answer, tools, arguments = [ToolCall("f", {"x": 1})], [{"name": "f"}], sys.argv
     for _ in range(2):
         reward = reward_function(f"{own_file}:length")("x" * 10, answer, tools)
         assert (reward.total, reward.correct, reward.reason) == (1.0, False, "no_think")
     assert answer == [ToolCall("f", {"x": 1})] and tools == [{"name": "f"}]
     assert sys.modules["data"] is data and sys.argv is arguments
-    assert all(reward_function(f"{own_file}:{name}")("x", [], []).total == 0.5 for name in ("single", "half"))
+    for name in ("single", "half", "verdict"):
+        total = reward_function(f"{own_file}:{name}")("x", [], []).total
+        assert type(total) is float and total == 0.5, "samples.jsonl takes no other"
 
 
 @pytest.mark.parametrize(
@@ -343,21 +349,24 @@ def test_a_reward_that_cannot_be_used_is_one_sentence(own_file, name, message):
 def test_a_file_is_rescored(tmp_path, capsys):
     two = [{"name": "f", "arguments": {"x": 2}}]
     wrapped = json.dumps([{"type": "function", "function": TOOL}])
-    rows = [{"id": "\ud83d", "completion": GOOD, "ground_truth": json.dumps(ANSWER)},
-            {"id": "b", "completion": [{"role": "assistant", "content": THINK}], "answer": ANSWER},
+    rows = [{"id": "\ud83d", "completion": GOOD, "ground_truth": json.dumps(ANSWER), "tools": []},
+            {"id": "b", "completion": [{"content": THINK}], "answer": ANSWER, "tools": []},
             {"id": "c", "completion": with_value("2.0"), "answer": two, "tools": [TOOL]},
             {"id": "d", "completion": with_value("2.0"), "answer": two, "tools": wrapped},
-            {"id": "e", "completion": with_value("2.0"), "answer": two, "tools_json": wrapped}]
+            {"id": "e", "completion": with_value("2.0"), "answer": two, "tools_json": wrapped},
+            {"id": "f", "completion": with_value("2.0"), "answer": two}]
+    rows[4]["prompt_id"] = rows[5]["prompt_id"] = "p"  # of which samples.jsonl gives the tools once
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
     main([str(path), "--lenient", "--out", str(tmp_path / "scored.jsonl")])
     scored = [json.loads(line) for line in (tmp_path / "scored.jsonl").read_text().splitlines()]
     read = [(row["id"], row["line"], row["reward"], row["reason"]) for row in scored]
-    right = [(row, line, 1.0, "correct") for row, line in (("\ud83d", 1), ("c", 3), ("d", 4), ("e", 5))]
+    lines = {"\ud83d": 1, "c": 3, "d": 4, "e": 5, "f": 6}
+    right = [(row, line, 1.0, "correct") for row, line in lines.items()]
     assert sorted(read) == sorted([*right, ("b", 2, 0.0, "no_tool_call")])
     main([str(path), "--variant", "tool_n1_v3"])
     scored = [json.loads(line)["total"] for line in capsys.readouterr().out.splitlines()]
-    assert scored == [1.0, 0.2, 0.2, 0.2, 0.2]
+    assert scored == [1.0, 0.2, 0.2, 0.2, 0.2, 0.2]
 
 
 @pytest.mark.parametrize(
@@ -366,10 +375,11 @@ def test_a_file_is_rescored(tmp_path, capsys):
      ({"completion": "x", "ground_truth": None}, "needs the fields completion and ground_truth"),
      ({"completion": "x", "ground_truth": "null"}, "answer"),
      ({"completion": [{"role": "tool", "content": "x"}], "ground_truth": []}, "assistant"),
-     ({"completion": THINK + NO_CALL, "ground_truth": [], "tools": [{"type": "function"}]}, "tool")],
+     ({"completion": THINK + NO_CALL, "ground_truth": [], "tools": [{"type": "function"}]}, "tool"),
+     ({"completion": THINK + NO_CALL, "ground_truth": []}, "lenient needs the tools")],
 )
 def test_a_broken_file_is_one_sentence_with_its_line(row, message, tmp_path):
-    good = '{"completion": "x", "ground_truth": []}\n'
+    good = '{"completion": "x", "ground_truth": [], "tools": []}\n'
     (tmp_path / "rows.jsonl").write_text(good + json.dumps(row))
     with pytest.raises(UserError, match=f"rows.jsonl:2: .*{message}"):
         main([str(tmp_path / "rows.jsonl"), "--lenient"])

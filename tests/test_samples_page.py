@@ -82,6 +82,8 @@ def test_a_line_that_is_no_row_is_left_out_and_told(tmp_path, capsys):
     lines = ["{", "7", "{}", json.dumps(row(1, reward=math.nan)), json.dumps(row(1, logprobs=["x"] * 3))]
     run_of(tmp_path, [row(1)], rest="\n".join(lines) + "\n")
     assert unpacked(write_page(tmp_path)) == [row(1)]
+    run_of(tmp_path / "copied", [row(1)], rest=json.dumps(row(2)))  # whole, but for its line break
+    assert unpacked(write_page(tmp_path / "copied")) == [row(1), row(2)]
     assert f"left out {len(lines)} " in capsys.readouterr().err
 
 

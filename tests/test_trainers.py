@@ -66,6 +66,7 @@ def test_what_the_model_wrote_wrong_stays_wrong(reply, message):
         {"content": [{"type": "text", "text": WHOLE, "image": "x"}]}, {"content": {"text": WHOLE}},
         {"content": WHOLE, "audio": "x"}, {"reasoning": ["a"], "content": LISTED},
         {"reasoning": "a", "reasoning_content": "b", "content": LISTED},
+        {"reasoning": "<think>three</think>", "content": LISTED},
         {"reasoning": "three", "content": WHOLE}, {"content": WHOLE, "tool_calls": WRAPPED},
         {"reasoning": "none", "content": "", "tool_calls": []}, {"tool_calls": json.dumps(CALLS)},
         {"tool_calls": [{"type": "custom", "custom": {"name": "f"}}]}, {"tool_calls": [{"function": "f"}]},
@@ -105,8 +106,9 @@ def test_the_functions_for_trl_and_verl():
     assert rewards == [1.0, 1.0, 0.0] and all(isinstance(reward, float) for reward in rewards)
     assert compute_score("toolace", GOOD, truth, {"index": 3}) == 1.0
     assert compute_score("toolace", BLOCK, truth, None, variant="no_reason") == 1.0
-    with pytest.raises(ValueError, match="answer is not JSON"):
-        trl_reward(["p"], [GOOD], ground_truth=["[oops"])
+    for broken in ("[oops", [{"name": "book", "arguments": {"city": "Oslo", "days": 2, "room": None}}]):
+        with pytest.raises(ValueError, match="answer"):  # Arrow fills a list's structs with null
+            trl_reward(["p"], [GOOD], ground_truth=[broken])
 
 
 @pytest.mark.parametrize("column", ["tools", "tools_json"])
@@ -131,13 +133,15 @@ def test_a_trainer_executes_the_file_by_its_path(tmp_path):
     """As verl does: not registered, from another folder, beside modules of the trainer with names of ours."""
     for name in ("config", "prompts", "data"):
         (tmp_path / f"{name}.py").write_text("mine = True\n")
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus/__init__.py").write_text("mine = True\n")
     (tmp_path / "trainer.py").write_text(
-        "import importlib.util, sys, config, prompts\n"
+        "import importlib.util, sys, config, corpus, prompts\n"
         "spec = importlib.util.spec_from_file_location('anonymous', sys.argv[1])\n"
         "module = importlib.util.module_from_spec(spec)\n"
         "spec.loader.exec_module(module)\n"
-        "import config, prompts, data\n"
-        "assert config.mine and prompts.mine and data.mine and len(sys.argv) == 2\n"
+        "import config, corpus, prompts, data\n"
+        "assert config.mine and corpus.mine and prompts.mine and data.mine and len(sys.argv) == 2\n"
         "print(module.compute_score('x', '<think>a</think><tool_call>[]</tool_call>', '[]'))\n"
     )
     words = [sys.executable, "trainer.py", str(Path(reward.__file__))]
