@@ -33,6 +33,7 @@ END_TOKENS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_
 TODAY = datetime(2024, 7, 26)
 DATES = "".join(f" | replace('%{code}', '{TODAY:%{code}}')" for code in "aAbBcdHIjmMpSUwWxXyY")
 FIXED_DATE = "{% macro strftime_now(form) %}{{ form | replace('%-', '%')" + DATES + " }}{% endmacro %}\n"
+TOOL_PROMPT = "{# tool prompt #}"  # begins what ops/export.py puts before a template
 SET_BY_US = "{# chat_template_kwargs #}"  # begins the line that set_template_kwargs puts before a template
 
 SYSTEM_TEMPLATE = """\
@@ -97,10 +98,21 @@ class Parsed:
 # ---------------------------------------------------------------------------------------------- to the model
 
 
-def load_template(path: str) -> str:
-    """The system template at `path`, or ours for "". Raises PromptError without a `{tools}` slot."""
+def tool_prompt(tokenizer) -> str | None:
+    """The system template that the model was trained with, where ops/export.py has left it, or None."""
+    jinja = tokenizer.chat_template
+    jinja = jinja.get("default") if isinstance(jinja, dict) else jinja
+    _, found, block = (jinja or "").partition(TOOL_PROMPT)
+    return json.JSONDecoder().raw_decode(block, block.index('"'))[0] if found else None
+
+
+def load_template(path: str, tokenizer=None) -> str:
+    """The system template at `path`; for "" the one that the tokenizer's model was trained with, or ours.
+
+    Raises PromptError without a `{tools}` slot.
+    """
     if not path:
-        return SYSTEM_TEMPLATE
+        return SYSTEM_TEMPLATE if tokenizer is None else tool_prompt(tokenizer) or SYSTEM_TEMPLATE
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig").rstrip("\n")
     except (OSError, UnicodeDecodeError) as error:

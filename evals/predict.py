@@ -50,7 +50,7 @@ class Open:
 def generate(args: argparse.Namespace, cases: Sequence[Case]) -> None:
     """The command `generate` of both evaluation scripts. Raises ModelError and PromptError."""
     sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
-    template = load_template(args.prompt_template)
+    template = args.prompt_template and load_template(args.prompt_template)
     write_predictions(args.model, cases, args.out / "predictions.jsonl", template, sampling)
 
 
@@ -61,19 +61,21 @@ def write_predictions(
 
     Rows: id, category, sample (from 0), input_tokens, output, output_tokens, latency (seconds of its batch /
     replies of its batch), and "skipped" where a prompt is too long or refused (its output is empty). Samples
-    depend on the seed and their own case only. Replies that `path` holds are not made again, so a killed run
-    goes on where it was. Raises ModelError when those were made with another model or other settings.
+    depend on the seed and their own case only. template: "" for the one that the model was trained with, or
+    ours. Replies that `path` holds are not made again, so a killed run goes on where it was. Raises
+    ModelError when those were made with another model or other settings.
     """
     if sampling.temperature == 0 and sampling.samples > 1:
         what = f"samples: greedy decoding would give {sampling.samples} equal replies"
         raise ModelError(f"{what}; set a temperature above 0, or 1")
+    tokenizer = load_tokenizer(model, chat_template_kwargs=sampling.chat_template_kwargs)
+    template = template or load_template("", tokenizer)
     path.parent.mkdir(parents=True, exist_ok=True)
     _check_author(path, model, template, sampling)
     missing = _missing(path, cases, sampling.samples)
     if not missing:
         print(f"{path}: all {len(cases) * sampling.samples} replies are there already")
         return
-    tokenizer = load_tokenizer(model, chat_template_kwargs=sampling.chat_template_kwargs)
     check_vocabulary(tokenizer, model_config(model))
     policy = load_model(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     check_tokenizer(tokenizer, template)

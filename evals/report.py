@@ -67,7 +67,7 @@ def _parser(script: Script) -> argparse.ArgumentParser:
     ask.add_argument("--limit", type=int, help="first N cases of each category or level; default: all")
     ask.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
     ask.add_argument("--samples", type=int, default=1, help="replies per case (default: %(default)s)")
-    ask.add_argument("--prompt_template", default="", help="file with a {tools} slot; default: our own")
+    ask.add_argument("--prompt_template", default="", help="file with a {tools} slot; default: as trained")
     ask.add_argument("--chat_template_kwargs", default="", help="variables of its template; default: none")
     ask.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
     limits = {"max_prompt_tokens": script.max_prompt_tokens, "max_new_tokens": 1024, "batch_size": 32}

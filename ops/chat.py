@@ -21,7 +21,6 @@ from distributed.ranks import run_script
 from distributed.weights import load_model, model_config
 from kernel.decode import Prompt
 from model import check_vocabulary, load_tokenizer
-from ops.export import tool_prompt
 from prompts import Parsed, PromptError, check_tokenizer, encode_prompt, load_template, parse_completion
 from rollout import Decoding, sample_groups
 
@@ -67,8 +66,7 @@ def main(arguments: list[str]) -> None:
     except (OSError, ValueError) as error:
         raise UserError(f"tools: {args.tools} is no JSON list of tools: {error}") from None
     tokenizer = load_tokenizer(args.model)
-    trained = None if args.prompt_template else tool_prompt(tokenizer)
-    template = trained or load_template(args.prompt_template)
+    template = load_template(args.prompt_template, tokenizer)
     check_tokenizer(tokenizer, template)
     check_vocabulary(tokenizer, model_config(args.model))
     model = load_model(args.model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

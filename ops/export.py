@@ -41,14 +41,15 @@ from prompts import (
     FIXED_DATE,
     SET_BY_US,
     TODAY,
+    TOOL_PROMPT,
     ToolCall,
     load_template,
     render_completion,
     stop_ids,
+    tool_prompt,
 )
 
-TOOL_PROMPT = Path(__file__).with_name("tool_prompt.jinja")
-START = "{# tool prompt #}"  # its first words
+BLOCK = Path(__file__).with_name("tool_prompt.jinja")
 END = "{# end of tool prompt #}{% endif %}\n"  # its last line
 # AutoTokenizer gives some model types (Qwen2) their own word splitting, whatever tokenizer.json says. Where
 # the folder brings a class of its own, it takes the file as it is: without that class, if it may not run it.
@@ -126,24 +127,16 @@ def ask_from_tools(tokenizer, template: str) -> None:
         return
     kwargs = own[: own.index("\n") + 1] if own.startswith(SET_BY_US) else ""
     own = own.removeprefix(kwargs)
-    own = own.partition(END)[2] if own.startswith(START) else own
+    own = own.partition(END)[2] if own.startswith(TOOL_PROMPT) else own
     words = {"PROMPT": template, "CALL": CALL, "END_CALL": END_CALL, "TODAY": f"{TODAY:%d %b %Y}"}
     words = {word: json.dumps(text, ensure_ascii=False) for word, text in words.items()}
     words["DATES"] = FIXED_DATE if "strftime_now" in own else ""
-    block = TOOL_PROMPT.read_text(encoding="utf-8")
+    block = BLOCK.read_text(encoding="utf-8")
     block = re.sub(rf"\b({'|'.join(words)})\b", lambda found: words[found[0]], block)
     asking = kwargs + block + own
     # Where a tokenizer has several templates, transformers takes "tool_use" for a prompt with tools.
     names = {"default", "tool_use"} & named.keys()
     tokenizer.chat_template = named | dict.fromkeys(names, asking) if named else asking
-
-
-def tool_prompt(tokenizer) -> str | None:
-    """The system prompt, with its {tools} slot, that the chat template makes of `tools=`, or None."""
-    jinja = tokenizer.chat_template
-    jinja = jinja.get("default") if isinstance(jinja, dict) else jinja
-    _, found, block = (jinja or "").partition(START)
-    return json.JSONDecoder().raw_decode(block, block.index('"'))[0] if found else None
 
 
 def asking_from_tools(tokenizer, config: Config):

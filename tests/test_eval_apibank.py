@@ -154,7 +154,7 @@ def test_generate_asks_the_chosen_cases(tmp_path, data_dir, monkeypatch):
     options = ["--temperature", "0.5", "--samples", "3", "--seed", "9", "--limit", "1"]
     assert main(["generate", "--model", "m", "--data", str(data_dir), "--out", str(out), *options]) == 0
     ((name, cases, path, template, sampling),) = asked
-    assert (name, path) == ("m", out / "predictions.jsonl") and "{tools}" in template
+    assert (name, path) == ("m", out / "predictions.jsonl") and template == ""
     assert sampling == predict.Sampling(8192, 1024, 32, 0.5, 3, 9)
     ids = [("a#1", "level-1"), ("b#1", "level-2"), ("level-3#0", "level-3")]
     assert [(case.id, case.category) for case in cases] == ids

@@ -159,7 +159,7 @@ def test_generate_asks_the_chosen_cases(tmp_path, monkeypatch, capsys):
     arguments = ["generate", "--model", "M", "--data", str(data), "--out", str(tmp_path / "o")]
     assert main([*arguments, "--limit", "1", "--max_new_tokens", "7", "--categories", "simple,multiple"]) == 0
     ((model, cases, path, template, sampling),) = asked
-    assert (model, path) == ("M", tmp_path / "o" / "predictions.jsonl") and "{tools}" in template
+    assert (model, path) == ("M", tmp_path / "o" / "predictions.jsonl") and template == ""
     assert [case.id for case in cases] == ["simple_python_0", "multiple_0"]
     assert cases[0].messages == [{"role": "user", "content": "q"}]
     assert cases[0].tools[0]["description"] == "F. Argument values follow Python 3 syntax."

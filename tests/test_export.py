@@ -19,8 +19,16 @@ from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
 from distributed.checkpoint import Saver
 from distributed.ranks import Ranks
 from model import load_tokenizer
-from ops.export import ask_from_tools, export, export_model, main, tool_prompt, write_model
-from prompts import SYSTEM_TEMPLATE, ToolCall, encode_prompt, render_prompt, set_template_kwargs, stop_ids
+from ops.export import ask_from_tools, export, export_model, main, write_model
+from prompts import (
+    SYSTEM_TEMPLATE,
+    ToolCall,
+    encode_prompt,
+    render_prompt,
+    set_template_kwargs,
+    stop_ids,
+    tool_prompt,
+)
 
 TOKENIZER = build_tiny_tokenizer([], 300)
 STATE = {"step": 3, "seconds": 7200.0, "flops": 1.5e18}

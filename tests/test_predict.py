@@ -1,5 +1,6 @@
 """evals/predict.py: replies to benchmark cases, one line each, which a killed evaluation goes on with."""
 
+import copy
 import json
 
 import pytest
@@ -11,7 +12,7 @@ from evals.predict import Sampling, write_predictions
 from evals.report import Case
 from kernel.attention import use_attention
 from model import ModelError
-from ops.export import export
+from ops.export import ask_from_tools, export
 from prompts import decode_reply, encode_prompt, stop_ids
 from rollout import ENGINES
 
@@ -67,6 +68,16 @@ def test_predictions_are_greedy_replies_one_line_each(exported, model, tokenizer
         assert row["output"] == decode_reply(tokenizer, reply, stop_ids(tokenizer))
 
 
+def test_a_model_is_asked_as_it_was_trained(model, tokenizer, tmp_path):
+    asking = copy.copy(tokenizer)
+    ask_from_tools(asking, TEMPLATE)
+    export(model, asking, tmp_path / "model")
+    write_predictions(str(tmp_path / "model"), CASES, tmp_path / "p.jsonl", "", Sampling(500, 6, 2))
+    for line in (tmp_path / "p.jsonl").read_text(encoding="utf-8").split("\n")[:-1]:
+        [case] = [case for case in CASES if case.id == (row := json.loads(line))["id"]]
+        assert row["input_tokens"] == len(encode_prompt(tokenizer, case.messages, case.tools, TEMPLATE))
+
+
 SAMPLED = {"temperature": 1.0, "samples": 3, "batch_size": 6}
 
 
@@ -106,7 +117,7 @@ def test_a_killed_evaluation_misses_and_repeats_no_sample(exported, tmp_path, mo
 def test_replies_of_other_settings_are_not_mixed(exported, tmp_path):
     path = tmp_path / "predictions.jsonl"
     before = predict(exported, CASES[:1], path, **SAMPLED)
-    for changed in ({"seed": 1}, {"samples": 2}, {"temperature": 0.5}, {"chat_template_kwargs": "x: 1"}):
+    for changed in ({"seed": 1}, {"samples": 2}, {"temperature": 0.5}, {"chat_template_kwargs": "add_generation_prompt: true"}):
         with pytest.raises(ModelError, match="with another model or other settings"):
             predict(exported, CASES, path, **(SAMPLED | changed))
     with pytest.raises(ModelError, match="greedy decoding would give 3 equal replies"):
