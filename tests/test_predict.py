@@ -117,7 +117,8 @@ def test_a_killed_evaluation_misses_and_repeats_no_sample(exported, tmp_path, mo
 def test_replies_of_other_settings_are_not_mixed(exported, tmp_path):
     path = tmp_path / "predictions.jsonl"
     before = predict(exported, CASES[:1], path, **SAMPLED)
-    for changed in ({"seed": 1}, {"samples": 2}, {"temperature": 0.5}, {"chat_template_kwargs": "add_generation_prompt: true"}):
+    variable = {"chat_template_kwargs": "add_generation_prompt: true"}
+    for changed in ({"seed": 1}, {"samples": 2}, {"temperature": 0.5}, variable):
         with pytest.raises(ModelError, match="with another model or other settings"):
             predict(exported, CASES, path, **(SAMPLED | changed))
     with pytest.raises(ModelError, match="greedy decoding would give 3 equal replies"):
