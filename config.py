@@ -51,6 +51,7 @@ def quiet_pipe() -> Iterator[None]:
 
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Runs the main of a script without torch: what its user can mend ends it with one sentence."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal shows every character
     try:
         with quiet_pipe():
             main(sys.argv[1:])
