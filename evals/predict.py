@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -72,15 +71,19 @@ def write_predictions(
     template = template or load_template("", tokenizer)
     path.parent.mkdir(parents=True, exist_ok=True)
     _check_author(path, model, template, sampling)
-    missing = _missing(path, cases, sampling.samples)
-    if not missing:
+    if path.exists():  # a line cut off by a kill is removed, so that appending is safe
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    done = {(row["category"], row["id"], row.get("sample", 0)) for row in read_jsonl(path)}
+    wanted = range(sampling.samples)
+    missing = {case.id: [k for k in wanted if (case.category, case.id, k) not in done] for case in cases}
+    if not any(missing.values()):
         print(f"{path}: all {len(cases) * sampling.samples} replies are there already")
         return
     check_vocabulary(tokenizer, model_config(model))
     policy = load_model(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     check_tokenizer(tokenizer, template)
     todo = []
-    for case, nth, samples in missing:
+    for case in (case for case in cases if missing[case.id]):
         skipped = ""
         try:
             ids = encode_prompt(tokenizer, case.messages, case.tools, template)
@@ -88,9 +91,9 @@ def write_predictions(
                 skipped = "prompt_too_long"
         except PromptError as error:
             ids, skipped = [], str(error)
-        name = f"{sampling.seed}/evaluation/{case.category}/{case.id}/{nth}"  # whatever else is asked
+        name = f"{sampling.seed}/evaluation/{case.category}/{case.id}/0"  # whatever else is asked
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
-        todo.append(Open(case, Prompt(case.id, ids, seed), samples, skipped))
+        todo.append(Open(case, Prompt(case.id, ids, seed), missing[case.id], skipped))
     todo.sort(key=lambda one: len(one.prompt.ids))  # prompts of similar length share a batch
     size = max(1, sampling.batch_size // sampling.samples)
     began = time.perf_counter()
@@ -106,13 +109,13 @@ def _answer(policy, tokenizer, batch: Sequence[Open], sampling: Sampling) -> lis
     decoding = Decoding(sampling.samples, sampling.temperature, sampling.max_new_tokens, sampling.batch_size)
     groups = sample_groups(policy, tokenizer, [one.prompt for one in fits], decoding)
     latency = round((time.perf_counter() - began) / (len(batch) * sampling.samples), 4)
-    replies = {id(one): group for one, group in zip(fits, groups)}
+    replies = {one.case.id: group for one, group in zip(fits, groups)}
     rows = []
     for one in batch:
         for k in one.samples:
             row = {"id": one.case.id, "category": one.case.category, "sample": k}
             row["input_tokens"] = len(one.prompt.ids)
-            if group := replies.get(id(one)):
+            if group := replies.get(one.case.id):
                 row |= {"output": group.texts[k], "output_tokens": len(group.responses[k])}
             else:
                 row |= {"output": "", "output_tokens": 0, "skipped": one.skipped}
@@ -141,18 +144,3 @@ def _check_author(path: Path, model: str, template: str, sampling: Sampling) -> 
             what = f"another model or other settings ({', '.join(changed)}; see {note})"
             raise ModelError(f"{path} was made with {what}; give another --out")
     note.write_text(json.dumps(author, indent=1) + "\n", encoding="utf-8")
-
-
-def _missing(path: Path, cases: Sequence[Case], samples: int) -> list[tuple[Case, int, list[int]]]:
-    """(case, how many cases of its id come before, samples that `path` lacks) of all cases that lack any."""
-    if path.exists():  # a line cut off by a kill is removed, so that appending is safe
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    done = Counter((row["category"], row["id"], row.get("sample", 0)) for row in read_jsonl(path))
-    met, todo = Counter(), []
-    for case in cases:  # counted, because an id may occur twice
-        name = (case.category, case.id)
-        wanted = [k for k in range(samples) if done[*name, k] <= met[name]]
-        if wanted:
-            todo.append((case, met[name], wanted))
-        met[name] += 1
-    return todo

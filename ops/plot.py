@@ -164,9 +164,8 @@ def print_results(run: Path) -> None:
             values = "".join(f"{row.get(key, math.nan):>11.3f}" for row in columns.values())
             print(f"  {kind:<10}{sizes.get(key.replace('/accuracy', '/n'), ''):>5}{values}")
     summary = read_summary(run)
-    if summary.keys() >= {"reward_first5", "reward_last10"}:
-        first, last = summary["reward_first5"], summary["reward_last10"]
-        print(f"\nReward: {first:.3f} in the first 5 steps, {last:.3f} in the last 10")
+    if "reward_last10" in summary:
+        print(f"\n{headline(summary)}")
     rows = [row for row in read_rows(run / "samples.jsonl") if "completion" in row]
     if samples := [row for row in rows if row.get("step") == summary.get("steps")]:
         print("\nCompletions of the last step:")
@@ -191,7 +190,7 @@ def draw(runs: Sequence[Path], target: Path) -> bool:
     if not panels:
         return False
     columns = min(4, max(2, len(panels)))
-    lines = max(1, math.ceil(len(panels) / columns))
+    lines = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.1 * columns, 3.1 * lines + 0.5), layout="constrained")
     for place, panel in enumerate(panels, 1):
         draw_panel(figure.add_subplot(lines, columns, place), panel, groups)
@@ -199,8 +198,8 @@ def draw(runs: Sequence[Path], target: Path) -> bool:
         handles = [Line2D([], [], color=f"C{i}", label=name) for i, name in enumerate(names)]
         figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
     else:
-        last = max((row["step"] for row in rows), default=0)
-        minutes = max((row.get("seconds", 0.0) for row in rows), default=0.0) / 60
+        last = max(row["step"] for row in rows)
+        minutes = max(row.get("seconds", 0.0) for row in rows) / 60
         title = f"{next(iter(names))} · step {last} · {minutes:.1f} min"
         figure.suptitle(title, fontsize=11, parse_math=False)
     temporary = target.with_name(f".{os.getpid()}.{target.name}")
@@ -221,10 +220,8 @@ def group_seeds(runs: Sequence[Path]) -> dict[str, list[Path]]:
             settings = yaml.safe_load(path.read_text(encoding="utf-8"))
             recipe = repr(sorted(item for item in settings.items() if item[0] not in ("seed", "run_dir")))
         together.setdefault(recipe, []).append(run)
-    labelled = {}
-    for seeds in together.values():
-        labelled[f"{seeds[0]} and {len(seeds) - 1} more" if len(seeds) > 1 else f"{seeds[0]}"] = seeds
-    return labelled
+    more = {recipe: f" and {len(seeds) - 1} more" for recipe, seeds in together.items() if len(seeds) > 1}
+    return {f"{seeds[0]}{more.get(recipe, '')}": seeds for recipe, seeds in together.items()}
 
 
 def choose_panels(rows: list[dict], several: bool) -> list[Panel]:
@@ -297,14 +294,13 @@ def main(arguments: list[str]) -> None:
             raise ConfigError(f"plot: {what}; give the folder of a run, or a checkpoint's of TRL")
     target = args.out or args.runs[0] / ("curves.png" if len(args.runs) == 1 else "overlay.png")
     try:
-        if not draw(args.runs, target):
-            raise ConfigError(f"plot: the log of {args.runs[0]} holds no numbers to draw")
-        if len(args.runs) == 1:
-            print_results(args.runs[0])
-    except (BrokenPipeError, ConfigError):
-        raise
+        drawn = draw(args.runs, target)
     except (OSError, ValueError) as error:  # no such folder, or a suffix that is no picture's
         raise ConfigError(f"plot: {first_line(error)}") from None
+    if not drawn:
+        raise ConfigError(f"plot: the log of {args.runs[0]} holds no numbers to draw")
+    if len(args.runs) == 1:
+        print_results(args.runs[0])
     print(f"\npicture: {target}")
 
 

@@ -13,12 +13,11 @@ import hashlib
 import json
 import math
 import sys
-from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from config import ConfigError
 from distributed.ranks import run_script
@@ -96,19 +95,10 @@ def read_row(text: bytes) -> dict:
 
 
 def thin(lines: Sequence[Line]) -> list[Line]:
-    """At most MAX_ROWS rows and about MAX_BYTES: the first k of every step, or 1 of every n-th step."""
-    steps = defaultdict(list)
-    for line in lines:
-        steps[line.step].append(line)
-
-    def too_much(k: int) -> bool:
-        kept = [line.size for own in steps.values() for line in own[:k]]
-        return len(kept) > MAX_ROWS or sum(kept) > MAX_BYTES
-
-    most = max(map(len, steps.values()), default=0)
-    k = bisect_left(range(1, most + 1), True, key=too_much)
-    every = 1 if k else math.ceil(len(steps) / MAX_ROWS) or 1
-    return [line for step in sorted(steps)[::every] for line in steps[step][: max(1, k)]]
+    """About MAX_ROWS rows and MAX_BYTES at most: those of every n-th step."""
+    every = math.ceil(max(len(lines) / MAX_ROWS, sum(line.size for line in lines) / MAX_BYTES, 1))
+    steps = set(sorted({line.step for line in lines})[::every])
+    return [line for line in lines if line.step in steps]
 
 
 def rewards_by_step(lines: Sequence[Line]) -> dict:
@@ -158,9 +148,10 @@ def shown(call: ToolCall) -> str:
     return json.dumps(call.as_dict(), ensure_ascii=False)
 
 
-def as_json(value: Any) -> str:
-    """JSON for people to read, equal for equal values alone: 1, 1.0, true and "1" all differ."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+def as_texts(call: ToolCall) -> dict[str, str]:
+    """The arguments as JSON for people to read. 1, 1.0, true and "1" all differ."""
+    arguments = call.arguments.items()
+    return {key: json.dumps(value, sort_keys=True, ensure_ascii=False) for key, value in arguments}
 
 
 def differences(completion: str, answer: Sequence[ToolCall]) -> list[str]:
@@ -173,16 +164,14 @@ def differences(completion: str, answer: Sequence[ToolCall]) -> list[str]:
         return []
     missing, found, right = list(answer), [], {call.key() for call in answer}
     for call in sorted(calls, key=lambda call: call.key() not in right):  # the right ones first
-        given = {key: as_json(value) for key, value in call.arguments.items()}
-        same_name = [
-            (one, {key: as_json(value) for key, value in one.arguments.items()})
-            for one in missing if one.name == call.name
-        ]
+        given = as_texts(call)
+        same_name = [one for one in missing if one.name == call.name]
         if not same_name:
             found.append(f"extra call: {shown(call)}")
             continue
-        nearest, wanted = max(same_name, key=lambda one: len(one[1].items() & given.items()))
+        nearest = max(same_name, key=lambda one: len(as_texts(one).items() & given.items()))
         missing = [one for one in missing if one is not nearest]
+        wanted = as_texts(nearest)
         for key in wanted | given:
             if key not in given:
                 found.append(f"{call.name}: {key} is missing: {wanted[key]}")

@@ -32,8 +32,8 @@ def test_a_half_written_last_line_is_left_out_with_a_warning(tmp_path, capsys):
 
 PACKED = gzip.compress(b'{"id": "a", "output": "x"}\n' * 9)
 DAMAGED = [  # name, content, the sentence
-    ("p.jsonl", b'{"id": "a"\n{"id": "b", "output": ""}\n', "p.jsonl:1: not JSON"),
-    ("p.jsonl", b"7\n", 'p.jsonl:1: needs to be an object with the strings "id" and "output"'),
+    ("p.jsonl", b'{"id": "a"\n{"id": "b", "output": ""}\n', "p.jsonl:1: not a JSON object"),
+    ("p.jsonl", b"7\n", 'p.jsonl:1: not a JSON object with the strings "id" and "output"'),
     ("p.jsonl.gz", PACKED[:-9], "p.jsonl.gz cannot be read"),
 ]
 
