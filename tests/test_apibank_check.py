@@ -90,20 +90,20 @@ def test_switch_takes_either_name_of_the_device_but_not_both():
         assert apibank_verdict(case, output)[0] is False
 
 
-def test_gate_is_for_the_official_mode_only():
-    case = make_case("Get", {"x": "1"}, accepts=False)
-    assert apibank_verdict(case, reply("Get", {"x": "1"})) == (False, "official_rejects_gold")
-    assert apibank_verdict(case, reply("Get", {"x": "2"})) == (False, "wrong_value:x")
-    assert apibank_verdict(case, reply("Get", {"x": "1"}), "corrected") == (True, "correct")
-
-
-def test_exact_mode_has_no_comparison_rules():
-    case = make_case("Calculator", {"formula": "1+2"})
-    assert apibank_verdict(case, reply("Calculator", {"formula": "1+2"}), "exact")[0]
-    assert not apibank_verdict(case, reply("Calculator", {"formula": "1 + 2"}), "exact")[0]
-    undated = make_case("QueryStock", {"date": "soon"})  # which the official tool refuses, the gold's or not
-    output = reply("QueryStock", {"date": "soon"})
-    assert [apibank_verdict(undated, output, mode)[0] for mode in MODES[:3]] == [False, False, True]
+@pytest.mark.parametrize(
+    ("name", "gold", "predicted", "accepts", "reasons"),
+    [
+        ("Get", "1", "1", False, ("official_rejects_gold", "correct", "correct")),
+        ("Get", "1", "2", False, ("wrong_value:x",) * 3),
+        ("Calculator", "1+2", "1 + 2", True, ("correct", "correct", "wrong_value:formula")),  # by no rule
+        ("QueryStock", "soon", "soon", True, ("wrong_value:date", "wrong_value:date", "correct")),  # no date
+    ],
+)
+def test_official_corrected_and_exact_mode(name, gold, predicted, accepts, reasons):
+    key = {"Get": "x", "Calculator": "formula", "QueryStock": "date"}[name]
+    case = make_case(name, {key: gold}, accepts=accepts)
+    found = [apibank_verdict(case, reply(name, {key: predicted}), mode) for mode in MODES[:3]]
+    assert found == [(reason == "correct", reason) for reason in reasons]
 
 
 @pytest.mark.parametrize(

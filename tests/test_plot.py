@@ -3,7 +3,6 @@
 import math
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 
@@ -31,14 +30,6 @@ def make_run(path: Path, row: dict, steps: int, before: dict | None = None, **se
     if settings:
         (path / "config.yaml").write_text(yaml.safe_dump(settings | {"run_dir": str(path)}))
     return path
-
-
-@pytest.mark.parametrize("count", [1, 8, 400])
-def test_smoothing_is_the_mean_of_the_neighbours(count):
-    values = [math.sin(i) for i in range(count)]
-    half = max(9, count // 20) // 2
-    slow = [np.mean(values[max(0, i - half) : i + half + 1]) for i in range(count)]
-    assert plot.smooth(values) == pytest.approx(slow)
 
 
 def test_panels_are_those_that_there_are_finite_numbers_for():
