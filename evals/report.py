@@ -106,7 +106,7 @@ def find(path: Path) -> Path | None:
 
 
 def read_objects(path: Path) -> list[tuple[int, dict]]:
-    """(line number, object) of a JSONL file or its .gz. Raises ReportError and DataError."""
+    """(line number, object) of JSONL or a JSON array, plain or .gz. Raises ReportError and DataError."""
     rows = list(read_records(path))
     for number, row in rows:
         if not isinstance(row, dict):

@@ -199,13 +199,9 @@ def check_model(s: Start) -> Check:
     kind = rotary.get("rope_type", "default")
     tokens = s.config.max_prompt_tokens + s.config.max_response_tokens
     known = rotary.get("original_max_position_embeddings") or getattr(model, "max_position_embeddings", 0)
-    text = f"{model.model_type} with rotary positions of type {kind}"
-    return judge("model", text, {}, {
-        f"beyond {known} tokens a token's log-prob depends on what follows it, so sampler and trainer would "
-        "differ: lower max_prompt_tokens or max_response_tokens": (
-            kind in ("dynamic", "longrope") and tokens > known
-        ),
-    })
+    differ = kind in ("dynamic", "longrope") and tokens > known
+    remedy = f"beyond {known} tokens a token's log-prob depends on what follows it: lower max_prompt_tokens"
+    return judge("model", f"{model.model_type} with rotary positions of type {kind}", {}, {remedy: differ})
 
 
 def check_disk(s: Start) -> Check:

@@ -74,15 +74,11 @@ def summarize(log: list[dict], splits: Sequence[str]) -> dict:
         prefix = "" if name == "held_out" else f"{name}_"
         summary[f"{prefix}accuracy_before"] = before[f"{name}/accuracy"]
         summary[f"{prefix}accuracy_after"] = after[f"{name}/accuracy"]
-        summary[f"{prefix}accuracy_by_kind"] = {
-            kind: {
-                "before": before[f"{name}/accuracy_{kind}"],
-                "after": after[f"{name}/accuracy_{kind}"],
-                "n": before[f"{name}/n_{kind}"],
-            }
-            for kind in KINDS
-            if f"{name}/n_{kind}" in before
-        }
+        by_kind = summary[f"{prefix}accuracy_by_kind"] = {}
+        for kind in KINDS:
+            if n := before.get(f"{name}/n_{kind}"):
+                key = f"{name}/accuracy_{kind}"
+                by_kind[kind] = {"before": before[key], "after": after[key], "n": n}
     return summary
 
 

@@ -111,10 +111,9 @@ def test_call_rule(category, calls, error):
     assert bfcl_verdict(problem("integer", [1], category=category), reply(*calls)) == (error is None, error)
 
 
-@pytest.mark.parametrize(
-    ("allowed", "required", "error"),
-    [([1, ""], True, "missing_required"), ([1, ""], False, None), ([1], False, "missing_optional")],
-)
+@pytest.mark.parametrize("allowed, required, error", [
+    ([1, ""], True, "missing_required"), ([1, ""], False, None), ([1], False, "missing_optional"),
+])
 def test_only_an_optional_parameter_with_an_empty_string_may_be_omitted(allowed, required, error):
     verdict = bfcl_verdict(problem("integer", allowed, required=required), reply(("f", {})))
     assert verdict == (error is None, error and f"simple_function_checker:{error}")

@@ -132,10 +132,9 @@ def test_diff_counts_every_fate_of_a_case(tmp_path, capsys):
     assert out.endswith("right in A, wrong in B: 2\n  c_1\n  c_4\nonly in A: 1\n  c_7\nonly in B: 1\n  c_6\n")
 
 
-@pytest.mark.parametrize(
-    ("row", "sentence"),
-    [({"id": "c_0", "output": ""}, "b.jsonl holds no verdicts"), (*verdicts("1", "d"), "no case in common")],
-)
+@pytest.mark.parametrize("row, sentence", [
+    ({"id": "c_0", "output": ""}, "b.jsonl holds no verdicts"), (*verdicts("1", "d"), "no case in common"),
+])
 def test_diff_of_what_cannot_be_compared(tmp_path, row, sentence):
     a, b = write_jsonl(tmp_path / "a.jsonl", verdicts("1")), write_jsonl(tmp_path / "b.jsonl", [row])
     with pytest.raises(UserError, match=sentence):
