@@ -36,16 +36,6 @@ class Sampling:
     chat_template_kwargs: str = ""
 
 
-@dataclass(frozen=True)
-class Open:
-    """A case and the numbers of those of its samples that are still to be made."""
-
-    case: Case
-    prompt: Prompt
-    samples: list[int]
-    skipped: str = ""  # why it cannot be asked
-
-
 def generate(args: argparse.Namespace, cases: Sequence[Case]) -> None:
     """The command `generate` of both evaluation scripts. Raises ModelError and PromptError."""
     sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
@@ -82,7 +72,7 @@ def write_predictions(
     check_vocabulary(tokenizer, model_config(model))
     policy = load_model(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     check_tokenizer(tokenizer, template)
-    todo = []
+    todo, began = [], time.perf_counter()
     for case in (case for case in cases if missing[case.id]):
         skipped = ""
         try:
@@ -93,34 +83,30 @@ def write_predictions(
             ids, skipped = [], str(error)
         name = f"{sampling.seed}/evaluation/{case.category}/{case.id}/0"  # whatever else is asked
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
-        todo.append(Open(case, Prompt(case.id, ids, seed), missing[case.id], skipped))
-    todo.sort(key=lambda one: len(one.prompt.ids))  # prompts of similar length share a batch
+        if skipped:
+            empty = {"output": "", "output_tokens": 0, "skipped": skipped, "latency": 0.0}
+            append_jsonl(path, [_row(case, k, ids) | empty for k in missing[case.id]])
+        else:
+            todo.append((case, Prompt(case.id, ids, seed)))
+    todo.sort(key=lambda one: len(one[1].ids))  # prompts of similar length share a batch
     size = max(1, sampling.batch_size // sampling.samples)
-    began = time.perf_counter()
+    decoding = Decoding(sampling.samples, sampling.temperature, sampling.max_new_tokens, sampling.batch_size)
     for start in tqdm(range(0, len(todo), size), desc=path.parent.name or "eval", unit="batch", disable=None):
-        append_jsonl(path, _answer(policy, tokenizer, todo[start : start + size], sampling))
+        batch, started = todo[start : start + size], time.perf_counter()
+        # All samples of a case come from one stream of random numbers, so all are made.
+        groups = sample_groups(policy, tokenizer, [prompt for _, prompt in batch], decoding)
+        latency = round((time.perf_counter() - started) / (len(batch) * sampling.samples), 4)
+        for (case, prompt), group in zip(batch, groups):
+            rows = []
+            for k in missing[case.id]:
+                reply = {"output": group.texts[k], "output_tokens": len(group.responses[k])}
+                rows.append(_row(case, k, prompt.ids) | reply | {"latency": latency})
+            append_jsonl(path, rows)
     print(f"{path}: {len(todo)} cases asked in {time.perf_counter() - began:.1f} s")
 
 
-def _answer(policy, tokenizer, batch: Sequence[Open], sampling: Sampling) -> list[dict]:
-    """The rows of a batch. All samples of a case come from one stream of random numbers, so all are made."""
-    began = time.perf_counter()
-    fits = [one for one in batch if not one.skipped]
-    decoding = Decoding(sampling.samples, sampling.temperature, sampling.max_new_tokens, sampling.batch_size)
-    groups = sample_groups(policy, tokenizer, [one.prompt for one in fits], decoding)
-    latency = round((time.perf_counter() - began) / (len(batch) * sampling.samples), 4)
-    replies = {one.case.id: group for one, group in zip(fits, groups)}
-    rows = []
-    for one in batch:
-        for k in one.samples:
-            row = {"id": one.case.id, "category": one.case.category, "sample": k}
-            row["input_tokens"] = len(one.prompt.ids)
-            if group := replies.get(one.case.id):
-                row |= {"output": group.texts[k], "output_tokens": len(group.responses[k])}
-            else:
-                row |= {"output": "", "output_tokens": 0, "skipped": one.skipped}
-            rows.append(row | {"latency": latency})
-    return rows
+def _row(case: Case, sample: int, ids: list[int]) -> dict:
+    return {"id": case.id, "category": case.category, "sample": sample, "input_tokens": len(ids)}
 
 
 def describe_author(model: str, template: str) -> dict:

@@ -14,10 +14,8 @@ import json
 import math
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 from config import ConfigError
 from distributed.ranks import run_script
@@ -28,28 +26,26 @@ MAX_ROWS = 20_000  # of samples.jsonl on one page
 MAX_BYTES = 48_000_000  # the same; the page is about a third of that, and a browser opens it at once
 
 
-@dataclass(frozen=True)
-class Line:
-    """Where a row of samples.jsonl begins, its bytes, and what the curve needs to know of it."""
-
-    offset: int
-    size: int
-    step: int
-    kind: str
-    reward: float
-
-
 def write_page(run_dir: Path) -> Path:
     """Writes samples.html into the folder of a run and returns its path. ConfigError: no samples.jsonl."""
     source, target = run_dir / "samples.jsonl", run_dir / "samples.html"
     if not source.is_file():
         raise ConfigError(f"{run_dir} has no samples.jsonl; give the folder of a run of grpo.py")
-    with source.open("rb") as file:
-        lines, unread = read_lines(file)
-        if unread:
-            print(f"warning: {source}: left out {unread} unreadable line(s)", file=sys.stderr)
-        about = {"run": run_dir.resolve().name, "logged": len(lines)}
-        text = embed(about | rewards_by_step(lines) | rows_of(file, thin(lines)))
+    rewards, unread = defaultdict(list), 0
+    for row in read_rows(source):
+        if row:
+            rewards[row["kind"], row["step"]].append(row["reward"])
+        unread += row is None
+    if unread:
+        print(f"warning: {source}: left out {unread} unreadable line(s)", file=sys.stderr)
+    steps, logged = sorted({step for _, step in rewards}), sum(map(len, rewards.values()))
+    every = math.ceil(max(logged / MAX_ROWS, source.stat().st_size / MAX_BYTES, 1))
+    chosen = set(steps[::every])
+    curves = {}  # by kind: count and sum of the rewards at each step
+    for kind in sorted({kind for kind, _ in rewards}):
+        curves[kind] = [[len(rewards[kind, step]), sum(rewards[kind, step])] for step in steps]
+    about = {"run": run_dir.resolve().name, "logged": logged, "steps": steps, "curves": curves}
+    text = embed(about | tables(row for row in read_rows(source) if row and row["step"] in chosen))
     head, tail = TEMPLATE.read_text(encoding="utf-8").split("__ROWS__")
     script = tail.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()  # no other script may run
@@ -59,20 +55,18 @@ def write_page(run_dir: Path) -> Path:
     return target
 
 
-def read_lines(file: BinaryIO) -> tuple[list[Line], int]:
-    """The rows of a samples.jsonl, and how many lines are none. A last line that is still being written is
+def read_rows(source: Path) -> Iterator[dict | None]:
+    """The rows of a samples.jsonl, None for a line that is none. A last line that is still being written is
     left out.
     """
-    lines = []
-    unread = offset = 0
-    for text in file:
-        try:
-            row = read_row(text)
-            lines.append(Line(offset, len(text), row["step"], row["kind"], row["reward"]))
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-            unread += text.endswith(b"\n")
-        offset += len(text)
-    return lines, unread
+    with source.open("rb") as file:
+        for text in file:
+            try:
+                row = read_row(text)
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+                row = None
+            if row or text.endswith(b"\n"):
+                yield row
 
 
 def read_row(text: bytes) -> dict:
@@ -94,26 +88,7 @@ def read_row(text: bytes) -> dict:
     return row
 
 
-def thin(lines: Sequence[Line]) -> list[Line]:
-    """About MAX_ROWS rows and MAX_BYTES at most: those of every n-th step."""
-    every = math.ceil(max(len(lines) / MAX_ROWS, sum(line.size for line in lines) / MAX_BYTES, 1))
-    steps = set(sorted({line.step for line in lines})[::every])
-    return [line for line in lines if line.step in steps]
-
-
-def rewards_by_step(lines: Sequence[Line]) -> dict:
-    """For the curve: the steps and, by kind, count and sum of the rewards at each of them."""
-    rewards = defaultdict(list)
-    for line in lines:
-        rewards[line.kind, line.step].append(line.reward)
-    steps = sorted({line.step for line in lines})
-    curves = {}
-    for kind in sorted({line.kind for line in lines}):
-        curves[kind] = [[len(rewards[kind, step]), sum(rewards[kind, step])] for step in steps]
-    return {"steps": steps, "curves": curves}
-
-
-def rows_of(file: BinaryIO, kept: Iterable[Line]) -> dict:
+def tables(kept: Iterable[dict]) -> dict:
     """The rows, and tables of the texts that are repeated in them. A row: [step, number of the prompt, of the
     reason, reward, advantage, whether truncated, numbers of the tokens, -1000 x their log-probs, what differs
     from the ground truth]. A prompt: [id, kind, query, ground truth, tools, turns, what it begins].
@@ -122,9 +97,7 @@ def rows_of(file: BinaryIO, kept: Iterable[Line]) -> dict:
     more: dict[int, list] = {}  # of a prompt, from the first of its rows that has it
     reasons, words = Counter(), Counter()
     rows = []
-    for line in kept:
-        file.seek(line.offset)
-        row = read_row(file.readline())
+    for row in kept:
         answer = "\n".join(shown(call) for call in row["answer"])
         prompt = prompts.setdefault((row["prompt_id"], row["kind"], row["query"], answer), len(prompts))
         if row["tools"] or prompt not in more:
@@ -132,9 +105,9 @@ def rows_of(file: BinaryIO, kept: Iterable[Line]) -> dict:
             more[prompt] = [tools, row["turns"], row["begun"]]
         reasons[row["reason"]] += 1
         words.update(row["tokens"])
-        marks = [row["reason"], line.reward, row["advantage"], bool(row.get("truncated"))]
+        marks = [row["reason"], row["reward"], row["advantage"], bool(row.get("truncated"))]
         other = [] if row["reason"] == "correct" else differences(row["completion"], row["answer"])
-        rows.append([line.step, prompt, *marks, row["tokens"], row["surprise"], other])
+        rows.append([row["step"], prompt, *marks, row["tokens"], row["surprise"], other])
     reasons, words = numbered(reasons), numbered(words)
     for row in rows:
         row[2] = reasons[row[2]]
