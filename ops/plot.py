@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -20,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from config import ConfigError, first_line
+from config import ConfigError, UserError, first_line
 from corpus.examples import KINDS
+from corpus.sources import read_records
 from distributed.ranks import run_script
 
 PERCENT = "%"
@@ -102,18 +102,12 @@ def read_rows(path: Path) -> list[dict]:
     """The objects of a JSONL file, a JSON array or a Trainer's state; [] if there is none. What is no object,
     as a line that is still being written, is left out.
     """
-    text = path.read_text(encoding="utf-8-sig", errors="replace") if path.exists() else ""
     rows = []
-    for part in (text, *text.split("\n")):  # not splitlines(): a completion may hold U+2028
-        try:
-            whole = json.loads(part)
-        except (ValueError, RecursionError):
-            continue
-        history = whole.get("log_history", whole) if isinstance(whole, dict) else whole
-        rows += history if isinstance(history, list) else [history]
-        if part is text:
-            break
-    return [row for row in rows if isinstance(row, dict)]
+    if path.exists() and path.stat().st_size:
+        rows = [row for _, row in read_records(path) if isinstance(row, dict)]
+    if rows and isinstance(history := rows[0].get("log_history"), list):
+        rows = [row for row in history if isinstance(row, dict)]
+    return rows
 
 
 def read_log(run: Path) -> list[dict]:
@@ -291,6 +285,8 @@ def main(arguments: list[str]) -> None:
     target = args.out or args.runs[0] / ("curves.png" if len(args.runs) == 1 else "overlay.png")
     try:
         drawn = draw(args.runs, target)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:  # no such folder, or a suffix that is no picture's
         raise ConfigError(f"plot: {first_line(error)}") from None
     if not drawn:
