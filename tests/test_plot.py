@@ -46,7 +46,7 @@ def test_panels_are_those_that_there_are_finite_numbers_for():
     ('{"kl": 1}\n{"kl": "2"}\n{"kl": null}\n{"kl": true}\n{"step": "x", "kl": 3}\n{"kl": 1e309}\n7\n{"kl": 4',
      [(1, 1), (5, 3)]),  # no steps, no numbers, no object, and a last line that is cut off
     ('[{"step": 10, "kl": 1},\n {"step": 20, "kl": [3]}]', [(10, 1)]),
-    ('{\n  "log_history": [7, {"step": 5, "kl": 1}, {"step": 9, "kl": 2, "runtime": 3}]\n}', [(5, 1), (9, 2)]),
+    ('{\n  "log_history": [7, {"step": 5, "kl": 1}, {"step": 9, "kl": 2, "x": 3}]\n}', [(5, 1), (9, 2)]),
     ('{"iter": 1, "val$loss$": 2}\n{"iter": 2, "val$loss$": 3, "note": "x"}\n', []),
 ])
 def test_logs_of_other_tools_are_drawn_as_far_as_they_are_numbers(tmp_path, text, points):
