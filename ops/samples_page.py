@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 import sys
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -95,7 +95,8 @@ def tables(kept: Iterable[dict]) -> dict:
     """
     prompts: dict[tuple, int] = {}
     more: dict[int, list] = {}  # of a prompt, from the first of its rows that has it
-    reasons, words = Counter(), Counter()
+    reasons: dict[str, int] = {}
+    words: dict[str, int] = {}
     rows = []
     for row in kept:
         answer = "\n".join(shown(call) for call in row["answer"])
@@ -103,15 +104,11 @@ def tables(kept: Iterable[dict]) -> dict:
         if row["tools"] or prompt not in more:
             tools = [(str(tool.get("name")), json.dumps(tool, ensure_ascii=False)) for tool in row["tools"]]
             more[prompt] = [tools, row["turns"], row["begun"]]
-        reasons[row["reason"]] += 1
-        words.update(row["tokens"])
-        marks = [row["reason"], row["reward"], row["advantage"], bool(row.get("truncated"))]
+        reason = reasons.setdefault(row["reason"], len(reasons))
+        body = [words.setdefault(word, len(words)) for word in row["tokens"]]
+        marks = [reason, row["reward"], row["advantage"], bool(row.get("truncated"))]
         other = [] if row["reason"] == "correct" else differences(row["completion"], row["answer"])
-        rows.append([row["step"], prompt, *marks, row["tokens"], row["surprise"], other])
-    reasons, words = numbered(reasons), numbered(words)
-    for row in rows:
-        row[2] = reasons[row[2]]
-        row[6] = [words[word] for word in row[6]]
+        rows.append([row["step"], prompt, *marks, body, row["surprise"], other])
     prompts = [[*known, *more[number]] for known, number in prompts.items()]
     return {"prompts": prompts, "reasons": list(reasons), "words": list(words), "rows": rows}
 
@@ -153,11 +150,6 @@ def differences(completion: str, answer: Sequence[ToolCall]) -> list[str]:
             elif given[key] != wanted[key]:
                 found.append(f"{call.name}: {key} is {given[key]} instead of {wanted[key]}")
     return found + [f"missing call: {shown(call)}" for call in missing]
-
-
-def numbered(counts: Counter[str]) -> dict[str, int]:
-    """A number for each text. The most frequent come first, because short numbers make a small page."""
-    return {text: number for number, (text, _) in enumerate(counts.most_common())}
 
 
 def embed(data: dict) -> str:
