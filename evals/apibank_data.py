@@ -8,7 +8,6 @@ Source: API-Bank (arXiv 2304.08244).
 from __future__ import annotations
 
 import ast
-import gzip
 import json
 import re
 from collections.abc import Iterable
@@ -81,18 +80,6 @@ def rejection(gold: ToolCall, api: dict) -> str:
     return ""
 
 
-def read_json(path: Path) -> Any:
-    """The value of a .json file, plain or .gz. Raises ReportError."""
-    found = find(path)
-    if found is None:
-        raise ReportError(f"{path}: no such file; it belongs beside the other files of --data")
-    try:
-        data = found.read_bytes()
-        return json.loads(gzip.decompress(data) if found.suffix == ".gz" else data)
-    except (OSError, EOFError, ValueError) as error:
-        raise ReportError(f"{path}: not JSON ({error}); fetch the file again") from None
-
-
 def load_cases(place: str | Path) -> dict[str, GoldCall]:
     """Every case by id, in the order of the data. Raises UserError.
 
@@ -111,8 +98,9 @@ def load_cases(place: str | Path) -> dict[str, GoldCall]:
 
 def load_folder(folder: Path) -> dict[str, GoldCall]:
     """cases.jsonl and api_descriptions.json; level 3's dialogues are in ToolRL's file, if any."""
-    groups, path, cases = read_json(folder / "api_descriptions.json"), find(folder / "cases.jsonl"), {}
-    prompts = read_json(folder / TOOLRL) if find(folder / TOOLRL) else []
+    described, path, cases = folder / "api_descriptions.json", find(folder / "cases.jsonl"), {}
+    _, groups = read_objects(find(described) or described)[0]
+    prompts = [row for _, row in read_objects(find(folder / TOOLRL))] if find(folder / TOOLRL) else []
     apis = {group: {api["name"]: api for api in groups[group]} for group in ("level1_2", "level3")}
     for number, row in read_objects(path):
         try:

@@ -282,6 +282,9 @@ def _value_error(value: Any, allowed: list, details: dict, language: str) -> str
 
 
 Fault = tuple[str, str]  # (official error type, the same in words)
+# By a word in the name of the category. The first counts: parallel_multiple is parallel.
+CHECKERS = {"parallel": "parallel_function_checker_no_order", "multiple": "multiple_function_checker"}
+SIMPLE_CHECKER = "simple_function_checker"
 
 
 def _show(value: Any) -> str:
@@ -321,32 +324,27 @@ def _call_fault(function: dict, call: dict, wanted: dict, language: str) -> Faul
 def _calls_fault(problem: Problem, calls: list[dict]) -> Fault | None:
     """What is wrong with a list of calls. The category's name says how they are matched with the answer."""
     language, n = LANGUAGES.get(problem.category, "python"), len(problem.answer)
-    wrong_count = f"the number of calls is {len(calls)}, not {n}"
-    if "multiple" in problem.category or "parallel" in problem.category:
-        by_name = {function["name"]: function for function in problem.functions}
-    if "parallel" in problem.category:
-        if len(calls) != n:
-            return "parallel_function_checker_no_order:wrong_count", wrong_count
-        unused = list(calls)
-        for wanted in problem.answer:
-            function, faults = by_name[next(iter(wanted))], []
-            # Oddity: the first fitting call is taken, even if only another choice lets all answers match.
-            for index, call in enumerate(unused):
-                if not (fault := _call_fault(function, call, wanted, language)):
-                    del unused[index]
-                    break
-                faults.append(fault[1])
-            else:
-                words = f"no call that is left fits the expected {_show(wanted)}: {'; '.join(faults)}"
-                return "parallel_function_checker_no_order:cannot_find_match", words
-        return None
-    if "multiple" in problem.category:
-        if len(calls) != n:
-            return "multiple_function_checker:wrong_count", wrong_count
-        return _call_fault(by_name[next(iter(problem.answer[0]))], calls[0], problem.answer[0], language)
-    if len(calls) != 1:
-        return "simple_function_checker:wrong_count", f"the number of calls is {len(calls)}, not 1"
-    return _call_fault(problem.functions[0], calls[0], problem.answer[0], language)
+    checker = next((name for kind, name in CHECKERS.items() if kind in problem.category), SIMPLE_CHECKER)
+    if len(calls) != n:
+        return f"{checker}:wrong_count", f"the number of calls is {len(calls)}, not {n}"
+    if checker == SIMPLE_CHECKER:  # by its one function, whose name the answer may spell otherwise
+        return _call_fault(problem.functions[0], calls[0], problem.answer[0], language)
+    by_name, unused = {function["name"]: function for function in problem.functions}, list(calls)
+    for wanted in problem.answer:
+        function, faults = by_name[next(iter(wanted))], []
+        # Oddity: the first fitting call is taken, even if only another choice lets all answers match.
+        for index, call in enumerate(unused):
+            if not (fault := _call_fault(function, call, wanted, language)):
+                del unused[index]
+                break
+            faults.append(fault)
+        else:
+            if "parallel" not in problem.category:
+                return faults[0]
+            tried = "; ".join(words for _, words in faults)
+            words = f"no call that is left fits the expected {_show(wanted)}: {tried}"
+            return f"{checker}:cannot_find_match", words
+    return None
 
 
 def find_block(output: str) -> str | None:

@@ -82,21 +82,18 @@ def load_benchmarks(
         if config.bfcl:
             limit = max(1, config.eval_cases // len(bfcl_data.CATEGORIES))
             problems = bfcl_data.choose_problems(config.bfcl, ["single_turn"], limit)
-            judges = [partial(_by_benchmark, bfcl_verdict, problem) for problem in problems]
-            judged["bfcl"] = list(zip(bfcl_data.prompt_cases(problems), judges))
+            judged["bfcl"] = bfcl_verdict, problems, bfcl_data.prompt_cases(problems)
         if config.apibank:
             limit = max(1, config.eval_cases // len(apibank_data.LEVELS))
             golds = [gold for gold in apibank_data.load_cases(config.apibank).values() if gold.history]
             golds = apibank_data.choose_cases(golds, "", limit)
-            judges = [partial(_by_benchmark, apibank_verdict, gold) for gold in golds]
-            judged["apibank"] = list(zip(apibank_data.prompt_cases(golds), judges))
+            judged["apibank"] = apibank_verdict, golds, apibank_data.prompt_cases(golds)
     except UserError as error:
         raise ConfigError(f"bfcl or apibank: {error}") from None
     benchmarks, limit = {}, config.max_prompt_tokens
-    for name, cases in judged.items():
-        benchmarks[name] = []
-        refused = []
-        for case, judge in cases:
+    for name, (verdict, golds, cases) in judged.items():
+        fits, refused = [], []
+        for gold, case in zip(golds, cases):
             try:
                 ids = encode_prompt(tokenizer, case.messages, case.tools, template)
             except PromptError as error:
@@ -104,14 +101,15 @@ def load_benchmarks(
                 continue
             if len(ids) <= limit:
                 part = PARTS.get(case.category, case.category.replace("-", ""))  # API-Bank: level1 to level3
-                benchmarks[name].append(JudgedPrompt(Prompt(case.id, ids), part, judge))
+                judge = partial(_by_benchmark, verdict, gold)
+                fits.append(JudgedPrompt(Prompt(case.id, ids), part, judge))
         why = f"; {len(refused)} are refused, such as {refused[0]}" if refused else ""
-        if not benchmarks[name]:
+        if not fits:
             raise ConfigError(f"{name}: every prompt is longer than max_prompt_tokens ({limit}){why}")
         if not quiet:
-            fits = len(benchmarks[name])
-            long = len(cases) - fits - len(refused)
-            print(f"{name}: {fits} cases; {long} are longer than max_prompt_tokens ({limit}){why}")
+            long = len(cases) - len(fits) - len(refused)
+            print(f"{name}: {len(fits)} cases; {long} are longer than max_prompt_tokens ({limit}){why}")
+        benchmarks[name] = fits
     return benchmarks
 
 

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -37,16 +36,6 @@ class Sampling:
     chat_template_kwargs: str = ""
 
 
-@dataclass(frozen=True)
-class Open:
-    """A case and the numbers of those of its samples that are still to be made."""
-
-    case: Case
-    prompt: Prompt
-    samples: list[int]
-    skipped: str = ""  # why it cannot be asked
-
-
 def generate(args: argparse.Namespace, cases: Sequence[Case]) -> None:
     """The command `generate` of both evaluation scripts. Raises ModelError and PromptError."""
     sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
@@ -72,15 +61,19 @@ def write_predictions(
     template = template or load_template("", tokenizer)
     path.parent.mkdir(parents=True, exist_ok=True)
     _check_author(path, model, template, sampling)
-    missing = _missing(path, cases, sampling.samples)
-    if not missing:
+    if path.exists():  # a line cut off by a kill is removed, so that appending is safe
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    done = {(row["category"], row["id"], row.get("sample", 0)) for row in read_jsonl(path)}
+    wanted = range(sampling.samples)
+    missing = {case.id: [k for k in wanted if (case.category, case.id, k) not in done] for case in cases}
+    if not any(missing.values()):
         print(f"{path}: all {len(cases) * sampling.samples} replies are there already")
         return
     check_vocabulary(tokenizer, model_config(model))
     policy = load_model(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     check_tokenizer(tokenizer, template)
-    todo = []
-    for case, nth, samples in missing:
+    todo, began = [], time.perf_counter()
+    for case in (case for case in cases if missing[case.id]):
         skipped = ""
         try:
             ids = encode_prompt(tokenizer, case.messages, case.tools, template)
@@ -88,36 +81,32 @@ def write_predictions(
                 skipped = "prompt_too_long"
         except PromptError as error:
             ids, skipped = [], str(error)
-        name = f"{sampling.seed}/evaluation/{case.category}/{case.id}/{nth}"  # whatever else is asked
+        name = f"{sampling.seed}/evaluation/{case.category}/{case.id}/0"  # whatever else is asked
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
-        todo.append(Open(case, Prompt(case.id, ids, seed), samples, skipped))
-    todo.sort(key=lambda one: len(one.prompt.ids))  # prompts of similar length share a batch
+        if skipped:
+            empty = {"output": "", "output_tokens": 0, "skipped": skipped, "latency": 0.0}
+            append_jsonl(path, [_row(case, k, ids) | empty for k in missing[case.id]])
+        else:
+            todo.append((case, Prompt(case.id, ids, seed)))
+    todo.sort(key=lambda one: len(one[1].ids))  # prompts of similar length share a batch
     size = max(1, sampling.batch_size // sampling.samples)
-    began = time.perf_counter()
+    decoding = Decoding(sampling.samples, sampling.temperature, sampling.max_new_tokens, sampling.batch_size)
     for start in tqdm(range(0, len(todo), size), desc=path.parent.name or "eval", unit="batch", disable=None):
-        append_jsonl(path, _answer(policy, tokenizer, todo[start : start + size], sampling))
+        batch, started = todo[start : start + size], time.perf_counter()
+        # All samples of a case come from one stream of random numbers, so all are made.
+        groups = sample_groups(policy, tokenizer, [prompt for _, prompt in batch], decoding)
+        latency = round((time.perf_counter() - started) / (len(batch) * sampling.samples), 4)
+        for (case, prompt), group in zip(batch, groups):
+            rows = []
+            for k in missing[case.id]:
+                reply = {"output": group.texts[k], "output_tokens": len(group.responses[k])}
+                rows.append(_row(case, k, prompt.ids) | reply | {"latency": latency})
+            append_jsonl(path, rows)
     print(f"{path}: {len(todo)} cases asked in {time.perf_counter() - began:.1f} s")
 
 
-def _answer(policy, tokenizer, batch: Sequence[Open], sampling: Sampling) -> list[dict]:
-    """The rows of a batch. All samples of a case come from one stream of random numbers, so all are made."""
-    began = time.perf_counter()
-    fits = [one for one in batch if not one.skipped]
-    decoding = Decoding(sampling.samples, sampling.temperature, sampling.max_new_tokens, sampling.batch_size)
-    groups = sample_groups(policy, tokenizer, [one.prompt for one in fits], decoding)
-    latency = round((time.perf_counter() - began) / (len(batch) * sampling.samples), 4)
-    replies = {id(one): group for one, group in zip(fits, groups)}
-    rows = []
-    for one in batch:
-        for k in one.samples:
-            row = {"id": one.case.id, "category": one.case.category, "sample": k}
-            row["input_tokens"] = len(one.prompt.ids)
-            if group := replies.get(id(one)):
-                row |= {"output": group.texts[k], "output_tokens": len(group.responses[k])}
-            else:
-                row |= {"output": "", "output_tokens": 0, "skipped": one.skipped}
-            rows.append(row | {"latency": latency})
-    return rows
+def _row(case: Case, sample: int, ids: list[int]) -> dict:
+    return {"id": case.id, "category": case.category, "sample": sample, "input_tokens": len(ids)}
 
 
 def describe_author(model: str, template: str) -> dict:
@@ -141,18 +130,3 @@ def _check_author(path: Path, model: str, template: str, sampling: Sampling) -> 
             what = f"another model or other settings ({', '.join(changed)}; see {note})"
             raise ModelError(f"{path} was made with {what}; give another --out")
     note.write_text(json.dumps(author, indent=1) + "\n", encoding="utf-8")
-
-
-def _missing(path: Path, cases: Sequence[Case], samples: int) -> list[tuple[Case, int, list[int]]]:
-    """(case, how many cases of its id come before, samples that `path` lacks) of all cases that lack any."""
-    if path.exists():  # a line cut off by a kill is removed, so that appending is safe
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    done = Counter((row["category"], row["id"], row.get("sample", 0)) for row in read_jsonl(path))
-    met, todo = Counter(), []
-    for case in cases:  # counted, because an id may occur twice
-        name = (case.category, case.id)
-        wanted = [k for k in range(samples) if done[*name, k] <= met[name]]
-        if wanted:
-            todo.append((case, met[name], wanted))
-        met[name] += 1
-    return todo

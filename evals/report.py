@@ -9,7 +9,7 @@ import argparse
 import csv
 import json
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -106,7 +106,7 @@ def find(path: Path) -> Path | None:
 
 
 def read_objects(path: Path) -> list[tuple[int, dict]]:
-    """(line number, object) of a JSONL file or its .gz. Raises ReportError and DataError."""
+    """(line number, object) of JSONL or a JSON array, plain or .gz. Raises ReportError and DataError."""
     rows = list(read_records(path))
     for number, row in rows:
         if not isinstance(row, dict):
@@ -120,20 +120,15 @@ def read_predictions(path: Path) -> list[dict]:
     A half-written last line, which a killed run leaves behind, is left out with a warning; anything else that
     is wrong raises ReportError or DataError.
     """
-    rows, broken = [], ""
-    for number, row in read_records(path):
-        place = f"{path}:{number}"
-        if broken:
-            raise ReportError(f"{broken}: not JSON, so the file is damaged; repair or delete this line")
-        if isinstance(row, Exception):
-            broken = place
-        elif not isinstance(row, dict) or any(not isinstance(row.get(key), str) for key in ("id", "output")):
-            wanted = 'an object with the strings "id" and "output"'
-            raise ReportError(f"{place}: needs to be {wanted}; repair or delete this line")
-        else:
-            rows.append(row | {"place": place})
-    if broken:
-        print(f"warning: {broken}: half-written last line left out", file=sys.stderr)
+    records = list(read_records(path))
+    if records and isinstance(records[-1][1], Exception):
+        print(f"warning: {path}:{records.pop()[0]}: half-written last line left out", file=sys.stderr)
+    rows = []
+    for number, row in records:
+        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("id", "output")):
+            wanted = 'not a JSON object with the strings "id" and "output"'
+            raise ReportError(f"{path}:{number}: {wanted}; repair or delete this line")
+        rows.append(row | {"place": f"{path}:{number}"})
     return rows
 
 
@@ -305,10 +300,10 @@ def print_diff(a: str, b: str, show: int, right: str, group: Callable[[dict], st
     """The command --diff: two score folders by category, and the first `show` ids of every list."""
     rows_a, rows_b = read_verdicts(a, right), read_verdicts(b, right)
     names, fates = {row["id"]: group(row) for row in (*rows_a, *rows_b)}, compare(rows_a, rows_b, right)
-    groups: dict[str, Counter] = {}
+    groups = defaultdict(Counter)
     for case, fate in fates.items():
         if None not in fate:
-            groups.setdefault(names[case], Counter())[fate] += 1
+            groups[names[case]][fate] += 1
     if not groups:
         raise ReportError(f"--diff: {a} and {b} have no case in common; score the same data twice")
     lines = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections import Counter
@@ -16,6 +15,7 @@ from transformers import GenerationConfig
 
 from config import Config, ConfigError, UserError, check_positions, first_line
 from corpus.examples import Example, Splits, example_kind
+from corpus.sources import file_sha256
 from distributed.ranks import Ranks, first_problem
 from distributed.weights import model_config, skeleton
 from evals.in_training import check_folders
@@ -115,10 +115,9 @@ def check_processes(s: Start) -> Check:
     """Collective. New libraries, the same code and libraries on all ranks, and a run_dir that all see."""
     root = Path(__file__).parents[1]
     files = sorted([*root.glob("*.py"), *root.glob("[!.]*/*.py")])  # ours alone: .venv may lie beside them
-    code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     seen = s.ranks.gather((Path(s.config.run_dir) / "config.yaml").exists())
-    everyone = s.ranks.gather((versions, code))
+    everyone = s.ranks.gather((versions, file_sha256(*files)))
     old = Version(torch.__version__) < Version("2.11") or Version(transformers.__version__) < Version("5.17")
     other = next((rank for rank, one in enumerate(everyone) if one != everyone[0]), 0)
     return judge("processes", f"{s.ranks.world} on {s.ranks.device.type}, {versions}", {}, {
@@ -199,13 +198,9 @@ def check_model(s: Start) -> Check:
     kind = rotary.get("rope_type", "default")
     tokens = s.config.max_prompt_tokens + s.config.max_response_tokens
     known = rotary.get("original_max_position_embeddings") or getattr(model, "max_position_embeddings", 0)
-    text = f"{model.model_type} with rotary positions of type {kind}"
-    return judge("model", text, {}, {
-        f"beyond {known} tokens a token's log-prob depends on what follows it, so sampler and trainer would "
-        "differ: lower max_prompt_tokens or max_response_tokens": (
-            kind in ("dynamic", "longrope") and tokens > known
-        ),
-    })
+    differ = kind in ("dynamic", "longrope") and tokens > known
+    remedy = f"beyond {known} tokens a token's log-prob depends on what follows it: lower max_prompt_tokens"
+    return judge("model", f"{model.model_type} with rotary positions of type {kind}", {}, {remedy: differ})
 
 
 def check_disk(s: Start) -> Check:

@@ -18,15 +18,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
 
+import prompts
 from config import Config, ConfigError, load_config
 from corpus.sources import file_sha256, read_jsonl
 from distributed.checkpoint import full_state
@@ -35,19 +30,7 @@ from distributed.ranks import Ranks, run_script
 from distributed.weights import config_to_save
 from model import load_tokenizer
 from ops.run_dir import atomic_folder, git_state
-from prompts import (
-    CALL,
-    END_CALL,
-    FIXED_DATE,
-    SET_BY_US,
-    TODAY,
-    TOOL_PROMPT,
-    ToolCall,
-    load_template,
-    render_completion,
-    stop_ids,
-    tool_prompt,
-)
+from prompts import ToolCall, load_template, render_completion, stop_ids, tool_prompt
 
 BLOCK = Path(__file__).with_name("tool_prompt.jinja")
 END = "{# end of tool prompt #}{% endif %}\n"  # its last line
@@ -125,12 +108,13 @@ def ask_from_tools(tokenizer, template: str) -> None:
     own = named.get("default") if named else tokenizer.chat_template
     if not own:
         return
-    kwargs = own[: own.index("\n") + 1] if own.startswith(SET_BY_US) else ""
+    kwargs = own[: own.index("\n") + 1] if own.startswith(prompts.SET_BY_US) else ""
     own = own.removeprefix(kwargs)
-    own = own.partition(END)[2] if own.startswith(TOOL_PROMPT) else own
-    words = {"PROMPT": template, "CALL": CALL, "END_CALL": END_CALL, "TODAY": f"{TODAY:%d %b %Y}"}
+    own = own.partition(END)[2] if own.startswith(prompts.TOOL_PROMPT) else own
+    words = {"PROMPT": template, "CALL": prompts.CALL, "END_CALL": prompts.END_CALL}
+    words["TODAY"] = f"{prompts.TODAY:%d %b %Y}"
     words = {word: json.dumps(text, ensure_ascii=False) for word, text in words.items()}
-    words["DATES"] = FIXED_DATE if "strftime_now" in own else ""
+    words["DATES"] = prompts.FIXED_DATE if "strftime_now" in own else ""
     block = BLOCK.read_text(encoding="utf-8")
     block = re.sub(rf"\b({'|'.join(words)})\b", lambda found: words[found[0]], block)
     asking = kwargs + block + own
@@ -153,7 +137,7 @@ def save_tokenizer(tokenizer, folder: Path) -> str:
     file = folder / "tokenizer_config.json"
     saved = json.loads(file.read_text(encoding="utf-8"))
     same = "auto_map" not in saved and _same_ids(tokenizer, folder)
-    ours = saved.get("auto_map", AS_SAVED) == AS_SAVED and isinstance(tokenizer, PreTrainedTokenizerFast)
+    ours = saved.get("auto_map", AS_SAVED) == AS_SAVED and tokenizer.is_fast
     if ours and not same:
         file.write_text(json.dumps(saved | {"auto_map": AS_SAVED}, indent=2) + "\n", encoding="utf-8")
         (folder / "tokenizer_as_saved.py").write_text(AS_SAVED_CODE, encoding="utf-8")

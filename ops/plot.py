@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -20,8 +19,9 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from config import ConfigError, first_line
+from config import ConfigError, UserError, first_line
 from corpus.examples import KINDS
+from corpus.sources import read_records
 from distributed.ranks import run_script
 
 PERCENT = "%"
@@ -74,15 +74,11 @@ def summarize(log: list[dict], splits: Sequence[str]) -> dict:
         prefix = "" if name == "held_out" else f"{name}_"
         summary[f"{prefix}accuracy_before"] = before[f"{name}/accuracy"]
         summary[f"{prefix}accuracy_after"] = after[f"{name}/accuracy"]
-        summary[f"{prefix}accuracy_by_kind"] = {
-            kind: {
-                "before": before[f"{name}/accuracy_{kind}"],
-                "after": after[f"{name}/accuracy_{kind}"],
-                "n": before[f"{name}/n_{kind}"],
-            }
-            for kind in KINDS
-            if f"{name}/n_{kind}" in before
-        }
+        by_kind = summary[f"{prefix}accuracy_by_kind"] = {}
+        for kind in KINDS:
+            if n := before.get(f"{name}/n_{kind}"):
+                key = f"{name}/accuracy_{kind}"
+                by_kind[kind] = {"before": before[key], "after": after[key], "n": n}
     return summary
 
 
@@ -106,18 +102,12 @@ def read_rows(path: Path) -> list[dict]:
     """The objects of a JSONL file, a JSON array or a Trainer's state; [] if there is none. What is no object,
     as a line that is still being written, is left out.
     """
-    text = path.read_text(encoding="utf-8-sig", errors="replace") if path.exists() else ""
     rows = []
-    for part in (text, *text.split("\n")):  # not splitlines(): a completion may hold U+2028
-        try:
-            whole = json.loads(part)
-        except (ValueError, RecursionError):
-            continue
-        history = whole.get("log_history", whole) if isinstance(whole, dict) else whole
-        rows += history if isinstance(history, list) else [history]
-        if part is text:
-            break
-    return [row for row in rows if isinstance(row, dict)]
+    if path.exists() and path.stat().st_size:
+        rows = [row for _, row in read_records(path) if isinstance(row, dict)]
+    if rows and isinstance(history := rows[0].get("log_history"), list):
+        rows = [row for row in history if isinstance(row, dict)]
+    return rows
 
 
 def read_log(run: Path) -> list[dict]:
@@ -164,9 +154,8 @@ def print_results(run: Path) -> None:
             values = "".join(f"{row.get(key, math.nan):>11.3f}" for row in columns.values())
             print(f"  {kind:<10}{sizes.get(key.replace('/accuracy', '/n'), ''):>5}{values}")
     summary = read_summary(run)
-    if summary.keys() >= {"reward_first5", "reward_last10"}:
-        first, last = summary["reward_first5"], summary["reward_last10"]
-        print(f"\nReward: {first:.3f} in the first 5 steps, {last:.3f} in the last 10")
+    if "reward_last10" in summary:
+        print(f"\n{headline(summary)}")
     rows = [row for row in read_rows(run / "samples.jsonl") if "completion" in row]
     if samples := [row for row in rows if row.get("step") == summary.get("steps")]:
         print("\nCompletions of the last step:")
@@ -191,7 +180,7 @@ def draw(runs: Sequence[Path], target: Path) -> bool:
     if not panels:
         return False
     columns = min(4, max(2, len(panels)))
-    lines = max(1, math.ceil(len(panels) / columns))
+    lines = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(4.1 * columns, 3.1 * lines + 0.5), layout="constrained")
     for place, panel in enumerate(panels, 1):
         draw_panel(figure.add_subplot(lines, columns, place), panel, groups)
@@ -199,8 +188,8 @@ def draw(runs: Sequence[Path], target: Path) -> bool:
         handles = [Line2D([], [], color=f"C{i}", label=name) for i, name in enumerate(names)]
         figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
     else:
-        last = max((row["step"] for row in rows), default=0)
-        minutes = max((row.get("seconds", 0.0) for row in rows), default=0.0) / 60
+        last = max(row["step"] for row in rows)
+        minutes = max(row.get("seconds", 0.0) for row in rows) / 60
         title = f"{next(iter(names))} · step {last} · {minutes:.1f} min"
         figure.suptitle(title, fontsize=11, parse_math=False)
     temporary = target.with_name(f".{os.getpid()}.{target.name}")
@@ -221,10 +210,8 @@ def group_seeds(runs: Sequence[Path]) -> dict[str, list[Path]]:
             settings = yaml.safe_load(path.read_text(encoding="utf-8"))
             recipe = repr(sorted(item for item in settings.items() if item[0] not in ("seed", "run_dir")))
         together.setdefault(recipe, []).append(run)
-    labelled = {}
-    for seeds in together.values():
-        labelled[f"{seeds[0]} and {len(seeds) - 1} more" if len(seeds) > 1 else f"{seeds[0]}"] = seeds
-    return labelled
+    more = {recipe: f" and {len(seeds) - 1} more" for recipe, seeds in together.items() if len(seeds) > 1}
+    return {f"{seeds[0]}{more.get(recipe, '')}": seeds for recipe, seeds in together.items()}
 
 
 def choose_panels(rows: list[dict], several: bool) -> list[Panel]:
@@ -297,14 +284,15 @@ def main(arguments: list[str]) -> None:
             raise ConfigError(f"plot: {what}; give the folder of a run, or a checkpoint's of TRL")
     target = args.out or args.runs[0] / ("curves.png" if len(args.runs) == 1 else "overlay.png")
     try:
-        if not draw(args.runs, target):
-            raise ConfigError(f"plot: the log of {args.runs[0]} holds no numbers to draw")
-        if len(args.runs) == 1:
-            print_results(args.runs[0])
-    except (BrokenPipeError, ConfigError):
+        drawn = draw(args.runs, target)
+    except UserError:
         raise
     except (OSError, ValueError) as error:  # no such folder, or a suffix that is no picture's
         raise ConfigError(f"plot: {first_line(error)}") from None
+    if not drawn:
+        raise ConfigError(f"plot: the log of {args.runs[0]} holds no numbers to draw")
+    if len(args.runs) == 1:
+        print_results(args.runs[0])
     print(f"\npicture: {target}")
 
 

@@ -105,9 +105,7 @@ def _differences(path: Path, config: Config) -> str:
     # a setting that is newer than the run had its default then
     before = dataclasses.asdict(Config()) | before
     now = dataclasses.asdict(config)
-    # false and "" are both off, where a switch has become a text
-    other = [key for key in now if before[key] != now[key] and (before[key] or now[key])]
-    changed = {key: f"{key} {before[key]!r} -> {now[key]!r}" for key in other}
+    changed = {key: f"{key} {before[key]!r} -> {now[key]!r}" for key in now if before[key] != now[key]}
     if fixed := [changed[key] for key in FIXED_KEYS if key in changed]:
         return f"resume: these settings must stay as they were: {', '.join(fixed)}"
     silent = ("resume", "overwrite", "resume_step", "run_dir")

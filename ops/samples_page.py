@@ -13,12 +13,9 @@ import hashlib
 import json
 import math
 import sys
-from bisect import bisect_left
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from config import ConfigError
 from distributed.ranks import run_script
@@ -29,28 +26,26 @@ MAX_ROWS = 20_000  # of samples.jsonl on one page
 MAX_BYTES = 48_000_000  # the same; the page is about a third of that, and a browser opens it at once
 
 
-@dataclass(frozen=True)
-class Line:
-    """Where a row of samples.jsonl begins, its bytes, and what the curve needs to know of it."""
-
-    offset: int
-    size: int
-    step: int
-    kind: str
-    reward: float
-
-
 def write_page(run_dir: Path) -> Path:
     """Writes samples.html into the folder of a run and returns its path. ConfigError: no samples.jsonl."""
     source, target = run_dir / "samples.jsonl", run_dir / "samples.html"
     if not source.is_file():
         raise ConfigError(f"{run_dir} has no samples.jsonl; give the folder of a run of grpo.py")
-    with source.open("rb") as file:
-        lines, unread = read_lines(file)
-        if unread:
-            print(f"warning: {source}: left out {unread} unreadable line(s)", file=sys.stderr)
-        about = {"run": run_dir.resolve().name, "logged": len(lines)}
-        text = embed(about | rewards_by_step(lines) | rows_of(file, thin(lines)))
+    rewards, unread = defaultdict(list), 0
+    for row in read_rows(source):
+        if row:
+            rewards[row["kind"], row["step"]].append(row["reward"])
+        unread += row is None
+    if unread:
+        print(f"warning: {source}: left out {unread} unreadable line(s)", file=sys.stderr)
+    steps, logged = sorted({step for _, step in rewards}), sum(map(len, rewards.values()))
+    every = math.ceil(max(logged / MAX_ROWS, source.stat().st_size / MAX_BYTES, 1))
+    chosen = set(steps[::every])
+    curves = {}  # by kind: count and sum of the rewards at each step
+    for kind in sorted({kind for kind, _ in rewards}):
+        curves[kind] = [[len(rewards[kind, step]), sum(rewards[kind, step])] for step in steps]
+    about = {"run": run_dir.resolve().name, "logged": logged, "steps": steps, "curves": curves}
+    text = embed(about | tables(row for row in read_rows(source) if row and row["step"] in chosen))
     head, tail = TEMPLATE.read_text(encoding="utf-8").split("__ROWS__")
     script = tail.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()  # no other script may run
@@ -60,20 +55,18 @@ def write_page(run_dir: Path) -> Path:
     return target
 
 
-def read_lines(file: BinaryIO) -> tuple[list[Line], int]:
-    """The rows of a samples.jsonl, and how many lines are none. A last line that is still being written is
+def read_rows(source: Path) -> Iterator[dict | None]:
+    """The rows of a samples.jsonl, None for a line that is none. A last line that is still being written is
     left out.
     """
-    lines = []
-    unread = offset = 0
-    for text in file:
-        try:
-            row = read_row(text)
-            lines.append(Line(offset, len(text), row["step"], row["kind"], row["reward"]))
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
-            unread += text.endswith(b"\n")
-        offset += len(text)
-    return lines, unread
+    with source.open("rb") as file:
+        for text in file:
+            try:
+                row = read_row(text)
+            except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
+                row = None
+            if row or text.endswith(b"\n"):
+                yield row
 
 
 def read_row(text: bytes) -> dict:
@@ -95,60 +88,27 @@ def read_row(text: bytes) -> dict:
     return row
 
 
-def thin(lines: Sequence[Line]) -> list[Line]:
-    """At most MAX_ROWS rows and about MAX_BYTES: the first k of every step, or 1 of every n-th step."""
-    steps = defaultdict(list)
-    for line in lines:
-        steps[line.step].append(line)
-
-    def too_much(k: int) -> bool:
-        kept = [line.size for own in steps.values() for line in own[:k]]
-        return len(kept) > MAX_ROWS or sum(kept) > MAX_BYTES
-
-    most = max(map(len, steps.values()), default=0)
-    k = bisect_left(range(1, most + 1), True, key=too_much)
-    every = 1 if k else math.ceil(len(steps) / MAX_ROWS) or 1
-    return [line for step in sorted(steps)[::every] for line in steps[step][: max(1, k)]]
-
-
-def rewards_by_step(lines: Sequence[Line]) -> dict:
-    """For the curve: the steps and, by kind, count and sum of the rewards at each of them."""
-    rewards = defaultdict(list)
-    for line in lines:
-        rewards[line.kind, line.step].append(line.reward)
-    steps = sorted({line.step for line in lines})
-    curves = {}
-    for kind in sorted({line.kind for line in lines}):
-        curves[kind] = [[len(rewards[kind, step]), sum(rewards[kind, step])] for step in steps]
-    return {"steps": steps, "curves": curves}
-
-
-def rows_of(file: BinaryIO, kept: Iterable[Line]) -> dict:
+def tables(kept: Iterable[dict]) -> dict:
     """The rows, and tables of the texts that are repeated in them. A row: [step, number of the prompt, of the
     reason, reward, advantage, whether truncated, numbers of the tokens, -1000 x their log-probs, what differs
     from the ground truth]. A prompt: [id, kind, query, ground truth, tools, turns, what it begins].
     """
     prompts: dict[tuple, int] = {}
     more: dict[int, list] = {}  # of a prompt, from the first of its rows that has it
-    reasons, words = Counter(), Counter()
+    reasons: dict[str, int] = {}
+    words: dict[str, int] = {}
     rows = []
-    for line in kept:
-        file.seek(line.offset)
-        row = read_row(file.readline())
+    for row in kept:
         answer = "\n".join(shown(call) for call in row["answer"])
         prompt = prompts.setdefault((row["prompt_id"], row["kind"], row["query"], answer), len(prompts))
         if row["tools"] or prompt not in more:
             tools = [(str(tool.get("name")), json.dumps(tool, ensure_ascii=False)) for tool in row["tools"]]
             more[prompt] = [tools, row["turns"], row["begun"]]
-        reasons[row["reason"]] += 1
-        words.update(row["tokens"])
-        marks = [row["reason"], line.reward, row["advantage"], bool(row.get("truncated"))]
+        reason = reasons.setdefault(row["reason"], len(reasons))
+        body = [words.setdefault(word, len(words)) for word in row["tokens"]]
+        marks = [reason, row["reward"], row["advantage"], bool(row.get("truncated"))]
         other = [] if row["reason"] == "correct" else differences(row["completion"], row["answer"])
-        rows.append([line.step, prompt, *marks, row["tokens"], row["surprise"], other])
-    reasons, words = numbered(reasons), numbered(words)
-    for row in rows:
-        row[2] = reasons[row[2]]
-        row[6] = [words[word] for word in row[6]]
+        rows.append([row["step"], prompt, *marks, body, row["surprise"], other])
     prompts = [[*known, *more[number]] for known, number in prompts.items()]
     return {"prompts": prompts, "reasons": list(reasons), "words": list(words), "rows": rows}
 
@@ -158,9 +118,10 @@ def shown(call: ToolCall) -> str:
     return json.dumps(call.as_dict(), ensure_ascii=False)
 
 
-def as_json(value: Any) -> str:
-    """JSON for people to read, equal for equal values alone: 1, 1.0, true and "1" all differ."""
-    return json.dumps(value, sort_keys=True, ensure_ascii=False)
+def as_texts(call: ToolCall) -> dict[str, str]:
+    """The arguments as JSON for people to read. 1, 1.0, true and "1" all differ."""
+    arguments = call.arguments.items()
+    return {key: json.dumps(value, sort_keys=True, ensure_ascii=False) for key, value in arguments}
 
 
 def differences(completion: str, answer: Sequence[ToolCall]) -> list[str]:
@@ -173,16 +134,14 @@ def differences(completion: str, answer: Sequence[ToolCall]) -> list[str]:
         return []
     missing, found, right = list(answer), [], {call.key() for call in answer}
     for call in sorted(calls, key=lambda call: call.key() not in right):  # the right ones first
-        given = {key: as_json(value) for key, value in call.arguments.items()}
-        same_name = [
-            (one, {key: as_json(value) for key, value in one.arguments.items()})
-            for one in missing if one.name == call.name
-        ]
+        given = as_texts(call)
+        same_name = [one for one in missing if one.name == call.name]
         if not same_name:
             found.append(f"extra call: {shown(call)}")
             continue
-        nearest, wanted = max(same_name, key=lambda one: len(one[1].items() & given.items()))
+        nearest = max(same_name, key=lambda one: len(as_texts(one).items() & given.items()))
         missing = [one for one in missing if one is not nearest]
+        wanted = as_texts(nearest)
         for key in wanted | given:
             if key not in given:
                 found.append(f"{call.name}: {key} is missing: {wanted[key]}")
@@ -191,11 +150,6 @@ def differences(completion: str, answer: Sequence[ToolCall]) -> list[str]:
             elif given[key] != wanted[key]:
                 found.append(f"{call.name}: {key} is {given[key]} instead of {wanted[key]}")
     return found + [f"missing call: {shown(call)}" for call in missing]
-
-
-def numbered(counts: Counter[str]) -> dict[str, int]:
-    """A number for each text. The most frequent come first, because short numbers make a small page."""
-    return {text: number for number, (text, _) in enumerate(counts.most_common())}
 
 
 def embed(data: dict) -> str:

@@ -21,29 +21,26 @@ def reply(name: str, arguments: dict) -> str:
     return f"<think>so</think>{render_calls([ToolCall(name, arguments)])}"
 
 
-@pytest.mark.parametrize(
-    ("parameter", "gold", "predicted", "correct"),
-    [
-        ("AddAgenda.content", "Meeting with John today", "Meeting with John", True),  # 3 of 4 words
-        ("AddAgenda.content", "Meeting John", "Meeting Mary John Ann", False),  # exactly half is too little
-        ("AddReminder.content", "Call mom", "CALL MOM", True),
-        ("DeleteAgenda.location", "office", "anywhere", True),
-        ("DeleteReminder.content", "Call mom", "  ", False),
-        ("AppointmentRegistration.date", "2023-03-05", "2023-3-5", True),
-        ("BookHotel.check_in_time", "2023-03-05", "2023-3-5", False),  # no rule: equal text
-        ("RecordHealthData.time", "2023-03-05 09:00:00", "2023-3-5 9:00:00", True),
-        ("RecordHealthData.health_data", [{"name": "a", "value": "1"}], [{"name": "b", "value": "2"}], True),
-        ("RecordHealthData.health_data", [], [{"name": "b", "value": "2"}] * 2, False),
-        ("Calculator.formula", "(1+2)*3", "(1 + 2) * 3", True),
-        ("Dictionary.keyword", "deep learning", "Deep_Learning ", True),
-        ("SendEmail.subject", "Hello", "hello", False),
-        ("AddMeeting.attendees", ["Ann", "Bob"], ["Bob", "Ann"], False),
-        ("BookHotel.count", 2, "2", True),  # numbers may be written as digits
-        ("Weather.degrees", "10", 10, True),
-        ("Weather.degrees", -3, "-3", False),
-        ("Lamp.on", True, "True", True),
-    ],
-)
+@pytest.mark.parametrize("parameter, gold, predicted, correct", [
+    ("AddAgenda.content", "Meeting with John today", "Meeting with John", True),  # 3 of 4 words
+    ("AddAgenda.content", "Meeting John", "Meeting Mary John Ann", False),  # exactly half is too little
+    ("AddReminder.content", "Call mom", "CALL MOM", True),
+    ("DeleteAgenda.location", "office", "anywhere", True),
+    ("DeleteReminder.content", "Call mom", "  ", False),
+    ("AppointmentRegistration.date", "2023-03-05", "2023-3-5", True),
+    ("BookHotel.check_in_time", "2023-03-05", "2023-3-5", False),  # no rule: equal text
+    ("RecordHealthData.time", "2023-03-05 09:00:00", "2023-3-5 9:00:00", True),
+    ("RecordHealthData.health_data", [{"name": "a", "value": "1"}], [{"name": "b", "value": "2"}], True),
+    ("RecordHealthData.health_data", [], [{"name": "b", "value": "2"}] * 2, False),
+    ("Calculator.formula", "(1+2)*3", "(1 + 2) * 3", True),
+    ("Dictionary.keyword", "deep learning", "Deep_Learning ", True),
+    ("SendEmail.subject", "Hello", "hello", False),
+    ("AddMeeting.attendees", ["Ann", "Bob"], ["Bob", "Ann"], False),
+    ("BookHotel.count", 2, "2", True),  # numbers may be written as digits
+    ("Weather.degrees", "10", 10, True),
+    ("Weather.degrees", -3, "-3", False),
+    ("Lamp.on", True, "True", True),
+])
 def test_comparison(parameter, gold, predicted, correct):
     name, key = parameter.split(".")
     assert apibank_verdict(make_case(name, {key: gold}), reply(name, {key: predicted}))[0] is correct
@@ -52,24 +49,21 @@ def test_comparison(parameter, gold, predicted, correct):
 CALL = '{"name": "Get", "arguments": {"x": "1"}}'
 
 
-@pytest.mark.parametrize(
-    ("output", "reason"),
-    [
-        (f"<tool_call>[{CALL}]</tool_call>", "correct"),
-        (f"text <tool_call>\n {CALL}\n</tool_call> text", "correct"),  # one object counts as a list of one
-        (f"<think><tool_call>{CALL}</tool_call></think>", "correct"),  # thoughts are not scored
-        (f"<tool_call>{CALL}</tool_call><tool_call>[]</tool_call>", "correct"),  # the first section decides
-        (f"<tool_call>[]</tool_call><tool_call>{CALL}</tool_call>", "not_one_call"),
-        (f"<tool_call>[{CALL}, {CALL}]</tool_call>", "not_one_call"),
-        ("<tool_call></tool_call>", "bad_json"),
-        (f"<tool_call>{CALL}", "no_tool_call"),
-        ('<tool_call>[{"name": "Get", "parameters": {"x": "1"}}]</tool_call>', "bad_call"),
-        ('<tool_call>[{"name": "get", "arguments": {"x": "1"}}]</tool_call>', "wrong_name"),
-        ('<tool_call>[{"name": "Get", "arguments": {}}]</tool_call>', "missing_argument"),
-        ('<tool_call>[{"name": "Get", "arguments": {"x": "1", "y": ""}}]</tool_call>', "unknown_argument"),
-        ('<tool_call>[{"name": "Get", "arguments": {"x": 1}}]</tool_call>', "wrong_value:x"),
-    ],
-)
+@pytest.mark.parametrize("output, reason", [
+    (f"<tool_call>[{CALL}]</tool_call>", "correct"),
+    (f"text <tool_call>\n {CALL}\n</tool_call> text", "correct"),  # one object counts as a list of one
+    (f"<think><tool_call>{CALL}</tool_call></think>", "correct"),  # thoughts are not scored
+    (f"<tool_call>{CALL}</tool_call><tool_call>[]</tool_call>", "correct"),  # the first section decides
+    (f"<tool_call>[]</tool_call><tool_call>{CALL}</tool_call>", "not_one_call"),
+    (f"<tool_call>[{CALL}, {CALL}]</tool_call>", "not_one_call"),
+    ("<tool_call></tool_call>", "bad_json"),
+    (f"<tool_call>{CALL}", "no_tool_call"),
+    ('<tool_call>[{"name": "Get", "parameters": {"x": "1"}}]</tool_call>', "bad_call"),
+    ('<tool_call>[{"name": "get", "arguments": {"x": "1"}}]</tool_call>', "wrong_name"),
+    ('<tool_call>[{"name": "Get", "arguments": {}}]</tool_call>', "missing_argument"),
+    ('<tool_call>[{"name": "Get", "arguments": {"x": "1", "y": ""}}]</tool_call>', "unknown_argument"),
+    ('<tool_call>[{"name": "Get", "arguments": {"x": 1}}]</tool_call>', "wrong_value:x"),
+])
 def test_reason(output, reason):
     assert apibank_verdict(make_case("Get", {"x": "1"}), output) == (reason == "correct", reason)
 
@@ -90,32 +84,26 @@ def test_switch_takes_either_name_of_the_device_but_not_both():
         assert apibank_verdict(case, output)[0] is False
 
 
-def test_gate_is_for_the_official_mode_only():
-    case = make_case("Get", {"x": "1"}, accepts=False)
-    assert apibank_verdict(case, reply("Get", {"x": "1"})) == (False, "official_rejects_gold")
-    assert apibank_verdict(case, reply("Get", {"x": "2"})) == (False, "wrong_value:x")
-    assert apibank_verdict(case, reply("Get", {"x": "1"}), "corrected") == (True, "correct")
+@pytest.mark.parametrize("name, gold, predicted, accepts, reasons", [
+    ("Get", "1", "1", False, ("official_rejects_gold", "correct", "correct")),
+    ("Get", "1", "2", False, ("wrong_value:x",) * 3),
+    ("Calculator", "1+2", "1 + 2", True, ("correct", "correct", "wrong_value:formula")),  # by no rule
+    ("QueryStock", "soon", "soon", True, ("wrong_value:date", "wrong_value:date", "correct")),  # no date
+])
+def test_official_corrected_and_exact_mode(name, gold, predicted, accepts, reasons):
+    key = {"Get": "x", "Calculator": "formula", "QueryStock": "date"}[name]
+    case = make_case(name, {key: gold}, accepts=accepts)
+    found = [apibank_verdict(case, reply(name, {key: predicted}), mode) for mode in MODES[:3]]
+    assert found == [(reason == "correct", reason) for reason in reasons]
 
 
-def test_exact_mode_has_no_comparison_rules():
-    case = make_case("Calculator", {"formula": "1+2"})
-    assert apibank_verdict(case, reply("Calculator", {"formula": "1+2"}), "exact")[0]
-    assert not apibank_verdict(case, reply("Calculator", {"formula": "1 + 2"}), "exact")[0]
-    undated = make_case("QueryStock", {"date": "soon"})  # which the official tool refuses, the gold's or not
-    output = reply("QueryStock", {"date": "soon"})
-    assert [apibank_verdict(undated, output, mode)[0] for mode in MODES[:3]] == [False, False, True]
-
-
-@pytest.mark.parametrize(
-    ("block", "correct"),
-    [
-        # any call of a list, or of an object per line
-        ('[{"name": "Other", "arguments": {}}, {"name": "Book", "arguments": {"count": "2"}}]', True),
-        ('{"name": "Other", "parameters": {}}\n{"name": "Book", "parameters": {"count": "2"}}', True),
-        ('{"parameters": {"count": "2"}}', True),  # the missing name is filled in
-        ('{"name": "Book", "arguments": {"count": 2}}', False),  # golds are strings, so numbers fail
-    ],
-)
+@pytest.mark.parametrize("block, correct", [
+    # any call of a list, or of an object per line
+    ('[{"name": "Other", "arguments": {}}, {"name": "Book", "arguments": {"count": "2"}}]', True),
+    ('{"name": "Other", "parameters": {}}\n{"name": "Book", "parameters": {"count": "2"}}', True),
+    ('{"parameters": {"count": "2"}}', True),  # the missing name is filled in
+    ('{"name": "Book", "arguments": {"count": 2}}', False),  # golds are strings, so numbers fail
+])
 def test_loose_mode(block, correct):
     case, output = make_case("Book", {"count": 2}), f"<tool_call>{block}</tool_call>"
     assert apibank_verdict(case, output, "loose")[0] is correct

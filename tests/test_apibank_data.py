@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from config import UserError
 from evals import apibank_data
 from evals.apibank_data import load_cases
-from evals.report import ReportError
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "apibank"
 needs_shared = pytest.mark.skipif(not DATA.is_dir(), reason="API-Bank's dialogues in ../shared are absent")
@@ -92,7 +92,7 @@ CHECKOUT = {"apis/add.py": ADD}
 TURNS = "lv1-lv2-samples/level-1-given-desc/Add-level-1-1.jsonl"
 ERRORS = [  # the files of a folder, the sentence
     ({"notes.txt": ""}, ": no API-Bank data; --data takes the official folder api-bank"),
-    ({"cases.jsonl": "{}\n"}, "api_descriptions.json: no such file; it belongs beside the other files"),
+    ({"cases.jsonl": "{}\n"}, "api_descriptions.json does not exist"),
     ({"cases.jsonl": "{}\n", "api_descriptions.json": APIS}, "jsonl:1: no usable case (KeyError('level'))"),
     (CHECKOUT | {TURNS: '{"role": "API", "api_name": "Sub"}'}, "1: no usable turn (KeyError('result'))"),
     ({"apis/a.py": ADD.replace("''", "open('x')"), TURNS: ""}, "a.py: its API cannot be read (malformed"),
@@ -104,5 +104,5 @@ def test_errors_say_where_and_what_to_do(tmp_path, files, message):
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(content if isinstance(content, str) else json.dumps(content))
-    with pytest.raises(ReportError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)):
         load_cases(tmp_path)

@@ -3,6 +3,7 @@
 import gzip
 import json
 import time
+from dataclasses import replace
 
 import pytest
 from bfcl_cases import DATA, GOLDEN, needs_shared, problem, reply
@@ -94,63 +95,48 @@ def test_rule_of_values(category, declared, allowed, value, error):
     assert bfcl_verdict(case, reply(("f", {"p": value}))) == (error is None, error)
 
 
-# (category, calls, error without its prefix); p is required and 1, answers 1 or 2 for parallel
-CALL_RULES = [
-    ("simple_python", [("f", {"p": 1})], None),
-    ("simple_python", [("F", {"p": 1})], "simple_function_checker:wrong_func_name"),
-    ("simple_python", [("f", {})], "simple_function_checker:missing_required"),
-    ("simple_python", [("f", {"q": 1, "p": 2})], "simple_function_checker:unexpected_param"),
-    ("simple_python", [("f", {"p": 2, "q": 1})], OTHERS),  # in the model's order: p comes first
-    ("parallel", [("f", {"p": 1})] * 2, "parallel_function_checker_no_order:wrong_count"),
-    ("parallel_multiple", [("f", {"p": 2})], "parallel_function_checker_no_order:cannot_find_match"),
+CHECKER, PARALLEL = "simple_function_checker", "parallel_function_checker_no_order"
+ONE, TWO = ("f", {"p": 1}), ("f", {"p": 2})
+F = problem("integer", [1])
+NAMED = replace(F, answer=[{"F": {"p": [1]}}])  # a simple case's function counts, the answer's name does not
+CHOICE = replace(F, category="multiple", functions=[{**F.functions[0], "name": "other"}, *F.functions])
+PAIR = replace(F, category="parallel", answer=[{"f": {"p": [1, 2]}}, {"f": {"p": [1]}}])
+SECOND_FIRST = replace(PAIR, answer=[{"f": {"p": [2]}}, {"f": {"p": [1]}}])
+CALL_RULES = [  # case, calls, error
+    (F, [ONE], None),
+    (F, [("F", {"p": 1})], f"{CHECKER}:wrong_func_name"),
+    (F, [("f", {})], f"{CHECKER}:missing_required"),
+    (F, [("f", {"q": 1, "p": 2})], f"{CHECKER}:unexpected_param"),
+    (F, [("f", {"p": 2, "q": 1})], OTHERS),  # in the model's order: p comes first
+    (NAMED, [ONE], None),
+    (CHOICE, [ONE], None),
+    (CHOICE, [("other", {"p": 1})], f"{CHECKER}:wrong_func_name"),
+    (replace(F, category="parallel"), [ONE] * 2, f"{PARALLEL}:wrong_count"),
+    (replace(F, category="parallel_multiple"), [TWO], f"{PARALLEL}:cannot_find_match"),
+    (PAIR, [ONE, TWO], f"{PARALLEL}:cannot_find_match"),  # matched greedily
+    (PAIR, [TWO, ONE], None),
+    (SECOND_FIRST, [ONE, TWO], None),  # in another order than the answers
+    # only an optional parameter with an empty string may be left out
+    (problem("integer", [1, ""]), [("f", {})], f"{CHECKER}:missing_required"),
+    (problem("integer", [1, ""], required=False), [("f", {})], None),
+    (problem("integer", [1], required=False), [("f", {})], f"{CHECKER}:missing_optional"),
 ]
 
 
-@pytest.mark.parametrize(("category", "calls", "error"), CALL_RULES)
-def test_call_rule(category, calls, error):
-    assert bfcl_verdict(problem("integer", [1], category=category), reply(*calls)) == (error is None, error)
-
-
-@pytest.mark.parametrize(
-    ("allowed", "required", "error"),
-    [([1, ""], True, "missing_required"), ([1, ""], False, None), ([1], False, "missing_optional")],
-)
-def test_only_an_optional_parameter_with_an_empty_string_may_be_omitted(allowed, required, error):
-    verdict = bfcl_verdict(problem("integer", allowed, required=required), reply(("f", {})))
-    assert verdict == (error is None, error and f"simple_function_checker:{error}")
-
-
-def test_simple_goes_by_the_first_function_and_multiple_by_the_answers_name():
-    """A simple case has one function, whose name counts even where the answer spells it otherwise."""
-    case = problem("integer", [1])
-    case.answer[0] = {"F": {"p": [1]}}
-    assert bfcl_verdict(case, reply(("f", {"p": 1}))) == (True, None)
-    case = problem("integer", [1], category="multiple")
-    case.functions.insert(0, {**case.functions[0], "name": "other"})
-    assert bfcl_verdict(case, reply(("f", {"p": 1}))) == (True, None)
-    assert bfcl_verdict(case, reply(("other", {"p": 1})))[1] == "simple_function_checker:wrong_func_name"
+@pytest.mark.parametrize("case, calls, error", CALL_RULES, ids=range(len(CALL_RULES)))
+def test_call_rule(case, calls, error):
+    assert bfcl_verdict(case, reply(*calls)) == (error is None, error)
 
 
 def test_a_parameter_must_be_in_the_documentation_and_in_the_answer():
     case = problem("integer", [1])
     case.functions[0]["parameters"]["properties"]["q"] = {"type": "integer"}
     both = reply(("f", {"p": 1, "q": 1}))
-    assert bfcl_verdict(case, both) == (False, "simple_function_checker:unexpected_param")
+    assert bfcl_verdict(case, both) == (False, f"{CHECKER}:unexpected_param")
     case.answer[0]["f"]["q"] = [1]
     assert bfcl_verdict(case, both) == (True, None)
-    assert bfcl_verdict(case, reply(("f", {"p": 2}))) == (False, OTHERS)  # told before a missing parameter
-    assert bfcl_verdict(case, reply(("f", {"p": 1}))) == (False, "simple_function_checker:missing_optional")
-
-
-def test_parallel_calls_are_matched_greedily():
-    case = problem("integer", [1, 2], category="parallel")
-    case.answer.append({"f": {"p": [1]}})
-    first, second = ("f", {"p": 1}), ("f", {"p": 2})
-    no_match = "parallel_function_checker_no_order:cannot_find_match"
-    assert bfcl_verdict(case, reply(first, second)) == (False, no_match)
-    assert bfcl_verdict(case, reply(second, first)) == (True, None)
-    case.answer[0]["f"]["p"] = [2]
-    assert bfcl_verdict(case, reply(first, second)) == (True, None)  # in another order than the answers
+    assert bfcl_verdict(case, reply(TWO)) == (False, OTHERS)  # told before a missing parameter
+    assert bfcl_verdict(case, reply(ONE)) == (False, f"{CHECKER}:missing_optional")
 
 
 DECODE, FORMAT = "ast_decoder:decoder_failed", "ast_decoder:decoder_wrong_output_format"

@@ -126,13 +126,12 @@ def test_score_writes_verdicts_tables_and_cases(tmp_path, data_dir):
     rows = [row("b#1"), row("a#1"), row("a#1", False, category="level-1"), row("a#1")]
     read = score(tmp_path, rows, data_dir, main=main)
     verdicts = read("verdicts.jsonl")
-    assert [v["id"] for v in verdicts] == ["b#1", "a#1", "a#1", "a#1"]
-    assert [v["reason"] for v in verdicts] == ["wrong_value:x", "correct", "no_tool_call", "correct"]
+    told = ["b#1 wrong_value:x", "a#1 correct", "a#1 no_tool_call", "a#1 correct"]
+    assert [f"{v['id']} {v['reason']}" for v in verdicts] == told
     modes = {"corrected": True, "exact": True, "loose": True}
     assert verdicts[1] == {"id": "a#1", "level": 1, "correct": True, "reason": "correct", **modes}
-    found = read("scores.json")["scores"]["level-1"]
-    line = found["official"]
-    assert (line["correct"], line["n"], line["cases"], found["of"]) == (2, 3, 1, 1)
+    found = read("scores.json")["scores"]["level-1"]["official"]
+    assert (found["correct"], found["n"], found["cases"]) == (2, 3, 1)
     wrong = read("cases.jsonl")[2]
     assert wrong["came"] == "no" and wrong["expected"] == {"name": "Add", "arguments": {"x": "1"}}
 

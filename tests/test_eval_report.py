@@ -1,7 +1,6 @@
 """evals/report.py: intervals and p-values against slow, obvious versions; files, tables, two models."""
 
 import gzip
-import random
 from fractions import Fraction
 from math import comb, erfc, sqrt
 
@@ -14,26 +13,22 @@ from evals import report
 from evals.report import compare, interval, mcnemar, read_predictions, sampled_interval, tally
 
 
-def test_rows_may_share_an_id_and_know_their_place(tmp_path):
+def test_rows_may_share_an_id_and_know_their_place(tmp_path, capsys):
+    """A killed `generate` leaves a half-written last line; what came before it is worth scoring."""
     rows = [{"id": "a", "output": "x"}, {"id": "a", "output": "y"}]
     path = write_jsonl(tmp_path / "p.jsonl", rows)
+    with path.open("a") as file:
+        file.write('\n{"id": "b", "output": "')
     assert read_predictions(path) == [{**row, "place": f"{path}:{i}"} for i, row in enumerate(rows, 1)]
+    assert capsys.readouterr().err == f"warning: {path}:4: half-written last line left out\n"
     packed = write_jsonl(tmp_path / "p.jsonl.gz", rows)
     assert [row["output"] for row in read_predictions(packed)] == ["x", "y"]
 
 
-def test_a_half_written_last_line_is_left_out_with_a_warning(tmp_path, capsys):
-    """A killed `generate` leaves one; what came before it is worth scoring."""
-    path = tmp_path / "p.jsonl"
-    path.write_text('{"id": "a", "output": "x"}\n\n{"id": "b", "output": "')
-    assert [row["id"] for row in read_predictions(path)] == ["a"]
-    assert capsys.readouterr().err == f"warning: {path}:3: half-written last line left out\n"
-
-
 PACKED = gzip.compress(b'{"id": "a", "output": "x"}\n' * 9)
 DAMAGED = [  # name, content, the sentence
-    ("p.jsonl", b'{"id": "a"\n{"id": "b", "output": ""}\n', "p.jsonl:1: not JSON"),
-    ("p.jsonl", b"7\n", 'p.jsonl:1: needs to be an object with the strings "id" and "output"'),
+    ("p.jsonl", b'{"id": "a"\n{"id": "b", "output": ""}\n', "p.jsonl:1: not a JSON object"),
+    ("p.jsonl", b"7\n", 'p.jsonl:1: not a JSON object with the strings "id" and "output"'),
     ("p.jsonl.gz", PACKED[:-9], "p.jsonl.gz cannot be read"),
 ]
 
@@ -78,16 +73,6 @@ def test_one_sample_per_case_gives_wilson_and_unequal_samples_keep_the_share_of_
     unequal = tally([("a", True)] * 3 + [("b", False)] + [("c", True), ("c", False)])
     assert unequal["accuracy"] == pytest.approx(100 * 4 / 6) and unequal["low"] < 66 < unequal["high"]
     assert tally([])["accuracy"] is None and tally([])["n"] == 0
-
-
-def test_sampled_intervals_hold_the_truth_about_95_times_in_100():
-    """40 cases of different difficulty, 4 samples each, 2,000 evaluations: the interval is not too narrow."""
-    draw, held = random.Random(0), 0
-    for _ in range(2000):
-        means = [sum(draw.random() < p for _ in range(4)) / 4 for p in (draw.random() for _ in range(40))]
-        low, high = sampled_interval(means)
-        held += low <= 50 <= high
-    assert 0.93 < held / 2000 < 0.97
 
 
 def test_a_weighted_sum_of_one_part_has_its_interval_and_of_equal_parts_a_narrower_one():
@@ -147,11 +132,9 @@ def test_diff_counts_every_fate_of_a_case(tmp_path, capsys):
     assert out.endswith("right in A, wrong in B: 2\n  c_1\n  c_4\nonly in A: 1\n  c_7\nonly in B: 1\n  c_6\n")
 
 
-@pytest.mark.parametrize(
-    ("row", "sentence"),
-    [({"id": "c_0", "output": ""}, "b.jsonl holds no verdicts"),
-     (verdicts("1")[0] | {"id": 3}, "b.jsonl holds no verdicts"), (*verdicts("1", "d"), "no case in common")],
-)
+@pytest.mark.parametrize("row, sentence", [
+    ({"id": "c_0", "output": ""}, "b.jsonl holds no verdicts"), (*verdicts("1", "d"), "no case in common"),
+])
 def test_diff_of_what_cannot_be_compared(tmp_path, row, sentence):
     a, b = write_jsonl(tmp_path / "a.jsonl", verdicts("1")), write_jsonl(tmp_path / "b.jsonl", [row])
     with pytest.raises(UserError, match=sentence):

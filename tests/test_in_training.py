@@ -32,12 +32,8 @@ def test_the_subset_is_the_first_cases_of_each_category():
     counts = {part: parts["bfcl"].count(part) for part in parts["bfcl"]}
     assert counts == {"non_live": 12, "live": 8, "irrelevance": 4, "relevance": 2}
     assert parts["apibank"] == ["level1"] * 8 + ["level2"] * 8 + ["level3"] * 8
-    assert [case.prompt.id for case in loaded["bfcl"][:2]] == ["simple_python_0", "simple_python_1"]
-
-
-@needs_data
-def test_the_verdict_is_the_official_checkers():
-    case = load(bfcl=str(SHARED / "bfcl"), eval_cases=1)["bfcl"][0]
+    case, other = loaded["bfcl"][:2]
+    assert (case.prompt.id, other.prompt.id) == ("simple_python_0", "simple_python_1")
     call = {"name": "calculate_triangle_area", "arguments": {"base": 10, "height": 5, "unit": "units"}}
     right = f"<tool_call>[{json.dumps(call)}]</tool_call>"
     assert case.judge("<think>so</think>" + right) == Verdict(True, True)
@@ -46,21 +42,17 @@ def test_the_verdict_is_the_official_checkers():
 
 
 @needs_data
-def test_refused_prompts_are_left_out(monkeypatch, capsys):
+def test_refused_and_too_long_prompts_are_left_out(monkeypatch, capsys):
+    cases = load(bfcl=str(SHARED / "bfcl"), eval_cases=39, max_prompt_tokens=900)["bfcl"]
+    assert 0 < len(cases) < 39 and all(len(case.prompt.ids) <= 900 for case in cases)
+    with pytest.raises(ConfigError, match="bfcl: every prompt is longer than max_prompt_tokens"):
+        load(bfcl=str(SHARED / "bfcl"), eval_cases=13, max_prompt_tokens=5)
     refuses = "{% if 'triangle' in messages[1].content %}{{ raise_exception('no triangles') }}{% endif %}"
     monkeypatch.setattr(TOKENIZER, "chat_template", refuses + TOKENIZER.chat_template)
     settings = Config(bfcl=str(SHARED / "bfcl"), eval_cases=26, max_prompt_tokens=20000)
     names = [case.prompt.id for case in load_benchmarks(settings, TOKENIZER, "{tools}")["bfcl"]]
     assert len(names) < 26 and "simple_python_0" not in names and "simple_python_1" in names
     assert f"; {26 - len(names)} are refused, such as simple_python_0: " in capsys.readouterr().out
-
-
-@needs_data
-def test_too_long_prompts_are_left_out():
-    cases = load(bfcl=str(SHARED / "bfcl"), eval_cases=39, max_prompt_tokens=900)["bfcl"]
-    assert 0 < len(cases) < 39 and all(len(case.prompt.ids) <= 900 for case in cases)
-    with pytest.raises(ConfigError, match="bfcl: every prompt is longer than max_prompt_tokens"):
-        load(bfcl=str(SHARED / "bfcl"), eval_cases=13, max_prompt_tokens=5)
 
 
 def test_a_folder_without_data_stops_at_start(tmp_path):

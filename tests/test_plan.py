@@ -18,18 +18,8 @@ from kernel import decode
 from kernel.attention import use_attention
 from kernel.packing import pack
 from model import prepare_model, token_logprobs
-from ops.plan import (
-    GB,
-    Assumptions,
-    cache_bytes,
-    estimate,
-    main,
-    shape_of,
-    start_config,
-    step,
-    update_bytes,
-    verdict,
-)
+from ops import plan
+from ops.plan import GB, Assumptions, estimate, shape_of, start_config, step, verdict
 
 
 def sizes(hidden, intermediate, layers, heads, kv_heads, vocabulary):
@@ -98,7 +88,7 @@ def test_activations_are_what_autograd_keeps(kind, kv_heads, checkpointing):
     for parameter in model.parameters():
         storages.pop(parameter.untyped_storage().data_ptr(), None)
     config = replace(PACKED, gradient_checkpointing=checkpointing)
-    expected = update_bytes(config, shape_of(model.config), ONE_GPU)["activations"]
+    expected = plan.update_bytes(config, shape_of(model.config), ONE_GPU)["activations"]
     assert sum(storage.nbytes() for storage in storages.values()) == pytest.approx(expected, rel=0.1)
 
 
@@ -110,7 +100,7 @@ def test_the_cache_holds_each_prompt_once_and_grows_by_half():
         while len(cache.own_mask) < response:
             decode._make_room(cache)
         measured = sum(x.nbytes for part in (cache.prompt_k, cache.prompt_v, cache.k, cache.v) for x in part)
-        assert measured == 2 * cache_bytes(SMALL, GROUPS, COPIES, PROMPT, response), "fp32 here"
+        assert measured == 2 * plan.cache_bytes(SMALL, GROUPS, COPIES, PROMPT, response), "fp32 here"
 
 
 def test_sequences_decoded_at_once_are_those_of_the_engine(monkeypatch):
@@ -182,5 +172,5 @@ def test_following_the_advice_makes_it_fit(name, changes, a, advice):
 @pytest.mark.parametrize("option", [("--gpus", "0"), ("--gpu_memory", "-1"), ("--gpu_tflops", "nan")])
 def test_gpus_that_cannot_be_are_refused(option, capsys):
     with pytest.raises(SystemExit):
-        main(list(option))
+        plan.main(list(option))
     assert option[0] in capsys.readouterr().err

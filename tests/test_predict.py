@@ -90,9 +90,9 @@ def test_samples_of_a_case_are_numbered_and_depend_on_seed_and_case_alone(export
     assert without_latency(alone) == without_latency(of_the_case)
     other = predict(exported, CASES, tmp_path / "c" / "c.jsonl", seed=1, **SAMPLED)
     assert without_latency(other) != without_latency(rows)
-    same = [Case(name, "simple", CASES[4].messages, []) for name in ("x", "y", "y")]
+    same = [Case(name, "simple", CASES[4].messages, []) for name in ("x", "y")]
     outputs = [row["output"] for row in predict(exported, same, tmp_path / "d" / "d.jsonl", **SAMPLED)]
-    assert len({tuple(outputs[i : i + 3]) for i in (0, 3, 6)}) == 3
+    assert outputs[:3] != outputs[3:]
 
 
 def test_a_killed_evaluation_misses_and_repeats_no_sample(exported, tmp_path, monkeypatch):
@@ -126,43 +126,21 @@ def test_replies_of_other_settings_are_not_mixed(exported, tmp_path):
     assert predict(exported, CASES[:1], path, **SAMPLED) == before, "the refusal changes nothing"
 
 
-def test_a_kill_inside_a_character_does_not_stop_the_next_start(exported, tmp_path):
-    """Replies are written as UTF-8, so a line can break off between the bytes of one letter."""
+def test_no_reply_stops_the_next_start(exported, tmp_path):
+    """A line may break off inside a letter; str.splitlines() also cuts at U+2028, which JSON leaves."""
     path = tmp_path / "predictions.jsonl"
-    path.write_bytes('{"id": "c0", "category": "simple", "output": "東'.encode()[:-1])
-    assert len(predict(exported, CASES[:1], path)) == 1
-
-
-@pytest.mark.parametrize("character", ["\u2028", "\u0085"])
-def test_unusual_line_ends_in_a_reply_do_not_stop_the_next_start(exported, tmp_path, character):
-    """str.splitlines() also cuts at U+2028 and U+0085, which JSON leaves as they are."""
-    path = tmp_path / "predictions.jsonl"
-    row = {"id": "c0", "category": "simple", "output": character, "latency": 1.0}
-    path.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    row = {"id": "c0", "category": "simple", "output": "\u2028\u0085東", "latency": 1.0}
+    line = json.dumps(row, ensure_ascii=False).encode()
+    path.write_bytes(line + b"\n" + line[: line.index("東".encode()) + 1])
     assert [row["id"] for row in predict(exported, CASES[:2], path)] == ["c0", "c1"]
 
 
-def test_an_id_that_occurs_twice_is_answered_twice(exported, tmp_path):
-    """BFCL v3 has one id twice; a set of finished ids would lose the second case."""
-    path = tmp_path / "predictions.jsonl"
-    assert len(predict(exported, [CASES[0], CASES[0]], path)) == 2
-    assert len(predict(exported, [CASES[0], CASES[0]], path)) == 2
-    path.write_bytes(path.read_bytes().splitlines(keepends=True)[0])  # killed between the two
-    assert len(predict(exported, [CASES[0], CASES[0]], path)) == 2
-
-
-def test_a_case_that_cannot_be_asked_is_skipped_and_says_why(exported, tmp_path):
+def test_a_case_that_cannot_be_asked_is_skipped_and_says_why(exported, tokenizer, tmp_path):
+    """Its prompt is longer than that of the third case, or cannot be written."""
+    limit = len(encode_prompt(tokenizer, CASES[2].messages, CASES[2].tools, TEMPLATE))
     bad = Case("bad", "simple", [{"role": "user", "content": "weather <|im_end|>"}], [])
-    rows = {row["id"]: row for row in predict(exported, [*CASES[:2], bad], tmp_path / "p.jsonl")}
-    assert rows["bad"]["skipped"].startswith("bad_text: the control token <|im_end|>")
-    assert rows["bad"]["output"] == "" and "skipped" not in rows["c0"] and len(rows) == 3
-
-
-def test_prompts_beyond_the_limit_are_skipped_and_say_so(exported, tokenizer, tmp_path):
-    lengths = [len(encode_prompt(tokenizer, case.messages, case.tools, TEMPLATE)) for case in CASES]
-    rows = predict(exported, CASES, tmp_path / "p.jsonl", max_prompt_tokens=lengths[2])
-    by_id = {row["id"]: row for row in rows}
-    for case, length in zip(CASES, lengths):
-        row, skipped = by_id[case.id], length > lengths[2]
-        assert row.get("skipped") == ("prompt_too_long" if skipped else None)
-        assert not skipped or (row["output"], row["output_tokens"]) == ("", 0)
+    rows = predict(exported, [*CASES, bad], tmp_path / "p.jsonl", max_prompt_tokens=limit)
+    skipped = {row["id"]: row["skipped"] for row in rows if "skipped" in row}
+    assert skipped.pop("bad").startswith("bad_text: the control token <|im_end|>")
+    assert skipped == dict.fromkeys(("c3", "c4"), "prompt_too_long") and len(rows) == 6
+    assert all((row["output"], row["output_tokens"]) == ("", 0) for row in rows if "skipped" in row)

@@ -104,15 +104,13 @@ def test_what_differs_from_the_ground_truth_is_named(calls, expected):
     assert samples_page.differences("no calls", ASKED) == []
 
 
-def test_every_step_keeps_equally_many_of_its_first_rows_or_every_third_keeps_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(samples_page, "MAX_ROWS", 11)
-    rows = [row(step, f"{k}") for step in range(1, 6) for k in range(4 if step != 2 else 1)]
-    page = write_page(run_of(tmp_path, rows))
+@pytest.mark.parametrize("limit, most", [("MAX_ROWS", 6), ("MAX_BYTES", 2000)])
+def test_of_a_long_run_every_nth_step_is_shown(tmp_path, monkeypatch, limit, most):
+    monkeypatch.setattr(samples_page, limit, most)
+    page = write_page(run_of(tmp_path, [row(step, f"{k}") for step in range(1, 6) for k in range(3)]))
     kept = [f"{one['step']}:{one['completion']}" for one in unpacked(page)]
-    assert kept == "1:0 1:1 2:0 3:0 3:1 4:0 4:1 5:0 5:1".split()
-    assert [n for n, _ in embedded(page)["curves"]["single"]] == [4, 1, 4, 4, 4], "the curve is of all rows"
-    monkeypatch.setattr(samples_page, "MAX_ROWS", 2)
-    assert [one["step"] for one in unpacked(write_page(tmp_path))] == [1, 4]
+    assert kept == "1:0 1:1 1:2 4:0 4:1 4:2".split()
+    assert [n for n, _ in embedded(page)["curves"]["single"]] == [3] * 5, "the curve is of all rows"
 
 
 def hostile_page(folder: Path, texts: list[str]) -> Path:
