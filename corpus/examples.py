@@ -82,7 +82,7 @@ def hold_out(records: Iterable[str], share: float, seed: int) -> set[str]:
 
 def _as_dict(value: Any) -> dict:
     if not isinstance(value, ToolCall):
-        raise TypeError(f"{type(value).__name__} is not JSON")
+        raise TypeError(f"{value!r:.80}")
     return value.as_dict()
 
 

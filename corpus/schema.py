@@ -75,6 +75,8 @@ def _bare_items(value: Any, what: str) -> list:
 
 def _decoded(value: Any, what: str) -> Any:
     try:
+        if isinstance(value, ValueError):  # sources' mark of an object that repeats a key
+            raise value
         return strict_json(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} is not JSON: {error}") from None

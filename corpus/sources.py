@@ -33,7 +33,8 @@ _HUB_ID = re.compile(
     r"(?:/(?:resolve|blob|raw|tree)/main)?(?:/([^?]+?))?/?(?:\?.*)?"
 )
 _SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})(?:-\w+)?\.[.\w]+")  # the split, and how many shards it has
-_OUTLINE = json.JSONDecoder(parse_int=str, parse_float=str)  # says where a value ends, whatever its numbers
+# Between objects of a line, these say that the whole file is no JSONL.
+SEPARATORS = {",": "commas between the records", "{": "several objects on one line"}
 
 
 class DataError(UserError):
@@ -145,9 +146,9 @@ def read_files(paths: Sequence[Path]) -> Iterator[tuple[int, Any]]:
 def read_records(path: Path) -> Iterator[tuple[int, Any]]:
     """A JSON array, JSONL (both perhaps gzipped) or Parquet -> numbered records, one after the other.
 
-    What a file is, its content says. Numbers count from 1: lines of JSONL, else positions. In place of a
-    record that is no JSON, or repeats a key, stands its error. Raises DataError for a file that is missing or
-    empty, that cannot be read or whose records are laid out in another way, and for Parquet without pyarrow.
+    What a file is, its content says. Numbers count from 1: lines of JSONL, else positions. In place of a line
+    that is no JSON, and of an object that repeats a key, stands its error. Raises DataError for a file that
+    is missing, empty, unreadable or laid out in another way, and for Parquet without pyarrow.
     """
     if not path.exists():
         raise DataError(f"{path} does not exist; check the path")
@@ -163,7 +164,9 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
         # newline: JSONL's own. A record may hold others, such as a carriage return between its parts.
         with opened(path, "rt", encoding="utf-8-sig", newline="\n") as file:
             yield from _json_records(path, file)
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except DataError:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {error}; give JSON in UTF-8, its .gz, or Parquet") from None
 
 
@@ -173,19 +176,22 @@ def _json_records(path: Path, file: io.TextIOBase) -> Iterator[tuple[int, Any]]:
     if not first:
         raise DataError(f"{path} is empty; give a file with at least one record")
     if first.lstrip().startswith("["):
-        yield from enumerate(map(_decoded, _elements(first + file.read())), 1)
+        yield from enumerate(unique_json(first + file.read()), 1)
         return
     lines = file
-    if isinstance(_decoded(first), Exception):
+    if isinstance(_decoded(first), Exception):  # one object over several lines, or JSONL that begins badly
         rest = file.read()
-        if (spread := _spread_object(path, first, rest)) is not None:
-            yield 1, spread
+        whole = _decoded(first + rest)
+        if not isinstance(whole, Exception):
+            yield 1, whole
             return
+        if _after_object(whole) and whole.pos > len(first):
+            raise DataError(f"{path} holds objects over several lines; write each on one line, or an array")
         lines = io.StringIO(rest)
     for number, line in enumerate(chain([first], lines), start):
         if not line.isspace():
             record = _decoded(line)
-            if isinstance(record, Exception) and (found := _separator(line)):
+            if isinstance(record, Exception) and (found := SEPARATORS.get(_after_object(record))):
                 raise DataError(f"{path}:{number}: {found}; give a JSON array or one JSON object per line")
             yield number, record
 
@@ -197,47 +203,11 @@ def _decoded(text: str) -> Any:
         return error
 
 
-def _elements(text: str) -> list[str]:
-    """The texts of the elements of a JSON array. Raises JSONDecodeError for anything else."""
-    if re.fullmatch(r"\s*\[\s*\]\s*", text):
-        return []
-    space, elements, end = re.compile(r"[ \t\n\r]*"), [], text.index("[")
-    while text.startswith(("[", ","), end):
-        start = space.match(text, end + 1).end()
-        end = _OUTLINE.raw_decode(text, start)[1]
-        elements.append(text[start:end])
-        end = space.match(text, end).end()
-    if text[end:].strip() != "]":
-        _OUTLINE.decode(text)  # raises, and names the place
-    return elements
-
-
-def _spread_object(path: Path, first: str, rest: str) -> Any:
-    """The one object of a file that is written over several lines; None where the first line stands alone."""
-    text = (first + rest).strip()
-    try:
-        _, end = _OUTLINE.raw_decode(text)
-    except (ValueError, RecursionError):
-        return None
-    if end <= len(first.strip()):
-        return None
-    if text[end:]:
-        raise DataError(f"{path} holds objects over several lines; write each on one line, or an array")
-    return _decoded(text)
-
-
-def _separator(line: str) -> str:
-    """What stands between the objects of a line that JSONL does not have: the whole file is then no JSONL."""
-    text = line.strip()
-    bare = text.lstrip(", ")
-    try:
-        value, end = _OUTLINE.raw_decode(bare)
-    except (ValueError, RecursionError):
+def _after_object(error: Exception) -> str:
+    """What stands behind an object, or before it, where JSON has nothing; "" for another error."""
+    if not isinstance(error, json.JSONDecodeError) or not error.doc.lstrip(" ,").startswith("{"):
         return ""
-    rest = bare[end:].lstrip()
-    if isinstance(value, dict) and (text != bare or rest.startswith(",")):
-        return "commas between the records"
-    return "several objects on one line" if isinstance(value, dict) and rest.startswith("{") else ""
+    return error.doc[error.pos] if error.msg == "Extra data" or error.doc.lstrip().startswith(",") else ""
 
 
 def is_columns(record: dict) -> bool:
