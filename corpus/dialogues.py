@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Any
 
 from corpus.examples import Dropped, Example, Unusable
-from corpus.rules import Rules, check_arguments, check_names, dropped, names_call
+from corpus.rules import Rules, check_arguments, check_names, names_call
 from corpus.schema import read_calls, read_tools
 from corpus.toolace import parse_toolace_calls, read_literals
 from prompts import ToolCall
@@ -228,7 +228,7 @@ def steps(
                 check_arguments(answer, tools, rules)
                 yield Example(step, source, list(messages), tools, answer)
         except Unusable as error:  # only this step: it is context of the later ones all the same
-            yield dropped(step, line, error)
+            yield error.dropped(step, line)
         messages += _context(turns[at:end], names)
         at = end
     if stepless:

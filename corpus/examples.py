@@ -58,6 +58,13 @@ class Dropped:
 class Unusable(Exception):
     """(reason, detail): the record or step in hand cannot become an example."""
 
+    def dropped(self, name: str, line: int) -> Dropped:
+        """The record or step `name` with what is wrong with it."""
+        reason, detail = self.args
+        # Half surrogate pairs become "?", so that both can be printed.
+        name, detail = (text.encode("utf-8", "replace").decode() for text in (name, detail))
+        return Dropped(line, name, reason, detail)
+
 
 def example_kind(example: Example) -> str:
     """none (empty answer), parallel (several calls), single (one tool to choose from) or choice."""

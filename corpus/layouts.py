@@ -14,16 +14,7 @@ from tqdm import tqdm
 
 from corpus.dialogues import find_tools, read_turn, steps, system_messages
 from corpus.examples import Dropped, Example, Unusable, hashes_of, to_json
-from corpus.rules import (
-    STRICT,
-    Rules,
-    check_arguments,
-    check_calls,
-    check_prompt,
-    check_tools,
-    decode,
-    dropped,
-)
+from corpus.rules import STRICT, Rules, check_arguments, check_calls, check_prompt, check_tools, decode
 from corpus.schema import is_filled, without_nulls
 from corpus.sources import DataError, find_files, is_columns, read_files
 from prompts import build_messages
@@ -35,12 +26,10 @@ def _require(record: dict, **types: Any) -> None:
         raise Unusable("missing_field", detail)
 
 
-
-
 def _from_xlam(record: dict, rid: str, line: int, rules: Rules) -> Iterator[Example | Dropped]:
     _require(record, query=str, tools=(str, list, dict), answers=(str, list, dict))
-    tools = check_tools(decode(record["tools"], "tools"))
-    answer = check_calls(decode(record["answers"], "answers"), tools)
+    tools = check_tools(record["tools"])
+    answer = check_calls(record["answers"], tools)
     check_arguments(answer, tools, rules)
     messages = [*system_messages(record.get("system"), tools), {"role": "user", "content": record["query"]}]
     yield Example(rid, "xlam", messages, tools, answer)
@@ -61,7 +50,7 @@ def _from_dialogue(
 
 def _from_ours(record: dict, rid: str, line: int, rules: Rules) -> Iterator[Example | Dropped]:
     _require(record, messages=list, tools=(str, list, dict), answer=(str, list, dict))
-    tools = record["tools"] and check_tools(decode(record["tools"], "tools"))
+    tools = record["tools"] and check_tools(record["tools"])
     messages = []
     for index, message in enumerate(record["messages"]):
         turn = read_turn(message, index)
@@ -72,7 +61,7 @@ def _from_ours(record: dict, rid: str, line: int, rules: Rules) -> Iterator[Exam
     if not isinstance(demonstrations, list) or not all(isinstance(text, str) for text in demonstrations):
         raise Unusable("missing_field", "demonstrations must be a list of texts")
     # Past calls may name tools that are no longer listed; only the answer must not.
-    answer = check_calls(decode(record["answer"], "answer"), tools)
+    answer = check_calls(record["answer"], tools)
     source = str(record.get("source") or "examples")
     owner = "" if record.get("record") is None else str(record["record"])
     yield Example(rid, source, messages, tools, answer, tuple(demonstrations), owner)
@@ -84,11 +73,11 @@ def _from_trl(record: dict, rid: str, line: int, rules: Rules) -> Iterator[Examp
     for holder in ("extra_info", "reward_model"):
         if isinstance(record.get(holder), dict):
             columns.update(record[holder])
-    encoded = ("messages_json", "tools_json", "demonstrations_json", "ground_truth")
-    if not all(isinstance(columns.get(field), str) for field in encoded):
-        raise Unusable("foreign_row", "no messages_json and tools_json: not written by `data.py prepare`")
-    fields = {field.removesuffix("_json"): decode(columns[field], field) for field in encoded}
-    yield from _from_ours(columns | fields | {"answer": fields["ground_truth"]}, rid, line, rules)
+    for field in ("messages_json", "tools_json", "demonstrations_json", "ground_truth"):
+        if not isinstance(columns.get(field), str):
+            raise Unusable("foreign_row", f"no {field}: not written by `data.py prepare`")
+        columns[field.removesuffix("_json")] = decode(columns[field], field)
+    yield from _from_ours(columns | {"answer": columns["ground_truth"]}, rid, line, rules)
 
 
 LAYOUTS = {  # keys that tell a layout, and its reader
@@ -181,9 +170,9 @@ def read_examples(
                     _refuse_repeats(*hashes, rules, seen, f"{made.id} of {Path(source).name}")
                     read.examples.append(made)
                 except Unusable as error:
-                    read.dropped.append(dropped(made.id, line, error))
+                    read.dropped.append(error.dropped(made.id, line))
         except Unusable as error:
-            read.dropped.append(dropped(rid, line, error))
+            read.dropped.append(error.dropped(rid, line))
         yield read
 
 
@@ -200,9 +189,7 @@ def _own_id(record: Any, line: int) -> str:
     return str(ids[0]) if ids else str(line - 1)
 
 
-def _refuse_repeats(
-    prompt: bytes, answer: bytes, rules: Rules, seen: dict[bytes, str], name: str
-) -> None:
+def _refuse_repeats(prompt: bytes, answer: bytes, rules: Rules, seen: dict[bytes, str], name: str) -> None:
     """Raises for an example that came before: `duplicate`, or `contradiction` if with another answer.
 
     Of a contradiction the first stays, so that no prompt is lost or paid for two different answers.

@@ -55,7 +55,7 @@ def read_calls(value: Any) -> list[ToolCall]:
         call = one if isinstance(one, dict) else {}
         given = call.get("arguments") or call.get("parameters")  # Llama's word for them
         other = not given and "arguments" not in call and not call.keys() <= BARE_CALL
-        arguments = _decoded(given or {}, "arguments")
+        arguments = decoded(given or {}, "arguments")
         if other or not isinstance(arguments, dict) or not isinstance(call.get("name"), str):
             raise ValueError(f"a call needs a name and an object of arguments: {str(one)[:80]}")
         calls.append(ToolCall(one["name"], arguments))
@@ -64,16 +64,17 @@ def read_calls(value: Any) -> list[ToolCall]:
 
 def _bare_items(value: Any, what: str) -> list:
     """The objects of a list, or the one object, without `{"type": "function", "function": {…}}` around."""
-    value = _decoded(value, what)
+    value = decoded(value, what)
     items = []
     for one in value if isinstance(value, list) else [value]:
-        one = _decoded(one, what)
+        one = decoded(one, what)
         inner = one.get("function") if isinstance(one, dict) else None
         items.append(inner if isinstance(inner, dict) else one)
     return items
 
 
-def _decoded(value: Any, what: str) -> Any:
+def decoded(value: Any, what: str) -> Any:
+    """A value, or the JSON in its text, which is called `what`. Raises ValueError."""
     try:
         if isinstance(value, ValueError):  # sources' mark of an object that repeats a key
             raise value
