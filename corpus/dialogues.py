@@ -12,6 +12,7 @@ from itertools import chain
 from typing import Any
 
 from corpus.examples import Dropped, Example, Unusable
+from corpus.replies import THOUGHTS, text_of
 from corpus.rules import Rules, check_arguments, check_names, names_call
 from corpus.schema import read_calls, read_tools
 from corpus.toolace import parse_toolace_calls, read_literals
@@ -30,8 +31,7 @@ CALLERS = ("function_call", "tool_call", "tool_calls")  # these turns hold calls
 STRUCTURED = ("calls", "tool_calls", "function_call")  # keys under which a turn may list its calls
 READ = ("from", "role", "value", "content", *STRUCTURED)
 # Keys that say nothing which the prompt shows; nor are past thoughts shown, as thinking models have it.
-UNSHOWN = ("id", "name", "tool_call_id", "type", "weight", "loss", "train")
-UNSHOWN += ("reasoning_content", "reasoning", "thinking")
+UNSHOWN = ("id", "name", "tool_call_id", "type", "weight", "loss", "train", *THOUGHTS)
 
 # Some files leave out how a thought begins, because their prompts end in it.
 _THOUGHT = re.compile(r"\s*<think>.*?</think>\s*|.*?</think>[ \t]*\n\s*", re.DOTALL)
@@ -69,7 +69,7 @@ class Turn:
 def speaker_of(turn: Any) -> str | None:
     """Who speaks, as a key of ROLES; None for what is no turn."""
     speaker = (turn.get("from") or turn.get("role")) if isinstance(turn, dict) else None
-    word = speaker.lower().replace("-", "_") if isinstance(speaker, str) else None
+    word = str(speaker).lower().replace("-", "_")
     return word if word in ROLES else None
 
 
@@ -83,7 +83,10 @@ def read_turn(turn: Any, index: int) -> Turn:
     if unknown := sorted(told - {*READ, *UNSHOWN}):
         raise Unusable("bad_turn", f"turn {index} has keys that are not known: {', '.join(unknown)}")
     value = turn.get("value")
-    content = _text(turn.get("content") if value is None else value, index)
+    try:
+        content = text_of(turn.get("content") if value is None else value)
+    except ValueError as error:
+        raise Unusable("bad_turn", f"turn {index}: {error}") from None
     role = ROLES[speaker]
     if role in ("tool", "user") and (inner := _RESULT.fullmatch(content)):  # Qwen shows results as a user's
         role, content = "tool", _NEXT_RESULT.sub("\n", inner[2]).strip()
@@ -101,31 +104,21 @@ def read_turn(turn: Any, index: int) -> Turn:
         return Turn(role, content or json.dumps(listed[0]), None, f"cannot read the calls: {error}")
 
 
-def _text(content: Any, index: int) -> str:
-    """Content as text: OpenAI's list of text parts is joined, and null is none."""
-    parts = content if isinstance(content, list) else ["" if content is None else content]
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    if not all(isinstance(text, str) for text in texts):
-        raise Unusable("bad_turn", f"turn {index} has content that is no text: {str(content)[:80]}")
-    return "".join(texts)
-
-
 def read_turns(turns: Sequence[Any], names: Sequence[str]) -> list[Turn]:
     """The turns of a dialogue, with calls that stand in their texts. names: of the tools. Raises Unusable.
 
     An assistant's turn before a tool's result has called, whether its calls can be read or not.
     """
-    read = []
+    read: list[Turn] = []
     for index, turn in enumerate(turns):
         one, speaker = read_turn(turn, index), speaker_of(turn)
         if not one.called and (one.role == "assistant" or speaker == "function"):
             one = _with_calls(one, names, speaker in CALLERS)
-        read.append(one)
-    for index, after in enumerate(read[1:]):
-        before = read[index]
-        if after.role == "tool" and before.role == "assistant" and not before.called:
+        before = read[-1] if read else one
+        if one.role == "tool" and before.role == "assistant" and not before.called:
             problem = f"a result follows, but no call can be read: {before.content[:80]!r}"
-            read[index] = replace(before, problem=problem)
+            read[-1] = replace(before, problem=problem)
+        read.append(one)
     return read
 
 
@@ -170,31 +163,17 @@ def _read_block(block: str, names: Sequence[str], sure: bool) -> list[ToolCall] 
         return None
 
 
-def is_text_step(turns: Sequence[Turn], index: int, tools: list[dict]) -> bool:
-    """Whether turn `index`, an assistant's plain text, shows that no call was right: then the target is [].
-
-    It must answer a user or the results of calls, and say something. Not so a text after which the assistant
-    goes on by itself ("One moment, I will look that up."), nor one that writes a call of a listed tool.
-    """
-    turn = turns[index]
-    before, after = [turns[i].role if 0 <= i < len(turns) else None for i in (index - 1, index + 1)]
-    said = bool(turn.content.strip()) and not turn.called and not names_call(turn.content, tools)
-    return said and before in ("user", "tool") and after != "assistant"
-
-
 def find_tools(text: str) -> list[dict] | None:
     """The first JSON list of tools inside `text`, or None. Other brackets ("[func1(...)]") are skipped."""
-    decoder, at = json.JSONDecoder(), text.find("[")
-    while at >= 0:
+    decoder = json.JSONDecoder()
+    for found in re.finditer(r"\[(?=\s*\{)", text):
         try:
-            value, end = decoder.raw_decode(text, at)
-            tools = read_tools(value)
+            tools = read_tools(decoder.raw_decode(text, found.start())[0])
         except (ValueError, RecursionError):
-            tools, end = [], at + 1
+            continue
         # "parameters" tells tools from a list of named things inside a tool list that is itself broken.
-        if tools and all("parameters" in tool for tool in tools):
+        if all("parameters" in tool for tool in tools):
             return tools
-        at = text.find("[", end)
     return None
 
 
@@ -238,11 +217,17 @@ def steps(
 
 
 def _answer_of(turns: list[Turn], at: int, end: int, tools: list[dict]) -> list[ToolCall]:
-    """The calls of turns `at` to before `end`, or [] for a text that shows that no call was right."""
+    """The calls of turns `at` to before `end`, or [] for a text that shows that no call was right.
+
+    Such a text answers a user or results and says something. Not so one after which the assistant goes on by
+    itself ("One moment, I will look that up."), nor one that writes a call of a listed tool.
+    """
     if not turns[at].called:
-        if not is_text_step(turns, at, tools):
-            detail = f"the text does not show that no call was right: {turns[at].content[:80]!r}"
-            raise Unusable("unclear_turn", detail)
+        text = turns[at].content
+        answers = at > 0 and turns[at - 1].role in ("user", "tool")
+        goes_on = turns[end].role == "assistant" if end < len(turns) else False
+        if not answers or goes_on or not text.strip() or names_call(text, tools):
+            raise Unusable("unclear_turn", f"the text does not show that no call was right: {text[:80]!r}")
         return []
     if problems := [turn.problem for turn in turns[at:end] if turn.problem]:
         raise Unusable("unparsable_calls", problems[0])

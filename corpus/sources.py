@@ -29,7 +29,7 @@ KNOWN = {
 
 # "owner/name/path/in/it", as such or as an address of the hub.
 _HUB_ID = re.compile(
-    r"(?:(?:https?://huggingface\.co/|hf://)?datasets/)?(\w[\w.-]*)/(\w[\w.-]*)"
+    r"(?:(?:https?://huggingface\.co/|hf://)?datasets/)?(\w[\w.-]*/\w[\w.-]*)"
     r"(?:/(?:resolve|blob|raw|tree)/main)?(?:/([^?]+?))?/?(?:\?.*)?"
 )
 _SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})(?:-\w+)?\.[.\w]+")  # the split, and how many shards it has
@@ -52,30 +52,23 @@ def find_files(source: str | Path) -> list[Path]:
     """
     path, named = Path(os.path.expanduser(source)), _HUB_ID.fullmatch(str(source))
     if path.is_dir():
-        return [path / name for name in _one_split(_names_in(path), str(source))]
+        names = os.listdir(path)
+        if not _splits(names):  # then one level down
+            names += [file.relative_to(path).as_posix() for file in path.glob("*/*")]
+        return [path / name for name in _one_split(names, str(source))]
     if path.exists():
         return [path]
     if path.parent.is_dir() and path.name in _splits(names := os.listdir(path.parent)):
         return [path.parent / name for name in _one_split(names, str(path.parent), path.name)]
     if not named:
         return [path]
-    owner, name, inner = named.groups()
-    repository, parts = f"{owner}/{name}", Path(source).parts
+    repository, inner = named.groups()
+    parts = Path(source).parts
     # "data/train.jsonl", or "runs/x/train.jsonl" where runs/ is a folder, is a mistyped path, no data set.
-    mistyped = Path(parts[0]).is_dir() if len(parts) > 2 else name.endswith(SUFFIXES)
+    mistyped = Path(parts[0]).is_dir() if len(parts) > 2 else parts[-1].endswith(SUFFIXES)
     if mistyped and repository not in KNOWN:
         return [path]
     return _download(repository, inner or KNOWN.get(repository, ""))
-
-
-def _names_in(folder: Path) -> list[str]:
-    """The files of a folder, and those one level down where it has no data of its own."""
-    names: list[str] = []
-    for pattern in ("*", "*/*"):
-        names += [file.relative_to(folder).as_posix() for file in folder.glob(pattern) if file.is_file()]
-        if _splits(names):
-            break
-    return names
 
 
 def _splits(names: Iterable[str]) -> dict[str, list[str]]:
@@ -90,9 +83,7 @@ def _splits(names: Iterable[str]) -> dict[str, list[str]]:
 
 def _one_split(names: Sequence[str], where: str, wanted: str = "") -> list[str]:
     """The files of the one split among `names`, or of the one that is wanted."""
-    splits = _splits(names)
-    if wanted:
-        splits = {name: files for name, files in splits.items() if name == wanted}
+    splits = {name: files for name, files in _splits(names).items() if wanted in ("", name)}
     if not splits and any(name.endswith(("state.json", "dataset_dict.json")) for name in names):
         raise DataError(f"{where} is what {SAVED}")
     if not splits:
@@ -138,8 +129,6 @@ def read_files(paths: Sequence[Path]) -> Iterator[tuple[int, Any]]:
         before = last
         for number, record in read_records(path):
             last = before + number
-            if isinstance(record, Exception) and len(paths) > 1:
-                record = ValueError(f"{path.name}:{number}: {record}")
             yield last, record
 
 
@@ -155,11 +144,11 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
     try:
         with path.open("rb") as file:
             magic = file.read(4)
-        if magic == b"PAR1":
-            yield from _parquet_rows(path)
-            return
         if magic in (b"ARRO", b"\xff\xff\xff\xff"):
             raise DataError(f"{path} is part of what {SAVED}")
+        if magic == b"PAR1":
+            yield from enumerate(_parquet_rows(path), 1)
+            return
         opened = gzip.open if magic.startswith(b"\x1f\x8b") else open
         # newline: JSONL's own. A record may hold others, such as a carriage return between its parts.
         with opened(path, "rt", encoding="utf-8-sig", newline="\n") as file:
@@ -219,19 +208,19 @@ def is_columns(record: dict) -> bool:
     return lists and bool(values[0]) and not any(isinstance(one, dict) for one in chain(*values))
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
+def _parquet_rows(path: Path) -> Iterator[dict]:
     """Arrow gives every struct the keys of all rows, as null: these are left out again."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        todo = "run: python -m pip install pyarrow"
-        raise DataError(f"{path}: reading Parquet needs pyarrow; {todo}") from None
+        todo = "python -m pip install pyarrow"
+        raise DataError(f"{path}: reading Parquet needs pyarrow; run: {todo}") from None
     try:
         with parquet.ParquetFile(path) as file:
-            batches = file.iter_batches(batch_size=1000)
-            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
-                yield number, {key: without_nulls(value) for key, value in row.items()}
+            for batch in file.iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    yield {key: without_nulls(value) for key, value in row.items()}
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}; get it again") from None
 
