@@ -20,7 +20,7 @@ from dataclasses import replace
 from tqdm import tqdm
 
 from config import run_command
-from corpus.examples import Example, Splits, Tokenized, hold_out, record_of, unseen
+from corpus.examples import Example, Splits, Tokenized, record_of, split_records, unseen
 from corpus.layouts import load_examples
 from corpus.sources import DataError
 from corpus.synthetic import synthetic_splits
@@ -48,10 +48,7 @@ def _read_splits(config) -> Splits:
         if not held_out:
             raise DataError(f"test_data: {config.test_data} holds no usable example; {INSPECT}")
     elif config.test_share:
-        records = (record_of(example) for example in train)
-        apart = hold_out(records, config.test_share, config.seed)
-        held_out = [example for example in train if record_of(example) in apart]
-        train = [example for example in train if record_of(example) not in apart]
+        train, held_out = split_records(train, config.test_share, config.seed)
     given, train = len(train), unseen(train, held_out)
     if len(train) < given and int(os.environ.get("RANK", 0)) == 0:
         print(f"data: {given - len(train)} examples, steps of held-out conversations, are dropped")

@@ -87,6 +87,13 @@ def hold_out(records: Iterable[str], share: float, seed: int) -> set[str]:
     return set(ranked[: round(len(ranked) * share)])
 
 
+def split_records(examples: Sequence[Example], share: float, seed: int) -> tuple[list, list]:
+    """(the examples to train on, those of the held-out records), each in their order."""
+    apart = hold_out(map(record_of, examples), share, seed)
+    held_out = [example for example in examples if record_of(example) in apart]
+    return [example for example in examples if record_of(example) not in apart], held_out
+
+
 def _as_dict(value: Any) -> dict:
     if not isinstance(value, ToolCall):
         raise TypeError(f"{value!r:.80}")
