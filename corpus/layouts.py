@@ -15,7 +15,7 @@ from tqdm import tqdm
 from corpus.dialogues import find_tools, read_turn, steps, system_messages
 from corpus.examples import Dropped, Example, Unusable, hashes_of, to_json
 from corpus.rules import STRICT, Rules, check_arguments, check_calls, check_prompt, check_tools, decode
-from corpus.schema import is_filled, without_nulls
+from corpus.schema import are_filled, without_nulls
 from corpus.sources import DataError, find_files, is_columns, read_files
 from prompts import build_messages
 
@@ -158,7 +158,7 @@ def read_examples(
         try:
             if not isinstance(record, dict):
                 raise Unusable("broken_json", f"not a JSON object: {str(record)[:80]}")
-            record = without_nulls(record) if _is_filled(record) else record
+            record = without_nulls(record) if are_filled(record.get("tools")) else record
             for made in LAYOUTS[layout][1](record, rid, line, rules):
                 if isinstance(made, Dropped):
                     read.dropped.append(made)
@@ -174,12 +174,6 @@ def read_examples(
         except Unusable as error:
             read.dropped.append(error.dropped(rid, line))
         yield read
-
-
-def _is_filled(record: dict) -> bool:
-    """Whether Arrow has given the record's tools the keys of other records, with null as their value."""
-    tools = record.get("tools")
-    return isinstance(tools, list) and any(isinstance(tool, dict) and is_filled(tool) for tool in tools)
 
 
 def _own_id(record: Any, line: int) -> str:
