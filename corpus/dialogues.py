@@ -38,7 +38,7 @@ _THOUGHT = re.compile(r"\s*<think>.*?</think>\s*|.*?</think>[ \t]*\n\s*", re.DOT
 _TAGGED = re.compile(
     r"<(tool_call|function_?call)>(.*?)(?:</\1>|<\|endoftext\|>|\Z)", re.DOTALL | re.IGNORECASE
 )
-_FENCED = re.compile(r"\s*```\w*\n(.*?)\n?```\s*", re.DOTALL)
+_FENCED = re.compile(r"\A\s*```\w*\n(.*?)\n?```\s*\Z", re.DOTALL)
 _RESULT = re.compile(r"\s*<(tool_response|function_response)>(.*)</\1>\s*", re.DOTALL)
 _NEXT_RESULT = re.compile(r"\s*</(tool_response|function_response)>\s*<\1>\s*")
 
@@ -92,16 +92,14 @@ def read_turn(turn: Any, index: int) -> Turn:
         role, content = "tool", _NEXT_RESULT.sub("\n", inner[2]).strip()
     elif role == "assistant" and (thought := _THOUGHT.match(content)):
         content = content[thought.end() :]
-    listed = [turn[key] for key in STRUCTURED if key in told]
-    if not listed:
-        return Turn(role, content)
-    if role != "assistant":
+    listed = next((turn[key] for key in STRUCTURED if key in told), [])
+    if listed and role != "assistant":
         raise Unusable("bad_turn", f"turn {index} is of role {role}, and calls")
     try:
-        calls = read_calls(listed[0])
-        return Turn(role, _TAGGED.sub("", content).strip(), calls) if calls else Turn(role, content)
+        calls = read_calls(listed)
     except ValueError as error:
-        return Turn(role, content or json.dumps(listed[0]), None, f"cannot read the calls: {error}")
+        return Turn(role, content or json.dumps(listed), None, f"cannot read the calls: {error}")
+    return Turn(role, _TAGGED.sub("", content).strip(), calls) if calls else Turn(role, content)
 
 
 def read_turns(turns: Sequence[Any], names: Sequence[str]) -> list[Turn]:
@@ -127,13 +125,10 @@ def _with_calls(turn: Turn, names: Sequence[str], alone: bool) -> Turn:
     Glaive or in a code block. alone: its role says that it holds calls and nothing else.
     """
     text = turn.content
-    blocks = [match[2] for match in _TAGGED.finditer(text)]
-    prose = _TAGGED.sub("", text).strip()
-    sure = alone or bool(blocks)
-    if not blocks:
-        fenced = _FENCED.fullmatch(text)
-        blocks, prose = [fenced[1] if fenced else text], ""
-    read = [_read_block(block.strip(), names, sure) for block in blocks]
+    tagged = [match[2] for match in _TAGGED.finditer(text)]
+    prose = _TAGGED.sub("", text).strip() if tagged else ""
+    sure = alone or bool(tagged)
+    read = [_read_block(block, names, sure) for block in tagged or [_FENCED.sub(r"\1", text)]]
     if all(read) and "<think>" not in prose:  # half an answer is none, and a thought that does not end is
         return Turn("assistant", prose, list(chain(*read)))
     if turn.role == "tool":  # "function" in OpenAI's sense: a result
@@ -149,16 +144,13 @@ def _read_block(block: str, names: Sequence[str], sure: bool) -> list[ToolCall] 
     # Any name, because a call of an unknown tool deserves its own reason.
     if (calls := parse_toolace_calls(block, names, any_name=True)) is not None:
         return calls
-    if not block.startswith(("[", "{")):
+    if not block.lstrip().startswith(("[", "{")):
         return None
     try:
-        calls = []
-        for value in read_literals(block):
-            listed = value if isinstance(value, list) else [value]
-            if not sure and any(not {"arguments", "function"} & set(one) for one in listed):
-                return None
-            calls += read_calls(listed)
-        return calls
+        values = read_literals(block)
+        listed = list(chain(*(value if isinstance(value, list) else [value] for value in values)))
+        clear = sure or all({"arguments", "function"} & set(one) for one in listed)
+        return read_calls(listed) if clear else None
     except (ValueError, SyntaxError, TypeError, RecursionError):
         return None
 
@@ -199,15 +191,14 @@ def steps(
         while turns[at].called and end < len(turns) and turns[end].called:
             end += 1
         step = f"{rid}#{at}"
-        judged = turns[at].called or (rules.no_call_turns and turns[at].role == "assistant")
-        stepless = stepless and not judged
-        try:
-            if judged:
+        if turns[at].called or (rules.no_call_turns and turns[at].role == "assistant"):
+            stepless = False
+            try:
                 answer = _answer_of(turns, at, end, tools)
                 check_arguments(answer, tools, rules)
                 yield Example(step, source, list(messages), tools, answer)
-        except Unusable as error:  # only this step: it is context of the later ones all the same
-            yield error.dropped(step, line)
+            except Unusable as error:  # only this step: it is context of the later ones all the same
+                yield error.dropped(step, line)
         messages += _context(turns[at:end], names)
         at = end
     if stepless:
