@@ -99,34 +99,31 @@ def tokenize_splits(splits: Splits, tokenizer, template: str, config, quiet: boo
     Raises DataError when no training prompt is left.
     """
     limit = config.max_prompt_tokens
-    long, refused = 0, []
+    refused = []
 
     def encode(examples: Sequence[Example]) -> list[Tokenized]:
-        """Those that can be asked; counts the others in `long` and `refused`."""
-        nonlocal long
-        kept = []
+        """The prompts of any length; those that cannot be encoded are listed in `refused`."""
+        items = []
         for example in tqdm(examples, desc="tokenize", leave=False, disable=quiet or None):
             try:
                 ids = encode_prompt(tokenizer, example.messages, example.tools, template, example.answer)
+                items.append(Tokenized(example, ids))
             except PromptError as error:
                 refused.append(f"id={example.id}: {error}")
-                continue
-            if len(ids) <= limit:
-                kept.append(Tokenized(example, ids))
-            else:
-                long += 1
-        return kept
+        return items
 
-    train = encode(splits.train)
+    encoded = {"": encode(splits.train)} | {name: encode(one) for name, one in splits.held_out.items()}
+    short = {name: [item for item in items if len(item.ids) <= limit] for name, items in encoded.items()}
+    train = short.pop("")
     if not train:
         what = f"all {len(splits.train)} training prompts are longer than max_prompt_tokens ({limit})"
         raise DataError(f"data: {what}{' or refused; ' if refused else ''}{''.join(refused[:1])}")
-    held_out = {name: encode(examples) for name, examples in splits.held_out.items()}
+    long = sum(map(len, encoded.values())) - len(train) - sum(map(len, short.values()))
     if long and not quiet:
         print(f"data: {long} prompts are longer than max_prompt_tokens ({limit}) and are skipped")
     if refused and not quiet:
         print(f"data: {len(refused)} prompts are refused and skipped, such as", *refused[:10], sep="\n  ")
-    return Splits(train, {name: kept for name, kept in held_out.items() if kept})
+    return Splits(train, {name: kept for name, kept in short.items() if kept})
 
 
 def _load_tokenizer(path: str):
@@ -140,15 +137,11 @@ def main(arguments: list[str]) -> None:
     command, *rest = arguments or ["--help"]
     if command in ("-h", "--help"):
         print(__doc__.strip())
-    elif command in ("prepare", "stats"):
+    elif command in ("prepare", "stats", "inspect"):
         from corpus import prepare
 
-        run = prepare.main if command == "prepare" else prepare.stats
+        run = {"prepare": prepare.main, "stats": prepare.stats, "inspect": prepare.inspect}[command]
         run(rest, _load_tokenizer)
-    elif command == "inspect":
-        from corpus import prepare
-
-        prepare.inspect(rest)
     elif command == "overlap":
         from corpus import overlap
 

@@ -335,7 +335,7 @@ def stats(arguments: list[str], load_tokenizer: Callable) -> None:
     print_statistics(args.file, describe(kept, lengths, "tokens" if args.tokenizer else "characters"))
 
 
-def inspect(arguments: list[str]) -> None:
+def inspect(arguments: list[str], _: Callable) -> None:
     """`python data.py inspect FILE [COUNT]`: examples by kind, what was dropped and why, COUNT prompts."""
     parser = argparse.ArgumentParser(prog="python data.py inspect", description="Looks into a file.")
     parser.add_argument("file", help="any layout that data.py reads")
