@@ -20,7 +20,7 @@ from dataclasses import replace
 from tqdm import tqdm
 
 from config import run_command
-from corpus.examples import Example, Splits, Tokenized, hold_out, record_of, unseen
+from corpus.examples import Example, Splits, Tokenized, record_of, split_records, unseen
 from corpus.layouts import load_examples
 from corpus.sources import DataError
 from corpus.synthetic import synthetic_splits
@@ -48,10 +48,7 @@ def _read_splits(config) -> Splits:
         if not held_out:
             raise DataError(f"test_data: {config.test_data} holds no usable example; {INSPECT}")
     elif config.test_share:
-        records = (record_of(example) for example in train)
-        apart = hold_out(records, config.test_share, config.seed)
-        held_out = [example for example in train if record_of(example) in apart]
-        train = [example for example in train if record_of(example) not in apart]
+        train, held_out = split_records(train, config.test_share, config.seed)
     given, train = len(train), unseen(train, held_out)
     if len(train) < given and int(os.environ.get("RANK", 0)) == 0:
         print(f"data: {given - len(train)} examples, steps of held-out conversations, are dropped")
@@ -102,34 +99,31 @@ def tokenize_splits(splits: Splits, tokenizer, template: str, config, quiet: boo
     Raises DataError when no training prompt is left.
     """
     limit = config.max_prompt_tokens
-    long, refused = 0, []
+    refused = []
 
     def encode(examples: Sequence[Example]) -> list[Tokenized]:
-        """Those that can be asked; counts the others in `long` and `refused`."""
-        nonlocal long
-        kept = []
+        """The prompts of any length; those that cannot be encoded are listed in `refused`."""
+        items = []
         for example in tqdm(examples, desc="tokenize", leave=False, disable=quiet or None):
             try:
                 ids = encode_prompt(tokenizer, example.messages, example.tools, template, example.answer)
+                items.append(Tokenized(example, ids))
             except PromptError as error:
                 refused.append(f"id={example.id}: {error}")
-                continue
-            if len(ids) <= limit:
-                kept.append(Tokenized(example, ids))
-            else:
-                long += 1
-        return kept
+        return items
 
-    train = encode(splits.train)
+    encoded = {"": encode(splits.train)} | {name: encode(one) for name, one in splits.held_out.items()}
+    short = {name: [item for item in items if len(item.ids) <= limit] for name, items in encoded.items()}
+    train = short.pop("")
     if not train:
         what = f"all {len(splits.train)} training prompts are longer than max_prompt_tokens ({limit})"
         raise DataError(f"data: {what}{' or refused; ' if refused else ''}{''.join(refused[:1])}")
-    held_out = {name: encode(examples) for name, examples in splits.held_out.items()}
+    long = sum(map(len, encoded.values())) - len(train) - sum(map(len, short.values()))
     if long and not quiet:
         print(f"data: {long} prompts are longer than max_prompt_tokens ({limit}) and are skipped")
     if refused and not quiet:
         print(f"data: {len(refused)} prompts are refused and skipped, such as", *refused[:10], sep="\n  ")
-    return Splits(train, {name: kept for name, kept in held_out.items() if kept})
+    return Splits(train, {name: kept for name, kept in short.items() if kept})
 
 
 def _load_tokenizer(path: str):
@@ -143,15 +137,11 @@ def main(arguments: list[str]) -> None:
     command, *rest = arguments or ["--help"]
     if command in ("-h", "--help"):
         print(__doc__.strip())
-    elif command in ("prepare", "stats"):
+    elif command in ("prepare", "stats", "inspect"):
         from corpus import prepare
 
-        run = prepare.main if command == "prepare" else prepare.stats
+        run = {"prepare": prepare.main, "stats": prepare.stats, "inspect": prepare.inspect}[command]
         run(rest, _load_tokenizer)
-    elif command == "inspect":
-        from corpus import prepare
-
-        prepare.inspect(rest)
     elif command == "overlap":
         from corpus import overlap
 

@@ -275,7 +275,7 @@ def rescore(path: Path, variant: str, lenient: bool) -> Iterator[dict]:
             tools = row.get("tools") or row.get("tools_json") or known.get(prompt, row.get("tools"))
             known = {prompt: tools}
             reward = score(reply_text(row["completion"]), truth, variant, lenient, tools)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise RewardError(f"{path}:{line}: {error}") from None
         named = {key: row[key] for key in ("id", "prompt_id", "step") if key in row}
         yield {**named, "line": line, "reward": reward.total, **asdict(reward)}

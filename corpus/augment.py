@@ -52,10 +52,8 @@ def _without_answer(example: Example) -> Example | None:
     said = [message.get("content") or "" for message in example.messages if message["role"] != "user"]
     if any(name in text for name in called for text in said) or any(_alike(a, b) for a in gone for b in rest):
         return None
-    return replace(
-        example, id=f"{example.id}#irrelevant", tools=rest, answer=[], demonstrations=(),
-        record=record_of(example),
-    )
+    name, record = f"{example.id}#irrelevant", record_of(example)
+    return replace(example, id=name, tools=rest, answer=[], demonstrations=(), record=record)
 
 
 def irrelevant_examples(examples: Sequence[Example], rate: float, seed: int) -> list[Example]:
@@ -123,17 +121,14 @@ def draw_masks(example: Example, seed: int) -> dict[str, str]:
 def _mask_text(text: str, masks: dict[str, str], tools: set[str]) -> str:
     """The text with masks for the names in it that are surely meant as names.
 
-    Those are code-like names as whole words; tool names of several words, quoted or before "tool" or
-    "function"; any tool after `"name": `, as in a result.
+    Those are code-like names as whole words; tool names of several words in quotes; any tool after
+    `"name": `, as in a result.
     """
     found = sorted((name for name in masks if name in text), key=len, reverse=True)  # the longest name wins
-    code = [name for name in found if " " not in name and CODE.search(name)]
-    spaced = [name for name in found if " " in name and name in tools]
     listed = [name for name in found if name in tools]
     places = [
-        (r"(?<!\w)", code, r"(?!\w)"),
-        (r"""(?<=["'`])""", spaced, r"""(?=["'`])"""),
-        (r"(?<!\w)", spaced, r"(?= (?:tool|function)\b)"),
+        (r"(?<!\w)", [name for name in found if " " not in name and CODE.search(name)], r"(?!\w)"),
+        (r"""(?<=["'`])""", [name for name in listed if " " in name], r"""(?=["'`])"""),
         (r"""(?:(?<=["']name["']: ["'])|(?<=["']name["']:["']))""", listed, """(?=["'])"""),
     ]
     parts = [f"{left}(?:{'|'.join(map(re.escape, names))}){right}" for left, names, right in places if names]
@@ -176,17 +171,16 @@ def mask_names(example: Example, seed: int) -> Example:
     masks = draw_masks(example, seed)
     if not masks:
         return example
-    tools = {tool["name"] for tool in example.tools}
+    names = {tool["name"] for tool in example.tools}
+    tools = [_mask_tool(tool, masks, names) for tool in example.tools]
     messages = [dict(message) for message in example.messages]
     for message in messages:
-        message["content"] = _mask_text(message.get("content") or "", masks, tools)
+        message["content"] = _mask_text(message.get("content") or "", masks, names)
         if message.get("calls"):
             message["calls"] = _mask_calls(message["calls"], masks)
-    return replace(
-        example, id=f"{example.id}#masked", messages=messages, answer=_mask_calls(example.answer, masks),
-        tools=[_mask_tool(tool, masks, tools) for tool in example.tools], demonstrations=(),
-        record=record_of(example),
-    )
+    name, answer = f"{example.id}#masked", _mask_calls(example.answer, masks)
+    record = record_of(example)
+    return Example(name, example.source, messages, tools, answer, record=record)
 
 
 def masked_examples(examples: Sequence[Example], ratio: float, seed: int) -> list[Example]:

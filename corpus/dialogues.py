@@ -12,7 +12,8 @@ from itertools import chain
 from typing import Any
 
 from corpus.examples import Dropped, Example, Unusable
-from corpus.rules import Rules, check_arguments, check_names, dropped, names_call
+from corpus.replies import THOUGHTS, text_of
+from corpus.rules import Rules, check_arguments, check_names, names_call
 from corpus.schema import read_calls, read_tools
 from corpus.toolace import parse_toolace_calls, read_literals
 from prompts import ToolCall
@@ -30,15 +31,14 @@ CALLERS = ("function_call", "tool_call", "tool_calls")  # these turns hold calls
 STRUCTURED = ("calls", "tool_calls", "function_call")  # keys under which a turn may list its calls
 READ = ("from", "role", "value", "content", *STRUCTURED)
 # Keys that say nothing which the prompt shows; nor are past thoughts shown, as thinking models have it.
-UNSHOWN = ("id", "name", "tool_call_id", "type", "weight", "loss", "train")
-UNSHOWN += ("reasoning_content", "reasoning", "thinking")
+UNSHOWN = ("id", "name", "tool_call_id", "type", "weight", "loss", "train", *THOUGHTS)
 
 # Some files leave out how a thought begins, because their prompts end in it.
 _THOUGHT = re.compile(r"\s*<think>.*?</think>\s*|.*?</think>[ \t]*\n\s*", re.DOTALL)
 _TAGGED = re.compile(
     r"<(tool_call|function_?call)>(.*?)(?:</\1>|<\|endoftext\|>|\Z)", re.DOTALL | re.IGNORECASE
 )
-_FENCED = re.compile(r"\s*```\w*\n(.*?)\n?```\s*", re.DOTALL)
+_FENCED = re.compile(r"\A\s*```\w*\n(.*?)\n?```\s*\Z", re.DOTALL)
 _RESULT = re.compile(r"\s*<(tool_response|function_response)>(.*)</\1>\s*", re.DOTALL)
 _NEXT_RESULT = re.compile(r"\s*</(tool_response|function_response)>\s*<\1>\s*")
 
@@ -69,7 +69,7 @@ class Turn:
 def speaker_of(turn: Any) -> str | None:
     """Who speaks, as a key of ROLES; None for what is no turn."""
     speaker = (turn.get("from") or turn.get("role")) if isinstance(turn, dict) else None
-    word = speaker.lower().replace("-", "_") if isinstance(speaker, str) else None
+    word = str(speaker).lower().replace("-", "_")
     return word if word in ROLES else None
 
 
@@ -83,31 +83,23 @@ def read_turn(turn: Any, index: int) -> Turn:
     if unknown := sorted(told - {*READ, *UNSHOWN}):
         raise Unusable("bad_turn", f"turn {index} has keys that are not known: {', '.join(unknown)}")
     value = turn.get("value")
-    content = _text(turn.get("content") if value is None else value, index)
+    try:
+        content = text_of(turn.get("content") if value is None else value)
+    except ValueError as error:
+        raise Unusable("bad_turn", f"turn {index}: {error}") from None
     role = ROLES[speaker]
     if role in ("tool", "user") and (inner := _RESULT.fullmatch(content)):  # Qwen shows results as a user's
         role, content = "tool", _NEXT_RESULT.sub("\n", inner[2]).strip()
     elif role == "assistant" and (thought := _THOUGHT.match(content)):
         content = content[thought.end() :]
-    listed = [turn[key] for key in STRUCTURED if key in told]
-    if not listed:
-        return Turn(role, content)
-    if role != "assistant":
+    listed = next((turn[key] for key in STRUCTURED if key in told), [])
+    if listed and role != "assistant":
         raise Unusable("bad_turn", f"turn {index} is of role {role}, and calls")
     try:
-        calls = read_calls(listed[0])
-        return Turn(role, _TAGGED.sub("", content).strip(), calls) if calls else Turn(role, content)
+        calls = read_calls(listed)
     except ValueError as error:
-        return Turn(role, content or json.dumps(listed[0]), None, f"cannot read the calls: {error}")
-
-
-def _text(content: Any, index: int) -> str:
-    """Content as text: OpenAI's list of text parts is joined, and null is none."""
-    parts = content if isinstance(content, list) else ["" if content is None else content]
-    texts = [part.get("text") if isinstance(part, dict) else part for part in parts]
-    if not all(isinstance(text, str) for text in texts):
-        raise Unusable("bad_turn", f"turn {index} has content that is no text: {str(content)[:80]}")
-    return "".join(texts)
+        return Turn(role, content or json.dumps(listed), None, f"cannot read the calls: {error}")
+    return Turn(role, _TAGGED.sub("", content).strip(), calls) if calls else Turn(role, content)
 
 
 def read_turns(turns: Sequence[Any], names: Sequence[str]) -> list[Turn]:
@@ -115,17 +107,16 @@ def read_turns(turns: Sequence[Any], names: Sequence[str]) -> list[Turn]:
 
     An assistant's turn before a tool's result has called, whether its calls can be read or not.
     """
-    read = []
+    read: list[Turn] = []
     for index, turn in enumerate(turns):
         one, speaker = read_turn(turn, index), speaker_of(turn)
         if not one.called and (one.role == "assistant" or speaker == "function"):
             one = _with_calls(one, names, speaker in CALLERS)
-        read.append(one)
-    for index, after in enumerate(read[1:]):
-        before = read[index]
-        if after.role == "tool" and before.role == "assistant" and not before.called:
+        before = read[-1] if read else one
+        if one.role == "tool" and before.role == "assistant" and not before.called:
             problem = f"a result follows, but no call can be read: {before.content[:80]!r}"
-            read[index] = replace(before, problem=problem)
+            read[-1] = replace(before, problem=problem)
+        read.append(one)
     return read
 
 
@@ -134,13 +125,10 @@ def _with_calls(turn: Turn, names: Sequence[str], alone: bool) -> Turn:
     Glaive or in a code block. alone: its role says that it holds calls and nothing else.
     """
     text = turn.content
-    blocks = [match[2] for match in _TAGGED.finditer(text)]
-    prose = _TAGGED.sub("", text).strip()
-    sure = alone or bool(blocks)
-    if not blocks:
-        fenced = _FENCED.fullmatch(text)
-        blocks, prose = [fenced[1] if fenced else text], ""
-    read = [_read_block(block.strip(), names, sure) for block in blocks]
+    tagged = [match[2] for match in _TAGGED.finditer(text)]
+    prose = _TAGGED.sub("", text).strip() if tagged else ""
+    sure = alone or bool(tagged)
+    read = [_read_block(block, names, sure) for block in tagged or [_FENCED.sub(r"\1", text)]]
     if all(read) and "<think>" not in prose:  # half an answer is none, and a thought that does not end is
         return Turn("assistant", prose, list(chain(*read)))
     if turn.role == "tool":  # "function" in OpenAI's sense: a result
@@ -156,45 +144,28 @@ def _read_block(block: str, names: Sequence[str], sure: bool) -> list[ToolCall] 
     # Any name, because a call of an unknown tool deserves its own reason.
     if (calls := parse_toolace_calls(block, names, any_name=True)) is not None:
         return calls
-    if not block.startswith(("[", "{")):
+    if not block.lstrip().startswith(("[", "{")):
         return None
     try:
-        calls = []
-        for value in read_literals(block):
-            listed = value if isinstance(value, list) else [value]
-            if not sure and any(not {"arguments", "function"} & set(one) for one in listed):
-                return None
-            calls += read_calls(listed)
-        return calls
+        values = read_literals(block)
+        listed = list(chain(*(value if isinstance(value, list) else [value] for value in values)))
+        clear = sure or all({"arguments", "function"} & set(one) for one in listed)
+        return read_calls(listed) if clear else None
     except (ValueError, SyntaxError, TypeError, RecursionError):
         return None
 
 
-def is_text_step(turns: Sequence[Turn], index: int, tools: list[dict]) -> bool:
-    """Whether turn `index`, an assistant's plain text, shows that no call was right: then the target is [].
-
-    It must answer a user or the results of calls, and say something. Not so a text after which the assistant
-    goes on by itself ("One moment, I will look that up."), nor one that writes a call of a listed tool.
-    """
-    turn = turns[index]
-    before, after = [turns[i].role if 0 <= i < len(turns) else None for i in (index - 1, index + 1)]
-    said = bool(turn.content.strip()) and not turn.called and not names_call(turn.content, tools)
-    return said and before in ("user", "tool") and after != "assistant"
-
-
 def find_tools(text: str) -> list[dict] | None:
     """The first JSON list of tools inside `text`, or None. Other brackets ("[func1(...)]") are skipped."""
-    decoder, at = json.JSONDecoder(), text.find("[")
-    while at >= 0:
+    decoder = json.JSONDecoder()
+    for found in re.finditer(r"\[(?=\s*\{)", text):
         try:
-            value, end = decoder.raw_decode(text, at)
-            tools = read_tools(value)
+            tools = read_tools(decoder.raw_decode(text, found.start())[0])
         except (ValueError, RecursionError):
-            tools, end = [], at + 1
+            continue
         # "parameters" tells tools from a list of named things inside a tool list that is itself broken.
-        if tools and all("parameters" in tool for tool in tools):
+        if all("parameters" in tool for tool in tools):
             return tools
-        at = text.find("[", end)
     return None
 
 
@@ -220,15 +191,14 @@ def steps(
         while turns[at].called and end < len(turns) and turns[end].called:
             end += 1
         step = f"{rid}#{at}"
-        judged = turns[at].called or (rules.no_call_turns and turns[at].role == "assistant")
-        stepless = stepless and not judged
-        try:
-            if judged:
+        if turns[at].called or (rules.no_call_turns and turns[at].role == "assistant"):
+            stepless = False
+            try:
                 answer = _answer_of(turns, at, end, tools)
                 check_arguments(answer, tools, rules)
                 yield Example(step, source, list(messages), tools, answer)
-        except Unusable as error:  # only this step: it is context of the later ones all the same
-            yield dropped(step, line, error)
+            except Unusable as error:  # only this step: it is context of the later ones all the same
+                yield error.dropped(step, line)
         messages += _context(turns[at:end], names)
         at = end
     if stepless:
@@ -238,11 +208,17 @@ def steps(
 
 
 def _answer_of(turns: list[Turn], at: int, end: int, tools: list[dict]) -> list[ToolCall]:
-    """The calls of turns `at` to before `end`, or [] for a text that shows that no call was right."""
+    """The calls of turns `at` to before `end`, or [] for a text that shows that no call was right.
+
+    Such a text answers a user or results and says something. Not so one after which the assistant goes on by
+    itself ("One moment, I will look that up."), nor one that writes a call of a listed tool.
+    """
     if not turns[at].called:
-        if not is_text_step(turns, at, tools):
-            detail = f"the text does not show that no call was right: {turns[at].content[:80]!r}"
-            raise Unusable("unclear_turn", detail)
+        text = turns[at].content
+        answers = at > 0 and turns[at - 1].role in ("user", "tool")
+        goes_on = turns[end].role == "assistant" if end < len(turns) else False
+        if not answers or goes_on or not text.strip() or names_call(text, tools):
+            raise Unusable("unclear_turn", f"the text does not show that no call was right: {text[:80]!r}")
         return []
     if problems := [turn.problem for turn in turns[at:end] if turn.problem]:
         raise Unusable("unparsable_calls", problems[0])

@@ -58,6 +58,13 @@ class Dropped:
 class Unusable(Exception):
     """(reason, detail): the record or step in hand cannot become an example."""
 
+    def dropped(self, name: str, line: int) -> Dropped:
+        """The record or step `name` with what is wrong with it."""
+        reason, detail = self.args
+        # Half surrogate pairs become "?", so that both can be printed.
+        name, detail = (text.encode("utf-8", "replace").decode() for text in (name, detail))
+        return Dropped(line, name, reason, detail)
+
 
 def example_kind(example: Example) -> str:
     """none (empty answer), parallel (several calls), single (one tool to choose from) or choice."""
@@ -80,9 +87,16 @@ def hold_out(records: Iterable[str], share: float, seed: int) -> set[str]:
     return set(ranked[: round(len(ranked) * share)])
 
 
+def split_records(examples: Sequence[Example], share: float, seed: int) -> tuple[list, list]:
+    """(the examples to train on, those of the held-out records), each in their order."""
+    apart = hold_out(map(record_of, examples), share, seed)
+    held_out = [example for example in examples if record_of(example) in apart]
+    return [example for example in examples if record_of(example) not in apart], held_out
+
+
 def _as_dict(value: Any) -> dict:
     if not isinstance(value, ToolCall):
-        raise TypeError(f"{type(value).__name__} is not JSON")
+        raise TypeError(f"{value!r:.80}")
     return value.as_dict()
 
 

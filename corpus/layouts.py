@@ -14,17 +14,8 @@ from tqdm import tqdm
 
 from corpus.dialogues import find_tools, read_turn, steps, system_messages
 from corpus.examples import Dropped, Example, Unusable, hashes_of, to_json
-from corpus.rules import (
-    STRICT,
-    Rules,
-    check_arguments,
-    check_calls,
-    check_prompt,
-    check_tools,
-    decode,
-    dropped,
-)
-from corpus.schema import is_filled, without_nulls
+from corpus.rules import STRICT, Rules, check_arguments, check_calls, check_prompt, check_tools, decode
+from corpus.schema import are_filled, without_nulls
 from corpus.sources import DataError, find_files, is_columns, read_files
 from prompts import build_messages
 
@@ -35,12 +26,10 @@ def _require(record: dict, **types: Any) -> None:
         raise Unusable("missing_field", detail)
 
 
-
-
 def _from_xlam(record: dict, rid: str, line: int, rules: Rules) -> Iterator[Example | Dropped]:
     _require(record, query=str, tools=(str, list, dict), answers=(str, list, dict))
-    tools = check_tools(decode(record["tools"], "tools"))
-    answer = check_calls(decode(record["answers"], "answers"), tools)
+    tools = check_tools(record["tools"])
+    answer = check_calls(record["answers"], tools)
     check_arguments(answer, tools, rules)
     messages = [*system_messages(record.get("system"), tools), {"role": "user", "content": record["query"]}]
     yield Example(rid, "xlam", messages, tools, answer)
@@ -61,7 +50,7 @@ def _from_dialogue(
 
 def _from_ours(record: dict, rid: str, line: int, rules: Rules) -> Iterator[Example | Dropped]:
     _require(record, messages=list, tools=(str, list, dict), answer=(str, list, dict))
-    tools = record["tools"] and check_tools(decode(record["tools"], "tools"))
+    tools = record["tools"] and check_tools(record["tools"])
     messages = []
     for index, message in enumerate(record["messages"]):
         turn = read_turn(message, index)
@@ -72,7 +61,7 @@ def _from_ours(record: dict, rid: str, line: int, rules: Rules) -> Iterator[Exam
     if not isinstance(demonstrations, list) or not all(isinstance(text, str) for text in demonstrations):
         raise Unusable("missing_field", "demonstrations must be a list of texts")
     # Past calls may name tools that are no longer listed; only the answer must not.
-    answer = check_calls(decode(record["answer"], "answer"), tools)
+    answer = check_calls(record["answer"], tools)
     source = str(record.get("source") or "examples")
     owner = "" if record.get("record") is None else str(record["record"])
     yield Example(rid, source, messages, tools, answer, tuple(demonstrations), owner)
@@ -84,11 +73,11 @@ def _from_trl(record: dict, rid: str, line: int, rules: Rules) -> Iterator[Examp
     for holder in ("extra_info", "reward_model"):
         if isinstance(record.get(holder), dict):
             columns.update(record[holder])
-    encoded = ("messages_json", "tools_json", "demonstrations_json", "ground_truth")
-    if not all(isinstance(columns.get(field), str) for field in encoded):
-        raise Unusable("foreign_row", "no messages_json and tools_json: not written by `data.py prepare`")
-    fields = {field.removesuffix("_json"): decode(columns[field], field) for field in encoded}
-    yield from _from_ours(columns | fields | {"answer": fields["ground_truth"]}, rid, line, rules)
+    for field in ("messages_json", "tools_json", "demonstrations_json", "ground_truth"):
+        if not isinstance(columns.get(field), str):
+            raise Unusable("foreign_row", f"no {field}: not written by `data.py prepare`")
+        columns[field.removesuffix("_json")] = decode(columns[field], field)
+    yield from _from_ours(columns | {"answer": columns["ground_truth"]}, rid, line, rules)
 
 
 LAYOUTS = {  # keys that tell a layout, and its reader
@@ -110,29 +99,27 @@ def _start(source: str | Path, layout: str | None) -> tuple[str, Iterator[tuple[
     """The layout of a file, and its records. Raises DataError without a record of a known layout."""
     records = read_files(find_files(source))
     head = []
-    for numbered in records:
-        head.append(numbered)
-        if isinstance(numbered[1], dict):
+    for line, first in records:
+        head.append((line, first))
+        if isinstance(first, dict):
             break
     else:
         line, error = head[0] if head else (1, "no records")
-        what = f"{str(error)[:60]}{f': {error.doc[:60]!r}' if hasattr(error, 'doc') else ''}"
+        what = f"{str(error)[:60]}: {getattr(error, 'doc', '')[:60]!r}"
         raise DataError(f"{source}:{line}: {what}; give a JSON array or one JSON object per line")
-    line, first = head[-1]
-    if is_columns(first):
-        what = "an object of columns, as pandas' to_json writes it"
-        raise DataError(f"{source}:{line}: {what}; use orient='records', or give one JSON object per record")
     told = _layout_of(first)
-    if told is None:
-        for key, value in first.items():
-            if isinstance(value, list) and any(map(_layout_of, value)):
-                what = f"an object around the array of records, {key!r}"
-                raise DataError(f"{source}:{line}: {what}; give the array alone, or one JSON object per line")
+    if is_columns(first):
+        problem = "an object of columns, as pandas' to_json writes it; use orient='records'"
+    elif told and layout in (None, told):
+        return told, chain(head, records)
+    elif told:
+        problem = f"the layout is that of {told}, not of {layout}; give another file"
+    elif around := [key for key, one in first.items() if isinstance(one, list) and any(map(_layout_of, one))]:
+        problem = f"an object around the array of records, {around[0]!r}; give the array alone"
+    else:
         known = "; ".join(f"{name}: {', '.join(sorted(keys))}" for name, (keys, _) in LAYOUTS.items())
-        raise DataError(f"{source}:{line}: unknown layout: found keys {', '.join(first)}; known are {known}")
-    if layout not in (None, told):
-        raise DataError(f"{source}:{line}: the layout is that of {told}, not of {layout}; give another file")
-    return told, chain(head, records)
+        problem = f"unknown layout: found keys {', '.join(first)}; known are {known}"
+    raise DataError(f"{source}:{line}: {problem}")
 
 
 @dataclass(frozen=True)
@@ -164,33 +151,40 @@ def read_examples(
         while own in ids:
             own += f"@{line}"
         ids.add(own)
-        rid = prefix + own
         read = Read(layout, line, record, [], [])
         try:
             if not isinstance(record, dict):
                 raise Unusable("broken_json", f"not a JSON object: {str(record)[:80]}")
-            record = without_nulls(record) if _is_filled(record) else record
-            for made in LAYOUTS[layout][1](record, rid, line, rules):
-                if isinstance(made, Dropped):
-                    read.dropped.append(made)
-                    continue
-                try:
-                    made = replace(made, record=made.record or (own if own != made.id else ""))
-                    hashes = hashes_of(made)
-                    check_prompt(made)
-                    _refuse_repeats(*hashes, rules, seen, f"{made.id} of {Path(source).name}")
-                    read.examples.append(made)
-                except Unusable as error:
-                    read.dropped.append(dropped(made.id, line, error))
+            record = without_nulls(record) if are_filled(record.get("tools")) else record
+            for made in LAYOUTS[layout][1](record, prefix + own, line, rules):
+                if isinstance(made, Example):
+                    made = _checked(made, own, line, rules, seen, Path(source).name)
+                (read.examples if isinstance(made, Example) else read.dropped).append(made)
         except Unusable as error:
-            read.dropped.append(dropped(rid, line, error))
+            read.dropped.append(error.dropped(prefix + own, line))
         yield read
 
 
-def _is_filled(record: dict) -> bool:
-    """Whether Arrow has given the record's tools the keys of other records, with null as their value."""
-    tools = record.get("tools")
-    return isinstance(tools, list) and any(isinstance(tool, dict) and is_filled(tool) for tool in tools)
+def _checked(
+    example: Example, own: str, line: int, rules: Rules, seen: dict[bytes, str], file: str
+) -> Example | Dropped:
+    """The example, of the record `own`, unless its prompt is unusable or came before.
+
+    Of a contradiction the first stays, so that no prompt is lost or paid for two different answers.
+    """
+    example = replace(example, record=example.record or (own if own != example.id else ""))
+    try:
+        prompt, answer = hashes_of(example)
+        check_prompt(example)
+        if first := seen.get(prompt + answer):
+            raise Unusable("duplicate", f"the same messages, tools and answer as {first}")
+        if "contradiction" not in rules.keep and (first := seen.get(prompt)):
+            raise Unusable("contradiction", f"the same messages and tools as {first}, but another answer")
+    except Unusable as error:
+        return error.dropped(example.id, line)
+    seen[prompt + answer] = f"{example.id} of {file}"
+    seen.setdefault(prompt, seen[prompt + answer])
+    return example
 
 
 def _own_id(record: Any, line: int) -> str:
@@ -198,21 +192,6 @@ def _own_id(record: Any, line: int) -> str:
     holders = (record, record.get("extra_info")) if isinstance(record, dict) else ()
     ids = [one["id"] for one in holders if isinstance(one, dict) and one.get("id") not in (None, "")]
     return str(ids[0]) if ids else str(line - 1)
-
-
-def _refuse_repeats(
-    prompt: bytes, answer: bytes, rules: Rules, seen: dict[bytes, str], name: str
-) -> None:
-    """Raises for an example that came before: `duplicate`, or `contradiction` if with another answer.
-
-    Of a contradiction the first stays, so that no prompt is lost or paid for two different answers.
-    """
-    if first := seen.get(prompt + answer):
-        raise Unusable("duplicate", f"the same messages, tools and answer as {first}")
-    if "contradiction" not in rules.keep and (first := seen.get(prompt)):
-        raise Unusable("contradiction", f"the same messages and tools as {first}, but another answer")
-    seen[prompt + answer] = name
-    seen.setdefault(prompt, name)
 
 
 def load_examples(source: str | Path, seen: dict | None = None) -> tuple[list[Example], list[Dropped]]:
@@ -277,15 +256,8 @@ def _write_parquet(path: Path, rows: Iterator[dict]) -> None:
     import pyarrow  # optional
     from pyarrow import parquet
 
-    text = pyarrow.string()
-    names = ("split", "id", "source", "record", "messages_json", "tools_json", "demonstrations_json")
-    columns = {
-        "data_source": text,
-        "prompt": pyarrow.list_(pyarrow.struct([("role", text), ("content", text)])),
-        "ability": text,
-        "reward_model": pyarrow.struct([("style", text), ("ground_truth", text)]),
-        "extra_info": pyarrow.struct([("index", pyarrow.int64()), *((name, text) for name in names)]),
-    }
-    with parquet.ParquetWriter(path, schema := pyarrow.schema(columns)) as writer:
-        while batch := list(islice(rows, 2000)):
-            writer.write_table(pyarrow.Table.from_pylist(batch, schema=schema))
+    table = pyarrow.Table.from_pylist(list(islice(rows, 2000)))
+    with parquet.ParquetWriter(path, table.schema) as writer:
+        while table.num_rows:
+            writer.write_table(table)
+            table = pyarrow.Table.from_pylist(list(islice(rows, 2000)), schema=table.schema)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from config import Config
 from corpus.augment import irrelevant_examples, masked_examples
 from corpus.dialogues import is_single_turn
-from corpus.examples import KINDS, Dropped, Example, example_kind, hold_out, record_of, unseen
+from corpus.examples import KINDS, Dropped, Example, Unusable, example_kind, split_records, unseen
 from corpus.layouts import load_examples, read_examples, trl_row, verl_row, write_examples, write_rows
 from corpus.rules import KEEPABLE, Rules
 from corpus.sources import DataError, file_sha256, find_files
@@ -45,7 +45,6 @@ TABLE = {
     "toolace_multi": ("ToolACE multi-turn", 800, 1_470),
     "other": ("other files",),
 }
-Sized = tuple[Example, int]  # with the length of its prompt: tokens, or characters without a tokenizer
 Measure = Callable[[Example], int]
 
 
@@ -66,32 +65,49 @@ class Input:
 class Prepared:
     """What is written in the end."""
 
-    splits: dict[str, list[Sized]]
+    splits: dict[str, list[Example]]
+    lengths: dict[str, int]  # id of an example -> length of its prompt
     dropped: list[dict]  # rows of dropped.jsonl
     augmented: Counter = field(default_factory=Counter)
     statistics: dict = field(default_factory=dict)
 
 
-def prompt_length(example: Example, template: str, tokenizer=None) -> int:
+def prompt_length(example: Example, template: str, tokenizer=None, limit: float = math.inf) -> int:
     """Tokens of the whole prompt, or characters of its messages without a tokenizer.
 
-    Raises PromptError for a prompt that the tokenizer's chat template or encode_prompt refuses.
+    Raises Unusable for a prompt of more tokens than `limit`, or one that cannot be encoded.
     """
-    if tokenizer is not None:
-        return len(encode_prompt(tokenizer, example.messages, example.tools, template, example.answer))
-    chat = build_messages(example.messages, example.tools, template)
-    return sum(len(message["content"]) for message in chat)
+    if tokenizer is None:
+        chat = build_messages(example.messages, example.tools, template)
+        return sum(len(message["content"]) for message in chat)
+    try:
+        ids = encode_prompt(tokenizer, example.messages, example.tools, template, example.answer)
+    except PromptError as error:
+        raise Unusable("refused", str(error)) from None
+    if len(ids) > limit:
+        raise Unusable("too_long", f"the prompt has {len(ids)} tokens, more than {limit}")
+    return len(ids)
 
 
-def describe(part: list[Sized], unit: str) -> dict:
+def weigh(examples: Iterable[Example], length_of: Measure, line: int) -> tuple[dict[str, int], list[Dropped]]:
+    """(id of an example -> its length, those without one)."""
+    lengths, dropped = {}, []
+    for example in examples:
+        try:
+            lengths[example.id] = length_of(example)
+        except Unusable as error:
+            dropped.append(error.dropped(example.id, line))
+    return lengths, dropped
+
+
+def describe(examples: list[Example], lengths: dict[str, int], unit: str) -> dict:
     """The statistics of one or more examples, as statistics.json has them. unit: "tokens" or "characters"."""
-    examples = [example for example, _ in part]
     kinds = Counter(example_kind(example) for example in examples)
     return {
         "examples": len(examples),
         "kinds": {kind: kinds[kind] for kind in KINDS if kinds[kind]},
         "sources": dict(sorted(Counter(example.source for example in examples).items())),
-        f"prompt {unit}": _spread(length for _, length in part),
+        f"prompt {unit}": _spread(lengths[example.id] for example in examples),
         "tools per prompt": _spread(len(example.tools) for example in examples),
         "calls per answer": _spread(len(example.answer) for example in examples),
     }
@@ -118,7 +134,7 @@ def sift(inputs: list[Input], args: argparse.Namespace, length_of: Measure, fold
 
     folder: where the generated data of an input "synthetic" is written, to be read as any other file.
     """
-    train, dropped = [], []
+    made = Prepared({"train": []}, {}, [])
     rules = Rules(args.keep, args.no_call_turns)
     seen: dict[bytes, str] = {}
     for one in inputs:
@@ -132,69 +148,47 @@ def sift(inputs: list[Input], args: argparse.Namespace, length_of: Measure, fold
             row = "xlam" if read.layout == "xlam" else "other"
             if read.layout == "toolace":
                 row = "toolace_single" if is_single_turn(read.record) else "toolace_multi"
-            kept, too_long = weigh(read.examples, args, length_of, read.line)
+            lengths, unfit = weigh(read.examples, length_of, read.line)
             one.records[row] += 1
-            one.examples[row] += len(kept)
-            train += kept
-            for drop in read.dropped + too_long:
-                one.dropped[drop.reason] += 1
-                dropped.append({"file": one.given, **vars(drop)})
-    return Prepared({"train": train}, dropped)
-
-
-def weigh(examples: Iterable, args: argparse.Namespace, length_of: Measure, line: int) -> tuple[list, list]:
-    """The examples as Sized; and as Dropped those with a prompt that is too long or refused, where there is a
-    tokenizer.
-    """
-    kept, dropped = [], []
-    for example in examples:
-        try:
-            length = length_of(example)
-        except PromptError as error:
-            dropped.append(Dropped(line, example.id, "refused", str(error)))
-            continue
-        if args.tokenizer and length > args.max_prompt_tokens:
-            detail = f"the prompt has {length} tokens, more than {args.max_prompt_tokens}"
-            dropped.append(Dropped(line, example.id, "too_long", detail))
-        else:
-            kept.append((example, length))
-    return kept, dropped
+            one.examples[row] += len(lengths)
+            one.dropped.update(drop.reason for drop in read.dropped + unfit)
+            made.splits["train"] += [example for example in read.examples if example.id in lengths]
+            made.lengths |= lengths
+            made.dropped += [{"file": one.given, **vars(drop)} for drop in read.dropped + unfit]
+    return made
 
 
 def split(made: Prepared, share: float, seed: int) -> None:
     """Moves the held-out records from the training part to a test part; no part where none is held out. Steps
     of their conversations that other records hold are dropped from the training part.
     """
-    train, test = [], []
     # By the records' own ids, without our labels: training on a raw file splits it in the same way.
-    records = {record_of(example) for example, _ in made.splits["train"]}
-    apart = hold_out(records, share, seed)
-    if share and not apart:
-        what = f"--test_share {share:g} of {len(records)} records holds none out"
+    train, test = split_records(made.splits["train"], share, seed)
+    if share and not test:
+        what = f"--test_share {share:g} of the records of {len(train)} examples holds none out"
         print(f"warning: {what}, so there is no test.jsonl; give a larger share")
-    for example, length in made.splits["train"]:
-        (test if record_of(example) in apart else train).append((example, length))
-    clean = unseen((example for example, _ in train), (example for example, _ in test))
-    kept = {id(example) for example in clean}
-    for example, _ in train:
-        if id(example) not in kept:
-            drop = Dropped(0, example.id, "held_out", "a step of a conversation in test.jsonl")
-            made.dropped.append({"file": "(split)", **vars(drop)})
-    if len(kept) < len(train):
-        print(f"{len(train) - len(kept)} examples, steps of conversations in test.jsonl, are dropped")
-    train = [sized for sized in train if id(sized[0]) in kept]
-    made.splits = {"train": train, "test": test} if test else {"train": train}
+    made.splits = {"train": unseen(train, test), "test": test}
+    kept = {example.id for example in made.splits["train"]}
+    lost = [example.id for example in train if example.id not in kept]
+    said = Unusable("held_out", "a step of a conversation in test.jsonl")
+    made.dropped += [{"file": "(split)", **vars(said.dropped(name, 0))} for name in lost]
+    if lost:
+        print(f"{len(lost)} examples, steps of conversations in test.jsonl, are dropped")
+    if not test:
+        del made.splits["test"]
 
 
 def augment(made: Prepared, args: argparse.Namespace, length_of: Measure) -> None:
     """Adds irrelevance examples to the training part, then masks names in it; drops what gets too long."""
-    examples = [example for example, _ in made.splits["train"]]
-    added = irrelevant_examples(examples, args.irrelevance, args.seed)
-    masked = masked_examples(examples + added, args.mask, args.seed)
-    changed = sum(old is not new for old, new in zip(examples + added, masked))
-    made.splits["train"], too_long = weigh(tqdm(masked, "measure", disable=None), args, length_of, 0)
-    made.dropped += [{"file": "(augmented)", **vars(drop)} for drop in too_long]
-    made.augmented = Counter(irrelevant=len(added), masked=changed, too_long=len(too_long))
+    plain = made.splits["train"]
+    added = irrelevant_examples(plain, args.irrelevance, args.seed)
+    masked = masked_examples(plain + added, args.mask, args.seed)
+    changed = sum(old is not new for old, new in zip(plain + added, masked))
+    lengths, unfit = weigh(tqdm(masked, "measure", disable=None), length_of, 0)
+    made.splits["train"] = [example for example in masked if example.id in lengths]
+    made.lengths |= lengths
+    made.dropped += [{"file": "(augmented)", **vars(drop)} for drop in unfit]
+    made.augmented = Counter(irrelevant=len(added), masked=changed, too_long=len(unfit))
 
 
 def share(text: str) -> float:
@@ -220,7 +214,7 @@ def main(arguments: list[str], load_tokenizer: Callable) -> None:
     out = Path(args.out)
     if any((out / name).exists() for name in OUTPUTS) and not args.overwrite:
         raise DataError(f"{out} holds a prepared set already; choose another --out or add --overwrite")
-    length_of = partial(prompt_length, template=template, tokenizer=tokenizer)
+    length_of = partial(prompt_length, template=template, tokenizer=tokenizer, limit=args.max_prompt_tokens)
     with TemporaryDirectory() as folder:
         made = sift(inputs, args, length_of, Path(folder))
     split(made, args.test_share, args.seed)
@@ -230,7 +224,7 @@ def main(arguments: list[str], load_tokenizer: Callable) -> None:
         lost = dict(Counter(row["reason"] for row in made.dropped))
         raise DataError(f"prepare: no example is left to train on; dropped: {lost}")
     unit = "tokens" if args.tokenizer else "characters"
-    made.statistics = {name: describe(part, unit) for name, part in made.splits.items()}
+    made.statistics = {name: describe(part, made.lengths, unit) for name, part in made.splits.items()}
     write(made, inputs, args, template)
     print_table(inputs)
     for name, described in made.statistics.items():
@@ -246,8 +240,7 @@ def write(made: Prepared, inputs: list[Input], args: argparse.Namespace, templat
     out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=out, prefix=".partial") as folder:
         work = Path(folder)
-        for name, part in made.splits.items():
-            examples = [example for example, _ in part]
+        for name, examples in made.splits.items():
             write_examples(work / f"{name}.jsonl", examples)
             if "trl" in args.layouts:
                 write_rows(work / f"trl_{name}.jsonl", (trl_row(example, template) for example in examples))
@@ -331,18 +324,18 @@ def stats(arguments: list[str], load_tokenizer: Callable) -> None:
     examples, _ = load_examples(args.file)
     if not examples:
         raise DataError(f"{args.file} holds no usable example; run: python data.py inspect {args.file}")
-    args.max_prompt_tokens = math.inf
     length_of = partial(prompt_length, template=SYSTEM_TEMPLATE, tokenizer=tokenizer)
-    part, refused = weigh(tqdm(examples, "measure", leave=False, disable=None), args, length_of, 0)
+    lengths, refused = weigh(tqdm(examples, "measure", leave=False, disable=None), length_of, 0)
     if refused:
         what = f"{len(refused)} prompts are refused, such as that of {refused[0].id}: {refused[0].detail}"
-        if not part:
+        if not lengths:
             raise DataError(f"{args.file}: {what}")
         print(what)
-    print_statistics(args.file, describe(part, "tokens" if args.tokenizer else "characters"))
+    kept = [example for example in examples if example.id in lengths]
+    print_statistics(args.file, describe(kept, lengths, "tokens" if args.tokenizer else "characters"))
 
 
-def inspect(arguments: list[str]) -> None:
+def inspect(arguments: list[str], _: Callable) -> None:
     """`python data.py inspect FILE [COUNT]`: examples by kind, what was dropped and why, COUNT prompts."""
     parser = argparse.ArgumentParser(prog="python data.py inspect", description="Looks into a file.")
     parser.add_argument("file", help="any layout that data.py reads")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from corpus.examples import Dropped, Example, Unusable
-from corpus.schema import not_in_enum, properties, read_calls, read_tools, required, undeclared, wrong_types
-from corpus.strict_json import strict_json
+from corpus import schema
+from corpus.examples import Example, Unusable
 from prompts import ToolCall
 
 # Reasons that Rules.keep may name.
@@ -29,38 +28,28 @@ class Rules:
 STRICT = Rules()
 
 
-def dropped(name: str, line: int, error: Unusable) -> Dropped:
-    """The record or step `name` with what is wrong with it."""
-    reason, detail = error.args
-    # Half surrogate pairs become "?", so that both can be printed.
-    name, detail = (text.encode("utf-8", "replace").decode() for text in (name, detail))
-    return Dropped(line, name, reason, detail)
+def _read(reader: Callable, reason: str, *arguments: Any) -> Any:
+    try:
+        return reader(*arguments)
+    except ValueError as error:
+        raise Unusable("broken_json" if "is not JSON" in str(error) else reason, str(error)) from None
 
 
 def decode(value: Any, field: str) -> Any:
-    """The JSON in a string field; a value that was never encoded stays as it is."""
-    try:
-        return strict_json(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError) as error:
-        raise Unusable("broken_json", f"{field} is not JSON: {error}") from None
+    """The JSON in a string field; a value that was never encoded stays as it is. Raises Unusable."""
+    return _read(schema.decoded, "broken_json", value, field)
 
 
 def check_tools(value: Any) -> list[dict]:
     """The tools of a field, at least one. Raises Unusable."""
-    try:
-        if tools := read_tools(value):
-            return tools
-        raise ValueError("the list is empty")
-    except ValueError as error:
-        raise Unusable("no_tools", f"no list of tools: {error}") from None
+    if tools := _read(schema.read_tools, "no_tools", value):
+        return tools
+    raise Unusable("no_tools", "the list of tools is empty")
 
 
 def check_calls(value: Any, tools: list[dict]) -> list[ToolCall]:
     """The calls of a field, all of them of listed tools. Raises Unusable."""
-    try:
-        calls = read_calls(value)
-    except ValueError as error:
-        raise Unusable("broken_json" if "is not JSON" in str(error) else "bad_answer", str(error)) from None
+    calls = _read(schema.read_calls, "bad_answer", value)
     check_names(calls, tools)
     return calls
 
@@ -81,13 +70,15 @@ def check_arguments(calls: list[ToolCall], tools: list[dict], rules: Rules) -> N
 
 def _complaint(call: ToolCall, tool: dict, rules: Rules) -> tuple[str, str] | None:
     found = {
-        "missing_argument": [name for name in required(tool) if name not in call.arguments],
-        "undeclared_argument": undeclared(call.arguments, tool),
-        "wrong_type": wrong_types(call.arguments, tool),
-        "not_in_enum": not_in_enum(call.arguments, tool),
+        "missing_argument": [name for name in schema.required(tool) if name not in call.arguments],
+        "undeclared_argument": schema.undeclared(call.arguments, tool),
+        "wrong_type": schema.wrong_types(call.arguments, tool),
+        "not_in_enum": schema.not_in_enum(call.arguments, tool),
     }
-    said = [(reason, f"{call.name}: {'; '.join(wrong)}") for reason, wrong in found.items() if wrong]
-    return next((one for one in said if one[0] not in rules.keep), None)
+    for reason, wrong in found.items():
+        if wrong and reason not in rules.keep:
+            return reason, f"{call.name}: {'; '.join(wrong)}"
+    return None
 
 
 def check_prompt(example: Example) -> None:
@@ -112,7 +103,7 @@ def names_call(text: str, tools: Sequence[dict]) -> bool:
     for name, tool in ((tool["name"], tool) for tool in tools):
         for found in re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", text) if name in text else ():
             around = text[max(0, found.start() - BESIDE) : found.start()] + text[found.end() :][:BESIDE]
-            keys = "|".join(map(re.escape, properties(tool))) or "(?!)"
+            keys = "|".join(map(re.escape, schema.properties(tool))) or "(?!)"
             if re.search(rf"[({{\[<=>]|(?<!\w)(?:{keys})\W{{0,3}}:", around):
                 return True
     return False

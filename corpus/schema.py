@@ -6,8 +6,8 @@ by it.
 
 from __future__ import annotations
 
-import math
 import re
+from itertools import chain
 from typing import Any
 
 from corpus.strict_json import strict_json
@@ -42,7 +42,7 @@ def read_tools(value: Any) -> list[dict]:
     tools = _bare_items(value, "tools")
     if bad := [one for one in tools if not isinstance(one, dict) or not isinstance(one.get("name"), str)]:
         raise ValueError(f"a tool needs a name: {str(bad[0])[:80]}")
-    return [without_nulls(tool) if is_filled(tool) else tool for tool in tools]
+    return without_nulls(tools) if are_filled(tools) else tools
 
 
 def read_calls(value: Any) -> list[ToolCall]:
@@ -55,7 +55,7 @@ def read_calls(value: Any) -> list[ToolCall]:
         call = one if isinstance(one, dict) else {}
         given = call.get("arguments") or call.get("parameters")  # Llama's word for them
         other = not given and "arguments" not in call and not call.keys() <= BARE_CALL
-        arguments = _decoded(given or {}, "arguments")
+        arguments = decoded(given or {}, "arguments")
         if other or not isinstance(arguments, dict) or not isinstance(call.get("name"), str):
             raise ValueError(f"a call needs a name and an object of arguments: {str(one)[:80]}")
         calls.append(ToolCall(one["name"], arguments))
@@ -64,33 +64,38 @@ def read_calls(value: Any) -> list[ToolCall]:
 
 def _bare_items(value: Any, what: str) -> list:
     """The objects of a list, or the one object, without `{"type": "function", "function": {…}}` around."""
-    value = _decoded(value, what)
+    value = decoded(value, what)
     items = []
     for one in value if isinstance(value, list) else [value]:
-        one = _decoded(one, what)
+        one = decoded(one, what)
         inner = one.get("function") if isinstance(one, dict) else None
         items.append(inner if isinstance(inner, dict) else one)
     return items
 
 
-def _decoded(value: Any, what: str) -> Any:
+def decoded(value: Any, what: str) -> Any:
+    """A value, or the JSON in its text, which is called `what`. Raises ValueError."""
     try:
+        if isinstance(value, ValueError):  # sources' mark of an object that repeats a key
+            raise value
         return strict_json(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{what} is not JSON: {error}") from None
 
 
-def is_filled(tool: dict) -> bool:
-    """Whether Arrow has given the tool, perhaps in its wrapper, other rows' keys: then a parameter is null,
-    or what is said of it, its default aside.
+def are_filled(tools: Any) -> bool:
+    """Whether Arrow has given tools other rows' keys: then a parameter is null, or what is said of it, its
+    default aside.
     """
-    inner = tool.get("function")
-    parameters = (inner if isinstance(inner, dict) else tool).get("parameters")
-    inner = parameters.get("properties") if isinstance(parameters, dict) else None
-    groups = [group for group in (parameters, inner) if isinstance(group, dict)]
-    declared = [one for group in groups for one in group.values()]
-    nulls = [key for one in declared if isinstance(one, dict) for key, value in one.items() if value is None]
-    return None in declared or not {"default"}.issuperset(nulls)
+    dicts = [tool for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
+    for tool in _bare_items(dicts, "tools"):
+        parameters = tool.get("parameters")
+        schema = parameters if isinstance(parameters, dict) else {}
+        declared = [*schema.values(), *properties(tool).values()]
+        told = [one.items() for one in declared if isinstance(one, dict)]
+        if None in declared or any(value is None and key != "default" for key, value in chain(*told)):
+            return True
+    return False
 
 
 def without_nulls(value: Any) -> Any:
@@ -107,9 +112,9 @@ def properties(tool: dict) -> dict[str, Any]:
         return {}
     inner = parameters.get("properties")
     # xLAM's flat parameters may include one that is called "properties" or "type".
-    if isinstance(inner, dict) and not isinstance(parameters.get("type"), dict):
-        if all(isinstance(declaration, dict) for declaration in inner.values()):
-            return inner
+    flat = not isinstance(inner, dict) or isinstance(parameters.get("type"), dict)
+    if not flat and all(isinstance(declaration, dict) for declaration in inner.values()):
+        return inner
     is_schema = isinstance(parameters.get("type"), str) or not parameters.keys().isdisjoint(OPEN)
     return {} if is_schema else parameters
 
@@ -193,43 +198,27 @@ def wrong_types(arguments: dict[str, Any], tool: dict) -> list[str]:
     found = []
     for name, declared in properties(tool).items():
         kind = json_type(declared) if name in arguments else None
-        if kind is None or type(arguments[name]) in FITS[kind]:
-            continue
-        if arguments[name] is None and _takes_null(declared):
-            continue
-        found.append(f"{name}: {kind} declared, {type(arguments[name]).__name__} given")
+        fits = kind is None or type(arguments[name]) in FITS[kind]
+        if not fits and not (arguments[name] is None and _takes_null(declared)):
+            found.append(f"{name}: {kind} declared, {type(arguments[name]).__name__} given")
     return found
-
-
-def _item_declared(declared: dict) -> dict | None:
-    """The declaration of a list's items: JSON Schema's `items`, or the float of "List[float]"."""
-    if isinstance(declared.get("items"), dict):
-        return declared["items"]
-    text = str(declared.get("type")).strip()
-    inner = re.fullmatch(r"(?i:list|array|set|tuple)\[(.*)\](?i:,?\s*optional)?", text)
-    kinds = {part.strip() for part in inner[1].split(",")} if inner else set()
-    return {"type": kinds.pop()} if len(kinds) == 1 else None  # Tuple[int, float] has no single type
 
 
 def _as_declared(value: Any, declared: Any) -> Any:
     kind = json_type(declared)
-    if kind == "number" and type(value) in (int, float):
-        try:
-            number = float(value) + 0.0  # -0.0 + 0.0 is 0.0
-        except OverflowError:
-            return value
-        # Beyond 2**53 floats would make unequal integers equal.
-        return number if math.isfinite(number) and number == value else value
+    if kind == "number" and isinstance(value, float) and value.is_integer():
+        return int(value)  # not the other way: beyond 2**53 floats would make unequal integers equal
     if kind == "array" and isinstance(value, list):
-        item = _item_declared(declared)
-        return value if item is None else [_as_declared(one, item) for one in value]
+        listed = re.match(r"\w+\[(\w+)\]", str(declared["type"]))  # the float of List[float]
+        item = {"type": listed[1]} if listed else declared.get("items")
+        return [_as_declared(one, item) for one in value]
     if kind == "object" and isinstance(value, dict) and isinstance(declared.get("properties"), dict):
         return {name: _as_declared(one, declared["properties"].get(name)) for name, one in value.items()}
     return value
 
 
 def lenient_arguments(arguments: dict[str, Any], tool: dict) -> dict[str, Any]:
-    """The arguments with every number that is declared `number` as a float, also inside lists and objects.
+    """The arguments with 2 for 2.0 where `number` is declared, also inside lists and objects.
 
     Then 2 equals 2.0 where a number is declared, and nowhere else; numeric strings stay strings.
     """

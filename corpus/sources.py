@@ -29,11 +29,12 @@ KNOWN = {
 
 # "owner/name/path/in/it", as such or as an address of the hub.
 _HUB_ID = re.compile(
-    r"(?:(?:https?://huggingface\.co/|hf://)?datasets/)?(\w[\w.-]*)/(\w[\w.-]*)"
+    r"(?:(?:https?://huggingface\.co/|hf://)?datasets/)?(\w[\w.-]*/\w[\w.-]*)"
     r"(?:/(?:resolve|blob|raw|tree)/main)?(?:/([^?]+?))?/?(?:\?.*)?"
 )
 _SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})(?:-\w+)?\.[.\w]+")  # the split, and how many shards it has
-_OUTLINE = json.JSONDecoder(parse_int=str, parse_float=str)  # says where a value ends, whatever its numbers
+# Between objects of a line, these say that the whole file is no JSONL.
+SEPARATORS = {",": "commas between the records", "{": "several objects on one line"}
 
 
 class DataError(UserError):
@@ -51,30 +52,23 @@ def find_files(source: str | Path) -> list[Path]:
     """
     path, named = Path(os.path.expanduser(source)), _HUB_ID.fullmatch(str(source))
     if path.is_dir():
-        return [path / name for name in _one_split(_names_in(path), str(source))]
+        names = os.listdir(path)
+        if not _splits(names):  # then one level down
+            names += [file.relative_to(path).as_posix() for file in path.glob("*/*")]
+        return [path / name for name in _one_split(names, str(source))]
     if path.exists():
         return [path]
     if path.parent.is_dir() and path.name in _splits(names := os.listdir(path.parent)):
         return [path.parent / name for name in _one_split(names, str(path.parent), path.name)]
     if not named:
         return [path]
-    owner, name, inner = named.groups()
-    repository, parts = f"{owner}/{name}", Path(source).parts
+    repository, inner = named.groups()
+    parts = Path(source).parts
     # "data/train.jsonl", or "runs/x/train.jsonl" where runs/ is a folder, is a mistyped path, no data set.
-    mistyped = Path(parts[0]).is_dir() if len(parts) > 2 else name.endswith(SUFFIXES)
+    mistyped = Path(parts[0]).is_dir() if len(parts) > 2 else parts[-1].endswith(SUFFIXES)
     if mistyped and repository not in KNOWN:
         return [path]
     return _download(repository, inner or KNOWN.get(repository, ""))
-
-
-def _names_in(folder: Path) -> list[str]:
-    """The files of a folder, and those one level down where it has no data of its own."""
-    names: list[str] = []
-    for pattern in ("*", "*/*"):
-        names += [file.relative_to(folder).as_posix() for file in folder.glob(pattern) if file.is_file()]
-        if _splits(names):
-            break
-    return names
 
 
 def _splits(names: Iterable[str]) -> dict[str, list[str]]:
@@ -89,9 +83,7 @@ def _splits(names: Iterable[str]) -> dict[str, list[str]]:
 
 def _one_split(names: Sequence[str], where: str, wanted: str = "") -> list[str]:
     """The files of the one split among `names`, or of the one that is wanted."""
-    splits = _splits(names)
-    if wanted:
-        splits = {name: files for name, files in splits.items() if name == wanted}
+    splits = {name: files for name, files in _splits(names).items() if wanted in ("", name)}
     if not splits and any(name.endswith(("state.json", "dataset_dict.json")) for name in names):
         raise DataError(f"{where} is what {SAVED}")
     if not splits:
@@ -137,33 +129,33 @@ def read_files(paths: Sequence[Path]) -> Iterator[tuple[int, Any]]:
         before = last
         for number, record in read_records(path):
             last = before + number
-            if isinstance(record, Exception) and len(paths) > 1:
-                record = ValueError(f"{path.name}:{number}: {record}")
             yield last, record
 
 
 def read_records(path: Path) -> Iterator[tuple[int, Any]]:
     """A JSON array, JSONL (both perhaps gzipped) or Parquet -> numbered records, one after the other.
 
-    What a file is, its content says. Numbers count from 1: lines of JSONL, else positions. In place of a
-    record that is no JSON, or repeats a key, stands its error. Raises DataError for a file that is missing or
-    empty, that cannot be read or whose records are laid out in another way, and for Parquet without pyarrow.
+    What a file is, its content says. Numbers count from 1: lines of JSONL, else positions. In place of a line
+    that is no JSON, and of an object that repeats a key, stands its error. Raises DataError for a file that
+    is missing, empty, unreadable or laid out in another way, and for Parquet without pyarrow.
     """
     if not path.exists():
         raise DataError(f"{path} does not exist; check the path")
     try:
         with path.open("rb") as file:
             magic = file.read(4)
-        if magic == b"PAR1":
-            yield from _parquet_rows(path)
-            return
         if magic in (b"ARRO", b"\xff\xff\xff\xff"):
             raise DataError(f"{path} is part of what {SAVED}")
+        if magic == b"PAR1":
+            yield from enumerate(_parquet_rows(path), 1)
+            return
         opened = gzip.open if magic.startswith(b"\x1f\x8b") else open
         # newline: JSONL's own. A record may hold others, such as a carriage return between its parts.
         with opened(path, "rt", encoding="utf-8-sig", newline="\n") as file:
             yield from _json_records(path, file)
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except DataError:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {error}; give JSON in UTF-8, its .gz, or Parquet") from None
 
 
@@ -173,19 +165,22 @@ def _json_records(path: Path, file: io.TextIOBase) -> Iterator[tuple[int, Any]]:
     if not first:
         raise DataError(f"{path} is empty; give a file with at least one record")
     if first.lstrip().startswith("["):
-        yield from enumerate(map(_decoded, _elements(first + file.read())), 1)
+        yield from enumerate(unique_json(first + file.read()), 1)
         return
     lines = file
-    if isinstance(_decoded(first), Exception):
+    if isinstance(_decoded(first), Exception):  # one object over several lines, or JSONL that begins badly
         rest = file.read()
-        if (spread := _spread_object(path, first, rest)) is not None:
-            yield 1, spread
+        whole = _decoded(first + rest)
+        if not isinstance(whole, Exception):
+            yield 1, whole
             return
+        if _after_object(whole) and whole.pos > len(first):
+            raise DataError(f"{path} holds objects over several lines; write each on one line, or an array")
         lines = io.StringIO(rest)
     for number, line in enumerate(chain([first], lines), start):
         if not line.isspace():
             record = _decoded(line)
-            if isinstance(record, Exception) and (found := _separator(line)):
+            if isinstance(record, Exception) and (found := SEPARATORS.get(_after_object(record))):
                 raise DataError(f"{path}:{number}: {found}; give a JSON array or one JSON object per line")
             yield number, record
 
@@ -197,47 +192,11 @@ def _decoded(text: str) -> Any:
         return error
 
 
-def _elements(text: str) -> list[str]:
-    """The texts of the elements of a JSON array. Raises JSONDecodeError for anything else."""
-    if re.fullmatch(r"\s*\[\s*\]\s*", text):
-        return []
-    space, elements, end = re.compile(r"[ \t\n\r]*"), [], text.index("[")
-    while text.startswith(("[", ","), end):
-        start = space.match(text, end + 1).end()
-        end = _OUTLINE.raw_decode(text, start)[1]
-        elements.append(text[start:end])
-        end = space.match(text, end).end()
-    if text[end:].strip() != "]":
-        _OUTLINE.decode(text)  # raises, and names the place
-    return elements
-
-
-def _spread_object(path: Path, first: str, rest: str) -> Any:
-    """The one object of a file that is written over several lines; None where the first line stands alone."""
-    text = (first + rest).strip()
-    try:
-        _, end = _OUTLINE.raw_decode(text)
-    except (ValueError, RecursionError):
-        return None
-    if end <= len(first.strip()):
-        return None
-    if text[end:]:
-        raise DataError(f"{path} holds objects over several lines; write each on one line, or an array")
-    return _decoded(text)
-
-
-def _separator(line: str) -> str:
-    """What stands between the objects of a line that JSONL does not have: the whole file is then no JSONL."""
-    text = line.strip()
-    bare = text.lstrip(", ")
-    try:
-        value, end = _OUTLINE.raw_decode(bare)
-    except (ValueError, RecursionError):
+def _after_object(error: Exception) -> str:
+    """What stands behind an object, or before it, where JSON has nothing; "" for another error."""
+    if not isinstance(error, json.JSONDecodeError) or not error.doc.lstrip(" ,").startswith("{"):
         return ""
-    rest = bare[end:].lstrip()
-    if isinstance(value, dict) and (text != bare or rest.startswith(",")):
-        return "commas between the records"
-    return "several objects on one line" if isinstance(value, dict) and rest.startswith("{") else ""
+    return error.doc[error.pos] if error.msg == "Extra data" or error.doc.lstrip().startswith(",") else ""
 
 
 def is_columns(record: dict) -> bool:
@@ -249,19 +208,19 @@ def is_columns(record: dict) -> bool:
     return lists and bool(values[0]) and not any(isinstance(one, dict) for one in chain(*values))
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[int, dict]]:
+def _parquet_rows(path: Path) -> Iterator[dict]:
     """Arrow gives every struct the keys of all rows, as null: these are left out again."""
     try:
         import pyarrow
         from pyarrow import parquet
     except ImportError:
-        todo = "run: python -m pip install pyarrow"
-        raise DataError(f"{path}: reading Parquet needs pyarrow; {todo}") from None
+        todo = "python -m pip install pyarrow"
+        raise DataError(f"{path}: reading Parquet needs pyarrow; run: {todo}") from None
     try:
         with parquet.ParquetFile(path) as file:
-            batches = file.iter_batches(batch_size=1000)
-            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
-                yield number, {key: without_nulls(value) for key, value in row.items()}
+            for batch in file.iter_batches(batch_size=1000):
+                for row in batch.to_pylist():
+                    yield {key: without_nulls(value) for key, value in row.items()}
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} cannot be read: {first_line(error)}; get it again") from None
 

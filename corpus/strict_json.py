@@ -48,11 +48,18 @@ def strict_json(text: str) -> Any:
     return _STRICT.decode(text)
 
 
-_UNIQUE = json.JSONDecoder(object_pairs_hook=_unique_keys)
+def _unique_or_error(pairs: list[tuple[str, Any]]) -> dict | ValueError:
+    try:
+        return _unique_keys(pairs)
+    except ValueError as error:
+        return error
+
+
+_UNIQUE = json.JSONDecoder(object_pairs_hook=_unique_or_error)
 
 
 def unique_json(text: str) -> Any:
-    """json.loads without repeated keys. NaN and overflow pass: they may stand in a column that nobody reads.
+    """json.loads with a ValueError in place of an object that repeats a key: it may be one that nobody reads.
 
     Raises ValueError or RecursionError.
     """
