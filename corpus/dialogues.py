@@ -155,9 +155,20 @@ def _read_block(block: str, names: Sequence[str], sure: bool) -> list[ToolCall] 
         return None
 
 
+def system_text(system: Any, said: Any) -> str:
+    """What a record says as the system, in a field of its own and in its turns."""
+    turns = said if isinstance(said, list) else []
+    texts = [turn.get("value") or turn.get("content") for turn in turns if speaker_of(turn) == "system"]
+    return "\n".join(text for text in (system, *texts) if isinstance(text, str))
+
+
 def find_tools(text: str) -> list[dict] | None:
-    """The first JSON list of tools inside `text`, or None. Other brackets ("[func1(...)]") are skipped."""
+    """The tools that a system text lists, or None: its first JSON list of tools, or Hermes' objects in a tag.
+
+    Other brackets ("[func1(...)]") are skipped.
+    """
     decoder = json.JSONDecoder()
+    tagged = re.search(r"<tools>(.*?)</tools>", text, re.DOTALL)
     for found in re.finditer(r"\[(?=\s*\{)", text):
         try:
             tools = read_tools(decoder.raw_decode(text, found.start())[0])
@@ -166,7 +177,10 @@ def find_tools(text: str) -> list[dict] | None:
         # "parameters" tells tools from a list of named things inside a tool list that is itself broken.
         if all("parameters" in tool for tool in tools):
             return tools
-    return None
+    try:
+        return read_tools(read_literals(tagged[1])) if tagged else None
+    except (ValueError, SyntaxError, RecursionError):
+        return None
 
 
 def steps(

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from corpus.dialogues import find_tools, read_turn, steps, system_messages
+from corpus.dialogues import find_tools, read_turn, steps, system_messages, system_text
 from corpus.examples import Dropped, Example, Unusable, hashes_of, to_json
 from corpus.rules import STRICT, Rules, check_arguments, check_calls, check_prompt, check_tools, decode
 from corpus.schema import are_filled, without_nulls
@@ -38,14 +38,13 @@ def _from_xlam(record: dict, rid: str, line: int, rules: Rules) -> Iterator[Exam
 def _from_dialogue(
     field: str, source: str, record: dict, rid: str, line: int, rules: Rules
 ) -> Iterator[Example | Dropped]:
-    """The tools stand in a field of their own, or in the system text."""
+    """The tools stand in a field of their own, or in a system text."""
     _require(record, **{field: (str, list)})
-    system = record.get("system")
-    listed = decode(record.get("tools"), "tools") or find_tools(system if isinstance(system, str) else "")
+    system, said = record.get("system"), decode(record[field], field)
+    listed = decode(record.get("tools"), "tools") or find_tools(system_text(system, said))
     if not listed:
-        raise Unusable("no_tools", "no JSON list of tools in `tools` or `system`")
-    tools = check_tools(listed)
-    yield from steps(decode(record[field], field), tools, (rid, source, line), rules, system)
+        raise Unusable("no_tools", "no JSON list of tools in `tools` or a system text")
+    yield from steps(said, check_tools(listed), (rid, source, line), rules, system)
 
 
 def _from_ours(record: dict, rid: str, line: int, rules: Rules) -> Iterator[Example | Dropped]:
@@ -84,7 +83,7 @@ LAYOUTS = {  # keys that tell a layout, and its reader
     "xlam": ({"query", "tools", "answers"}, _from_xlam),
     "toolace": ({"conversations"}, partial(_from_dialogue, "conversations", "toolace")),
     "examples": ({"messages", "answer"}, _from_ours),
-    "openai": ({"messages", "tools"}, partial(_from_dialogue, "messages", "openai")),
+    "openai": ({"messages"}, partial(_from_dialogue, "messages", "openai")),
     "trl": ({"prompt", "ground_truth"}, _from_trl),
     "verl": ({"prompt", "reward_model"}, _from_trl),
 }

@@ -142,7 +142,6 @@ def sift(inputs: list[Input], args: argparse.Namespace, length_of: Measure, fold
         if source == "synthetic":
             source = folder / source
             write_examples(source, synthetic_splits(Config(seed=args.seed)).train)
-        one.sha256 = file_sha256(*find_files(source))
         reads = read_examples(source, one.layout, rules, f"{one.label}-", seen)
         for read in tqdm(reads, one.given, unit=" records", disable=None):
             row = "xlam" if read.layout == "xlam" else "other"
@@ -155,6 +154,7 @@ def sift(inputs: list[Input], args: argparse.Namespace, length_of: Measure, fold
             made.splits["train"] += [example for example in read.examples if example.id in lengths]
             made.lengths |= lengths
             made.dropped += [{"file": one.given, **vars(drop)} for drop in read.dropped + unfit]
+        one.sha256 = file_sha256(*find_files(source))
     return made
 
 
@@ -209,7 +209,8 @@ def main(arguments: list[str], load_tokenizer: Callable) -> None:
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     inputs = []
     for kind, layout in (("xlam", "xlam"), ("toolace", "toolace"), ("data", None)):
-        for number, given in enumerate(getattr(args, kind), 1):
+        files = filter(None, ",".join(getattr(args, kind)).split(","))  # as --data of grpo.py
+        for number, given in enumerate(files, 1):
             inputs.append(Input(kind if number == 1 else f"{kind}{number}", layout, given))
     out = Path(args.out)
     if any((out / name).exists() for name in OUTPUTS) and not args.overwrite:

@@ -165,6 +165,19 @@ def test_the_system_text_stays_unless_it_lists_the_tools(tmp_path):
     assert [message["content"] for message in second.messages] == ["on"]
 
 
+@pytest.mark.parametrize("text", [
+    f"<tools>{json.dumps(WRAPPED)}</tools>", f"<tools>\n{json.dumps(WRAPPED)}\n{json.dumps(ADD)}\n</tools>",
+    f"Tools: {json.dumps([ADD])}",
+])
+@pytest.mark.parametrize("field", ["conversations", "messages"])
+def test_tools_may_stand_in_the_system_turn_alone(tmp_path, text, field):
+    call = '<tool_call>{"name": "add", "arguments": {"a": 1}}'
+    turns = [("system", text), ("user", "go"), ("assistant", call)]
+    record = {field: [{"role": role, "content": said} for role, said in turns]}
+    [example], _ = load_examples(save(tmp_path / "t.json", record))
+    assert (example.id, example.tools[0], len(example.messages)) == ("0#2", ADD, 1)
+
+
 @pytest.mark.parametrize("wrap", [lambda tool: tool, lambda tool: {"type": "function", "function": tool}])
 @pytest.mark.parametrize("filled", [{"b": None}, {"c": {"type": "str, optional", "enum": None}}])
 def test_nulls_that_columns_fill_in_are_no_arguments(tmp_path, filled, wrap):
