@@ -259,9 +259,14 @@ def compute_score(
 # ----------------------------------------------------------------------------------------------- command line
 
 
+def _refuse(value: Any) -> None:
+    raise ValueError(f"the answer is not JSON: {value}")
+
+
 def rescore(path: Path, variant: str, lenient: bool) -> Iterator[dict]:
     """The reward of every row of a file, as a row. Raises RewardError that names the file and the line."""
     known = {}
+    own = None if variant in REWARDS else reward_function(variant)
     for line, row in read_records(path):
         try:
             if isinstance(row, Exception):
@@ -269,12 +274,14 @@ def rescore(path: Path, variant: str, lenient: bool) -> Iterator[dict]:
             truth = row.get("ground_truth", row.get("answer")) if isinstance(row, dict) else None
             if truth is None or "completion" not in row:
                 raise ValueError("a row needs the fields completion and ground_truth (or answer); see --help")
-            if variant not in REFERENCE and isinstance(truth, str):  # the reference reads texts itself
+            truth = truth if isinstance(truth, str) else json.dumps(truth, default=_refuse)
+            if variant not in REFERENCE:  # the reference reads texts itself
                 truth = decode_answer(truth)
             prompt = str(row.get("prompt_id", line))  # samples.jsonl has its tools in its first row
             tools = row.get("tools") or row.get("tools_json") or known.get(prompt, row.get("tools"))
             known = {prompt: tools}
-            reward = score(reply_text(row["completion"]), truth, variant, lenient, tools)
+            text = reply_text(row["completion"])
+            reward = own(text, truth, tools or []) if own else score(text, truth, variant, lenient, tools)
         except (ValueError, TypeError, RecursionError) as error:
             raise RewardError(f"{path}:{line}: {error}") from None
         named = {key: row[key] for key in ("id", "prompt_id", "step") if key in row}
@@ -286,8 +293,8 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="reward.py", description="Re-scores a file of completions.")
     add = parser.add_argument
     add("file", type=Path, help="JSON, JSONL or Parquet: completion, ground_truth or answer, tools")
-    names = f"{', '.join(REWARDS)} (default: binary)"
-    add("--variant", default="binary", choices=REWARDS, metavar="NAME", help=names)
+    names = f"{', '.join(REWARDS)}, or file.py:function (default: binary)"
+    add("--variant", default="binary", metavar="NAME", help=names)
     add("--lenient", action="store_true", help="compare numbers by what a row's tools declare (default: no)")
     add("--out", type=Path, metavar="FILE", help="where the scored rows go (default: standard output)")
     args = parser.parse_args(arguments)

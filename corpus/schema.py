@@ -209,8 +209,9 @@ def _as_declared(value: Any, declared: Any) -> Any:
     if kind == "number" and isinstance(value, float) and value.is_integer():
         return int(value)  # not the other way: beyond 2**53 floats would make unequal integers equal
     if kind == "array" and isinstance(value, list):
-        listed = re.match(r"\w+\[(\w+)\]", str(declared["type"]))  # the float of List[float]
-        item = {"type": listed[1]} if listed else declared.get("items")
+        listed = re.match(r"\w+\[(.*)\]", str(declared["type"]).strip())  # the float of List[float]
+        kinds = {part.strip() for part in listed[1].split(",")} if listed else set()
+        item = {"type": kinds.pop()} if len(kinds) == 1 else declared.get("items")
         return [_as_declared(one, item) for one in value]
     if kind == "object" and isinstance(value, dict) and isinstance(declared.get("properties"), dict):
         return {name: _as_declared(one, declared["properties"].get(name)) for name, one in value.items()}

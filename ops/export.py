@@ -58,7 +58,7 @@ After Nemotron-Research-Tool-N1 (arXiv 2505.00024). Code: {commit}.
 ```python
 from transformers import AutoModelForCausalLM, {loader}
 
-model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")  # the folder of this file
+model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")  # ".": the folder of this file; run it there
 tokenizer = {loader}.from_pretrained(".")
 parameters = {{"city": {{"type": "str"}}, "nights": {{"type": "int"}}}}
 hotel = {{"name": "find_hotel", "description": "hotels in a city", "parameters": parameters}}

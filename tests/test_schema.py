@@ -87,10 +87,13 @@ def test_integers_are_numbers_and_null_needs_permission():
 
 def test_lenient_arguments_change_declared_numbers_only():
     kinds = {"a": "float", "b": "int", "c": "List[float]", "d": "Tuple[int, float]"}
+    kinds |= {"f": "List[List[float]], optional", "g": "Tuple[float, float]"}
     tool = {"name": "f", "parameters": {name: {"type": kind} for name, kind in kinds.items()}}
     arguments = {"a": 1.0, "b": 1.0, "c": [1.0, "1", None], "d": [1.0, 1], "e": 1.0}
+    arguments |= {"f": [[1.0]], "g": [1.0, 2.0]}
     changed = lenient_arguments(arguments, tool)
-    assert repr(changed) == repr({"a": 1, "b": 1.0, "c": [1, "1", None], "d": [1.0, 1], "e": 1.0})
+    expected = {"a": 1, "b": 1.0, "c": [1, "1", None], "d": [1.0, 1], "e": 1.0, "f": [[1]], "g": [1, 2]}
+    assert repr(changed) == repr(expected)
     assert type(arguments["a"]) is float, "the record itself stays as it is"
 
 
