@@ -81,7 +81,7 @@ def test_files_names_and_options_in_backticks_exist():
 
 RECORDER = """#!/usr/bin/env bash
 if [ "$1" = -c ]; then echo 1e9; exit; fi
-printf '%s\\0' "{name}" "$@" $'\\n' >> "$RECORD"  # at once: run.sh test starts two programs
+printf '%s\\0' "{name}" "$@" $'\\1' >> "$RECORD"  # at once (bash flushes at \\n): run.sh test starts two
 """
 OTHERS = ("pip", "vllm", "scontrol", "sbatch")  # whose options are not ours to check
 
@@ -115,7 +115,7 @@ def calls_of(site: Path, script: str) -> list[list[str]]:
     wrong = re.search(r"command not found|syntax error|run\.sh: (unknown|no such)", done.stderr)
     assert not wrong, done.stderr
     calls = []
-    for line in record.read_text().split("\n\0")[:-1]:
+    for line in record.read_text().split("\1\0")[:-1]:
         words = line.split("\0")[:-1]
         if words[0] == "srun":
             words = words[words.index("torchrun") :]
