@@ -257,8 +257,9 @@ def system_messages(system: Any, tools: list[dict]) -> list[dict]:
 
 
 def _lists_tools(turn: Turn, names: list[str]) -> bool:
-    listed = all(name in turn.content or json.dumps(name)[1:-1] in turn.content for name in names)
-    return listed and '"parameters"' in turn.content
+    if '"parameters"' not in turn.content:
+        return False
+    return all(name in turn.content or json.dumps(name)[1:-1] in turn.content for name in names)
 
 
 def is_single_turn(record: Any) -> bool:

@@ -153,7 +153,8 @@ def _beginnings(example: Example) -> list[bytes]:
     state = hashlib.blake2b(_CANONICAL.encode(names).encode(), digest_size=16)
     hashes = []
     for message in example.messages:
-        said = [message["role"], (message.get("content") or "").split(), message.get("calls") or []]
-        state.update(_CANONICAL.encode(said).encode())
+        calls = _CANONICAL.encode(message["calls"]) if message.get("calls") else ""
+        said = [message["role"], calls, *(message.get("content") or "").split(), "\n"]
+        state.update("\0".join(said).encode())
         hashes.append(state.digest())
     return hashes

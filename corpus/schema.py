@@ -7,7 +7,6 @@ by it.
 from __future__ import annotations
 
 import re
-from itertools import chain
 from typing import Any
 
 from corpus.strict_json import strict_json
@@ -87,13 +86,15 @@ def are_filled(tools: Any) -> bool:
     """Whether Arrow has given tools other rows' keys: then a parameter is null, or what is said of it, its
     default aside.
     """
-    dicts = [tool for tool in tools if isinstance(tool, dict)] if isinstance(tools, list) else []
-    for tool in _bare_items(dicts, "tools"):
-        parameters = tool.get("parameters")
-        schema = parameters if isinstance(parameters, dict) else {}
-        declared = [*schema.values(), *properties(tool).values()]
-        told = [one.items() for one in declared if isinstance(one, dict)]
-        if None in declared or any(value is None and key != "default" for key, value in chain(*told)):
+    for tool in tools if isinstance(tools, list) else ():
+        inner = tool.get("function") if isinstance(tool, dict) else None
+        tool = inner if isinstance(inner, dict) else tool
+        parameters = tool.get("parameters") if isinstance(tool, dict) else None
+        if not isinstance(parameters, dict):
+            continue
+        declared = [*parameters.values(), *properties(tool).values()]
+        some = [one for one in declared if isinstance(one, dict) and None in one.values()]
+        if None in declared or any([k for k, v in one.items() if v is None] != ["default"] for one in some):
             return True
     return False
 
