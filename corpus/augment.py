@@ -121,14 +121,16 @@ def draw_masks(example: Example, seed: int) -> dict[str, str]:
 def _mask_text(text: str, masks: dict[str, str], tools: set[str]) -> str:
     """The text with masks for the names in it that are surely meant as names.
 
-    Those are code-like names as whole words; tool names of several words in quotes; any tool after
-    `"name": `, as in a result.
+    Those are code-like names as whole words; tool names of several words, quoted or before "tool" or
+    "function"; any tool after `"name": `, as in a result.
     """
     found = sorted((name for name in masks if name in text), key=len, reverse=True)  # the longest name wins
     listed = [name for name in found if name in tools]
+    spaced = [name for name in listed if " " in name]
     places = [
         (r"(?<!\w)", [name for name in found if " " not in name and CODE.search(name)], r"(?!\w)"),
-        (r"""(?<=["'`])""", [name for name in listed if " " in name], r"""(?=["'`])"""),
+        (r"""(?<=["'`])""", spaced, r"""(?=["'`])"""),
+        (r"(?<!\w)", spaced, r"(?= (?:tool|function)\b)"),
         (r"""(?:(?<=["']name["']: ["'])|(?<=["']name["']:["']))""", listed, """(?=["'])"""),
     ]
     parts = [f"{left}(?:{'|'.join(map(re.escape, names))}){right}" for left, names, right in places if names]

@@ -255,8 +255,15 @@ def _write_parquet(path: Path, rows: Iterator[dict]) -> None:
     import pyarrow  # optional
     from pyarrow import parquet
 
-    table = pyarrow.Table.from_pylist(list(islice(rows, 2000)))
-    with parquet.ParquetWriter(path, table.schema) as writer:
-        while table.num_rows:
-            writer.write_table(table)
-            table = pyarrow.Table.from_pylist(list(islice(rows, 2000)), schema=table.schema)
+    text = pyarrow.string()
+    names = ("split", "id", "source", "record", "messages_json", "tools_json", "demonstrations_json")
+    columns = {
+        "data_source": text,
+        "prompt": pyarrow.list_(pyarrow.struct([("role", text), ("content", text)])),
+        "ability": text,
+        "reward_model": pyarrow.struct([("style", text), ("ground_truth", text)]),
+        "extra_info": pyarrow.struct([("index", pyarrow.int64()), *((name, text) for name in names)]),
+    }
+    with parquet.ParquetWriter(path, schema := pyarrow.schema(columns)) as writer:
+        while batch := list(islice(rows, 2000)):
+            writer.write_table(pyarrow.Table.from_pylist(batch, schema=schema))

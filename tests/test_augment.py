@@ -124,7 +124,7 @@ def test_masking_hides_nearly_all_names_behind_random_ones(genuine):
     ("Any news feed? Call `find_books`.", "Any news feed? Call `<find_books>`."),
     ("The News Feed of today, TikTok Likes.", "The News Feed of today, TikTok Likes."),
     ('"News Feed of Oslo", "The News Feed"', '"News Feed of Oslo", "The News Feed"'),
-    ('From "News Feed", or the News Feed.', 'From "<News Feed>", or the News Feed.'),
+    ('From "News Feed", or the News Feed tool.', 'From "<News Feed>", or the <News Feed> tool.'),
     ("Set sortBy, text1, filter[id], a.b, a.b.c.", "Set <sortBy>, <text1>, <filter[id]>, <a.b>, <a.b.c>."),
     ("My GSTIN, mp3, e-mail, City.", "My GSTIN, mp3, e-mail, City."),  # words, too
     ('[{"name": "Rain", "is": "Rain in May"}]', '[{"name": "<Rain>", "is": "Rain in May"}]'),  # a result
