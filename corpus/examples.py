@@ -139,6 +139,8 @@ def unseen(train: Iterable[Example], held_out: Iterable[Example]) -> list[Exampl
         hashes = _beginnings(example)
         whole.add(hashes[-1])
         begun.update(hashes)
+    if not whole:
+        return list(train)
     kept = []
     for example in train:
         hashes = _beginnings(example)

@@ -31,8 +31,10 @@ STRICT = Rules()
 def _read(reader: Callable, reason: str, *arguments: Any) -> Any:
     try:
         return reader(*arguments)
+    except schema.NotJSON as error:
+        raise Unusable("broken_json", str(error)) from None
     except ValueError as error:
-        raise Unusable("broken_json" if "is not JSON" in str(error) else reason, str(error)) from None
+        raise Unusable(reason, str(error)) from None
 
 
 def decode(value: Any, field: str) -> Any:

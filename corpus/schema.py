@@ -33,6 +33,10 @@ FITS = {
 }
 
 
+class NotJSON(ValueError):
+    """A text that should be JSON, or an object that repeats a key."""
+
+
 def read_tools(value: Any) -> list[dict]:
     """The tools of a field: a list, one tool, or their JSON text; bare or in OpenAI's wrapper.
 
@@ -73,13 +77,13 @@ def _bare_items(value: Any, what: str) -> list:
 
 
 def decoded(value: Any, what: str) -> Any:
-    """A value, or the JSON in its text, which is called `what`. Raises ValueError."""
+    """A value, or the JSON in its text, which is called `what`. Raises NotJSON."""
     try:
         if isinstance(value, ValueError):  # sources' mark of an object that repeats a key
             raise value
         return strict_json(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{what} is not JSON: {error}") from None
+        raise NotJSON(f"{what} is not JSON: {error}") from None
 
 
 def are_filled(tools: Any) -> bool:

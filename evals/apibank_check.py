@@ -37,6 +37,7 @@ def after(normalise: Callable[[str], Any], same: Comparison = eq) -> Comparison:
     """Compares two texts after `normalise`. What is no text or cannot be normalised (ValueError) differs."""
 
     def compare_texts(predicted: Any, gold: Any) -> bool:
+        """Whether two values of an argument are texts that are the same once normalised. Never raises."""
         try:
             texts = isinstance(predicted, str) and isinstance(gold, str)
             return texts and same(normalise(predicted), normalise(gold))

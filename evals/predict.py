@@ -81,7 +81,8 @@ def write_predictions(
                 skipped = "prompt_too_long"
         except PromptError as error:
             ids, skipped = [], str(error)
-        name = f"{sampling.seed}/evaluation/{case.category}/{case.id}/0"  # whatever else is asked
+        # Whatever else is asked. The 0 once counted cases of the same id; without it all seeds would change.
+        name = f"{sampling.seed}/evaluation/{case.category}/{case.id}/0"
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
         if skipped:
             empty = {"output": "", "output_tokens": 0, "skipped": skipped, "latency": 0.0}

@@ -227,3 +227,9 @@ def test_a_mistake_is_one_sentence(sources, tmp_path):
     with pytest.raises(UserError, match="t.json:1: the layout is that of toolace, not of xlam") as caught:
         run(tmp_path / "out", "--xlam", sources[3])
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+
+
+def test_files_may_be_separated_by_commas_as_in_training(tmp_path):
+    a, b = (save(tmp_path / f"{rid}.json", numbered(rid)) for rid in (1, 2))
+    files = run(tmp_path / "out", "--data", f"{a},{b}", "--test_share", 0)
+    assert [row["id"] for row in files["train.jsonl"]] == ["data-1", "data2-2"]

@@ -383,3 +383,19 @@ def test_a_broken_file_is_one_sentence_with_its_line(row, message, tmp_path):
     (tmp_path / "rows.jsonl").write_text(good + json.dumps(row))
     with pytest.raises(UserError, match=f"rows.jsonl:2: .*{message}"):
         main([str(tmp_path / "rows.jsonl"), "--lenient"])
+
+
+@pytest.mark.parametrize("value", ["NaN", '{"a": 1, "a": 2}'])
+def test_a_ground_truth_that_is_no_strict_json_is_refused(value, tmp_path):
+    """It could never be paid."""
+    truth = f'[{{"name": "f", "arguments": {{"x": {value}}}}}]'
+    (tmp_path / "rows.jsonl").write_text(f'{{"completion": "x", "ground_truth": {truth}}}')
+    with pytest.raises(UserError, match="rows.jsonl:1: .*(not JSON|repeated)"):
+        main([str(tmp_path / "rows.jsonl")])
+
+
+def test_a_file_is_scored_with_a_reward_of_ones_own(tmp_path, capsys):
+    (tmp_path / "own.py").write_text("def pay(completion, answer, tools):\n    return len(answer) / 4\n")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"completion": "x", "answer": ANSWER}))
+    main([str(tmp_path / "rows.jsonl"), "--variant", f"{tmp_path / 'own.py'}:pay"])
+    assert json.loads(capsys.readouterr().out)["reward"] == len(ANSWER) / 4
