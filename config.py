@@ -82,7 +82,8 @@ class Config:
     run_dir: str = _key("runs/grpo", "where config, logs, samples, checkpoints and the final model go")
     resume: bool = _key(False, "go on from the latest checkpoint in run_dir")
     resume_step: int = _key(0, "go on from this step's checkpoint instead; 0: the latest")
-    overwrite: bool = _key(False, "delete an existing run_dir first")
+    accept_changes: bool = _key(False, "resume although settings or inputs changed; checkpoints record it")
+    overwrite: bool = _key(False, "replace the run in run_dir, once the new one can start")
     seed: int = _key(0, "decides the data order and, with step and prompt, every sample")
     # the method
     prompts_per_step: int = _key(1024, "P: prompts per rollout batch")
