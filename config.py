@@ -23,8 +23,20 @@ import yaml
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
+# ESC, BEL, backspace, carriage return and the like, C1 too, by which a text could act on a terminal.
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
+
+
+def printable(text: str) -> str:
+    """A text of a model or a data file for a terminal: control characters but tab and newline as escapes."""
+    return text.translate(_ESCAPES)
+
+
 class UserError(ValueError):
     """An error that the user can mend: run_script shows its message, one sentence, and no traceback."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())  # it may quote anything
 
 
 class ConfigError(UserError):
