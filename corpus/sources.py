@@ -291,14 +291,15 @@ def written_beside(path: Path, name: str = "") -> Iterator[Path]:
     beside = path.with_name(name or f".{os.getpid()}.{path.name}")
     try:
         yield beside
-        _sync(beside)
+        sync(beside)
         beside.replace(path)
-        _sync(path.parent)  # the new name too
+        sync(path.parent)  # the new name too
     finally:
         beside.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Returns when a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -306,13 +307,15 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomic(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str, mode: int = 0o666) -> None:
     """Gives a file of ours this content at once: after a kill or a power cut it is the old or the new one.
 
     What a kill leaves beside it, NAME.tmp, the next call takes.
     """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
     with written_beside(path, f"{path.name}.tmp") as beside:
-        beside.write_text(text, encoding="utf-8")
+        with open(os.open(beside, flags, mode), "w", encoding="utf-8") as file:
+            file.write(text)
 
 
 def file_sha256(*paths: Path) -> str:
@@ -322,21 +325,3 @@ def file_sha256(*paths: Path) -> str:
         with path.open("rb") as file:
             hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
-
-
-def write_atomic(path: Path, text: str, mode: int = 0o666) -> None:
-    """Gives a file of ours this content at once: after a kill or a power cut it is the old or the new one."""
-    beside = path.with_name(f"{path.name}.tmp")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-    with open(os.open(beside, flags, mode), "w", encoding="utf-8") as file:
-        file.write(text)
-    sync(beside)
-    beside.replace(path)
-    sync(path.parent)  # the new name too
-
-
-def sync(path: Path) -> None:
-    """Returns when a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
