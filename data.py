@@ -10,6 +10,7 @@ usage: python data.py COMMAND …; each COMMAND has its own --help
 """
 
 from __future__ import annotations
+import distributed.start  # noqa: F401
 
 import os
 import random
