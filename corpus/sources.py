@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import signal
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -283,6 +284,21 @@ def read_jsonl(path: Path, **kinds: type) -> list[dict]:
 
 
 @contextmanager
+def as_command(name: str) -> Iterator[None]:
+    """Around a command: SIGTERM ends it as Ctrl-C does, so that it takes away what it has half written, and
+    what the operating system refuses is a UserError.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        said = f"{error.filename}: {error.strerror}" if error.strerror else first_line(error)
+        raise UserError(f"{name}: {said}") from None
+
+
+@contextmanager
 def written_beside(path: Path, name: str = "") -> Iterator[Path]:
     """A file to write, which takes the place of `path` once all is on disk. After an error there is none.
 
@@ -294,6 +310,9 @@ def written_beside(path: Path, name: str = "") -> Iterator[Path]:
         _sync(beside)
         beside.replace(path)
         _sync(path.parent)  # the new name too
+    except OSError as error:
+        error.filename = str(path)  # a full disk names none
+        raise
     finally:
         beside.unlink(missing_ok=True)
 
