@@ -145,6 +145,7 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
     """
     if not path.exists():
         raise DataError(f"{path} does not exist; check the path")
+    number = 0
     try:
         with path.open("rb") as file:
             magic = file.read(4)
@@ -156,10 +157,14 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
         opened = gzip.open if magic.startswith(b"\x1f\x8b") else open
         # newline: JSONL's own. A record may hold others, such as a carriage return between its parts.
         with opened(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-            yield from _json_records(path, file)
+            for number, record in _json_records(path, file):
+                yield number, record
     except DataError:
         raise
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        if number and getattr(error, "reason", "") == "unexpected end of data":  # cut off inside a letter
+            yield number + 1, error
+            return
         raise DataError(f"{path} cannot be read: {error}; give JSON in UTF-8, its .gz, or Parquet") from None
 
 

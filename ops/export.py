@@ -210,7 +210,7 @@ def model_card(
     names = [name for name in f"{config.data},{config.test_data}".split(",") if name]
     data = {name: file_sha256(Path(name)) if Path(name).is_file() else "not a local file" for name in names}
     figures = {key: f"{value:.4g}" for key, value in evaluation.items() if isinstance(value, (int, float))}
-    commit, *changes = git.splitlines()
+    commit, *changes = git.splitlines() or ["unknown"]
     return CARD.format(
         model=config.model, commit=commit + (" with uncommitted changes" if changes else ""),
         step=state["step"], hours=state["seconds"] / 3600, flops=state["flops"], recipe=bullets(recipe),

@@ -98,9 +98,9 @@ def was_evaluated(row: dict) -> bool:
     return any("/accuracy" in key for key in row)
 
 
-def read_rows(path: Path) -> Iterator[dict]:
+def read_rows(path: Path, warn: bool = False) -> Iterator[dict]:
     """The objects of a JSONL file, a JSON array or a Trainer's state; none if there is no file. What is no
-    object is left out, with a warning unless it is the last: that may be a line that is being written.
+    object is left out. warn: says so, unless it is the last alone: that may be a line that is being written.
     """
     records = read_records(path) if path.exists() and path.stat().st_size else iter(())
     odd: list[int] = []
@@ -112,17 +112,17 @@ def read_rows(path: Path) -> Iterator[dict]:
             yield from (inner for inner in history if isinstance(inner, dict))
         else:
             yield row
-    if odd and odd != [last]:
+    if warn and odd and odd != [last]:
         what = f"left out {len(odd)} line(s) that are no JSON object, such as line {odd[0]}"
-        print(f"warning: {path}: {what}", file=sys.stderr)
+        print(printable(f"warning: {path}: {what}"), file=sys.stderr)
 
 
-def read_log(run: Path) -> list[dict]:
+def read_log(run: Path, warn: bool = False) -> list[dict]:
     """The finite numbers in the rows of a run's log; [] if there is none. A row's step is its position where
     it names none.
     """
     path = next((run / name for name in LOGS if (run / name).exists()), run / LOGS[0])
-    return [{"step": place, **numbers(row)} for place, row in enumerate(read_rows(path), 1)]
+    return [{"step": place, **numbers(row)} for place, row in enumerate(read_rows(path, warn), 1)]
 
 
 def numbers(row: dict) -> dict[str, float]:
@@ -288,6 +288,7 @@ def main(arguments: list[str]) -> None:
         if not any((run / name).exists() for name in LOGS):
             what = f"{run} has no {' or '.join(LOGS)}"
             raise ConfigError(f"plot: {what}; give the folder of a run, or a checkpoint's of TRL")
+        read_log(run, warn=True)
     target = args.out or args.runs[0] / ("curves.png" if len(args.runs) == 1 else "overlay.png")
     try:
         drawn = draw(args.runs, target)
