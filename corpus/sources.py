@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import signal
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -144,6 +145,7 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
     """
     if not path.exists():
         raise DataError(f"{path} does not exist; check the path")
+    number = 0
     try:
         with path.open("rb") as file:
             magic = file.read(4)
@@ -155,10 +157,14 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
         opened = gzip.open if magic.startswith(b"\x1f\x8b") else open
         # newline: JSONL's own. A record may hold others, such as a carriage return between its parts.
         with opened(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-            yield from _json_records(path, file)
+            for number, record in _json_records(path, file):
+                yield number, record
     except DataError:
         raise
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        if number and getattr(error, "reason", "") == "unexpected end of data":  # cut off inside a letter
+            yield number + 1, error
+            return
         raise DataError(f"{path} cannot be read: {error}; give JSON in UTF-8, its .gz, or Parquet") from None
 
 
@@ -283,6 +289,21 @@ def read_jsonl(path: Path, **kinds: type) -> list[dict]:
 
 
 @contextmanager
+def as_command(name: str) -> Iterator[None]:
+    """Around a command: SIGTERM ends it as Ctrl-C does, so that it takes away what it has half written, and
+    what the operating system refuses is a UserError.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        said = f"{error.filename}: {error.strerror}" if error.strerror else first_line(error)
+        raise UserError(f"{name}: {said}") from None
+
+
+@contextmanager
 def written_beside(path: Path, name: str = "") -> Iterator[Path]:
     """A file to write, which takes the place of `path` once all is on disk. After an error there is none.
 
@@ -294,6 +315,9 @@ def written_beside(path: Path, name: str = "") -> Iterator[Path]:
         sync(beside)
         beside.replace(path)
         sync(path.parent)  # the new name too
+    except OSError as error:
+        error.filename = str(path)  # a full disk names none
+        raise
     finally:
         beside.unlink(missing_ok=True)
 

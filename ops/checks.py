@@ -13,7 +13,7 @@ import transformers
 from packaging.version import Version
 from transformers import GenerationConfig
 
-from config import Config, ConfigError, UserError, check_positions, first_line
+from config import Config, ConfigError, UserError, check_positions, first_line, printable
 from corpus.examples import Example, Splits, example_kind
 from corpus.sources import file_sha256
 from distributed.ranks import Ranks, first_problem
@@ -43,7 +43,7 @@ class Check:
 
     def __str__(self) -> str:
         line = f"{self.status:<9}{self.name}: {self.text}"
-        return f"{line}\n{'':<9}-> {self.remedy}" if self.remedy else line
+        return printable(f"{line}\n{'':<9}-> {self.remedy}" if self.remedy else line)
 
 
 def judge(name: str, text: str, warnings: dict[str, bool], problems: dict[str, bool] | None = None) -> Check:

@@ -102,7 +102,8 @@ def _claim(path: Path, config: Config) -> str:
     free, owner = take_lock(lock)
     if not free:  # another run started here at the same moment
         return _in_use(path, owner)
-    for leftover in [*path.glob("*.tmp"), *path.glob("warmup/*.tmp")]:  # of a kill
+    patterns = ("*.tmp", "warmup/*.tmp", ".[0-9]*.*")  # the last: of written_beside
+    for leftover in itertools.chain(*(list(path.glob(pattern)) for pattern in patterns)):  # of a kill
         remove(leftover)
     if overwrite:
         _set_aside(path)
