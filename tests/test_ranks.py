@@ -209,7 +209,8 @@ def main(arguments):
         if stop.requested(ranks):
             raise Interrupted(run_dir, step)
         if ranks.main:
-            (Path(run_dir) / "latest").write_text(f"step_{step}")
+            (Path(run_dir) / f"step_{step}").mkdir(exist_ok=True)
+            (Path(run_dir) / f"step_{step}" / "manifest.json").touch()
     if ranks.main:
         print("done")
 
