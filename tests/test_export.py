@@ -65,13 +65,14 @@ def test_a_model_in_training_is_written_as_a_folder_that_computes_the_same(polic
 def test_a_checkpoint_is_exported_in_bf16(policy, ranks, tmp_path, monkeypatch):
     run, out = tmp_path / "run", tmp_path / "out"
     saver = Saver(run, ranks, 2)
-    saver.save(STATE, policy, TOKENIZER, torch.optim.AdamW(policy.parameters()))
+    accepted = {"run": {"accepted": ["after step 2: data"]}}
+    saver.save(STATE | accepted, policy, TOKENIZER, torch.optim.AdamW(policy.parameters()))
     saver.finish()
     (run / "prompt.txt").write_text("My tools:\n{tools}")
     settings = {"lr": 0.5, "data": str(run / "train.json"), "prompt_template": str(run / "prompt.txt")}
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     (run / "train.json").write_text("[]")
-    (run / "git.txt").write_text("commit 238d6d1\n M grpo.py\n")
+    (run / "git.txt").write_text("commit 238d6d1\n M grpo.py\n\nresumed on 2026-01-02 with\ncommit 5f0a\n")
     append_jsonl(run / "log.jsonl", [{"step": 3, "bfcl/accuracy": 0.75, "bfcl/n": 200}])
     main([str(run / "step_3"), str(out)])
     loaded = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
@@ -80,7 +81,7 @@ def test_a_checkpoint_is_exported_in_bf16(policy, ranks, tmp_path, monkeypatch):
     assert loaded.dtype == torch.bfloat16 and torch.equal(loaded(IDS).logits, whole(IDS).logits)
     card = (out / "README.md").read_text()
     for line in ("- `lr`: 0.5", "After step 3 (2 hours, 1.5e+18 FLOPs)", "- `bfcl/accuracy`: 0.75",
-                 "My tools:\n{tools}\n", "commit 238d6d1 with uncommitted changes",
+                 "My tools:\n{tools}\n", "commit 238d6d1, commit 5f0a with uncommitted changes", "- after step 2: data",
                  f"- `{run / 'train.json'}`: 4f53cda18c2baa0c"):
         assert line in card, line
     with pytest.raises(ConfigError, match="out exists already"):
