@@ -12,7 +12,6 @@ from corpus.sources import read_jsonl
 from evals import report
 from evals.report import compare, interval, mcnemar, read_predictions, sampled_interval, tally
 
-
 HALF = [b'{"id": "b", "output": "', b'{"id": "\xc3', b"\0" * 9, b"{\n"]
 
 
