@@ -201,7 +201,7 @@ def test_nothing_in_a_reply_acts_on_the_terminal(tmp_path, capsys):
     ours = write_jsonl(tmp_path / "a.jsonl", [{"id": f"simple_python_{hostile}", "valid": True}])
     assert main(["--diff", str(ours), str(ours)]) == 0
     rows = [{"id": f"x{hostile}", "output": ""}]
-    main(["score", "--predictions", str(write_jsonl(tmp_path / "p.jsonl", rows)), "--data", str(tmp_path / "d"),
-          "--out", str(tmp_path / "o2")])
+    predictions = str(write_jsonl(tmp_path / "p.jsonl", rows))
+    assert main(["score", "--predictions", predictions, "--data", str(tmp_path / "d"), "--out", "o2"]) == 2
     told = "".join(capsys.readouterr()) + (tmp_path / "o" / "failures.txt").read_text(encoding="utf-8")
     assert not set(told) & set(hostile) - set("[2K")
