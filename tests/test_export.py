@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from config import Config, ConfigError
+from config import Config, ConfigError, UserError
 from corpus.sources import append_jsonl
 from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
 from distributed.checkpoint import Saver
@@ -93,6 +93,22 @@ def test_a_checkpoint_is_exported_in_bf16(policy, ranks, tmp_path, monkeypatch):
     monkeypatch.chdir(out)
     for code in re.findall(r"(?ms)^```python\n(.*?)^```", card):
         exec(code.replace("max_new_tokens=200", "max_new_tokens=2"), {})
+    (tmp_path / "file").touch()
+    for where in ("file/out", "file/in/out"):
+        with pytest.raises(UserError, match="^export: .*file"):
+            main([str(run / "step_3"), str(tmp_path / where)])
+    (run / "git.txt").write_text("")
+    broken = {"log.jsonl": b"{}\n", "config.yaml": b"lr: [", "step_3/state.json": b"{"}
+    for name, content in broken.items():
+        before = (run / name).read_bytes()
+        (run / name).write_bytes(content)
+        with pytest.raises(UserError, match=str(run / name)):
+            main([str(run / "step_3"), str(tmp_path / "broken")])
+        (run / name).write_bytes(before)
+    with pytest.raises(UserError, match="step_4"):
+        main([str(run / "step_4"), str(tmp_path / "broken")])
+    assert not list(tmp_path.glob("broken*"))
+    main([str(run / "step_3"), str(tmp_path / "unknown")])
     for name in ("git.txt", "log.jsonl"):  # a checkpoint that was copied without them
         (run / name).unlink()
     main([str(run / "step_3"), str(tmp_path / "copied")])
