@@ -81,7 +81,8 @@ def test_a_checkpoint_is_exported_in_bf16(policy, ranks, tmp_path, monkeypatch):
     assert loaded.dtype == torch.bfloat16 and torch.equal(loaded(IDS).logits, whole(IDS).logits)
     card = (out / "README.md").read_text()
     for line in ("- `lr`: 0.5", "After step 3 (2 hours, 1.5e+18 FLOPs)", "- `bfcl/accuracy`: 0.75",
-                 "My tools:\n{tools}\n", "commit 238d6d1, commit 5f0a with uncommitted changes", "- after step 2: data",
+                 "My tools:\n{tools}\n", "commit 238d6d1, commit 5f0a with uncommitted changes",
+                 "- after step 2: data",
                  f"- `{run / 'train.json'}`: 4f53cda18c2baa0c"):
         assert line in card, line
     with pytest.raises(ConfigError, match="out exists already"):
