@@ -235,10 +235,6 @@ def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
 
 def _convert(key: str, value: Any, kind: type) -> Any:
     """A YAML or command-line value as `kind`. "1e-6" is text to YAML, and a bool must not pass for an int."""
-    if key == "skip_zero_variance" and str(value).lower() == "false":  # it was a switch once
-        value = ""
-    if key == "skip_zero_variance" and value is True:
-        value = "true"  # _check names the two that it can be now
     try:
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]

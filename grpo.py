@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import Config, UserError, load_config
+from config import Config, load_config
 from distributed.batches import (
     Group,
     MicroBatch,
@@ -46,8 +46,6 @@ from model import count_parameters
 from rollout import Decoding, Work, rollout_metrics, sample_groups, sample_rows, score_groups, speed_metrics
 from session import Run, RunSpec, begin, close, evaluate_if_missing, finish_step, open_session, start_step
 from sft import warm_up
-
-MOVED = {"--plan": "ops.plan --config C", "--doctor": "ops.doctor --config C", "--export": "ops.export"}
 
 # ---------------------------------------------------------------------------------------------- the objective
 
@@ -230,8 +228,6 @@ def train(run: Run) -> None:
 
 def main(arguments: list[str]) -> None:
     """Collective. Trains as the settings say (config.py): `--config FILE.yaml --key value …`."""
-    for old in MOVED.keys() & set(arguments):
-        raise UserError(f"{old} is a command of its own now: python -m {MOVED[old]}")
     config = load_config(arguments)
     ranks = start_ranks(config.timeout_minutes)
     with Clock(ranks.watchdog)("set-up"):

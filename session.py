@@ -34,17 +34,7 @@ from ops.checks import Start, check_names, check_start
 from ops.export import ask_from_tools, export, write_model
 from ops.monitor import Monitor, attempt, close_monitor, open_monitor, show
 from ops.plot import headline, summarize, was_evaluated
-from ops.run_dir import (
-    atomic_folder,
-    begin_or_resume,
-    cut_log,
-    hash_inputs,
-    hash_model,
-    let_go,
-    open_run,
-    replacing,
-    settings_of,
-)
+from ops.run_dir import atomic_folder, begin_or_resume, cut_log, identity_of, let_go, open_run, replacing
 from ops.samples_page import write_page
 from prompts import check_tokenizer, load_template, render_prompt
 from reward import RewardFunction, reward_function
@@ -147,8 +137,7 @@ def open_session(config: Config, ranks: Ranks, method: str, examined: bool = Fal
         path, cold = start_model(config, inputs, ranks)
         if config.model == "tiny":
             inputs = read_prompts(config, path, inputs, quiet)
-        hashes = hash_inputs(config, inputs.template, inputs.splits, inputs.tokenized) if ranks.main else {}
-        identity = {"settings": settings_of(config), "inputs": hashes, "model": hash_model(path, ranks)}
+        identity = identity_of(config, inputs.template, inputs.splits, inputs.tokenized, path, ranks)
         begin_or_resume(config, identity, ranks)
         session = Session(config, ranks, method, folder, stop, inputs, path, cold, began, identity)
         checkpoint = latest_checkpoint(folder)
@@ -189,7 +178,7 @@ def start_model(config: Config, inputs: Inputs, ranks: Ranks) -> tuple[str, bool
         with atomic_folder(warm / "start") as folder:
             export(prepare_model(model, torch.device("cpu")), tokenizer, folder)
     ranks.gather(None)
-    return str(warm / "start"), True
+    return str(warm / "start"), config.warmup_steps > 0
 
 
 # ------------------------------------------------------------------------------------------------------ a run
@@ -337,15 +326,10 @@ def finish_step(run: Run, metrics: dict[str, float], rows: Sequence[dict] = (), 
     record.update({f"time/{phase}_s": seconds for phase, seconds in run.clock.seconds.items()})
     record.update(seconds=state["seconds"], flops=state["flops"])
     if rows and run.ranks.main:
-        write_rows(run, "samples.jsonl", rows)
+        append_jsonl(run.folder / "samples.jsonl", rows)
+        run.state["rows"]["samples.jsonl"] += len(rows)
     log(run, record)
     save_or_stop(run, last)
-
-
-def write_rows(run: Run, name: str, rows: Sequence[dict]) -> None:
-    """On the main rank: appends to one of the LOGS. Counts, so that a resume notices a lost row."""
-    append_jsonl(run.folder / name, rows)
-    run.state["rows"][name] += len(rows)
 
 
 def stop_on_failures(run: Run, metrics: dict[str, float], rows: Sequence[dict]) -> None:
@@ -366,7 +350,8 @@ def stop_on_failures(run: Run, metrics: dict[str, float], rows: Sequence[dict]) 
 def log(run: Run, record: dict) -> None:
     """Appends a record to the run's log.jsonl, and shows it."""
     if run.ranks.main:
-        write_rows(run, "log.jsonl", [record])
+        append_jsonl(run.folder / "log.jsonl", [record])
+        run.state["rows"]["log.jsonl"] += 1
     if run.monitor:
         show(run.monitor, record, run.steps)
 
@@ -384,7 +369,8 @@ def evaluate_if_missing(run: Run) -> None:
     if run.results:
         return
     evaluate_sets(run)
-    if run.ranks.main and run.results and not was_evaluated(read_jsonl(run.folder / "log.jsonl")[-1]):
+    logged = read_jsonl(run.folder / "log.jsonl")[-1:] if run.ranks.main else []
+    if run.ranks.main and run.results and not any(map(was_evaluated, logged)):
         log(run, {"step": run.state["step"], **run.results})
 
 

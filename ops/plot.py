@@ -64,12 +64,16 @@ def summarize(log: list[dict], splits: Sequence[str]) -> dict:
     accuracy_* is of the split held_out; the others carry their name, as in strict_accuracy_after.
     """
     steps = [row for row in log if "reward" in row]
-    first, last = [row["reward"] for row in steps[:5]], [row["reward"] for row in steps[-10:]]
-    summary = {"steps": len(steps), "wall_s": round(steps[-1]["seconds"], 1), "flops": steps[-1]["flops"]}
-    summary["reward_first5"] = sum(first) / len(first)
-    summary["reward_last10"] = sum(last) / len(last)
+    summary = {"steps": len(steps)}
+    if steps:  # else its log was lost
+        first, last = [row["reward"] for row in steps[:5]], [row["reward"] for row in steps[-10:]]
+        summary |= {"wall_s": round(steps[-1]["seconds"], 1), "flops": steps[-1]["flops"]}
+        summary["reward_first5"] = sum(first) / len(first)
+        summary["reward_last10"] = sum(last) / len(last)
     for name in splits:
         evaluated = [row for row in log if f"{name}/accuracy" in row]
+        if not evaluated:
+            continue
         before, after = evaluated[0], evaluated[-1]
         prefix = "" if name == "held_out" else f"{name}_"
         summary[f"{prefix}accuracy_before"] = before[f"{name}/accuracy"]
@@ -84,8 +88,10 @@ def summarize(log: list[dict], splits: Sequence[str]) -> dict:
 
 def headline(summary: dict) -> str:
     """The lines that a run ends with: its reward, and every split's accuracy."""
-    first, last = summary["reward_first5"], summary["reward_last10"]
-    lines = [f"reward: first 5 steps {first:.3f}, last 10 steps {last:.3f}"]
+    lines = []
+    if "reward_first5" in summary:
+        first, last = summary["reward_first5"], summary["reward_last10"]
+        lines.append(f"reward: first 5 steps {first:.3f}, last 10 steps {last:.3f}")
     for key in [key for key in summary if key.endswith("accuracy_before")]:
         split = key.removesuffix("accuracy_before").rstrip("_") or "held_out"
         after = summary[key.replace("before", "after")]

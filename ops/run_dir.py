@@ -182,20 +182,23 @@ def hash_model(path: str, ranks: Ranks) -> dict[str, str]:
     return dict(ChainMap(*ranks.gather(own)))
 
 
-def hash_inputs(config: Config, template: str, splits: Splits, tokenized: Splits) -> dict[str, str]:
-    """SHA-256 of what else a run starts from, by name.
+def identity_of(
+    config: Config, template: str, splits: Splits, tokenized: Splits, path: str, ranks: Ranks
+) -> dict:
+    """Collective. What a run is: its settings, and SHA-256 of its inputs and of its start model in `path`.
 
     The prompts are hashed as token ids, so that every part of the chat template and the tokenizer counts.
     """
     held_out = [example for examples in splits.held_out.values() for example in examples]
     file = config.reward.rpartition(":")[0]
-    return {
+    inputs = {
         "data": _digest(map(_example_bytes, splits.train)),
         "test_data": _digest(map(_example_bytes, held_out)),
         "prompt_template": _digest([template.encode()]),
         "prompts as token ids": _digest(array("q", item.ids).tobytes() for item in tokenized.train),
         "the reward's file": file_sha256(Path(file).expanduser()) if file else "",
     }
+    return {"settings": settings_of(config), "inputs": inputs, "model": hash_model(path, ranks)}
 
 
 def _digest(parts: Iterable[bytes]) -> str:
@@ -219,8 +222,8 @@ def settings_of(config: Config) -> dict:
 def begin_or_resume(config: Config, identity: dict, ranks: Ranks) -> None:
     """Collective. Compares a run that goes on with its checkpoint, which resume_step may choose.
 
-    identity: of this start: settings, and hashes of the inputs and of the model. Every checkpoint carries it.
-    "accepted" is added: the changes that accept_changes let pass. Then config.yaml and git.txt are written.
+    identity: of this start, by identity_of; every checkpoint carries it. "accepted" is added: the changes
+    that accept_changes let pass. Then config.yaml and git.txt are written.
     Raises ConfigError, before anything is changed, where the run would be another one.
     """
     path, problem = Path(config.run_dir), ""

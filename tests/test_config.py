@@ -56,7 +56,6 @@ def test_a_flag_without_a_value_is_true():
 def test_every_value_has_the_type_of_its_default(tmp_path):
     """YAML reads 1e-6, without a dot, as a string."""
     text = "steps: '12'\nkl_coef: 0\nlr: 1e-6\nrun_dir: 7\nprompts_per_step: 512.0\nlenient: 1\n"
-    text += "skip_zero_variance: false\n"  # as older runs wrote it
     loaded = load_config(["--config", write(tmp_path / "c.yaml", text)])
     for field in dataclasses.fields(Config):
         assert type(getattr(loaded, field.name)) is type(field.default), field.name
@@ -91,7 +90,6 @@ def test_settings_that_cannot_work_are_refused(arguments):
         ("steps: 1.5\n", "steps must be a whole number, not "),
         ("lr: .nan\n", "lr must be a number, not "),
         ("overwrite: 2\n", "overwrite must be true or false, not "),
-        ("skip_zero_variance: true\n", "skip_zero_variance must be rest or all, not 'true'"),  # once a switch
         ("seed: 1\nlr: [1\nsteps: 2\n", "(line 3)"),
         ("", "must hold `key: value` lines"),
         ("run_dir: läufe\n", "cannot read"),  # written as Latin-1
