@@ -12,7 +12,7 @@ import re
 import signal
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -303,6 +303,14 @@ def as_command(name: str) -> Iterator[None]:
         raise UserError(f"{name}: {said}") from None
 
 
+def folder_above(path: Path) -> Path:
+    """The nearest folder at or above `path` that is there. Raises UserError where one cannot write in it."""
+    above = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {path}: {above} is no folder, or may not be written in")
+    return above
+
+
 @contextmanager
 def written_beside(path: Path, name: str = "") -> Iterator[Path]:
     """A file to write, which takes the place of `path` once all is on disk. After an error there is none.
@@ -319,7 +327,8 @@ def written_beside(path: Path, name: str = "") -> Iterator[Path]:
         error.filename = str(path)  # a full disk names none
         raise
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
 
 
 def _sync(path: Path) -> None:
