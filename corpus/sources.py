@@ -105,12 +105,13 @@ def _one_split(names: Sequence[str], where: str, wanted: str = "") -> list[str]:
 def _download(repository: str, inner: str) -> list[Path]:
     """The files of a data set on the hub. inner: a file, folder or split in it, or "" for all there is."""
     # Comes with transformers; imported here, because local files do without it.
-    from huggingface_hub import HfApi, errors, hf_hub_download
+    from huggingface_hub import HfApi, constants, errors, get_session, hf_hub_download
 
     page = f"https://huggingface.co/datasets/{repository}"
     try:
         names = [inner]
         if not inner.endswith(SUFFIXES):
+            get_session().head(constants.ENDPOINT, timeout=10)  # the next line would try for 20 s
             listed = HfApi().list_repo_files(repository, repo_type="dataset")
             inside = [name for name in listed if name.startswith(f"{inner}/")]
             names = _one_split(inside or listed, repository, "" if inside else inner)
