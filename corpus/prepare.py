@@ -29,7 +29,7 @@ from corpus.dialogues import is_single_turn
 from corpus.examples import KINDS, Dropped, Example, Unusable, example_kind, split_records, unseen
 from corpus.layouts import load_examples, read_examples, trl_row, verl_row, write_examples, write_rows
 from corpus.rules import KEEPABLE, Rules
-from corpus.sources import DataError, file_sha256, find_files
+from corpus.sources import DataError, file_sha256, find_files, folder_above
 from corpus.synthetic import synthetic_splits
 from prompts import SYSTEM_TEMPLATE, PromptError, build_messages, encode_prompt, load_template, render_calls
 
@@ -215,6 +215,7 @@ def main(arguments: list[str], load_tokenizer: Callable) -> None:
     out = Path(args.out)
     if any((out / name).exists() for name in OUTPUTS) and not args.overwrite:
         raise DataError(f"{out} holds a prepared set already; choose another --out or add --overwrite")
+    folder_above(out)
     length_of = partial(prompt_length, template=template, tokenizer=tokenizer, limit=args.max_prompt_tokens)
     with TemporaryDirectory() as folder:
         made = sift(inputs, args, length_of, Path(folder))

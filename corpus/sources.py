@@ -12,7 +12,7 @@ import re
 import signal
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -105,12 +105,13 @@ def _one_split(names: Sequence[str], where: str, wanted: str = "") -> list[str]:
 def _download(repository: str, inner: str) -> list[Path]:
     """The files of a data set on the hub. inner: a file, folder or split in it, or "" for all there is."""
     # Comes with transformers; imported here, because local files do without it.
-    from huggingface_hub import HfApi, errors, hf_hub_download
+    from huggingface_hub import HfApi, constants, errors, get_session, hf_hub_download
 
     page = f"https://huggingface.co/datasets/{repository}"
     try:
         names = [inner]
         if not inner.endswith(SUFFIXES):
+            get_session().head(constants.ENDPOINT, timeout=10)  # the next line would try for 20 s
             listed = HfApi().list_repo_files(repository, repo_type="dataset")
             inside = [name for name in listed if name.startswith(f"{inner}/")]
             names = _one_split(inside or listed, repository, "" if inside else inner)
@@ -303,6 +304,14 @@ def as_command(name: str) -> Iterator[None]:
         raise UserError(f"{name}: {said}") from None
 
 
+def folder_above(path: Path) -> Path:
+    """The nearest folder at or above `path` that is there. Raises UserError where one cannot write in it."""
+    above = next(one for one in (path, *path.absolute().parents) if one.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise UserError(f"cannot write {path}: {above} is no folder, or may not be written in")
+    return above
+
+
 @contextmanager
 def written_beside(path: Path, name: str = "") -> Iterator[Path]:
     """A file to write, which takes the place of `path` once all is on disk. After an error there is none.
@@ -319,7 +328,8 @@ def written_beside(path: Path, name: str = "") -> Iterator[Path]:
         error.filename = str(path)  # a full disk names none
         raise
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
 
 
 def sync(path: Path) -> None:

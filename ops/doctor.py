@@ -17,9 +17,9 @@ from pathlib import Path
 
 import torch
 
-from config import Config, ConfigError, count_steps, load_config, printable
+from config import Config, ConfigError, UserError, count_steps, load_config, printable
 from corpus.layouts import write_examples
-from corpus.sources import as_command
+from corpus.sources import as_command, folder_above
 from distributed.ranks import Ranks, first_problem, run_script, start_ranks
 from grpo import grpo_spec, grpo_step
 from ops.checks import Check, Start, check_names, examine, judge, tell
@@ -40,10 +40,10 @@ def main(arguments: list[str]) -> None:
     try:
         if ranks.main:
             try:
-                above = next(path for path in Path(config.run_dir).absolute().parents if path.exists())
+                above = folder_above(Path(config.run_dir).absolute().parent)
                 name = tempfile.mkdtemp(prefix=".doctor-", dir=above)
-            except OSError as error:
-                problem = f"run_dir: cannot use {config.run_dir}: {error.strerror}"
+            except (OSError, UserError) as error:
+                problem = f"run_dir: {error}"
         if problem := first_problem(problem, ranks):
             raise ConfigError(problem)
         folder = Path(ranks.gather(name)[0])

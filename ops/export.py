@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 import prompts
 from config import Config, ConfigError, load_config
-from corpus.sources import as_command, file_sha256, iter_jsonl
+from corpus.sources import as_command, file_sha256, folder_above, iter_jsonl
 from distributed.checkpoint import full_state
 from distributed.fsdp import class_name, full_tensor, weights
 from distributed.ranks import Ranks, run_script
@@ -248,6 +248,7 @@ def main(arguments: list[str]) -> None:
     transformers_logging.disable_progress_bar()
     if args.out.exists():
         raise ConfigError(f"export: {args.out} exists already")
+    folder_above(args.out)
     full = full_state(source, torch.bfloat16)
     config = load_config(["--config", str(run / "config.yaml")])
     state = json.loads((source / "state.json").read_text(encoding="utf-8"))["state"]

@@ -228,6 +228,9 @@ def test_a_mistake_is_one_sentence(sources, tmp_path):
     with pytest.raises(UserError, match="t.json:1: the layout is that of toolace, not of xlam") as caught:
         run(tmp_path / "out", "--xlam", sources[3])
     assert "\n" not in str(caught.value) and not (tmp_path / "out").exists()
+    for out in (Path(sources[1]), Path(sources[1]) / "in" / "it"):
+        with pytest.raises(UserError, match="x.json is no folder"):
+            run(out, *sources)
 
 
 def test_files_may_be_separated_by_commas_as_in_training(tmp_path):

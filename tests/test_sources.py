@@ -5,6 +5,7 @@ import hashlib
 import json
 from datetime import date
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from test_layouts import ids_of, save, xlam
@@ -194,6 +195,7 @@ def hub(monkeypatch, tmp_path):
         "me/saved": ["dataset_dict.json", "train/state.json", "train/data-00000-of-00001.arrow"],
     }
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda self, name, repo_type: files[name])
+    monkeypatch.setattr("huggingface_hub.get_session", Mock())
     monkeypatch.chdir(tmp_path)
     return asked
 
