@@ -20,11 +20,23 @@ from typing import Any
 
 import yaml
 
-KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text (perhaps in quotes)"}
+
+
+# ESC, BEL, backspace, carriage return and the like, C1 too, by which a text could act on a terminal.
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
+
+
+def printable(text: str) -> str:
+    """A text of a model or a data file for a terminal: control characters but tab and newline as escapes."""
+    return text.translate(_ESCAPES)
 
 
 class UserError(ValueError):
     """An error that the user can mend: run_script shows its message, one sentence, and no traceback."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())  # it may quote anything
 
 
 class ConfigError(UserError):
@@ -82,7 +94,8 @@ class Config:
     run_dir: str = _key("runs/grpo", "where config, logs, samples, checkpoints and the final model go")
     resume: bool = _key(False, "go on from the latest checkpoint in run_dir")
     resume_step: int = _key(0, "go on from this step's checkpoint instead; 0: the latest")
-    overwrite: bool = _key(False, "delete an existing run_dir first")
+    accept_changes: bool = _key(False, "resume although settings or inputs changed; checkpoints record it")
+    overwrite: bool = _key(False, "replace the run in run_dir, once the new one can start")
     seed: int = _key(0, "decides the data order and, with step and prompt, every sample")
     # the method
     prompts_per_step: int = _key(1024, "P: prompts per rollout batch")
@@ -203,11 +216,10 @@ def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         values, node = yaml.safe_load(text), yaml.compose(text, Loader=yaml.SafeLoader)
     except (OSError, UnicodeDecodeError):
         raise ConfigError(f"config: cannot read {path}; the ready ones are in configs/") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError) as error:  # 2024-99-99 too
         mark = getattr(error, "problem_mark", None)
-        raise ConfigError(
-            f"config: {path} is not YAML" + (f" (line {mark.line + 1})" if mark else "")
-        ) from None
+        where = f"line {mark.line + 1}" if mark else first_line(error)
+        raise ConfigError(f"config: {path} is not YAML ({where}); mend it or take another") from None
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise ConfigError(f"config: {path} must hold `key: value` lines")
     for key, count in Counter(key.value for key, _ in node.value).items():
@@ -215,7 +227,8 @@ def _read_yaml(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
             raise ConfigError(f"config: {key} stands {count} times in {path}")
     base = values.pop("base", None)
     above = (*above, path.resolve())
-    if base is not None and (not isinstance(base, str) or (path.parent / base).resolve() in above):
+    named = base is None or (isinstance(base, str) and "\0" not in base)
+    if not named or (base and (path.parent / base).resolve() in above):
         raise ConfigError(f"config: base in {path} must name another YAML file, not {base!r}")
     return (_read_yaml(path.parent / base, above) if base else {}) | values
 
@@ -229,7 +242,7 @@ def _convert(key: str, value: Any, kind: type) -> Any:
     try:
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False}[str(value).lower()]
-        if isinstance(value, (bool, list, dict)) or value is None:
+        if type(value) not in (str, int, float) or "\0" in str(value):  # YAML also has dates, sets, bytes
             raise ValueError
         if kind is int and float(value) != int(float(value)):
             raise ValueError
@@ -238,7 +251,8 @@ def _convert(key: str, value: Any, kind: type) -> Any:
             raise ValueError
         return number
     except (ValueError, KeyError, OverflowError):
-        raise ConfigError(f"{key} must be {KINDS[kind]}, not {value!r}") from None
+        shown = repr(value) if isinstance(value, str) else str(value)  # a date as the file has it
+        raise ConfigError(f"{key} must be {KINDS[kind]}, not {shown[:80]}") from None
 
 
 def template_kwargs(text: str) -> dict[str, Any]:
@@ -248,7 +262,7 @@ def template_kwargs(text: str) -> dict[str, Any]:
         json.dumps(values, allow_nan=False)
         if all(key.isidentifier() and value is not None for key, value in values.items()):
             return values
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError):
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
         pass
     example = "names and values such as 'enable_thinking: true' (with a space)"
     raise ConfigError(f"chat_template_kwargs must be {example}, not {text!r}")

@@ -250,6 +250,8 @@ def main(arguments: list[str]) -> None:
     config = load_config(arguments)
     ranks = start_ranks(config.timeout_minutes)
     session = open_session(config, ranks, "grpo")
+    if session.finished:
+        return
     if session.cold:
         session = warm_up(session)
     run = begin(session, grpo_spec(session))

@@ -20,10 +20,10 @@ from torch import nn
 
 from config import Config, check_positions, count_steps
 from corpus.examples import Splits, Tokenized
-from corpus.sources import append_jsonl, read_jsonl
+from corpus.sources import append_jsonl, read_jsonl, sync, write_atomic
 from corpus.tiny_model import LAYERS, VOCABULARY, build_tiny_model, build_tiny_tokenizer
 from data import load_splits, tokenize_splits
-from distributed.checkpoint import Saver, choose_step, latest_checkpoint, load_checkpoint
+from distributed.checkpoint import Saver, latest_checkpoint, load_checkpoint
 from distributed.fsdp import gathered_weights, load_sharded, make_mesh
 from distributed.ranks import Clock, Interrupted, Ranks, StopFlag
 from distributed.weights import model_config
@@ -34,10 +34,22 @@ from ops.checks import Start, check_names, check_start
 from ops.export import ask_from_tools, export, write_model
 from ops.monitor import Monitor, attempt, close_monitor, open_monitor, show
 from ops.plot import headline, summarize, was_evaluated
-from ops.run_dir import atomic_folder, cut_log, open_run
+from ops.run_dir import (
+    atomic_folder,
+    begin_or_resume,
+    cut_log,
+    hash_inputs,
+    hash_model,
+    let_go,
+    open_run,
+    replacing,
+    settings_of,
+)
 from ops.samples_page import write_page
 from prompts import check_tokenizer, load_template, render_prompt
 from reward import RewardFunction, reward_function
+
+LOGS = ("log.jsonl", "samples.jsonl")
 
 # --------------------------------------------------------------------------------------- before any weights
 
@@ -58,7 +70,8 @@ class Inputs:
 class Session:
     """A run before it has weights. path: the start model's folder or hub id; cold: it needs a warm-up first.
 
-    began: time.perf_counter(), moved back by the seconds of a warm-up before a resume.
+    began: time.perf_counter(), moved back by the seconds of a warm-up before a resume. identity: what the run
+    is, see run_dir.begin_or_resume. finished: nothing is left to do, and the rest is not set up.
     """
 
     config: Config
@@ -69,8 +82,10 @@ class Session:
     inputs: Inputs
     path: str
     cold: bool
-    monitor: Monitor | None  # of the main process
     began: float
+    identity: dict
+    monitor: Monitor | None = None  # of the main process
+    finished: bool = False
 
     @property
     def batch_size(self) -> int:
@@ -81,6 +96,11 @@ class Session:
     def steps(self) -> int:
         """Of the whole run."""
         return count_steps(self.config, len(self.inputs.tokenized.train), self.batch_size)
+
+    def done(self, state: dict) -> bool:
+        """Whether no step follows a checkpoint with this state."""
+        budget = self.config.sft_flops if self.method == "sft" else 0.0
+        return state["flops"] >= budget if budget else state["step"] >= self.steps
 
 
 def read_inputs(config: Config) -> Inputs:
@@ -122,21 +142,29 @@ def open_session(config: Config, ranks: Ranks, method: str, examined: bool = Fal
     if ranks.main:
         backend = attention_backend(ranks.device)
         print(f"run: {folder} · {ranks.world} process(es) on {ranks.device} · attention: {backend}")
-    choose_step(folder, config.resume_step, ranks)
-    checkpoint = latest_checkpoint(folder)
-    earlier = latest_checkpoint(folder / "warmup")
-    monitor = open_monitor(config, folder, checkpoint[1]["step"] if checkpoint else 0, ranks)
-    path, cold = start_model(config, inputs, ranks)
-    if config.model == "tiny":
-        inputs = read_prompts(config, path, inputs, quiet)
-    began -= earlier[1]["seconds"] if earlier and not checkpoint else 0.0
-    session = Session(config, ranks, method, folder, stop, inputs, path, cold, monitor, began)
-    if not examined:
-        start = Start(
-            config, ranks, inputs.template, inputs.reward, inputs.splits, inputs.tokenized, inputs.tokenizer,
-            path, session.steps,
-        )
-        check_start(start)
+    with replacing(folder, ranks):
+        path, cold = start_model(config, inputs, ranks)
+        if config.model == "tiny":
+            inputs = read_prompts(config, path, inputs, quiet)
+        hashes = hash_inputs(config, inputs.template, inputs.splits, inputs.tokenized) if ranks.main else {}
+        identity = {"settings": settings_of(config), "inputs": hashes, "model": hash_model(path, ranks)}
+        begin_or_resume(config, identity, ranks)
+        session = Session(config, ranks, method, folder, stop, inputs, path, cold, began, identity)
+        checkpoint = latest_checkpoint(folder)
+        finished = checkpoint and session.done(checkpoint[1]) and (folder / "summary.json").exists()
+        if ranks.gather(finished)[0]:
+            if ranks.main:
+                print(f"nothing is left to do: {checkpoint[0].name} was the last; see {folder / 'model'}")
+            return replace(session, finished=True)
+        if not checkpoint and (earlier := latest_checkpoint(folder / "warmup")):
+            session.began -= earlier[1]["seconds"]
+        session.monitor = open_monitor(config, folder, checkpoint[1]["step"] if checkpoint else 0, ranks)
+        if not examined:
+            start = Start(
+                config, ranks, inputs.template, inputs.reward, inputs.splits, inputs.tokenized,
+                inputs.tokenizer, path, session.steps,
+            )
+            check_start(start)
     return session
 
 
@@ -243,27 +271,32 @@ def load_policy(
 def begin(session: Session, spec: RunSpec) -> Run:
     """Collective. Policy, reference and optimizer, fresh or from the latest checkpoint in spec.folder."""
     config, ranks, inputs = session.config, session.ranks, session.inputs
-    policy = load_policy(config, spec.path, spec.temperature, ranks)
-    # The reference is always the model that training started from, also after a resume.
-    reference = None
-    if spec.reference:
-        reference = load_policy(config, spec.path, spec.temperature, ranks, policy)
-    check_positions(config, policy.config)
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=spec.lr, weight_decay=0.0, betas=spec.betas, fused=True
-    )
-    saver = Saver(spec.folder, ranks, config.keep_checkpoints, config.background_save)
     method = "sft" if spec.warm_up else session.method
     state = {"method": method, "step": 0, "flops": 0.0, "seconds": 0.0}
-    checkpoint = latest_checkpoint(spec.folder)
-    if checkpoint:
-        state = checkpoint[1]
-        load_checkpoint(checkpoint[0], policy, optimizer, ranks)
+    with replacing(session.folder, ranks):
+        policy = load_policy(config, spec.path, spec.temperature, ranks)
+        # The reference is always the model that training started from, also after a resume.
+        reference = None
+        if spec.reference:
+            reference = load_policy(config, spec.path, spec.temperature, ranks, policy)
+        check_positions(config, policy.config)
+        optimizer = torch.optim.AdamW(
+            policy.parameters(), lr=spec.lr, weight_decay=0.0, betas=spec.betas, fused=True
+        )
+        saver = Saver(spec.folder, ranks, config.keep_checkpoints, config.background_save)
+        checkpoint = latest_checkpoint(spec.folder)
+        if checkpoint:
+            state = checkpoint[1]
+            load_checkpoint(checkpoint[0], policy, optimizer, ranks)
+    let_go(session.folder, ranks)
     if config.resume and ranks.main and not spec.warm_up:
         print(f"going on from {checkpoint[0].name if checkpoint else 'the start: no step is saved'}")
-    if ranks.main:  # steps after the checkpoint are done again; without one, all of them
-        for name in ("log.jsonl", "samples.jsonl"):
-            cut_log(spec.folder / name, state["step"] if checkpoint else -1)
+    state["run"] = session.identity
+    if ranks.main:
+        (spec.folder / "summary.json").unlink(missing_ok=True)  # it says that all is done
+        rows = state.setdefault("rows", {})  # written to each log so far
+        for name in LOGS:  # steps after the checkpoint are done again; without one, all of them
+            rows[name] = cut_log(spec.folder / name, state["step"] if checkpoint else -1, rows.get(name, 0))
     run = Run(
         config, ranks, session.method, spec.folder, session.stop, inputs.tokenizer, inputs.reward,
         policy, reference, optimizer, saver, inputs.tokenized.train, inputs.sets,
@@ -302,15 +335,21 @@ def finish_step(run: Run, metrics: dict[str, float], rows: Sequence[dict] = (), 
     record.update({f"time/{phase}_s": seconds for phase, seconds in run.clock.seconds.items()})
     record.update(seconds=state["seconds"], flops=state["flops"])
     if rows and run.ranks.main:
-        append_jsonl(run.folder / "samples.jsonl", rows)
+        write_rows(run, "samples.jsonl", rows)
     log(run, record)
     save_or_stop(run, last)
+
+
+def write_rows(run: Run, name: str, rows: Sequence[dict]) -> None:
+    """On the main rank: appends to one of the LOGS. Counts, so that a resume notices a lost row."""
+    append_jsonl(run.folder / name, rows)
+    run.state["rows"][name] += len(rows)
 
 
 def log(run: Run, record: dict) -> None:
     """Appends a record to the run's log.jsonl, and shows it."""
     if run.ranks.main:
-        append_jsonl(run.folder / "log.jsonl", [record])
+        write_rows(run, "log.jsonl", [record])
     if run.monitor:
         show(run.monitor, record, run.steps)
 
@@ -347,6 +386,9 @@ def save_or_stop(run: Run, last: bool) -> None:
     with run.phase("save"):
         ending = run.stop.requested(run.ranks) or last
         if ending or (run.config.save_every and step % run.config.save_every == 0):
+            for name in LOGS if run.ranks.main else ():  # a checkpoint relies on their rows
+                if (run.folder / name).exists():
+                    sync(run.folder / name)
             run.saver.save(run.state, run.policy, run.tokenizer, run.optimizer)
         if ending:
             run.saver.finish()
@@ -367,11 +409,12 @@ def close(run: Run) -> None:
     write_model(run.policy, run.tokenizer, folder / "model", run.config, run.state, run.results, ranks)
     if not ranks.main:
         return
-    (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    page = (folder / "samples.jsonl").exists() and attempt("samples.html", partial(write_page, folder))
+    write_atomic(folder / "summary.json", json.dumps(summary, indent=1) + "\n")  # last: now all is done
     if run.method == "grpo":
         print(headline(summary))
     for name in run.held_out if run.method == "sft" else ():
         print(f"{name}: greedy accuracy {summary[f'{name}/accuracy']:.3f} (n = {summary[f'{name}/n']})")
     print(f"model: {folder / 'model'} · curves: {folder / 'curves.png'}")
-    if (folder / "samples.jsonl").exists() and attempt("samples.html", partial(write_page, folder)):
+    if page:
         print(f"completions: {folder / 'samples.html'}")

@@ -29,6 +29,7 @@ from kernel.packing import pack
 from losses import learning_rate
 from model import count_parameters
 from ops.export import write_model
+from ops.run_dir import hash_model
 from prompts import PromptError, encode_reply, render_completion
 from session import (
     Run,
@@ -154,7 +155,9 @@ def warm_up(session: Session) -> Session:
     run = begin(session, spec)
     train(run)
     write_model(run.policy, run.tokenizer, folder / "model", config, run.state, {}, session.ranks)
-    return replace(session, path=str(folder / "model"), cold=False)
+    path = str(folder / "model")
+    identity = session.identity | {"model": hash_model(path, session.ranks)}
+    return replace(session, path=path, cold=False, identity=identity)
 
 
 def main(arguments: list[str]) -> None:
@@ -162,6 +165,8 @@ def main(arguments: list[str]) -> None:
     config = load_config(arguments)
     ranks = start_ranks(config.timeout_minutes)
     session = open_session(config, ranks, "sft")
+    if session.finished:
+        return
     run = begin(session, RunSpec(session.folder, session.path, session.steps, config.sft_lr, BETAS))
     train(run, config.sft_flops)
     close(run)

@@ -6,10 +6,12 @@ import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ _HUB_ID = re.compile(
     r"(?:/(?:resolve|blob|raw|tree)/main)?(?:/([^?]+?))?/?(?:\?.*)?"
 )
 _SHARD = re.compile(r"(.*)-\d{5}-of-(\d{5})(?:-\w+)?\.[.\w]+")  # the split, and how many shards it has
+REPAIR = "repair or delete this line"
 # Between objects of a line, these say that the whole file is no JSONL.
 SEPARATORS = {",": "commas between the records", "{": "several objects on one line"}
 
@@ -226,15 +229,90 @@ def _parquet_rows(path: Path) -> Iterator[dict]:
 
 
 def append_jsonl(path: Path, rows: Iterable[dict]) -> None:
-    """Appends one JSON line per row."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    """Appends one JSON line per row, with null for NaN and the infinities, for which JSON has no number."""
+    # A reply may hold half a surrogate pair, which is no UTF-8; its escape is right in JSON.
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(f"{_line(row)}\n" for row in rows)
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """All rows of a JSONL file that we wrote, without a line that a kill cut off; [] if there is none."""
-    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    return [json.loads(line) for line in lines[:-1]]  # not splitlines(): a completion may hold U+2028
+def _line(row: dict) -> str:
+    try:
+        return json.dumps(row, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        return json.dumps(_finite(row), ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def iter_jsonl(path: Path, **kinds: type) -> Iterator[dict]:
+    """The rows of a JSONL file that we wrote, one after the other; none if there is no such file.
+
+    kinds: keys that every row has, with the types of their values. Blank lines, a last line that a kill cut
+    off and the NUL bytes that a power cut leaves are passed over. Raises DataError, which names the line.
+    """
+    try:
+        file = path.open("rb")
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    with file:
+        for number, line in enumerate(file, 1):  # by bytes: a completion may hold U+2028
+            text = line.strip(b"\0 \t\r\n")
+            if not text or not line.endswith(b"\n"):
+                continue
+            try:
+                row = json.loads(text)
+            except (ValueError, RecursionError):
+                row = None
+            if not isinstance(row, dict) or any(type(row.get(key)) is not kinds[key] for key in kinds):
+                wanted = " and ".join([f"with {kinds[key].__name__} {key!r}" for key in kinds])
+                raise DataError(f"{path}:{number}: not a JSON object {wanted}".rstrip() + f"; {REPAIR}")
+            yield row
+
+
+def read_jsonl(path: Path, **kinds: type) -> list[dict]:
+    """All rows that iter_jsonl yields."""
+    return list(iter_jsonl(path, **kinds))
+
+
+@contextmanager
+def written_beside(path: Path, name: str = "") -> Iterator[Path]:
+    """A file to write, which takes the place of `path` once all is on disk. After an error there is none.
+
+    name: of that file; by default one that is nobody's, and ends as `path` does.
+    """
+    beside = path.with_name(name or f".{os.getpid()}.{path.name}")
+    try:
+        yield beside
+        _sync(beside)
+        beside.replace(path)
+        _sync(path.parent)  # the new name too
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Gives a file of ours this content at once: after a kill or a power cut it is the old or the new one.
+
+    What a kill leaves beside it, NAME.tmp, the next call takes.
+    """
+    with written_beside(path, f"{path.name}.tmp") as beside:
+        beside.write_text(text, encoding="utf-8")
 
 
 def file_sha256(*paths: Path) -> str:
@@ -244,3 +322,21 @@ def file_sha256(*paths: Path) -> str:
         with path.open("rb") as file:
             hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
+
+
+def write_atomic(path: Path, text: str, mode: int = 0o666) -> None:
+    """Gives a file of ours this content at once: after a kill or a power cut it is the old or the new one."""
+    beside = path.with_name(f"{path.name}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+    with open(os.open(beside, flags, mode), "w", encoding="utf-8") as file:
+        file.write(text)
+    sync(beside)
+    beside.replace(path)
+    sync(path.parent)  # the new name too
+
+
+def sync(path: Path) -> None:
+    """Returns when a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from config import UserError
+from corpus.sources import write_atomic
 from distributed.fsdp import weights
 from distributed.ranks import Ranks, first_problem, torchrun_job
 from distributed.weights import config_to_save
@@ -172,29 +173,14 @@ class Saver:
             raise OSError(f"not all ranks see {min(strange)}; run_dir must lie on a disk that all share")
         files = {path.name: files.get(path.name) or _describe(path) for path in self.folder.iterdir()}
         content = {"format": FORMAT, "files": files, "tensors": self.shapes}
-        _replace(self.folder / "manifest.json", json.dumps({"sha256": _digest(content), **content}))
+        write_atomic(self.folder / "manifest.json", json.dumps({"sha256": _digest(content), **content}))
         self.folder.rename(self.folder.with_suffix(""))
-        _replace(self.run_dir / "latest", self.folder.stem)
+        write_atomic(self.run_dir / "latest", self.folder.stem)
         for step in complete_steps(self.run_dir)[: -self.keep]:
             if step != self.best_step:
                 aside = self.run_dir / f"step_{step}.tmp"  # so that a kill never leaves half a checkpoint
                 aside.with_suffix("").rename(aside)
                 shutil.rmtree(aside, ignore_errors=True)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Gives a file this content at once; a power cut then loses neither it nor new names beside it."""
-    beside = path.with_name(f"{path.name}.tmp")
-    beside.write_text(text, encoding="utf-8")
-    _sync(beside)
-    beside.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def _describe(path: Path) -> dict[str, int | str]:
@@ -209,7 +195,7 @@ def _digest(content: dict) -> str:
 
 
 def complete_steps(run_dir: Path) -> list[int]:
-    """The steps whose checkpoints are complete, oldest first."""
+    """The steps whose checkpoints are complete, oldest first; `latest` is not asked."""
     folders = [path.parent.name[5:] for path in run_dir.glob("step_*/manifest.json")]
     return sorted(int(name) for name in folders if name.isdecimal())
 
@@ -229,10 +215,8 @@ def latest_checkpoint(run_dir: Path, step: int = 0) -> tuple[Path, dict] | None:
     if not steps or (step and step not in steps):
         raise CheckpointError(f"{run_dir} has no complete step_{step or 'N'}; there are: {_names(steps)}")
     folder = run_dir / f"step_{step or steps[-1]}"
-    try:
-        return folder, json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise CheckpointError(f"{folder / 'state.json'} is damaged or missing{_earlier(folder)}") from None
+    _check_file(folder, "state.json", _manifest(folder)["files"])
+    return folder, json.loads((folder / "state.json").read_text(encoding="utf-8"))["state"]
 
 
 def _earlier(folder: Path) -> str:
@@ -243,40 +227,62 @@ def _earlier(folder: Path) -> str:
     return f"; earlier ones: {_names(steps)}{hint}"
 
 
+def step_to_choose(run_dir: Path, step: int) -> int:
+    """The step of --resume_step that still has to be chosen; 0 for none.
+
+    Not after a restart by torchrun, whose command line is the old one: what was saved since then counts.
+    """
+    note = run_dir / "resumed_by"
+    again = "TORCHELASTIC_RUN_ID" in os.environ and note.exists()
+    return 0 if again and note.read_text(encoding="utf-8") == torchrun_job() else step
+
+
 def choose_step(run_dir: Path, step: int, ranks: Ranks) -> None:
     """Collective. --resume_step: step N's checkpoint is the newest from now on. Raises CheckpointError.
 
-    Later ones become step_M.given_up, because they would pass for those of the new branch. Not after a
-    restart by torchrun, whose command line is the old one: what was saved since then counts.
+    Later ones become step_M.given_up, because they would pass for those of the new branch.
     """
-    job, note = torchrun_job(), run_dir / "resumed_by"
-    again = "TORCHELASTIC_RUN_ID" in os.environ and note.exists() and note.read_text(encoding="utf-8") == job
     with _on_all(ranks):
-        if step and ranks.main and not again:
-            _replace(run_dir / "latest", latest_checkpoint(run_dir, step)[0].name)
+        if ranks.main and step_to_choose(run_dir, step):
+            write_atomic(run_dir / "latest", latest_checkpoint(run_dir, step)[0].name)
             for later in (n for n in complete_steps(run_dir) if n > step):
                 aside = run_dir / f"step_{later}.given_up"
                 shutil.rmtree(aside, ignore_errors=True)
                 aside.with_suffix("").rename(aside)
                 print(f"resume_step: step_{later} is {aside.name} now; delete it if you do not need it")
-            note.write_text(job, encoding="utf-8")
+            write_atomic(run_dir / "resumed_by", torchrun_job())
 
 
-def check_files(folder: Path, rank: int = 0, world: int = 1) -> dict:
-    """The manifest, after comparing this rank's part of the files with it. Raises CheckpointError."""
+def _manifest(folder: Path) -> dict:
+    """The manifest of a checkpoint. Raises CheckpointError."""
     try:
         content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         if content.pop("sha256") != _digest(content) or content["format"] != FORMAT:
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{folder}/manifest.json is damaged or missing{_earlier(folder)}") from None
+    return content
+
+
+def _check_file(folder: Path, name: str, files: dict[str, dict]) -> None:
+    """Compares a file with its entry in the manifest. Raises CheckpointError."""
+    try:
+        same = _describe(folder / name) == files.get(name)
+    except OSError as error:
+        raise CheckpointError(f"{folder / name}: {error.strerror}{_earlier(folder)}") from None
+    if not same:
+        raise CheckpointError(f"{folder / name} is damaged{_earlier(folder)}")
+
+
+def check_files(folder: Path, rank: int = 0, world: int = 1) -> dict:
+    """The manifest, after comparing this rank's part of the files with it. Raises CheckpointError."""
+    content = _manifest(folder)
     files = content["files"]
     # The reader opens every safetensors file of the folder, so none but our own may be there.
     if strange := {path.name for path in folder.glob("*.safetensors")} - files.keys():
         raise CheckpointError(f"{folder / min(strange)} is not in the manifest; find out where it is from")
     for name in sorted(files, key=lambda name: -files[name]["bytes"])[rank::world]:
-        if not (folder / name).is_file() or _describe(folder / name) != files[name]:
-            raise CheckpointError(f"{folder / name} is missing or damaged{_earlier(folder)}")
+        _check_file(folder, name, files)
     return content
 
 

@@ -5,27 +5,43 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import json
+import math
 import os
+import secrets
 import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from array import array
+from collections import ChainMap
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import yaml
 
 from config import Config, ConfigError
+from corpus.examples import Example, Splits
+from corpus.sources import file_sha256, sync, write_atomic
+from distributed.checkpoint import (
+    CheckpointError,
+    choose_step,
+    complete_steps,
+    latest_checkpoint,
+    step_to_choose,
+)
 from distributed.ranks import Ranks, first_problem, torchrun_job
+from distributed.weights import weight_files
 
 
 def open_run(config: Config, ranks: Ranks) -> Path:
-    """Collective. Makes run_dir with config.yaml and git.txt, or checks that it may be resumed, and locks it.
+    """Collective. Claims run_dir and locks it; sets aside what `overwrite` replaces, until the run can start.
 
     Processes that torchrun started again (--max-restarts) go on with their run. Raises ConfigError when
-    another process has the directory, or when it holds a run and neither resume nor overwrite is set.
+    another process has the directory, when it holds a run and neither resume nor overwrite is set, or when
+    something in it is a link.
     """
     path, problem = Path(config.run_dir), ""
     if ranks.main:
@@ -39,59 +55,234 @@ def open_run(config: Config, ranks: Ranks) -> Path:
 
 
 # What a resumed run must share with its first part; steps, rates, saving, speed and the like may change.
+# Files may lie elsewhere: their content counts (describe_inputs).
 FIXED_KEYS = (
-    "model data test_data test_share data_from data_to prompt_template seed prompts_per_step group_size "
-    "minibatch_prompts temperature loss advantage aggregation kl reward lenient shuffle_rewards "
-    "skip_zero_variance mask_truncated resample_rounds max_prompt_tokens max_response_tokens num_iterations "
-    "overlong_tokens warmup_steps sft_batch sft_reason synthetic_flaws synthetic_thoughts synthetic_train "
+    "test_share data_from data_to seed prompts_per_step group_size minibatch_prompts temperature loss "
+    "advantage aggregation kl reward lenient shuffle_rewards skip_zero_variance mask_truncated "
+    "resample_rounds max_prompt_tokens max_response_tokens num_iterations overlong_tokens eval_cases "
+    "warmup_steps sft_batch sft_reason synthetic_flaws synthetic_thoughts synthetic_train "
     "chat_template_kwargs"
 ).split()
+# Whoever starts from a run's config.yaml must not delete or continue that run by accident.
+SWITCHES = {"resume": False, "overwrite": False, "resume_step": 0, "accept_changes": False}
 # What failed at start leaves these behind, and may be started again under the same name.
 START_FILES = ("config.yaml", "config.yaml.tmp", "git.txt", "lock", "tensorboard", "wandb", "wandb_id.txt")
+OLD = "overwritten"  # what a new run replaces, until it can start
 
-SAVED = ("latest", "warmup/latest", "warmup/model")  # what a run can go on from
+
+def can_resume(path: Path) -> bool:
+    """Whether a run can go on from what is saved in its folder."""
+    warm = path / "warmup"
+    return bool(complete_steps(path) or complete_steps(warm)) or (warm / "model").exists()
 
 
 def _claim(path: Path, config: Config) -> str:
     """Makes the run directory for this run, and locks it; returns why it cannot, or ""."""
+    if link := _first_link(path):
+        return f"run_dir: {link} is a link, which a run would write through; remove it"
     lock = path / "lock"
-    used = path.exists() and any(entry.name not in START_FILES for entry in path.iterdir())
     free, owner = take_lock(lock) if lock.exists() else (True, "")
     if not free:
         return _in_use(path, owner)
-    started = any((path / name).exists() for name in SAVED)
     # A start that was refused left no lock of its own: starting it again must not make it go on with
     # another's run. The count of restarts would not tell, and is not the same on all nodes.
     again = "TORCHELASTIC_RUN_ID" in os.environ and owner.endswith(f"\n{torchrun_job()}\n")
+    if not again:
+        put_back(path)  # of a start that was killed
+    started = can_resume(path)
+    used = path.exists() and any(entry.name not in START_FILES for entry in path.iterdir())
+    overwrite = used and not config.resume and not again
     if again:
         print(f"restarted: going on from {'the last checkpoint' if started else 'the beginning'}")
-    if config.resume or (again and started):
-        if not started:
-            return f"run_dir: {path} has no checkpoint to resume; start without --resume"
-        if problem := _differences(path, config):
-            return problem
-    elif used and not again:
-        if problem := _overwriting(path, config):
-            return problem
+    if config.resume and not again and not started:
+        return f"run_dir: {path} has no checkpoint to resume; start without --resume"
+    if overwrite and (problem := _overwriting(path, config)):
+        return problem
     path.mkdir(parents=True, exist_ok=True)
     free, owner = take_lock(lock)
     if not free:  # another run started here at the same moment
         return _in_use(path, owner)
-    if used and not config.resume and not again:
-        (path / "latest").unlink(missing_ok=True)  # first: it must never name a checkpoint that is gone
-        for entry in path.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            elif entry.name != "lock":
-                entry.unlink()
+    for leftover in [*path.glob("*.tmp"), *path.glob("warmup/*.tmp")]:  # of a kill
+        remove(leftover)
+    if overwrite:
+        _set_aside(path)
     take_lock(lock, sign=True)  # only now: a start that dies before, torchrun does over
-    # Without these switches: whoever starts from this file must not delete or continue a run by accident.
-    saved = dataclasses.asdict(config) | {"resume": False, "overwrite": False, "resume_step": 0}
-    text = yaml.safe_dump(saved, sort_keys=False, allow_unicode=True)
-    (path / "config.yaml.tmp").write_text(text, encoding="utf-8")
-    (path / "config.yaml.tmp").replace(path / "config.yaml")
-    (path / "git.txt").write_text(git_state(), encoding="utf-8")
     return ""
+
+
+def _first_link(path: Path) -> Path | None:
+    """A symbolic link in the run directory. W&B makes some in its own folder, which we do not write."""
+    for folder, folders, files in os.walk(path):
+        if Path(folder) == path and "wandb" in folders:
+            folders.remove("wandb")
+        for name in (*folders, *files):
+            if (Path(folder) / name).is_symlink():
+                return Path(folder) / name
+    return None
+
+
+def remove(path: Path) -> None:
+    """Deletes a file, or a folder with all that is in it. Follows no link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+# Overwriting in three renames, so that a kill leaves the old run or the new one, and never parts of both:
+# overwritten.tmp while it is filled, overwritten until the new run has its weights, overwritten.old.tmp then.
+
+
+def _set_aside(path: Path) -> None:
+    moving = path / f"{OLD}.tmp"
+    moving.mkdir()
+    for entry in [entry for entry in path.iterdir() if entry.name not in ("lock", moving.name)]:
+        entry.rename(moving / entry.name)
+    moving.rename(path / OLD)
+
+
+def put_back(path: Path) -> None:
+    """Restores the run that a start was to overwrite and did not, if there is one."""
+    aside, moving = path / OLD, path / f"{OLD}.tmp"
+    if aside.exists():
+        for entry in [entry for entry in path.iterdir() if entry.name not in ("lock", OLD)]:
+            remove(entry)
+        os.truncate(path / "lock", 0)  # or torchrun's restart would take the old run for its own
+        aside.rename(moving)
+    if moving.exists():
+        for entry in list(moving.iterdir()):
+            entry.rename(path / entry.name)
+        moving.rmdir()
+
+
+def let_go(path: Path, ranks: Ranks) -> None:
+    """The new run can start: what it replaces is deleted."""
+    if ranks.main and (path / OLD).exists():
+        (path / OLD).rename(path / f"{OLD}.old.tmp")
+        shutil.rmtree(path / f"{OLD}.old.tmp")
+
+
+@contextlib.contextmanager
+def replacing(path: Path, ranks: Ranks) -> Iterator[None]:
+    """Where a new run sets up. If that fails, what it was to overwrite is there again."""
+    try:
+        yield
+    except BaseException:
+        if ranks.main:
+            put_back(path)
+        raise
+
+
+def hash_model(path: str, ranks: Ranks) -> dict[str, str]:
+    """Collective. SHA-256 of the files of a model's folder (or hub id) by name; each rank reads a share."""
+    folder = weight_files(path)[0].parent
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json", ".jinja"))
+    own = {f"model: {file.name}": file_sha256(file) for file in files[ranks.rank :: ranks.world]}
+    return dict(ChainMap(*ranks.gather(own)))
+
+
+def hash_inputs(config: Config, template: str, splits: Splits, tokenized: Splits) -> dict[str, str]:
+    """SHA-256 of what else a run starts from, by name.
+
+    The prompts are hashed as token ids, so that every part of the chat template and the tokenizer counts.
+    """
+    held_out = [example for examples in splits.held_out.values() for example in examples]
+    file = config.reward.rpartition(":")[0]
+    return {
+        "data": _digest(map(_example_bytes, splits.train)),
+        "test_data": _digest(map(_example_bytes, held_out)),
+        "prompt_template": _digest([template.encode()]),
+        "prompts as token ids": _digest(array("q", item.ids).tobytes() for item in tokenized.train),
+        "the reward's file": file_sha256(Path(file).expanduser()) if file else "",
+    }
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _example_bytes(example: Example) -> bytes:
+    """All that training reads of an example. repr: its dictionaries come from JSON, in the file's order."""
+    content = (example.id, example.messages, example.tools, example.answer, example.demonstrations)
+    return repr(content).encode("utf-8", "surrogatepass")
+
+
+def settings_of(config: Config) -> dict:
+    """The settings that a run keeps."""
+    return dataclasses.asdict(config) | SWITCHES
+
+
+def begin_or_resume(config: Config, identity: dict, ranks: Ranks) -> None:
+    """Collective. Compares a run that goes on with its checkpoint, which resume_step may choose.
+
+    identity: of this start: settings, and hashes of the inputs and of the model. Every checkpoint carries it.
+    "accepted" is added: the changes that accept_changes let pass. Then config.yaml and git.txt are written.
+    Raises ConfigError, before anything is changed, where the run would be another one.
+    """
+    path, problem = Path(config.run_dir), ""
+    if ranks.main:
+        try:
+            problem = _compare(path, config, identity)
+        except CheckpointError as error:
+            problem = str(error)
+    if problem := first_problem(problem, ranks):
+        raise ConfigError(problem)
+    choose_step(path, config.resume_step, ranks)
+    if ranks.main:
+        text = yaml.safe_dump(identity["settings"], sort_keys=False, allow_unicode=True)
+        write_atomic(path / "config.yaml", text)
+        _note_code(path / "git.txt")
+    ranks.gather(None)
+
+
+def _compare(path: Path, config: Config, now: dict) -> str:
+    """Why the run in this folder cannot go on as this one, or ""; says what has changed and may."""
+    now["accepted"] = []
+    if not can_resume(path):
+        return ""
+    found = latest_checkpoint(path, step_to_choose(path, config.resume_step))
+    warm = latest_checkpoint(path / "warmup") if not found else None
+    if not (found or warm):
+        return f"run_dir: {path}/warmup/model is there without its checkpoints; start with --overwrite true"
+    state = (found or warm)[1]
+    if "run" not in state:
+        return f"resume: the checkpoint of step {state['step']} in {path} does not say what it belongs to"
+    before = state["run"]
+    # a setting that is newer than the run had its default then
+    settings = dataclasses.asdict(Config()) | before["settings"]
+    changed = {
+        key: f"{key} {settings[key]!r} -> {value!r}"
+        for key, value in now["settings"].items() if settings[key] != value and key != "run_dir"
+    }
+    differs = [changed.pop(key) for key in FIXED_KEYS if key in changed]
+    for part in ("inputs", "model"):
+        # What follows a warm-up starts from another model than the warm-up's own checkpoints.
+        if part == "inputs" or found or not (path / "warmup" / "model").exists():
+            names = sorted(before[part].keys() | now[part].keys())
+            differs += [name for name in names if before[part].get(name) != now[part].get(name)]
+    now["accepted"] = list(before["accepted"])
+    if differs and not config.accept_changes:
+        what = f"step {state['step']} was trained with other ones of these: {', '.join(differs)}"
+        return f"resume: {what}; put them back, or go on with --accept_changes true"
+    if differs:
+        now["accepted"].append(f"after step {state['step']}: {', '.join(differs)}")
+        print(f"resume: accepted: {', '.join(differs)}")
+    if changed:
+        print(f"resume: {', '.join(changed.values())}")
+    return ""
+
+
+def _note_code(path: Path) -> None:
+    """Writes git.txt, for its owner only. A resume by other code is added to what is there."""
+    now = git_state()
+    said = path.read_text(encoding="utf-8") if path.exists() else ""
+    if said.endswith(now):
+        return
+    heading = f"\nresumed on {time.strftime('%Y-%m-%d %H:%M:%S')} with\n" if said else ""
+    write_atomic(path, said + heading + now, 0o600)
 
 
 def _in_use(path: Path, owner: str) -> str:
@@ -99,30 +290,18 @@ def _in_use(path: Path, owner: str) -> str:
     return f"run_dir: {path} is in use by {who}; stop that run first, or choose another --run_dir"
 
 
-def _differences(path: Path, config: Config) -> str:
-    """Why the run in this folder cannot go on with these settings, or ""; prints changes that may be."""
-    before = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    # a setting that is newer than the run had its default then
-    before = dataclasses.asdict(Config()) | before
-    now = dataclasses.asdict(config)
-    changed = {key: f"{key} {before[key]!r} -> {now[key]!r}" for key in now if before[key] != now[key]}
-    if fixed := [changed[key] for key in FIXED_KEYS if key in changed]:
-        return f"resume: these settings must stay as they were: {', '.join(fixed)}"
-    silent = ("resume", "overwrite", "resume_step", "run_dir")
-    if free := [changed[key] for key in changed if key not in silent]:
-        print(f"resume: {', '.join(free)}")
-    return ""
-
-
 def _overwriting(path: Path, config: Config) -> str:
     """Why what is in the run directory may not be replaced, or ""."""
     if not config.overwrite:
-        hint = "--resume true to go on, " if any((path / name).exists() for name in SAVED) else ""
+        hint = "--resume true to go on, " if can_resume(path) else ""
         return f"run_dir: {path} exists; add {hint}--overwrite true to replace it, or another --run_dir"
     if not ((path / "config.yaml").exists() and (path / "git.txt").exists()):
         return f"run_dir: {path} is not a run directory, so it is not overwritten; delete it yourself"
-    if path.resolve() in Path(config.model).resolve().parents:
-        return f"model: {config.model} lies in {path}, which would be overwritten; choose another run_dir"
+    for key in ("model", "data", "test_data", "prompt_template", "reward", "bfcl", "apibank"):
+        for name in getattr(config, key).split(","):
+            file = Path(name.rpartition(":")[0] if key == "reward" else name.strip()).expanduser().resolve()
+            if path.resolve() in file.parents:
+                return f"{key}: {name} lies in {path}, which would be overwritten; choose another run_dir"
     for lock in path.rglob("*/lock"):  # runs inside, like the demo's sft/
         free, owner = take_lock(lock)
         if not free:
@@ -143,25 +322,54 @@ def git_state() -> str:
     return f"commit {commit.stdout}{run('status', '--short').stdout}{run('diff', 'HEAD').stdout}"
 
 
-def cut_log(path: Path, step: int) -> None:
-    """Drops rows of steps after `step`: a resumed run does them again."""
-    if not path.exists():
-        return
-    shorter = path.with_name(path.name + ".tmp")
-    with path.open("rb") as old, shorter.open("wb") as new:  # line by line: samples may fill gigabytes
-        new.writelines(line for line in old if line.endswith(b"\n") and json.loads(line)["step"] <= step)
-    shorter.replace(path)
+def cut_log(path: Path, step: int, rows: int = 0) -> int:
+    """Drops rows of steps after `step`, which a resumed run does again; returns how many rows are left.
+
+    Says so where they are fewer than `rows`, the number at the checkpoint: after a power cut, or by hand.
+    """
+    kept = 0
+    if path.exists():
+        shorter = path.with_name(path.name + ".tmp")
+        with path.open("rb") as old, shorter.open("wb") as new:  # samples may fill gigabytes
+            for line in old:
+                if _step_of(line) <= step:
+                    new.write(line)
+                    kept += 1
+        shorter.replace(path)
+    if kept < rows:
+        print(f"{path}: {rows - kept} of {rows} rows are lost; training goes on, its curves lack them")
+    return kept
+
+
+def _step_of(line: bytes) -> float:
+    """The step of a row; infinity for a line that was cut off or damaged."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into, renamed to `path` at the end: a folder of that name is always complete."""
-    temporary = path.with_name(path.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    """A folder to write into, synced and renamed to `path` at the end: one of that name is always complete.
+
+    It replaces what was there. After an error or an interrupt nothing new is left.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # nobody else's
+    before = temporary.with_name(f"{temporary.name}.old.tmp")
     temporary.mkdir(parents=True)
-    yield temporary
-    shutil.rmtree(path, ignore_errors=True)
-    temporary.rename(path)
+    try:
+        yield temporary
+        for folder, _, files in os.walk(temporary, topdown=False):
+            for name in (*files, ""):
+                sync(Path(folder) / name)
+        if path.exists():
+            path.rename(before)
+        temporary.rename(path)
+        sync(path.parent)
+    finally:
+        for leftover in (temporary, before):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def take_lock(path: Path, sign: bool = False) -> tuple[bool, str]:
@@ -172,7 +380,7 @@ def take_lock(path: Path, sign: bool = False) -> tuple[bool, str]:
     this process may ask again. The descriptor stays open on purpose, and nothing else here may open the file:
     closing either drops the lock.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     said = os.pread(descriptor, 1000, 0).decode("utf-8", "replace")
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

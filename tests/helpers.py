@@ -5,6 +5,7 @@ demonstrations write the numbers as text, so the warmed-up model copies well and
 third of its samples. Only the habit is left for GRPO to learn, which takes it a few seconds.
 """
 
+import json
 import os
 import random
 import signal
@@ -22,6 +23,7 @@ from config import Config
 from corpus.examples import Example
 from corpus.layouts import write_examples
 from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
+from distributed import checkpoint
 from distributed.batches import Group
 from distributed.ranks import Ranks, start_ranks
 from kernel.decode import Prompt
@@ -42,6 +44,17 @@ def sum_example(index: int, a: int, b: int) -> Example:
     demonstrations = tuple(render_completion(calls, "add") for calls in (right, text, text))
     question = [{"role": "user", "content": f"add {a} and {b}"}]
     return Example(f"add-{index}", "sums", question, [TOOL], right, demonstrations)
+
+
+def write_checkpoint(run: Path, state: dict) -> Path:
+    """A complete checkpoint without tensors."""
+    folder = run / f"step_{state['step']}"
+    folder.mkdir(parents=True)
+    (folder / "state.json").write_text(json.dumps({"state": state}))
+    files = {"state.json": checkpoint._describe(folder / "state.json")}
+    content = {"format": checkpoint.FORMAT, "files": files, "tensors": {}}
+    (folder / "manifest.json").write_text(json.dumps(content | {"sha256": checkpoint._digest(content)}))
+    return folder
 
 
 def write_task(folder: Path) -> dict[str, object]:

@@ -3,7 +3,6 @@
 Ranks are processes of a fork server that has imported torch once; they talk over gloo on the CPU.
 """
 
-import json
 import multiprocessing
 import os
 import pickle
@@ -20,7 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from helpers import CPU
+from helpers import CPU, write_checkpoint
 from safetensors.torch import load_file, save_file
 from test_run_dir import ONE
 from torch import nn
@@ -346,8 +345,12 @@ def test_which_checkpoint_is_the_latest(run, tmp_path):
     shutil.copytree(run / "step_4", run / "step_9.tmp")  # cut off by a kill
     (run / "latest").write_text("step_2")  # killed between the rename of step_4 and this
     assert latest_checkpoint(run)[0] == run / "step_4"
-    (run / "step_4" / "state.json").write_text("{")
-    assert "state.json is damaged" in refusal(latest_checkpoint, run)
+    for text in ("{", '{"state": {"step": 3}}'):
+        (run / "step_4" / "state.json").write_text(text)
+        assert "state.json is damaged; earlier ones: step_2" in refusal(latest_checkpoint, run)
+    (run / "step_4" / "state.json").unlink()
+    (run / "step_4" / "state.json").mkdir()
+    assert "state.json: Is a directory; earlier ones: step_2" in refusal(latest_checkpoint, run)
     shutil.rmtree(run / "step_2")
     (run / "step_4" / "manifest.json").unlink()
     assert "no complete" in refusal(latest_checkpoint, run), "and not a start from the beginning"
@@ -356,9 +359,7 @@ def test_which_checkpoint_is_the_latest(run, tmp_path):
 def test_a_chosen_step_is_the_latest_from_then_on(tmp_path, monkeypatch):
     """--resume_step: a second resume, or a restart with the old command line, must not choose it again."""
     for step in (1, 2, 3):
-        (tmp_path / f"step_{step}").mkdir()
-        (tmp_path / f"step_{step}" / "manifest.json").write_text("{}")
-        (tmp_path / f"step_{step}" / "state.json").write_text(json.dumps({"state": {"step": step}}))
+        write_checkpoint(tmp_path, {"step": step})
     choose_step(tmp_path, 2, ONE)
     assert latest_checkpoint(tmp_path) == (tmp_path / "step_2", {"step": 2})
     assert "no complete step_7; there are: step_1, step_2" in refusal(choose_step, tmp_path, 7, ONE)

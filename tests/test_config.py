@@ -92,12 +92,20 @@ def test_settings_that_cannot_work_are_refused(arguments):
         ("lr: .nan\n", "lr must be a number, not "),
         ("overwrite: 2\n", "overwrite must be true or false, not "),
         ("skip_zero_variance: true\n", "skip_zero_variance must be rest or all, not 'true'"),  # once a switch
-        ("model: [a, b]\n", "model must be text, not "),
         ("seed: 1\nlr: [1\nsteps: 2\n", "(line 3)"),
         ("", "must hold `key: value` lines"),
         ("run_dir: läufe\n", "cannot read"),  # written as Latin-1
         ("seed: 1\nlr: 1e-6\nseed: 2\n", "seed stands 2 times"),
         ("base: ../other/broken.yaml\n", "must name another YAML file"),  # which names this one
+        ('base: "a\\0"\n', "must name another YAML file"),
+        ("- seed: 1\n", "must hold `key: value` lines"),
+        ("sede: 1\n", "did you mean 'seed'?"),
+        ("seed: 1\n\0\0\0", "broken.yaml is not YAML"),
+        ("seed: 1\nmodel: 'Qw", "broken.yaml is not YAML"),
+        ("lr: 2024-99-99\n", "broken.yaml is not YAML"),
+        ("lr: !!bool maybe\n", "broken.yaml is not YAML"),
+        ("lr: !!timestamp now\n", "broken.yaml is not YAML"),
+        ("lr: " + "[" * 9999, "broken.yaml is not YAML"),
     ],
 )
 def test_broken_yaml_is_one_sentence(text, words, tmp_path):
@@ -107,3 +115,14 @@ def test_broken_yaml_is_one_sentence(text, words, tmp_path):
     path = tmp_path / "here" / "broken.yaml"
     path.write_bytes(text.encode("latin-1"))
     assert words in refusal(["--config", str(path)])
+
+
+@pytest.mark.parametrize("key", ["lr", "steps", "overwrite", "model"])
+@pytest.mark.parametrize(
+    "value",
+    ["2024-01-01", "2024-01-01 10:00:00Z", "!!set {a}", "!!binary MQ==", "[1]", "{a: 1}", "!!omap [a: 1]",
+     "", '"1\\0"', "[" + "x, " * 999 + "x]"],
+)
+def test_no_value_that_yaml_can_give_passes_for_another_type(key, value, tmp_path):
+    said = refusal(["--config", write(tmp_path / "c.yaml", f"{key}: {value}\n")])
+    assert said.startswith(f"{key} must be ") and len(said) < 150

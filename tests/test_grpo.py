@@ -154,8 +154,7 @@ def test_the_learning_rate_follows_its_schedule_through_a_resume(settings, tmp_p
     rates = [row["learning_rate"] for row in read_jsonl(run_dir / "log.jsonl")[1:]]
     assert rates == pytest.approx([1e-4, 1.5e-4, 1e-4, 0.5e-4])
     whole = weights(run_dir)
-    (run_dir / "latest").write_text("step_2")
-    train_here(scheduled | {"run_dir": run_dir, "resume": "true"})
+    train_here(scheduled | {"run_dir": run_dir, "resume": "true", "resume_step": 2})
     assert [row["learning_rate"] for row in read_jsonl(run_dir / "log.jsonl")[1:]] == rates
     assert all(torch.equal(weight, whole[name]) for name, weight in weights(run_dir).items())
     first = {"steps": 1, "run_dir": tmp_path / "first"}
@@ -293,3 +292,61 @@ def test_an_old_run_stays_where_the_new_one_cannot_start(tmp_path):
         with pytest.raises(UserError):
             run_here(grpo.main, again | wrong | {"overwrite": "true"})
         assert (tmp_path / "b" / "summary.json").exists()
+
+
+@pytest.fixture(scope="module")
+def small_run(tmp_path_factory) -> dict[str, object]:
+    """The settings of a finished run of one step, with a warm-up and a reward of its own."""
+    folder = tmp_path_factory.mktemp("small")
+    own = "def letters(completion, answer, tools):\n    return len(completion) % 7\n"
+    (folder / "own.py").write_text(own)
+    settings = write_task(folder) | dict(
+        model="tiny", tiny_hidden=16, warmup_steps=1, steps=1, prompts_per_step=4, minibatch_prompts=4,
+        group_size=2, max_response_tokens=20, run_dir=folder / "run", reward=f"{folder / 'own.py'}:letters",
+    )
+    run_here(grpo.main, settings)
+    return settings | {"resume": "true", "steps": 2}
+
+
+CHANGED = {  # a file below the task's folder, what is replaced in it, and the names that must be said
+    "train.jsonl": ("add", "bdd", "data"),
+    "test.jsonl": ("add", "bdd", "test_data"),
+    "template.txt": ("{tools}", "Tools: {tools}", "prompt_template, prompts as token ids"),
+    "own.py": ("7", "8", "the reward's file"),
+    "run/warmup/model/model.safetensors": ("F32", "F16", "model: model.safetensors"),
+    "run/warmup/model/chat_template.jinja": ("{{", "{{ ", "model: chat_template.jinja"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_resume_notices_that_an_input_has_changed(name, small_run):
+    """Half a run on other data, or against another reference, would pass for the run that was asked for."""
+    path = small_run["run_dir"].parent / name
+    old, new, says = CHANGED[name]
+    content = path.read_bytes()
+    path.write_bytes(content.replace(old.encode(), new.encode(), 1))
+    try:
+        with pytest.raises(UserError, match=f"{says}.*--accept_changes true"):
+            run_here(grpo.main, small_run)
+    finally:
+        path.write_bytes(content)
+
+
+def test_accepted_changes_are_recorded(small_run, tmp_path):
+    run_dir = shutil.copytree(small_run["run_dir"], tmp_path / "run")
+    with pytest.raises(UserError, match="seed 0 -> 1"):
+        run_here(grpo.main, small_run | {"run_dir": run_dir, "seed": 1})
+    run_here(grpo.main, small_run | {"run_dir": run_dir, "seed": 1, "accept_changes": "true"})
+    state = json.loads((run_dir / "step_2" / "state.json").read_text())["state"]
+    [accepted] = state["run"]["accepted"]
+    assert "after step 1: seed 0 -> 1" in accepted and state["run"]["settings"]["seed"] == 1
+
+
+def test_a_finished_run_is_left_as_it_is(small_run, tmp_path, capsys):
+    run_dir = shutil.copytree(small_run["run_dir"], tmp_path / "run")
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    run_here(grpo.main, small_run | {"run_dir": run_dir, "steps": 1})
+    after = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    changed = {path.name for path in before if before[path] != after[path]}
+    assert changed <= {"config.yaml", "git.txt", "lock", run_dir.name}
+    assert "nothing is left to do" in capsys.readouterr().out

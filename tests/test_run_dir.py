@@ -1,20 +1,31 @@
 """ops/run_dir.py: a run's folder explains itself, is not lost by accident, and has one run at a time."""
 
-import dataclasses
 import multiprocessing
 import os
+import shutil
 import socket
 import time
 from pathlib import Path
 
 import pytest
-from helpers import CPU
+from helpers import CPU, write_checkpoint
 
 from config import Config, ConfigError, load_config
 from corpus.sources import append_jsonl, read_jsonl
 from distributed.ranks import Ranks
 from ops import run_dir
-from ops.run_dir import atomic_folder, cut_log, open_run
+from ops.run_dir import (
+    OLD,
+    atomic_folder,
+    begin_or_resume,
+    cut_log,
+    let_go,
+    open_run,
+    replacing,
+    settings_of,
+)
+
+HASHES = {"inputs": {"data": "1", "test_data": "2"}, "model": {"model: a.safetensors": "3"}}
 
 
 class OneRank(Ranks):
@@ -27,19 +38,30 @@ class OneRank(Ranks):
 ONE = OneRank(0, 1, CPU)
 
 
-def opened(path: Path, **settings) -> Path:
-    return open_run(Config(run_dir=str(path), **settings), ONE)
+def opened(path: Path, hashes: dict = HASHES, **settings) -> Path:
+    """As a run does it that can start."""
+    config = Config(run_dir=str(path), **settings)
+    open_run(config, ONE)
+    with replacing(path, ONE):
+        begin_or_resume(config, identity_of(config, hashes), ONE)
+    let_go(path, ONE)
+    return path
+
+
+def identity_of(config: Config, hashes: dict = HASHES) -> dict:
+    return {"settings": settings_of(config), **hashes}
 
 
 def contents(path: Path) -> list[tuple[Path, bytes]]:
     return sorted((file, file.read_bytes()) for file in (path, *path.rglob("*")) if file.is_file())
 
 
-def refused(path: Path, **settings) -> str:
-    before = contents(path)
+def refused(path: Path, hashes: dict = HASHES, **settings) -> str:
+    before = [pair for pair in contents(path) if pair[0].name != "lock"]
     with pytest.raises(ConfigError) as caught:
-        opened(path, **settings)
-    assert contents(path) == before, "a refusal touches nothing"
+        opened(path, hashes, **settings)
+    after = [pair for pair in contents(path) if pair[0].name != "lock"]
+    assert after == before, "a refusal touches nothing"
     return str(caught.value)
 
 
@@ -47,21 +69,36 @@ def refused(path: Path, **settings) -> str:
 def run(tmp_path) -> Path:
     """A run directory with a checkpoint."""
     path = opened(tmp_path / "run")
-    (path / "step_2").mkdir()
-    (path / "step_2" / "state.json").write_text('{"step": 2}')
-    (path / "latest").write_text("step_2")
+    identity = identity_of(Config(run_dir=str(path))) | {"accepted": []}
+    write_checkpoint(path, {"step": 2, "run": identity})
     (path / "log.jsonl").write_text('{"step": 1}\n')
     return path
 
 
 def test_a_new_run_explains_itself(tmp_path):
     """Without the switches: whoever starts from its config must neither delete the run nor go back in it."""
-    config = load_config(["--run_dir", str(tmp_path / "run"), "--lr", "1e-6", "--data", "a b.json"])
-    for switches in ({"overwrite": True}, {"resume": True, "resume_step": 3}):
-        path = open_run(dataclasses.replace(config, **switches), ONE)
+    path = tmp_path / "run"
+    config = load_config(["--run_dir", str(path), "--lr", "1e-6", "--data", "a b.json"])
+    for switches in ({"overwrite": True}, {"resume": True, "resume_step": 3, "accept_changes": True}):
+        opened(path, data="a b.json", **switches)
         assert load_config(["--config", str(path / "config.yaml")]) == config
         assert (path / "git.txt").read_text().startswith(("commit ", "no git repository"))
-        (path / "latest").write_text("step_3")
+        assert (path / "git.txt").stat().st_mode & 0o777 == 0o600, "the changes may be somebody's secret"
+        shutil.rmtree(path / "step_3", ignore_errors=True)
+        write_checkpoint(path, {"step": 3, "run": identity_of(config) | {"accepted": []}})
+
+
+def test_the_code_of_every_part_of_a_run_is_noted(run, monkeypatch):
+    monkeypatch.setattr(run_dir, "git_state", (run / "git.txt").read_text)
+    first = run_dir.git_state()
+    opened(run, resume=True)
+    assert (run / "git.txt").read_text() == first
+    monkeypatch.setattr(run_dir, "git_state", lambda: "commit 3f2\n")
+    for _ in range(2):
+        opened(run, resume=True)
+        said = (run / "git.txt").read_text()
+        assert said.startswith(first) and said.endswith(" with\ncommit 3f2\n")
+        assert said.count(" with\ncommit 3f2\n") == 1
 
 
 def test_an_existing_run_is_refused_resumed_or_overwritten(run):
@@ -76,11 +113,12 @@ def test_an_existing_run_is_refused_resumed_or_overwritten(run):
 
 
 def test_resume_needs_something_to_resume(run, tmp_path):
+    """A whole checkpoint, with or without `latest`; also one of the warm-up."""
     assert "to resume" in refused(tmp_path / "new", resume=True)
-    (run / "latest").unlink()
+    (run / "step_2").rename(run / "step_2.given_up")
     assert "to resume" in refused(run, resume=True)
     (run / "warmup").mkdir()
-    (run / "warmup" / "latest").write_text("step_1")
+    shutil.copytree(run / "step_2.given_up", run / "warmup" / "step_2")
     assert opened(run, resume=True) == run, "a run that was stopped during its warm-up"
 
 
@@ -90,13 +128,128 @@ def test_a_folder_that_is_no_run_is_never_deleted(tmp_path):
     assert "not a run directory" in refused(tmp_path, overwrite=True)
 
 
-def test_a_resume_with_another_config_shows_what_changed(run, capsys):
+@pytest.mark.parametrize("key", "model data test_data prompt_template reward bfcl apibank".split())
+def test_what_a_run_needs_is_not_overwritten_by_it(run, key):
+    inside = run / "model" / "file.py"
+    inside.parent.mkdir()
+    inside.write_text("x")
+    value = {"data": f"elsewhere.jsonl, {inside}", "reward": f"{inside}:score"}.get(key, str(inside))
+    message = refused(run, overwrite=True, **{key: value})
+    assert message.startswith(f"{key}: ") and "would be overwritten" in message
+
+
+def test_an_overwrite_that_cannot_start_leaves_the_old_run(run):
+    before = [pair for pair in contents(run) if pair[0].name != "lock"]
+    open_run(Config(run_dir=str(run), overwrite=True), ONE)
+    assert not (run / "step_2").exists()
+    with pytest.raises(ConfigError), replacing(run, ONE):
+        (run / "warmup").mkdir()
+        (run / "log.jsonl").write_text("new")
+        raise ConfigError("this model cannot be trained")
+    assert contents(run) == sorted([*before, (run / "lock", b"")])
+
+
+class Killed(BaseException):
+    """As if by kill -9: nothing is tidied up."""
+
+
+def test_a_kill_while_overwriting_leaves_the_old_run_or_the_new_one(run, monkeypatch):
+    """At every change of the folder; after that --resume goes on with the old, or --overwrite is taken."""
+    (run / "step_1").mkdir()
+    old = [pair for pair in contents(run) if pair[0].name != "lock"]
+    resumed = overwritten = 0
+    for k in range(100):
+        backup = shutil.copytree(run, run.with_name("backup"))
+        calls = [0]
+
+        def counted(original, k=k, calls=calls):
+            def function(*arguments, **options):
+                calls[0] += 1
+                if calls[0] > k:
+                    raise Killed
+                return original(*arguments, **options)
+            return function
+
+        with monkeypatch.context() as patched:
+            for place, name in ((Path, "rename"), (Path, "unlink"), (Path, "rmdir"), (os, "truncate"),
+                                (Path, "write_text"), (shutil, "rmtree"), (run_dir, "write_atomic")):
+                patched.setattr(place, name, counted(getattr(place, name)))
+            try:
+                opened(run, overwrite=True)
+                break
+            except Killed:
+                pass
+        try:
+            opened(run, resume=True)
+            assert [pair for pair in contents(run) if pair in old] == old
+            resumed += 1
+        except ConfigError:
+            opened(run, overwrite=True)
+            overwritten += 1
+        assert not list(run.glob(f"{OLD}*"))
+        shutil.rmtree(run)
+        backup.rename(run)
+    assert resumed > 5 and overwritten >= 1
+
+
+def test_nothing_in_a_run_directory_is_followed_through_a_link(run, tmp_path):
+    """Somebody else may have prepared the folder on a shared disk."""
+    target = tmp_path / "victim"
+    target.write_text("mine")
+    for name in ("lock", "git.txt", "config.yaml.tmp", "step_2/state.json", "model"):
+        aside = (run / name).with_suffix(".aside")
+        if (run / name).exists():
+            (run / name).rename(aside)
+        (run / name).symlink_to(target)
+        for switch in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(ConfigError, match=f"{name} is a link"):
+                opened(run, **switch)
+        (run / name).unlink()
+        if aside.exists():
+            aside.rename(run / name)
+    assert target.read_text() == "mine"
+
+
+def test_a_resume_with_other_settings_shows_what_changed(run, capsys):
     """A run that is half one method and half another is neither; what only steers may change, and is said."""
     message = refused(run, resume=True, group_size=6, temperature=1.0, lr=2e-6)
-    assert message.endswith("must stay as they were: group_size 5 -> 6, temperature 0.7 -> 1.0")
-    opened(run, resume=True, lr=2e-6, steps=7)
-    opened(run, resume=True, lr=2e-6, steps=7)
-    assert capsys.readouterr().out == "resume: steps 0 -> 7, lr 1e-06 -> 2e-06\n", "once"
+    assert "group_size 5 -> 6, temperature 0.7 -> 1.0" in message and "--accept_changes true" in message
+    opened(run, resume=True, lr=2e-6, steps=7, data="moved.json")
+    assert capsys.readouterr().out == "resume: data '' -> 'moved.json', steps 0 -> 7, lr 1e-06 -> 2e-06\n"
+
+
+def test_an_edited_config_is_compared_with_the_checkpoint(run):
+    """Not with itself."""
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("seed: 0", "seed: 1"))
+    config = load_config(["--config", str(run / "config.yaml"), "--resume", "true"])
+    assert "seed 0 -> 1" in refused(run, resume=True, seed=config.seed)
+
+
+@pytest.mark.parametrize(
+    "part, name", [("inputs", "data"), ("inputs", "test_data"), ("model", "model: a.safetensors")]
+)
+def test_a_resume_with_other_inputs_is_refused_or_recorded(run, part, name):
+    other = HASHES | {part: HASHES[part] | {name: "9"}}
+    assert name in refused(run, other, resume=True)
+    config = Config(run_dir=str(run), resume=True, accept_changes=True)
+    open_run(config, ONE)
+    identity = identity_of(config, other)
+    begin_or_resume(config, identity, ONE)
+    assert identity["accepted"] == [f"after step 2: {name}"]
+    write_checkpoint(run, {"step": 3, "run": identity})
+    opened(run, other, resume=True)
+    assert name in refused(run, resume=True), "what it was at first is now the change"
+
+
+def test_a_checkpoint_of_another_run_is_refused(run, tmp_path):
+    other = opened(tmp_path / "other", seed=5)
+    identity = identity_of(Config(run_dir=str(other), seed=5)) | {"accepted": []}
+    shutil.move(write_checkpoint(other, {"step": 4, "run": identity}), run)
+    assert "seed 5 -> 0" in refused(run, resume=True)
+    shutil.rmtree(run / "step_4")
+    write_checkpoint(run, {"step": 4})
+    assert "does not say what it belongs to" in refused(run, resume=True)
 
 
 def hold(path: Path, begun) -> None:
@@ -108,7 +261,7 @@ def hold(path: Path, begun) -> None:
 def test_two_runs_in_one_directory(run):
     """Two runs that write the same log and delete each other's checkpoints leave nothing of use."""
     inner = opened(run / "sft")
-    (inner / "latest").write_text("step_1")
+    shutil.copytree(run / "step_2", inner / "step_2")
     (inner / "lock").read_text()  # closing the file drops this process's own lock
     forks = multiprocessing.get_context("fork")
     begun = forks.Event()
@@ -132,22 +285,30 @@ def test_processes_that_torchrun_starts_again_go_on(tmp_path, monkeypatch):
     opened(path, overwrite=True)
     (path / "log.jsonl").write_text('{"step": 0}\n')
     opened(path)
-    (path / "latest").write_text("step_2")
+    identity = identity_of(Config(run_dir=str(path))) | {"accepted": []}
+    write_checkpoint(path, {"step": 2, "run": identity})
     opened(path, overwrite=True)
-    assert (path / "log.jsonl").exists() and (path / "latest").exists(), "overwrite meant the first start"
+    assert (path / "log.jsonl").exists() and (path / "step_2").exists(), "overwrite meant the first start"
 
 
-def test_a_start_that_was_refused_or_died_while_it_overwrote_does_not_pass_as_a_restart(run, monkeypatch):
+def test_a_start_that_failed_or_died_while_it_overwrote_does_not_pass_as_a_restart(run, monkeypatch):
     """--max-restarts starts it again: it must not go on with the run that was there before."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "c3")
     for restarts in (0, 1):
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
         assert "--resume true" in refused(run)
+    for _ in range(2):
+        open_run(Config(run_dir=str(run), overwrite=True), ONE)
+        with pytest.raises(ConfigError), replacing(run, ONE):
+            raise ConfigError("no")
+        assert (run / "step_2").exists()
     with monkeypatch.context() as broken:
-        broken.setattr(run_dir.shutil, "rmtree", lambda path: 1 / 0)
+        broken.setattr(Path, "rename", lambda path, target: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             opened(run, overwrite=True)
-    opened(run, overwrite=True)
+    open_run(Config(run_dir=str(run), overwrite=True), ONE)  # killed after this
+    open_run(Config(run_dir=str(run), overwrite=True), ONE)  # by torchrun
+    let_go(run, ONE)
     assert not (run / "step_2").exists()
 
 
@@ -163,16 +324,30 @@ def test_cut_log_drops_the_steps_that_will_be_done_again(tmp_path):
     assert read_jsonl(path) == rows
 
 
+def test_a_resume_says_which_rows_a_power_cut_took(tmp_path, capsys):
+    path = tmp_path / "log.jsonl"
+    for content, left in ((None, 0), (b'{"step": 0}\n{"st\0\0\0\n{"step": 2}\n', 2), (b"\0\0\0\0", 0)):
+        if content is not None:
+            path.write_bytes(content)
+        assert cut_log(path, 2, rows=3) == left
+        assert f"{3 - left} of 3 rows are lost" in capsys.readouterr().out
+    append_jsonl(path, [{"step": 0}, {"step": 1}, {"step": 2}, {"step": 3}])
+    assert cut_log(path, 2, rows=3) == 3 and not capsys.readouterr().out
+
+
 def test_a_folder_is_whole_or_not_there(tmp_path):
-    """Disk full while a model is written: the one before is still whole."""
-    target = tmp_path / "model"
+    """Disk full while a model is written: the one before is still whole. Nobody's OUT.tmp is touched."""
+    target, other = tmp_path / "model", tmp_path / "model.tmp"
+    other.mkdir()
     with atomic_folder(target) as folder:
         (folder / "a").write_text("old")
         assert not target.exists()
-    with pytest.raises(OSError, match="disk full"), atomic_folder(target) as folder:
-        (folder / "b").write_text("half")
-        raise OSError("disk full")
-    assert {path.name: path.read_text() for path in target.iterdir()} == {"a": "old"}
+    for error in (OSError, KeyboardInterrupt):
+        with pytest.raises(error, match="disk full"), atomic_folder(target) as folder:
+            (folder / "b").write_text("half")
+            raise error("disk full")
+        assert {path.name: path.read_text() for path in target.iterdir()} == {"a": "old"}
+        assert sorted(os.listdir(tmp_path)) == ["model", "model.tmp"]
     with atomic_folder(target) as folder:
         assert not any(folder.iterdir()), "the next try starts clean"
-    assert os.listdir(tmp_path) == ["model"]
+    assert sorted(os.listdir(tmp_path)) == ["model", "model.tmp"]

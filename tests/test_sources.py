@@ -12,7 +12,16 @@ from test_layouts import ids_of, save, xlam
 from config import Config
 from corpus.examples import Example
 from corpus.layouts import load_examples, write_examples
-from corpus.sources import DataError, file_sha256, find_files, read_files
+from corpus.sources import (
+    DataError,
+    append_jsonl,
+    file_sha256,
+    find_files,
+    iter_jsonl,
+    read_files,
+    read_jsonl,
+    write_atomic,
+)
 from data import load_splits
 
 
@@ -228,3 +237,46 @@ def test_a_path_that_exists_wins_and_a_mistyped_one_is_no_hub_id(hub, tmp_path, 
     assert hub == []
     with pytest.raises(DataError, match="several data files: a.jsonl, b.parquet; name one, as me/two/FILE"):
         load_examples("me/two")
+
+
+@pytest.mark.parametrize(
+    ("broken", "place"),
+    [
+        ('{"step": 2, "x', ":2"), ("[1]", ":2"), ("3", ":2"), ("{}", ":2"), ('{"step": "2"}', ":2"),
+        ('{"step": true}', ":2"), ('{"a":' * 9999, ":2"), ("\n\n\udcff", ":4"),
+        ('{"step": 2}{"step": 3}', ":2"),
+        ("", ""), ("  \r", ""), ("\0\0\0", ""),
+    ],
+)
+def test_a_broken_line_of_our_own_files_is_named_and_what_a_power_cut_left_is_passed_over(
+    tmp_path, broken, place
+):
+    path = tmp_path / "log.jsonl"
+    text = f'{{"step": 1, "text": "\u2028"}}\n{broken}\n\0\0{{"step": 4}}\n{{"step": 5'
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    if place:
+        with pytest.raises(DataError, match=f"^{path}{place}: not a JSON object .*repair or delete"):
+            read_jsonl(path, step=int)
+    else:
+        assert [row["step"] for row in iter_jsonl(path, step=int)] == [1, 4]
+    rows = iter_jsonl(path, step=int)
+    assert next(rows) == {"step": 1, "text": "\u2028"}, "rows come one by one, before the broken line is read"
+
+
+def test_what_is_appended_any_reader_of_json_can_read(tmp_path):
+    path, inf = tmp_path / "new.jsonl", float("inf")
+    append_jsonl(path, [{"kl": float("nan"), "all": [[-inf, 1.5], {"x": (inf,)}]}, {"text": "half \ud83d"}])
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert lines[0] == '{"kl": null, "all": [[null, 1.5], {"x": [null]}]}'
+    assert read_jsonl(path)[1] == {"text": "half \ud83d"} and read_jsonl(tmp_path / "none") == []
+    with pytest.raises(DataError, match="cannot be read"):
+        read_jsonl(tmp_path)
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "state.json"
+    write_atomic(path, "old")
+    monkeypatch.setattr("os.fsync", lambda _: 1 / 0)  # the disk is full, or Ctrl-C
+    with pytest.raises(ZeroDivisionError):
+        write_atomic(path, "new")
+    assert path.read_text() == "old" and [file.name for file in tmp_path.iterdir()] == ["state.json"]
