@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from config import ConfigError
+from corpus.sources import write_atomic
 from distributed.ranks import run_script
 from prompts import ToolCall, parse_completion
 
@@ -49,9 +50,8 @@ def write_page(run_dir: Path) -> Path:
     head, tail = TEMPLATE.read_text(encoding="utf-8").split("__ROWS__")
     script = tail.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()  # no other script may run
-    partial = target.with_name(target.name + ".tmp")  # whoever has the page open may reload it at any time
-    partial.write_text(head.replace("__SCRIPT__", f"sha256-{digest}") + text + tail, encoding="utf-8")
-    partial.replace(target)
+    # at once: whoever has the page open may reload it at any time
+    write_atomic(target, head.replace("__SCRIPT__", f"sha256-{digest}") + text + tail)
     return target
 
 
