@@ -33,7 +33,7 @@ import jobs  # noqa: E402
 from jobs import RANKS, STEPS, Job, ends, kill, latest, launch, lost, over, rank_pids, wait_until  # noqa: E402
 from worker import Death  # noqa: E402
 
-from ops.run_dir import SAVED  # noqa: E402
+from ops.run_dir import can_resume  # noqa: E402
 
 # A case gets the folder of the drill and the name of its run and returns (faults tried, steps done again). It
 # raises AssertionError where a fault was not survived.
@@ -121,10 +121,10 @@ def ways(run: Path, world: str, odd: bool) -> list[dict]:
     resume, overwrite = {"resume": "true"}, {"resume": "false", "overwrite": "true"}
     if "resume_step" in WORLDS[world].settings:
         return [{}]
-    if WORLDS[world].after and odd and (run / "config.yaml").exists():
-        return [{"config": run / "config.yaml", "resume": "true"}, overwrite]
-    resumable = any((run / name).exists() for name in SAVED) or any(run.glob("step_*/manifest.json"))
-    return [resume, overwrite] if resumable else [overwrite, resume]
+    if WORLDS[world].after:
+        of_old = {"config": run / "config.yaml", "resume": "true"}
+        return [of_old, overwrite] if odd and of_old["config"].exists() else [overwrite]
+    return [resume, overwrite] if can_resume(run) else [overwrite, resume]
 
 
 def start_again(site: Path, name: str, world: str, death: Death, odd: bool) -> Job:

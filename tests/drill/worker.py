@@ -126,7 +126,8 @@ class FileEvents:
     """Numbers what this process changes in the run directory, writes it into a journal, and dies on time."""
 
     def __init__(self, run: Path, death: Death, journal: Path) -> None:
-        self.run, self.death, self.count, self.fsync = run, death, 0, os.fsync
+        self.run, self.death, self.fsync = run, death, os.fsync
+        self.count, self.dying = 0, False
         self.journal = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         # What a power cut leaves: so many bytes of a file, by inode; and renames that it undoes: (from, to,
         # what was there).
@@ -170,6 +171,8 @@ class FileEvents:
 
     def happens(self, kind: str, *paths: Path, size: int = 0) -> None:
         """Counts a change that is about to happen, unless this process dies before it. size: of the file."""
+        if self.dying:
+            return
         self.count += 1
         names = [str(path.relative_to(self.run)) for path in paths]
         os.write(self.journal, f"{kind} {' '.join(names)}\n".encode())
@@ -180,7 +183,7 @@ class FileEvents:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size + self.death.more, resource.RLIM_INFINITY))
             return
         if self.death.power:
-            self.death = Death()
+            self.dying = True
             self.cut_power()
         os.kill(os.getpid(), signal.SIGKILL)
 
