@@ -10,16 +10,18 @@ usage: python data.py COMMAND …; each COMMAND has its own --help
 """
 
 from __future__ import annotations
+import distributed.start  # noqa: F401
 
 import os
 import random
+import signal
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
 from tqdm import tqdm
 
-from config import run_command
+from config import printable, run_command
 from corpus.examples import Example, Splits, Tokenized, record_of, split_records, unseen
 from corpus.layouts import load_examples
 from corpus.sources import DataError
@@ -84,9 +86,9 @@ def load_files(paths: str) -> list[Example]:
         if int(os.environ.get("RANK", 0)) == 0:
             reasons = Counter(one.reason for one in dropped)
             lost = "; ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-            print(f"data: {path}: {len(kept)} examples" + (f", dropped: {lost}" if lost else ""))
+            print(printable(f"data: {path}: {len(kept)} examples" + (f", dropped: {lost}" if lost else "")))
             for one in dropped[:3]:
-                print(f"data: {path}:{one.line} id={one.id}: {one.reason}: {one.detail}")
+                print(printable(f"data: {path}:{one.line} id={one.id}: {one.reason}: {one.detail}"))
             if len(dropped) > 3:
                 print(f"data: … all dropped records: python data.py inspect {path}")
     return examples
@@ -109,7 +111,7 @@ def tokenize_splits(splits: Splits, tokenizer, template: str, config, quiet: boo
                 ids = encode_prompt(tokenizer, example.messages, example.tools, template, example.answer)
                 items.append(Tokenized(example, ids))
             except PromptError as error:
-                refused.append(f"id={example.id}: {error}")
+                refused.append(printable(f"id={example.id}: {error}"))
         return items
 
     encoded = {"": encode(splits.train)} | {name: encode(one) for name, one in splits.held_out.items()}
@@ -134,6 +136,7 @@ def _load_tokenizer(path: str):
 
 def main(arguments: list[str]) -> None:
     """Hands the arguments to the command, each in a module of its own. Raises UserError."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: nothing half written stays
     command, *rest = arguments or ["--help"]
     if command in ("-h", "--help"):
         print(__doc__.strip())

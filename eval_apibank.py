@@ -9,6 +9,7 @@ scorer runs the predicted call on a toy database; evals/apibank_check.py says th
 """
 
 from __future__ import annotations
+import distributed.start  # noqa: F401
 
 import argparse
 import sys

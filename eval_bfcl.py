@@ -8,6 +8,7 @@ The verdicts come from evals/bfcl_check.py and are those of the official checker
 """
 
 from __future__ import annotations
+import distributed.start  # noqa: F401
 
 import argparse
 import sys

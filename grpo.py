@@ -14,6 +14,7 @@ rows of every part. Letters: P prompts, G completions per prompt, N response tok
 """
 
 from __future__ import annotations
+import distributed.start  # noqa: F401
 
 import math
 from collections.abc import Sequence
@@ -22,8 +23,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from config import Config, ConfigError, UserError, load_config
-from corpus.sources import append_jsonl
+from config import Config, UserError, load_config
 from distributed.batches import (
     Group,
     MicroBatch,
@@ -38,7 +38,7 @@ from distributed.batches import (
     shuffled,
 )
 from distributed.fsdp import full_tensor, gathered_weights, release
-from distributed.ranks import Ranks, run_script, start_ranks
+from distributed.ranks import Clock, Ranks, run_script, start_ranks
 from kernel.attention import uses_shared_prefix
 from kernel.decode import Prompt
 from losses import ADVANTAGES, AGGREGATIONS, KLS, learning_rate, objective_of, policy_loss
@@ -47,7 +47,6 @@ from rollout import Decoding, Work, rollout_metrics, sample_groups, sample_rows,
 from session import Run, RunSpec, begin, close, evaluate_if_missing, finish_step, open_session, start_step
 from sft import warm_up
 
-MAX_FAILED_STEPS = 5  # so many steps in a row without a finite gradient end the run
 MOVED = {"--plan": "ops.plan --config C", "--doctor": "ops.doctor --config C", "--export": "ops.export"}
 
 # ---------------------------------------------------------------------------------------------- the objective
@@ -222,25 +221,11 @@ def train(run: Run) -> None:
             for group in run.optimizer.param_groups:
                 group["lr"] = rate
             metrics, rows = grpo_step(run, step)
-            stop_on_failures(run, step, metrics, rows)
             state.update(step=step, flops=state["flops"] + metrics.pop("step_flops"))
             finish_step(run, {"learning_rate": rate, **metrics}, rows, last=step == run.steps)
             bar.update()
             bar.set_postfix(reward=f"{metrics['reward']:.2f}", kl=f"{metrics['kl']:.3f}", refresh=False)
     evaluate_if_missing(run)
-
-
-def stop_on_failures(run: Run, step: int, metrics: dict[str, float], rows: list[dict]) -> None:
-    """Ends the run, with the batch saved, when too many steps in a row had no finite gradient."""
-    failed = not metrics["updates"] and metrics["updates_skipped_nonfinite"]
-    run.state["failed"] = run.state.get("failed", 0) + 1 if failed else 0
-    if run.state["failed"] < MAX_FAILED_STEPS:
-        return
-    path = run.folder / f"nonfinite_step_{step}.jsonl"
-    if run.ranks.main:
-        append_jsonl(path, rows)
-    first = step - MAX_FAILED_STEPS + 1
-    raise ConfigError(f"steps {first} to {step} had NaN or infinite gradients only; lower lr; see {path}")
 
 
 def main(arguments: list[str]) -> None:
@@ -249,12 +234,13 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"{old} is a command of its own now: python -m {MOVED[old]}")
     config = load_config(arguments)
     ranks = start_ranks(config.timeout_minutes)
-    session = open_session(config, ranks, "grpo")
-    if session.finished:
-        return
-    if session.cold:
-        session = warm_up(session)
-    run = begin(session, grpo_spec(session))
+    with Clock(ranks.watchdog)("set-up"):
+        session = open_session(config, ranks, "grpo")
+        if session.finished:
+            return
+        if session.cold:
+            session = warm_up(session)
+        run = begin(session, grpo_spec(session))
     train(run)
     close(run)
 

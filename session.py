@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from config import Config, check_positions, count_steps
+from config import Config, ConfigError, check_positions, count_steps
 from corpus.examples import Splits, Tokenized
 from corpus.sources import append_jsonl, read_jsonl, sync, write_atomic
 from corpus.tiny_model import LAYERS, VOCABULARY, build_tiny_model, build_tiny_tokenizer
@@ -50,6 +50,7 @@ from prompts import check_tokenizer, load_template, render_prompt
 from reward import RewardFunction, reward_function
 
 LOGS = ("log.jsonl", "samples.jsonl")
+MAX_FAILED_STEPS = 5  # so many steps in a row without a finite gradient end the run
 
 # --------------------------------------------------------------------------------------- before any weights
 
@@ -326,6 +327,7 @@ def finish_step(run: Run, metrics: dict[str, float], rows: Sequence[dict] = (), 
     rows: for samples.jsonl. last: no step follows.
     """
     config, state = run.config, run.state
+    stop_on_failures(run, metrics, rows)
     if last or (config.eval_every and state["step"] % config.eval_every == 0):
         metrics = metrics | evaluate_sets(run)
         note_best(run)
@@ -344,6 +346,21 @@ def write_rows(run: Run, name: str, rows: Sequence[dict]) -> None:
     """On the main rank: appends to one of the LOGS. Counts, so that a resume notices a lost row."""
     append_jsonl(run.folder / name, rows)
     run.state["rows"][name] += len(rows)
+
+
+def stop_on_failures(run: Run, metrics: dict[str, float], rows: Sequence[dict]) -> None:
+    """Ends the run, with the rows saved, when too many steps in a row had no finite gradient."""
+    failed = metrics["updates_skipped_nonfinite"] and not metrics.get("updates")
+    run.state["failed"] = run.state.get("failed", 0) + 1 if failed else 0
+    if run.state["failed"] < MAX_FAILED_STEPS:
+        return
+    last = run.state["step"]
+    path = run.folder / f"nonfinite_step_{last}.jsonl"
+    if rows and run.ranks.main:
+        append_jsonl(path, rows)
+    steps = f"steps {last - MAX_FAILED_STEPS + 1} to {last}"
+    remedy = ("lower lr" if "reward" in metrics else "lower sft_lr") + (f"; see {path}" if rows else "")
+    raise ConfigError(f"{steps} had NaN or infinite gradients only; {remedy}")
 
 
 def log(run: Run, record: dict) -> None:

@@ -9,6 +9,7 @@ The loss sees the tokens of the replies alone.
 """
 
 from __future__ import annotations
+import distributed.start  # noqa: F401
 
 import math
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from corpus.examples import Example, Tokenized
 from corpus.sources import DataError
 from distributed.batches import batch_for_step, plan_micro_batches
 from distributed.fsdp import full_tensor
-from distributed.ranks import Ranks, run_script, start_ranks
+from distributed.ranks import Clock, Ranks, run_script, start_ranks
 from kernel.attention import uses_shared_prefix
 from kernel.packing import pack
 from losses import learning_rate
@@ -103,7 +104,9 @@ def sft_update(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     tokens = total + sum(prompt for prompt, _ in sizes)
-    return {"loss": ranks.sum([loss])[0], "grad_norm": norm, "num_tokens": tokens}
+    skipped = int(not math.isfinite(norm))
+    metrics = {"grad_norm": norm, "updates_skipped_nonfinite": skipped, "num_tokens": tokens}
+    return {"loss": ranks.sum([loss])[0], **metrics}
 
 
 def progress(run: Run, budget: float) -> float:
@@ -164,10 +167,11 @@ def main(arguments: list[str]) -> None:
     """Collective. Fine-tunes `model` on `data`; writes run_dir/model, log.jsonl and summary.json."""
     config = load_config(arguments)
     ranks = start_ranks(config.timeout_minutes)
-    session = open_session(config, ranks, "sft")
-    if session.finished:
-        return
-    run = begin(session, RunSpec(session.folder, session.path, session.steps, config.sft_lr, BETAS))
+    with Clock(ranks.watchdog)("set-up"):
+        session = open_session(config, ranks, "sft")
+        if session.finished:
+            return
+        run = begin(session, RunSpec(session.folder, session.path, session.steps, config.sft_lr, BETAS))
     train(run, config.sft_flops)
     close(run)
 

@@ -11,6 +11,7 @@ the same command goes on after a kill. Several processes take a part each (data_
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,15 +19,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
-from config import Config, ConfigError, check_positions, load_config
+from config import Config, ConfigError, check_positions, load_config, printable
 from corpus.examples import Example, Tokenized, hashes_of
 from corpus.layouts import write_examples
-from corpus.sources import DataError, append_jsonl, read_jsonl
+from corpus.sources import DataError, append_jsonl, read_jsonl, write_atomic
 from distributed.batches import prompt_seed
 from distributed.weights import load_model, model_config
-from evals.predict import describe_author
+from evals.predict import describe_author, in_batches
 from kernel.decode import Prompt
 from model import check_vocabulary, load_tokenizer
 from prompts import check_tokenizer, load_template
@@ -34,6 +34,7 @@ from reward import REWARDS, RewardFunction, reward_function
 from rollout import Decoding, sample_groups, score_groups
 
 # Settings that decide a sample or its verdict: rows made with others are not mixed.
+ROW = {"key", "traces", "right", "truncated", "reasons"}  # keys of the journal's rows that are read again
 FIXED_KEYS = "temperature seed reward lenient max_prompt_tokens max_response_tokens rollout_engine".split()
 
 
@@ -48,13 +49,17 @@ def read_journal(path: Path, author: dict) -> dict[str, dict]:
     A line that a kill cut off is removed, so that appending is safe. Raises ConfigError for another author.
     """
     rows = read_jsonl(path)
-    if len(rows) < 2:  # nothing was tried
+    untried = len(rows) == 1 and rows[0].keys() == author.keys()
+    if untried or not (path.exists() and path.stat().st_size):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        append_jsonl(path, [author])
+        write_atomic(path, json.dumps(author) + "\n")
         return {}
-    if changed := [key for key in author if rows[0].get(key) != author[key]]:
+    first = rows[0] if rows else {}
+    if changed := [key for key in author if first.get(key) != author[key]]:
         raise ConfigError(f"{path} was made with another {', another '.join(changed)}; give another --out")
+    if odd := next((row for row in rows[1:] if not ROW <= row.keys()), None):
+        lost = ", ".join(sorted(ROW - odd.keys()))
+        raise DataError(f"{path}: the row of id {odd.get('id')!r} lacks {lost}; delete that line")
     os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     return {row["key"]: row for row in rows[1:]}
 
@@ -73,8 +78,7 @@ def try_prompts(
     decoding = replace(Decoding.training(config), group_size=samples)
     items = sorted(items, key=lambda item: len(item.ids))  # prompts of similar length share a batch
     size = max(1, config.rollout_batch_size // samples)
-    for start in tqdm(range(0, len(items), size), desc="distill", unit="batch", disable=None):
-        batch = items[start : start + size]
+    for batch in in_batches(items, size, "distill"):
         keys = [example_key(item.example) for item in batch]
         seeds = [prompt_seed(config.seed, 0, int(key[:16], 16)) for key in keys]
         prompts = [Prompt(item.example.id, item.ids, seed) for item, seed in zip(batch, seeds)]
@@ -152,7 +156,8 @@ def main(arguments: list[str], load_splits: Callable, tokenize_splits: Callable)
         examples = [item.example for item in items if example_key(item.example) in tried]
         written = with_traces(examples, tried, options.keep)
         if examples:
-            print(report([tried[example_key(example)] for example in examples], written, options.samples))
+            rows = [tried[example_key(example)] for example in examples]
+            print(printable(report(rows, written, options.samples)))
         if len(examples) < len(items):
             print(f"{len(items) - len(examples)} prompts are not tried yet: the same command goes on")
         if written:

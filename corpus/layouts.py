@@ -16,7 +16,7 @@ from corpus.dialogues import find_tools, read_turn, steps, system_messages, syst
 from corpus.examples import Dropped, Example, Unusable, hashes_of, to_json
 from corpus.rules import STRICT, Rules, check_arguments, check_calls, check_prompt, check_tools, decode
 from corpus.schema import are_filled, without_nulls
-from corpus.sources import DataError, find_files, is_columns, read_files
+from corpus.sources import DataError, find_files, is_columns, read_files, written_beside
 from prompts import build_messages
 
 
@@ -239,16 +239,12 @@ def write_rows(path: Path, rows: Iterable[dict]) -> None:
 
     The file appears when it is complete. Raises OSError, and ImportError for .parquet without pyarrow.
     """
-    partial = path.with_name(path.name + ".partial")
-    try:
+    with written_beside(path) as partial:
         if path.suffix == ".parquet":
             _write_parquet(partial, iter(rows))
         else:
             with partial.open("w", encoding="utf-8") as file:
                 file.writelines(f"{to_json(row)}\n" for row in rows)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _write_parquet(path: Path, rows: Iterator[dict]) -> None:

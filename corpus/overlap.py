@@ -17,6 +17,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from config import printable
 from corpus.examples import Example, record_of
 from corpus.layouts import load_examples, write_examples
 from corpus.sources import append_jsonl
@@ -146,7 +147,7 @@ def print_matches(matches: Sequence[Match]) -> None:
         for text, group in list(same.items())[:SHOWN]:
             tested = len({case for match in group for case in match.cases})
             ids = f"{group[0].train_id} ~ {group[0].cases[0]}"
-            print(f"  {ids} ({len(group)} examples, {tested} cases): {text[:160]}")
+            print(printable(f"  {ids} ({len(group)} examples, {tested} cases): {text[:160]}"))
 
 
 def main(arguments: list[str]) -> None:

@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
-from config import Config
+from config import Config, printable
 from corpus.augment import irrelevant_examples, masked_examples
 from corpus.dialogues import is_single_turn
 from corpus.examples import KINDS, Dropped, Example, Unusable, example_kind, split_records, unseen
@@ -123,10 +123,10 @@ def _spread(numbers: Iterable[int]) -> dict[str, float]:
 
 def print_statistics(name: str, described: dict) -> None:
     """Prints what `describe` counted, under the name of the file or split: a line for each group."""
-    print(f"\n{name}: {described['examples']:,} examples")
+    print(printable(f"\n{name}: {described['examples']:,} examples"))
     for title, one in described.items():
         if isinstance(one, dict):
-            print(f"  {title}: {', '.join(f'{key} {value:,}' for key, value in one.items())}")
+            print(printable(f"  {title}: {', '.join(f'{key} {value:,}' for key, value in one.items())}"))
 
 
 def sift(inputs: list[Input], args: argparse.Namespace, length_of: Measure, folder: Path) -> Prepared:
@@ -143,7 +143,7 @@ def sift(inputs: list[Input], args: argparse.Namespace, length_of: Measure, fold
             source = folder / source
             write_examples(source, synthetic_splits(Config(seed=args.seed)).train)
         reads = read_examples(source, one.layout, rules, f"{one.label}-", seen)
-        for read in tqdm(reads, one.given, unit=" records", disable=None):
+        for read in tqdm(reads, printable(one.given), unit=" records", disable=None):
             row = "xlam" if read.layout == "xlam" else "other"
             if read.layout == "toolace":
                 row = "toolace_single" if is_single_turn(read.record) else "toolace_multi"
@@ -331,7 +331,7 @@ def stats(arguments: list[str], load_tokenizer: Callable) -> None:
         what = f"{len(refused)} prompts are refused, such as that of {refused[0].id}: {refused[0].detail}"
         if not lengths:
             raise DataError(f"{args.file}: {what}")
-        print(what)
+        print(printable(what))
     kept = [example for example in examples if example.id in lengths]
     print_statistics(args.file, describe(kept, lengths, "tokens" if args.tokenizer else "characters"))
 
@@ -347,12 +347,13 @@ def inspect(arguments: list[str], _: Callable) -> None:
     counts = ", ".join(f"{kinds[kind]} {kind}" for kind in KINDS if kinds[kind])
     print(f"{args.file}: {len(examples)} examples ({counts})")
     for one in dropped[:20]:
-        print(f"  dropped: line {one.line}, id {one.id}: {one.reason}: {one.detail}")
+        print(printable(f"  dropped: line {one.line}, id {one.id}: {one.reason}: {one.detail}"))
     if len(dropped) > 20:
         reasons = Counter(one.reason for one in dropped)
         print(f"  … and {len(dropped) - 20} more; by reason: {dict(reasons)}")
     for example in examples[: args.count]:
-        print(f"\n{'=' * 20} {example.source} {example.id}")
+        texts = [f"\n{'=' * 20} {example.source} {example.id}"]
         for message in build_messages(example.messages, example.tools):
-            print(f"--- {message['role']}\n{message['content']}")
-        print(f"--- target\n{render_calls(example.answer)}")
+            texts.append(f"--- {message['role']}\n{message['content']}")
+        texts.append(f"--- target\n{render_calls(example.answer)}")
+        print(printable("\n".join(texts)))

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import signal
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -144,6 +145,7 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
     """
     if not path.exists():
         raise DataError(f"{path} does not exist; check the path")
+    number = 0
     try:
         with path.open("rb") as file:
             magic = file.read(4)
@@ -155,10 +157,14 @@ def read_records(path: Path) -> Iterator[tuple[int, Any]]:
         opened = gzip.open if magic.startswith(b"\x1f\x8b") else open
         # newline: JSONL's own. A record may hold others, such as a carriage return between its parts.
         with opened(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-            yield from _json_records(path, file)
+            for number, record in _json_records(path, file):
+                yield number, record
     except DataError:
         raise
     except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        if number and getattr(error, "reason", "") == "unexpected end of data":  # cut off inside a letter
+            yield number + 1, error
+            return
         raise DataError(f"{path} cannot be read: {error}; give JSON in UTF-8, its .gz, or Parquet") from None
 
 
@@ -283,6 +289,21 @@ def read_jsonl(path: Path, **kinds: type) -> list[dict]:
 
 
 @contextmanager
+def as_command(name: str) -> Iterator[None]:
+    """Around a command: SIGTERM ends it as Ctrl-C does, so that it takes away what it has half written, and
+    what the operating system refuses is a UserError.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        said = f"{error.filename}: {error.strerror}" if error.strerror else first_line(error)
+        raise UserError(f"{name}: {said}") from None
+
+
+@contextmanager
 def written_beside(path: Path, name: str = "") -> Iterator[Path]:
     """A file to write, which takes the place of `path` once all is on disk. After an error there is none.
 
@@ -291,14 +312,18 @@ def written_beside(path: Path, name: str = "") -> Iterator[Path]:
     beside = path.with_name(name or f".{os.getpid()}.{path.name}")
     try:
         yield beside
-        _sync(beside)
+        sync(beside)
         beside.replace(path)
-        _sync(path.parent)  # the new name too
+        sync(path.parent)  # the new name too
+    except OSError as error:
+        error.filename = str(path)  # a full disk names none
+        raise
     finally:
         beside.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Returns when a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -306,13 +331,15 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomic(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str, mode: int = 0o666) -> None:
     """Gives a file of ours this content at once: after a kill or a power cut it is the old or the new one.
 
     What a kill leaves beside it, NAME.tmp, the next call takes.
     """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
     with written_beside(path, f"{path.name}.tmp") as beside:
-        beside.write_text(text, encoding="utf-8")
+        with open(os.open(beside, flags, mode), "w", encoding="utf-8") as file:
+            file.write(text)
 
 
 def file_sha256(*paths: Path) -> str:
@@ -322,21 +349,3 @@ def file_sha256(*paths: Path) -> str:
         with path.open("rb") as file:
             hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
-
-
-def write_atomic(path: Path, text: str, mode: int = 0o666) -> None:
-    """Gives a file of ours this content at once: after a kill or a power cut it is the old or the new one."""
-    beside = path.with_name(f"{path.name}.tmp")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
-    with open(os.open(beside, flags, mode), "w", encoding="utf-8") as file:
-        file.write(text)
-    sync(beside)
-    beside.replace(path)
-    sync(path.parent)  # the new name too
-
-
-def sync(path: Path) -> None:
-    """Returns when a file's content, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)

@@ -84,7 +84,7 @@ class Saver:
         self.run_dir, self.ranks = run_dir, ranks
         self.keep, self.background = keep, background
         # Planning talks over a group of its own: the default one may be busy with training at that time.
-        self.group = dist.new_group(backend="gloo")
+        self.group = dist.new_group(timeout=ranks.timeout, backend="gloo")
         self.folder: Path | None = None  # that is being written
         self.files: dict[str, dict] = {}  # what this rank wrote into it, with size and hash
         self.problem = ""  # why this rank could not

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from types import MethodType
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
@@ -48,8 +49,12 @@ def make_mesh(ranks: Ranks, sharding: str) -> DeviceMesh:
     sizes = ranks.gather(inside)  # by all, whatever each of them finds
     if ranks.world % inside or len(set(sizes)) > 1:
         raise ConfigError("sharding: hsdp needs equally many processes on every node; use sharding full")
-    shape = (ranks.world // inside, inside)
-    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    grid = torch.arange(ranks.world).view(-1, inside)  # [nodes, processes of each]
+    # init_device_mesh would give its groups torch's own timeout.
+    across, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), ranks.timeout)
+    within, _ = dist.new_subgroups_by_enumeration(grid.tolist(), ranks.timeout)
+    names = ("replicate", "shard")
+    return DeviceMesh.from_group([across, within], ranks.device.type, grid, mesh_dim_names=names)
 
 
 def load_sharded(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import faulthandler
+import io
 import os
 import re
 import signal
@@ -37,12 +39,16 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all: rank of world, and its device. Always a process group, also of one process."""
+    """This process among all: rank of world, and its device. Always a process group, also of one process.
+
+    timeout: for every process group that is made later, whose own would be torch's 10 or 30 minutes.
+    """
 
     rank: int
     world: int
     device: torch.device
     watchdog: Watchdog | None = None
+    timeout: timedelta | None = None
 
     @property
     def main(self) -> bool:
@@ -91,10 +97,11 @@ def start_ranks(timeout_minutes: float = 60.0) -> Ranks:
     # Gradients travel by NCCL, small counts and objects by gloo.
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     # A little longer than the watchdog waits: that one names the phase, while NCCL just kills the process.
-    dist.init_process_group(backend, timeout=timedelta(minutes=1.05 * timeout_minutes))
+    timeout = timedelta(minutes=1.05 * timeout_minutes)
+    dist.init_process_group(backend, timeout=timeout)
     rank, world = dist.get_rank(), dist.get_world_size()
     # Nobody waits for a single process, and its steps may be slow.
-    return Ranks(rank, world, device, Watchdog(timeout_minutes, rank) if world > 1 else None)
+    return Ranks(rank, world, device, Watchdog(timeout_minutes, rank) if world > 1 else None, timeout)
 
 
 def first_problem(problem: str, ranks: Ranks) -> str:
@@ -104,8 +111,12 @@ def first_problem(problem: str, ranks: Ranks) -> str:
 
 def torchrun_job() -> str:
     """What stays the same when torchrun starts its processes again, and differs in every other start."""
-    job = os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    return f"job {job} of process {os.getppid()} on {socket.gethostname()}"
+    job, parent = os.environ.get("TORCHELASTIC_RUN_ID", "none"), os.getppid()
+    ticks = boot = ""
+    with contextlib.suppress(OSError):  # in containers, job, process and host may be the same again
+        ticks = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]  # starttime
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"job {job} of process {parent} on {socket.gethostname()}, started at {ticks} in boot {boot}"
 
 
 def _first_of_node() -> bool:
@@ -113,67 +124,118 @@ def _first_of_node() -> bool:
     return int(os.environ.get("LOCAL_RANK", 0)) == 0
 
 
+def say_at_once(text: str) -> None:
+    """Writes to stderr from any thread and at any moment: print() waits for a lock that others may hold."""
+    with contextlib.suppress(OSError):  # nobody may read it any more
+        os.write(2, text.encode())
+
+
 class StopFlag:
-    """Set by SIGINT or SIGTERM, a second one ends the process; `requested` makes all ranks stop at one step.
+    """Set by SIGINT, SIGTERM or SIGHUP, a second one ends the process; `requested` makes all ranks stop at
+    one step.
 
     A terminal or a scheduler may signal processes that torchrun signals too: within a second, two are one.
+    A thread listens, because Python calls no handler while the main thread waits in C++ for other ranks.
     """
 
     def __init__(self) -> None:
         self.signal, self.since = 0, 0.0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        # nohup means: go on. torchrun sends a hang-up only where it ends itself.
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN or "TORCHELASTIC_RUN_ID" in os.environ:
+            numbers.append(signal.SIGHUP)
+        heard, tell = os.pipe()
+        os.set_blocking(tell, False)
+        signal.set_wakeup_fd(tell, warn_on_full_buffer=False)
+        for number in numbers:
+            signal.signal(number, lambda *_: None)  # without a handler, nothing is written to the pipe
+        threading.Thread(target=self._listen, args=(heard, numbers), name="signals", daemon=True).start()
 
-    def _on_signal(self, number: int, frame: Any) -> None:
+    def _listen(self, heard: int, numbers: list[int]) -> None:
+        while True:
+            for number in os.read(heard, 100):
+                if number in numbers:
+                    self._on_signal(number)
+
+    def _on_signal(self, number: int) -> None:
         if self.signal and time.monotonic() - self.since < 1:
             return
         if self.signal:
-            raise SystemExit(128 + number)
+            os._exit(128 + number)
         self.signal, self.since = number, time.monotonic()
-        if _first_of_node():  # not by print(), which may not be re-entered
-            os.write(2, b"\nstopping after this step; a second signal stops at once\n")
+        if _first_of_node():
+            say_at_once("\nstopping after this step; a second signal stops at once\n")
 
     def requested(self, ranks: Ranks) -> bool:
         """Collective. Whether any rank was asked to stop."""
         return ranks.sum([float(self.signal)])[0] > 0
 
 
+class LossyFile(io.FileIO):
+    """stdout or stderr. What cannot be written (a reader or terminal that is gone, a full disk) never ends a
+    run, whose log.jsonl has everything; a short command may end, as under `| head`.
+    """
+
+    def write(self, data: bytes) -> int:
+        """All of it or as much as there is room for; what fails, or would block, is dropped."""
+        try:
+            return super().write(data) or len(data)
+        except OSError:
+            if dist.is_initialized():
+                return len(data)
+            raise
+
+
+def lossy(stream: TextIO) -> TextIO:
+    """A standard stream over a LossyFile; a stand-in, such as a test's, as it is."""
+    if stream not in (sys.__stdout__, sys.__stderr__):
+        return stream
+    stream.flush()
+    raw = io.BufferedWriter(LossyFile(stream.fileno(), "w", closefd=False))
+    by_line = stream.line_buffering or stream.write_through  # the latter: python -u, as torchrun starts us
+    return io.TextIOWrapper(raw, stream.encoding, "backslashreplace", line_buffering=by_line)
+
+
 def run_script(main: Callable[[list[str]], None]) -> None:
     """Runs a script's main. A UserError, lost processes and full memory or disk end it with one sentence, and
-    a reader of its output that has seen enough, like `| head`, without any.
+    a reader of its output that has seen enough, like `| head`, without any, if it is no run.
     """
     message, lost, code = "", "", 1
     many = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    sys.stdout, sys.stderr = lossy(sys.stdout), lossy(sys.stderr)
     sys.stdout.reconfigure(errors="backslashreplace")  # a reply may hold half a surrogate pair
     try:
         main(sys.argv[1:])
+        sys.stdout.flush()
         code = 0
     except UserError as error:
         message = f"error: {error}"
         if many and not _first_of_node():  # the machine's first process may say the same
             _let_torchrun_end_us(5)
     except (Interrupted, KeyboardInterrupt) as stopped:
-        message, code = (str(stopped) or "interrupted") if _first_of_node() else "", 130
+        message = (str(stopped) or "interrupted") if _first_of_node() else ""
+        # Any other code is a crash to torchrun, which would start the run again.
+        code = 0 if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) else 130
     except torch.OutOfMemoryError as error:
         message = f"error: out of GPU memory on rank {os.environ.get('RANK', 0)}{phase_of(error)}; "
         message += "lower rollout_batch_size (rollout) or max_tokens_per_micro_batch (update)"
-    except SystemExit as stopped:  # --help, or a second signal
+    except SystemExit as stopped:  # --help
         code = stopped.code or 0
     except BaseException as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-            message = f"error: {error.filename}: {error.strerror}; make room, and go on with --resume true"
+        if full := full_disk(error):
+            message = f"error: {full}{phase_of(error)}; make room, and go on with --resume true"
         elif isinstance(error, PermissionError):
             message = f"error: {error.filename}: {error.strerror}"
+        elif isinstance(error, BrokenPipeError) and not dist.is_initialized():
+            pass
         elif many:
             lost = lost_processes(error)
             message = lost or traceback.format_exc().rstrip()
-        elif not isinstance(error, BrokenPipeError):
+        else:
             raise
-        elif dist.is_initialized():  # a run, which must not end unnoticed
-            message = "error: nobody reads the output of this run any more; write it to a file"
     write_out(sys.stdout)
     if message:
-        print(message, file=sys.stderr, flush=True)
+        write_out(sys.stderr, message + "\n")
     if lost:  # so that torchrun's table shows the process that died, and not this one
         _let_torchrun_end_us(1)
     if many and code not in (0, 130):
@@ -186,12 +248,20 @@ def run_script(main: Callable[[list[str]], None]) -> None:
 
 
 def write_out(stream: TextIO, text: str = "") -> None:
-    """Writes a text and what is buffered. Where nobody reads it any more, all goes nowhere from here on."""
+    """Writes a text and what is buffered. Where that cannot be, all goes nowhere from here on."""
     try:
         tqdm.write(text, stream, end="")  # tears no progress bar
         stream.flush()  # somebody may follow the file
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def full_disk(error: BaseException) -> str:
+    """Which file found no room, and why, for an error of Python's or of safetensors'; "" for any other."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return f"{error.filename or 'a file'}: {error.strerror}"
+    reasons = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
+    return next((f"a file: {reason}" for reason in reasons if reason in str(error)), "")
 
 
 def _let_torchrun_end_us(seconds: float) -> None:
@@ -268,7 +338,7 @@ class Watchdog(threading.Thread):
             "hangs, or one that it waits for; go on with --resume true, and a larger timeout_minutes if all "
             "were at work; the stack follows\n"
         )
-        os.write(2, text.encode())  # not print(): the main thread may hold its lock
+        say_at_once(text)
         faulthandler.dump_traceback(2)
         os._exit(1)  # sys.exit() would end this thread alone
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import nn
 
-from config import Config, ConfigError, UserError
+from config import Config, ConfigError, UserError, printable
 from corpus.examples import Example, Tokenized, example_kind
 from distributed.ranks import Ranks
 from evals import apibank_data, bfcl_data
@@ -103,7 +103,7 @@ def load_benchmarks(
                 part = PARTS.get(case.category, case.category.replace("-", ""))  # API-Bank: level1 to level3
                 judge = partial(_by_benchmark, verdict, gold)
                 fits.append(JudgedPrompt(Prompt(case.id, ids), part, judge))
-        why = f"; {len(refused)} are refused, such as {refused[0]}" if refused else ""
+        why = printable(f"; {len(refused)} are refused, such as {refused[0]}") if refused else ""
         if not fits:
             raise ConfigError(f"{name}: every prompt is longer than max_prompt_tokens ({limit}){why}")
         if not quiet:

@@ -6,21 +6,25 @@ import argparse
 import hashlib
 import json
 import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from corpus.sources import append_jsonl, read_jsonl
+from config import printable
+from corpus.sources import append_jsonl, iter_jsonl, write_atomic
 from distributed.weights import load_model, model_config
 from evals.report import Case
 from kernel.decode import Prompt
 from model import ModelError, check_vocabulary, load_tokenizer
 from prompts import PromptError, check_tokenizer, encode_prompt, load_template
 from rollout import Decoding, sample_groups
+
+LINE_SECONDS = 30.0  # at least, between two lines about progress where no bar is seen
 
 
 @dataclass(frozen=True)
@@ -37,10 +41,16 @@ class Sampling:
 
 
 def generate(args: argparse.Namespace, cases: Sequence[Case]) -> None:
-    """The command `generate` of both evaluation scripts. Raises ModelError and PromptError."""
+    """The command `generate` of both evaluation scripts. Raises ModelError, PromptError and DataError."""
     sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
     template = args.prompt_template and load_template(args.prompt_template)
-    write_predictions(args.model, cases, args.out / "predictions.jsonl", template, sampling)
+    path = args.out / "predictions.jsonl"
+    try:
+        write_predictions(args.model, cases, path, template, sampling)
+    except KeyboardInterrupt:
+        there = sum(1 for _ in iter_jsonl(path))
+        what = f"interrupted: {path} holds {there} of {len(cases) * sampling.samples} replies"
+        raise KeyboardInterrupt(f"{what}; the same command goes on") from None
 
 
 def write_predictions(
@@ -63,9 +73,10 @@ def write_predictions(
     _check_author(path, model, template, sampling)
     if path.exists():  # a line cut off by a kill is removed, so that appending is safe
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    done = {(row["category"], row["id"], row.get("sample", 0)) for row in read_jsonl(path)}
+    rows = iter_jsonl(path, category=str, id=str, output=str)
+    done = {(row["category"], row["id"], str(row.get("sample", 0))) for row in rows}
     wanted = range(sampling.samples)
-    missing = {case.id: [k for k in wanted if (case.category, case.id, k) not in done] for case in cases}
+    missing = {case.id: [k for k in wanted if (case.category, case.id, str(k)) not in done] for case in cases}
     if not any(missing.values()):
         print(f"{path}: all {len(cases) * sampling.samples} replies are there already")
         return
@@ -92,8 +103,8 @@ def write_predictions(
     todo.sort(key=lambda one: len(one[1].ids))  # prompts of similar length share a batch
     size = max(1, sampling.batch_size // sampling.samples)
     decoding = Decoding(sampling.samples, sampling.temperature, sampling.max_new_tokens, sampling.batch_size)
-    for start in tqdm(range(0, len(todo), size), desc=path.parent.name or "eval", unit="batch", disable=None):
-        batch, started = todo[start : start + size], time.perf_counter()
+    for batch in in_batches(todo, size, path.parent.name or "eval"):
+        started = time.perf_counter()
         # All samples of a case come from one stream of random numbers, so all are made.
         groups = sample_groups(policy, tokenizer, [prompt for _, prompt in batch], decoding)
         latency = round((time.perf_counter() - started) / (len(batch) * sampling.samples), 4)
@@ -104,6 +115,16 @@ def write_predictions(
                 rows.append(_row(case, k, prompt.ids) | reply | {"latency": latency})
             append_jsonl(path, rows)
     print(f"{path}: {len(todo)} cases asked in {time.perf_counter() - began:.1f} s")
+
+
+def in_batches(items: Sequence, size: int, name: str) -> Iterator[Sequence]:
+    """`size` items at a time, with a bar in a terminal, elsewhere a line now and then."""
+    told = time.monotonic()
+    for start in tqdm(range(0, len(items), size), printable(name), unit="batch", disable=None):
+        if not sys.stderr.isatty() and time.monotonic() - told >= LINE_SECONDS:
+            told = time.monotonic()
+            print(printable(f"{name}: {start} of {len(items)} prompts"), flush=True)
+        yield items[start : start + size]
 
 
 def _row(case: Case, sample: int, ids: list[int]) -> dict:
@@ -125,9 +146,13 @@ def _check_author(path: Path, model: str, template: str, sampling: Sampling) -> 
     author["seed"] = sampling.seed if sampling.temperature else 0
     note = path.with_name("generated_with.json")
     if path.exists() and note.exists():
-        before = json.loads(note.read_text(encoding="utf-8"))
+        try:
+            before = dict(json.loads(note.read_bytes()))
+        except (ValueError, TypeError, RecursionError):
+            what = f"{note} is broken, so nobody knows what {path} was made with"
+            raise ModelError(f"{what}; give another --out, or delete {note.name} if you know") from None
         changed = [key for key in author if before.get(key) != author[key]]
         if changed:
             what = f"another model or other settings ({', '.join(changed)}; see {note})"
             raise ModelError(f"{path} was made with {what}; give another --out")
-    note.write_text(json.dumps(author, indent=1) + "\n", encoding="utf-8")
+    write_atomic(note, json.dumps(author, indent=1) + "\n")

@@ -8,17 +8,18 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import signal
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from math import sqrt
+from math import inf, sqrt
 from pathlib import Path
 from typing import Any
 
-from config import UserError, quiet_pipe
-from corpus.sources import read_records
+from config import UserError, printable, quiet_pipe
+from corpus.sources import REPAIR, read_records
 
 Z = 1.959963984540054  # 97.5 % quantile of the normal distribution: intervals are two-sided, 95 %
 T_SMALL = {1: 12.7062, 2: 4.3027}  # the same of Student's t with 1 and 2 degrees of freedom: _t is too coarse
@@ -54,25 +55,38 @@ class Script:
     group: Callable[[dict], str]  # a verdict's category, for --diff
 
 
+def at_least(least: int | float) -> Callable[[str], int | float]:
+    """The type of an argument: a finite number of the type of `least`, and not below it."""
+
+    def number(text: str) -> int | float:
+        value = type(least)(text)
+        if not least <= value < inf:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")
+        return value
+
+    return number
+
+
 def _parser(script: Script) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"{script.name}.py")
+    whole, count = at_least(0), at_least(1)
     parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="compare the --out folders of two runs")
-    parser.add_argument("--show", type=int, default=20, help="ids that --diff lists (default: %(default)s)")
+    parser.add_argument("--show", type=whole, default=20, help="ids that --diff lists (default: %(default)s)")
     commands = parser.add_subparsers()
     ask = commands.add_parser("generate", help="model -> OUT/predictions.jsonl; resumes")
     score = commands.add_parser("score", help="predictions -> OUT/verdicts.jsonl, cases, tables")
     ask.set_defaults(run=script.generate)
     score.set_defaults(run=script.score)
     ask.add_argument("--model", required=True, help="folder or hub id of a model")
-    ask.add_argument("--limit", type=int, help="first N cases of each category or level; default: all")
-    ask.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default: %(default)s)")
-    ask.add_argument("--samples", type=int, default=1, help="replies per case (default: %(default)s)")
+    ask.add_argument("--limit", type=count, help="first N cases of each category or level; default: all")
+    ask.add_argument("--temperature", type=at_least(0.0), default=0.0, help="0: greedy (default: 0)")
+    ask.add_argument("--samples", type=count, default=1, help="replies per case (default: %(default)s)")
     ask.add_argument("--prompt_template", default="", help="file with a {tools} slot; default: as trained")
     ask.add_argument("--chat_template_kwargs", default="", help="variables of its template; default: none")
     ask.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
     limits = {"max_prompt_tokens": script.max_prompt_tokens, "max_new_tokens": 1024, "batch_size": 32}
     for name, default in limits.items():
-        ask.add_argument(f"--{name}", type=int, default=default, help="(default: %(default)s)")
+        ask.add_argument(f"--{name}", type=count, default=default, help="(default: %(default)s)")
     score.add_argument("--predictions", required=True, type=Path, help=".jsonl or .jsonl.gz")
     for command, options in ((ask, script.generate_options), (score, script.score_options)):
         command.add_argument("--data", required=True, help=script.data)
@@ -83,8 +97,11 @@ def _parser(script: Script) -> argparse.ArgumentParser:
 
 
 def run(script: Script, arguments: list[str] | None) -> int:
-    """`generate`, `score` or --diff A B. Returns 0, or 2 after an error, which is told in one sentence."""
+    """`generate`, `score` or --diff A B. Returns 0; 2 after an error, which is told in one sentence; 130 at
+    Ctrl-C and SIGTERM.
+    """
     parser = _parser(script)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with quiet_pipe():
             args = parser.parse_args(arguments)
@@ -95,8 +112,11 @@ def run(script: Script, arguments: list[str] | None) -> int:
             else:
                 args.run(args)
     except (UserError, OSError) as error:
-        print(f"{script.name}: error: {error}", file=sys.stderr)
+        print(printable(f"{script.name}: error: {error}"), file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stopped:
+        print(printable(str(stopped) or "interrupted"), file=sys.stderr)
+        return 130
     return 0
 
 
@@ -122,13 +142,18 @@ def read_predictions(path: Path) -> list[dict]:
     """
     records = list(read_records(path))
     if records and isinstance(records[-1][1], Exception):
-        print(f"warning: {path}:{records.pop()[0]}: half-written last line left out", file=sys.stderr)
+        place = f"{path}:{records.pop()[0]}"
+        print(printable(f"warning: {place}: half-written last line left out"), file=sys.stderr)
     rows = []
     for number, row in records:
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("id", "output")):
             wanted = 'not a JSON object with the strings "id" and "output"'
-            raise ReportError(f"{path}:{number}: {wanted}; repair or delete this line")
+            raise ReportError(f"{path}:{number}: {wanted}; {REPAIR}")
+        if not isinstance(row.get("sample", 0), (int, float)):
+            raise ReportError(f"{path}:{number}: sample is no number; {REPAIR}")
         rows.append(row | {"place": f"{path}:{number}"})
+    if not rows:
+        raise ReportError(f"{path} holds no whole prediction; run generate again")
     return rows
 
 
@@ -274,7 +299,7 @@ def write_cases(cases: Sequence[dict], out: Path, right: str = "valid", reason: 
             f"\n{case['id']} ({case['category']}): {case[reason]}\n  why:      {case['why']}\n"
             f"  expected: {_ENCODE(case['expected'])}\n  came:     {_ENCODE(case['came'])}\n"
         )
-    _write(out / "failures.txt", "".join(told))
+    _write(out / "failures.txt", printable("".join(told)))
 
 
 def read_verdicts(place: str, right: str) -> list[dict]:
@@ -312,7 +337,7 @@ def print_diff(a: str, b: str, show: int, right: str, group: Callable[[dict], st
         counts = (pairs.total(), still + broken, still + fixed, fixed, broken, still, wrong)
         lines.append((name, *counts, f"{mcnemar(broken, fixed):.3g}"))
     header = "category,n,A right,B right,fixed,broken,still right,still wrong,McNemar p".split(",")
-    print(f"A: {a}\nB: {b}\n{text_table(header, lines)}")
+    print(printable(f"A: {a}\nB: {b}\n{text_table(header, lines)}"))
     lists = {
         "wrong in A, right in B": [case for case, fate in fates.items() if fate == (False, True)],
         "right in A, wrong in B": [case for case, fate in fates.items() if fate == (True, False)],
@@ -321,4 +346,4 @@ def print_diff(a: str, b: str, show: int, right: str, group: Callable[[dict], st
     }
     for title, ids in lists.items():
         more = [f"… (--show {len(ids)} lists all)"] if len(ids) > show else []
-        print(f"{title}: {len(ids)}", *ids[:show], *more, sep="\n  ")
+        print(printable("\n  ".join([f"{title}: {len(ids)}", *ids[:show], *more])))

@@ -4,3 +4,5 @@ Open run_dir.py first. session.py imports run_dir, monitor, plot, export and sam
 chat are commands only, which no library module imports; plot, samples_page and export are commands too:
 `python -m ops.plot RUN`.
 """
+
+import distributed.start  # noqa: F401

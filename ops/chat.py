@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from config import UserError
+from config import UserError, printable
 from corpus.schema import read_tools
 from distributed.ranks import run_script
 from distributed.weights import load_model, model_config
@@ -84,7 +84,7 @@ def main(arguments: list[str]) -> None:
             continue
         [group] = sample_groups(model, tokenizer, [Prompt("chat", ids, random.getrandbits(62))], decoding)
         reply = parse_completion(group.texts[0])
-        print("\n".join(show(reply, group.texts[0])))
+        print(printable("\n".join(show(reply, group.texts[0]))))
         if reply.calls is not None:  # a malformed reply is forgotten, with what was said
             messages += [said, {"role": "assistant", "content": "", "calls": reply.calls}]
 

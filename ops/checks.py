@@ -13,7 +13,7 @@ import transformers
 from packaging.version import Version
 from transformers import GenerationConfig
 
-from config import Config, ConfigError, UserError, check_positions, first_line
+from config import Config, ConfigError, UserError, check_positions, first_line, printable
 from corpus.examples import Example, Splits, example_kind
 from corpus.sources import file_sha256
 from distributed.ranks import Ranks, first_problem
@@ -23,6 +23,7 @@ from losses import objective_of
 from model import count_parameters
 from ops.monitor import tracker_names
 from ops.plan import CONTEXT, GB, Assumptions, shape_of, verdict
+from ops.run_dir import OLD
 from prompts import check_tokenizer, decode_reply, encode_reply, render_completion, render_prompt, stop_ids
 from reward import REWARDS, RewardFunction
 from rollout import ENGINES
@@ -42,7 +43,7 @@ class Check:
 
     def __str__(self) -> str:
         line = f"{self.status:<9}{self.name}: {self.text}"
-        return f"{line}\n{'':<9}-> {self.remedy}" if self.remedy else line
+        return printable(f"{line}\n{'':<9}-> {self.remedy}" if self.remedy else line)
 
 
 def judge(name: str, text: str, warnings: dict[str, bool], problems: dict[str, bool] | None = None) -> Check:
@@ -208,7 +209,8 @@ def check_disk(s: Start) -> Check:
     model = model_config(s.path, s.config.trust_remote_code)
     weights = count_parameters(skeleton(model, torch.float32, s.config.trust_remote_code))
     size, run_dir = 12 * weights / GB, Path(s.config.run_dir)  # with AdamW's moments
-    saved = sum(file.stat().st_size for file in run_dir.glob("step_*/*"))  # will be replaced
+    replaced = [*run_dir.glob("step_*/*"), *run_dir.glob(f"{OLD}/**/*")]
+    saved = sum(file.stat().st_size for file in replaced)
     free, needed = (shutil.disk_usage(run_dir).free + saved) / GB, (s.config.keep_checkpoints + 2) * size
     remedy = "make room, lower keep_checkpoints, or choose another --run_dir"
     text = f"checkpoints take {size:.3g} GB each, {needed:.3g} GB in all; {free:.3g} GB are free"

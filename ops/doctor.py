@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 
-from config import Config, count_steps, load_config
+from config import Config, ConfigError, count_steps, load_config, printable
 from corpus.layouts import write_examples
-from distributed.ranks import Ranks, run_script, start_ranks
+from corpus.sources import as_command
+from distributed.ranks import Ranks, first_problem, run_script, start_ranks
 from grpo import grpo_spec, grpo_step
 from ops.checks import Check, Start, check_names, examine, judge, tell
 from prompts import encode_reply, render_completion
@@ -29,15 +30,23 @@ SAMPLER_ERROR = {"cpu": 1e-3, "cuda": 0.05}  # nats per token; measured: 3e-6 in
 MOST_MEMORY = 0.92  # of a GPU, in one step: longer replies will come
 
 
+@as_command("doctor")
 def main(arguments: list[str]) -> None:
     """Collective. Prints all checks; ends with SystemExit(1) where one found a problem."""
     config = load_config(arguments)
     check_names(config)
     ranks = start_ranks(config.timeout_minutes)
-    above = next(folder for folder in Path(config.run_dir).absolute().parents if folder.exists())
-    name = tempfile.mkdtemp(prefix=".doctor-", dir=above) if ranks.main else ""
-    folder = Path(ranks.gather(name)[0])
+    name, problem = "", ""
     try:
+        if ranks.main:
+            try:
+                above = next(path for path in Path(config.run_dir).absolute().parents if path.exists())
+                name = tempfile.mkdtemp(prefix=".doctor-", dir=above)
+            except OSError as error:
+                problem = f"run_dir: cannot use {config.run_dir}: {error.strerror}"
+        if problem := first_problem(problem, ranks):
+            raise ConfigError(problem)
+        folder = Path(ranks.gather(name)[0])
         start = read_start(replace(config, run_dir=str(folder)), ranks)
         found = examine(start)
         if ranks.main:
@@ -45,7 +54,8 @@ def main(arguments: list[str]) -> None:
         step = check_step(first_step(step_settings(start), ranks), start)
         tell([*found, step], ranks, [step])
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if name:
+            shutil.rmtree(name, ignore_errors=True)
     if any(check.status == "problem" for check in (*found, step)):
         raise SystemExit(1)
 
@@ -69,7 +79,7 @@ def shown(s: Start) -> str:
     """For people to read: the shortest prompt as the model reads it, with the right reply."""
     item = min(s.tokenized.train, key=lambda item: len(item.ids))
     reply = encode_reply(s.tokenizer, render_completion(item.example.answer, "…"))
-    return f"--- {item.example.id}\n{s.tokenizer.decode([*item.ids, *reply])}\n---"
+    return printable(f"--- {item.example.id}\n{s.tokenizer.decode([*item.ids, *reply])}\n---")
 
 
 def step_settings(s: Start) -> Config:

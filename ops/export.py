@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 import prompts
 from config import Config, ConfigError, load_config
-from corpus.sources import file_sha256, read_jsonl
+from corpus.sources import as_command, file_sha256, iter_jsonl
 from distributed.checkpoint import full_state
 from distributed.fsdp import class_name, full_tensor, weights
 from distributed.ranks import Ranks, run_script
@@ -210,7 +210,7 @@ def model_card(
     names = [name for name in f"{config.data},{config.test_data}".split(",") if name]
     data = {name: file_sha256(Path(name)) if Path(name).is_file() else "not a local file" for name in names}
     figures = {key: f"{value:.4g}" for key, value in evaluation.items() if isinstance(value, (int, float))}
-    commit, *changes = git.splitlines()
+    commit, *changes = git.splitlines() or ["unknown"]
     return CARD.format(
         model=config.model, commit=commit + (" with uncommitted changes" if changes else ""),
         step=state["step"], hours=state["seconds"] / 3600, flops=state["flops"], recipe=bullets(recipe),
@@ -223,6 +223,7 @@ def bullets(values: dict) -> str:
     return "\n".join(f"- `{name}`: {value}" for name, value in values.items()) or "None."
 
 
+@as_command("export")
 def main(arguments: list[str]) -> None:
     """`RUN/step_N OUT`. Raises ConfigError or CheckpointError."""
     parser = argparse.ArgumentParser("ops.export", description="A checkpoint as a bf16 Hugging Face folder.")
@@ -236,11 +237,12 @@ def main(arguments: list[str]) -> None:
     full = full_state(source, torch.bfloat16)
     config = load_config(["--config", str(run / "config.yaml")])
     state = json.loads((source / "state.json").read_text(encoding="utf-8"))["state"]
-    logged = [row for row in read_jsonl(run / "log.jsonl") if row["step"] == state["step"]]
-    last = logged[-1] if logged else {}  # a checkpoint may have been copied without the run's other files
+    last = {}  # a checkpoint may have been copied without the run's other files
+    for row in iter_jsonl(run / "log.jsonl", step=int):
+        last = row if row["step"] == state["step"] else last
     evaluation = {key: value for key, value in last.items() if "/accuracy" in key or "/n" in key}
     commit = run / "git.txt"
-    git = commit.read_text(encoding="utf-8") if commit.exists() else "unknown"
+    git = commit.read_text(encoding="utf-8", errors="replace") if commit.exists() else "unknown"
     tokenizer = asking_from_tools(load_tokenizer(str(source)), config)
     model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     with atomic_folder(args.out) as folder:

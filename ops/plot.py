@@ -11,17 +11,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import math
-import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import yaml
 
-from config import ConfigError, UserError, first_line
+from config import ConfigError, UserError, first_line, printable
 from corpus.examples import KINDS
-from corpus.sources import read_records
+from corpus.sources import as_command, iter_jsonl, read_records, written_beside
 from distributed.ranks import run_script
 
 PERCENT = "%"
@@ -98,24 +98,31 @@ def was_evaluated(row: dict) -> bool:
     return any("/accuracy" in key for key in row)
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The objects of a JSONL file, a JSON array or a Trainer's state; [] if there is none. What is no object,
-    as a line that is still being written, is left out.
+def read_rows(path: Path, warn: bool = False) -> Iterator[dict]:
+    """The objects of a JSONL file, a JSON array or a Trainer's state; none if there is no file. What is no
+    object is left out. warn: says so, unless it is the last alone: that may be a line that is being written.
     """
-    rows = []
-    if path.exists() and path.stat().st_size:
-        rows = [row for _, row in read_records(path) if isinstance(row, dict)]
-    if rows and isinstance(history := rows[0].get("log_history"), list):
-        rows = [row for row in history if isinstance(row, dict)]
-    return rows
+    records = read_records(path) if path.exists() and path.stat().st_size else iter(())
+    odd: list[int] = []
+    last = 0
+    for last, row in records:
+        if not isinstance(row, dict):
+            odd.append(last)
+        elif isinstance(history := row.get("log_history"), list):
+            yield from (inner for inner in history if isinstance(inner, dict))
+        else:
+            yield row
+    if warn and odd and odd != [last]:
+        what = f"left out {len(odd)} line(s) that are no JSON object, such as line {odd[0]}"
+        print(printable(f"warning: {path}: {what}"), file=sys.stderr)
 
 
-def read_log(run: Path) -> list[dict]:
+def read_log(run: Path, warn: bool = False) -> list[dict]:
     """The finite numbers in the rows of a run's log; [] if there is none. A row's step is its position where
     it names none.
     """
     path = next((run / name for name in LOGS if (run / name).exists()), run / LOGS[0])
-    return [{"step": place, **numbers(row)} for place, row in enumerate(read_rows(path), 1)]
+    return [{"step": place, **numbers(row)} for place, row in enumerate(read_rows(path, warn), 1)]
 
 
 def numbers(row: dict) -> dict[str, float]:
@@ -125,7 +132,7 @@ def numbers(row: dict) -> dict[str, float]:
 
 def read_summary(run: Path) -> dict[str, float]:
     """The numbers in a run's summary.json, {} if it has none."""
-    return numbers(next(iter(read_rows(run / "summary.json")), {}))
+    return numbers(next(read_rows(run / "summary.json"), {}))
 
 
 def accuracies(run: Path) -> dict[str, dict[str, float]]:
@@ -146,21 +153,23 @@ def print_results(run: Path) -> None:
     sizes = next(iter(columns.values()), {})
     for split in sorted(key.removesuffix("/accuracy") for key in sizes if key.endswith("/accuracy")):
         note = " (argument values never paired with that tool in training)" if split == "strict" else ""
-        print(f"\nGreedy accuracy on {split}{note}")
+        print(printable(f"\nGreedy accuracy on {split}{note}"))
         print(f"  {'kind':<10}{'n':>5}" + "".join(f"{label:>11}" for label in columns))
         keys = sorted(key for key in sizes if key.startswith(f"{split}/accuracy_"))
         for key in [*keys, f"{split}/accuracy"]:
             kind = key.removeprefix(f"{split}/accuracy").lstrip("_") or "all"
             values = "".join(f"{row.get(key, math.nan):>11.3f}" for row in columns.values())
-            print(f"  {kind:<10}{sizes.get(key.replace('/accuracy', '/n'), ''):>5}{values}")
+            size = sizes.get(key.replace("/accuracy", "/n"), "")
+            print(printable(f"  {kind:<10}{size:>5}{values}"))
     summary = read_summary(run)
     if "reward_last10" in summary:
-        print(f"\n{headline(summary)}")
-    rows = [row for row in read_rows(run / "samples.jsonl") if "completion" in row]
-    if samples := [row for row in rows if row.get("step") == summary.get("steps")]:
+        print(printable(f"\n{headline(summary)}"))
+    rows = iter_jsonl(run / "samples.jsonl") if "steps" in summary else ()  # may fill gigabytes
+    if samples := [row for row in rows if row.get("step") == summary["steps"] and "completion" in row]:
         print("\nCompletions of the last step:")
         for row in samples[:: max(1, len(samples) // 3)][:3]:
-            print(f"  reward {row.get('reward')} ({row.get('reason')})\n    {row['completion']}")
+            text = f"  reward {row.get('reward')} ({row.get('reason')})\n    {row['completion']}"
+            print(printable(text))
 
 
 def draw(runs: Sequence[Path], target: Path) -> bool:
@@ -192,12 +201,8 @@ def draw(runs: Sequence[Path], target: Path) -> bool:
         minutes = max(row.get("seconds", 0.0) for row in rows) / 60
         title = f"{next(iter(names))} · step {last} · {minutes:.1f} min"
         figure.suptitle(title, fontsize=11, parse_math=False)
-    temporary = target.with_name(f".{os.getpid()}.{target.name}")
-    try:
-        figure.savefig(temporary, dpi=100)
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_beside(target) as beside:
+        figure.savefig(beside, dpi=100)
     return True
 
 
@@ -206,7 +211,7 @@ def group_seeds(runs: Sequence[Path]) -> dict[str, list[Path]]:
     together: dict[str, list[Path]] = {}
     for run in runs:
         path, recipe = run / "config.yaml", str(run)
-        with contextlib.suppress(OSError, ValueError, AttributeError, yaml.YAMLError):  # another trainer's
+        with contextlib.suppress(Exception):  # broken, or another trainer's
             settings = yaml.safe_load(path.read_text(encoding="utf-8"))
             recipe = repr(sorted(item for item in settings.items() if item[0] not in ("seed", "run_dir")))
         together.setdefault(recipe, []).append(run)
@@ -272,6 +277,7 @@ def smooth(values: Sequence[float]) -> np.ndarray:
     return (sums[end] - sums[first]) / (end - first)
 
 
+@as_command("plot")
 def main(arguments: list[str]) -> None:
     """`RUN [RUN …] [--out FILE]`. Raises ConfigError where there is nothing to draw."""
     parser = argparse.ArgumentParser("ops.plot", None, "Draws the curves of runs; prints the results of one.")
@@ -282,12 +288,13 @@ def main(arguments: list[str]) -> None:
         if not any((run / name).exists() for name in LOGS):
             what = f"{run} has no {' or '.join(LOGS)}"
             raise ConfigError(f"plot: {what}; give the folder of a run, or a checkpoint's of TRL")
+        read_log(run, warn=True)
     target = args.out or args.runs[0] / ("curves.png" if len(args.runs) == 1 else "overlay.png")
     try:
         drawn = draw(args.runs, target)
     except UserError:
         raise
-    except (OSError, ValueError) as error:  # no such folder, or a suffix that is no picture's
+    except ValueError as error:  # a suffix that is no picture's
         raise ConfigError(f"plot: {first_line(error)}") from None
     if not drawn:
         raise ConfigError(f"plot: the log of {args.runs[0]} holds no numbers to draw")

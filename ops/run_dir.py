@@ -102,8 +102,9 @@ def _claim(path: Path, config: Config) -> str:
     free, owner = take_lock(lock)
     if not free:  # another run started here at the same moment
         return _in_use(path, owner)
-    for leftover in [*path.glob("*.tmp"), *path.glob("warmup/*.tmp")]:  # of a kill
-        remove(leftover)
+    for pattern in ("*.tmp", "warmup/*.tmp", ".[0-9]*.*"):  # of a kill; the last: of written_beside
+        for leftover in list(path.glob(pattern)):
+            remove(leftover)
     if overwrite:
         _set_aside(path)
     take_lock(lock, sign=True)  # only now: a start that dies before, torchrun does over

@@ -13,12 +13,12 @@ import hashlib
 import json
 import math
 import sys
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from config import ConfigError
-from corpus.sources import write_atomic
+from corpus.sources import as_command, written_beside
 from distributed.ranks import run_script
 from prompts import ToolCall, parse_completion
 
@@ -32,26 +32,27 @@ def write_page(run_dir: Path) -> Path:
     source, target = run_dir / "samples.jsonl", run_dir / "samples.html"
     if not source.is_file():
         raise ConfigError(f"{run_dir} has no samples.jsonl; give the folder of a run of grpo.py")
-    rewards, unread = defaultdict(list), 0
+    counts, sums, unread = Counter(), Counter(), 0  # of rows and rewards, by kind and step
     for row in read_rows(source):
         if row:
-            rewards[row["kind"], row["step"]].append(row["reward"])
+            counts[row["kind"], row["step"]] += 1
+            sums[row["kind"], row["step"]] += row["reward"]
         unread += row is None
     if unread:
         print(f"warning: {source}: left out {unread} unreadable line(s)", file=sys.stderr)
-    steps, logged = sorted({step for _, step in rewards}), sum(map(len, rewards.values()))
+    steps, logged = sorted({step for _, step in counts}), counts.total()
     every = math.ceil(max(logged / MAX_ROWS, source.stat().st_size / MAX_BYTES, 1))
     chosen = set(steps[::every])
     curves = {}  # by kind: count and sum of the rewards at each step
-    for kind in sorted({kind for kind, _ in rewards}):
-        curves[kind] = [[len(rewards[kind, step]), sum(rewards[kind, step])] for step in steps]
+    for kind in sorted({kind for kind, _ in counts}):
+        curves[kind] = [[counts[kind, step], sums[kind, step]] for step in steps]
     about = {"run": run_dir.resolve().name, "logged": logged, "steps": steps, "curves": curves}
     text = embed(about | tables(row for row in read_rows(source) if row and row["step"] in chosen))
     head, tail = TEMPLATE.read_text(encoding="utf-8").split("__ROWS__")
     script = tail.partition("<script>")[2].partition("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()  # no other script may run
-    # at once: whoever has the page open may reload it at any time
-    write_atomic(target, head.replace("__SCRIPT__", f"sha256-{digest}") + text + tail)
+    with written_beside(target) as beside:  # whoever has the page open may reload it at any time
+        beside.write_text(head.replace("__SCRIPT__", f"sha256-{digest}") + text + tail, encoding="utf-8")
     return target
 
 
@@ -61,6 +62,8 @@ def read_rows(source: Path) -> Iterator[dict | None]:
     """
     with source.open("rb") as file:
         for text in file:
+            if not text.strip(b"\0 \r\n"):  # what a power cut leaves
+                continue
             try:
                 row = read_row(text)
             except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError):
@@ -81,7 +84,8 @@ def read_row(text: bytes) -> dict:
     if len(tokens) != len(logprobs) or not tokens:  # then the completion is shown as one
         tokens, logprobs = [row["completion"]], [0.0]
         row["begun"] = ""
-    row["tokens"], row["surprise"] = list(map(str, tokens)), [round(-1000 * x) for x in logprobs]
+    row["tokens"] = list(map(str, tokens))
+    row["surprise"] = [None if x is None or not math.isfinite(x) else round(-1000 * x) for x in logprobs]
     row["answer"] = [ToolCall(call["name"], dict(call["arguments"])) for call in row.get("answer") or []]
     row["tools"] = [dict(tool) for tool in row.get("tools") or []]
     row["turns"] = [(str(role), str(text)) for role, text in row.get("turns") or []]
@@ -158,6 +162,7 @@ def embed(data: dict) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
+@as_command("samples_page")
 def main(arguments: list[str]) -> None:
     """`RUN`. Raises ConfigError without a samples.jsonl."""
     parser = argparse.ArgumentParser("ops.samples_page", None, "A run's completions as a page for a browser.")

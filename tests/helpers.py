@@ -88,7 +88,7 @@ def as_arguments(settings: dict[str, object]) -> list[str]:
 @contextmanager
 def own_process_group() -> Iterator[None]:
     """Cleans up what a script leaves in this process: process group, environment, signal handlers."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     environment = dict(os.environ)
     try:
         yield
@@ -99,6 +99,7 @@ def own_process_group() -> Iterator[None]:
         os.environ.update(environment)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
 
 
 def run_here(main: Callable[[list[str]], None], settings: dict[str, object]) -> Path:

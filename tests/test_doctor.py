@@ -21,6 +21,7 @@ from distributed.ranks import Ranks
 from ops import checks, doctor
 from ops.checks import Start, check_start, examine
 from ops.export import export
+from ops.run_dir import OLD
 from prompts import ToolCall, load_template, render_prompt
 from reward import Reward, reward_function
 
@@ -161,6 +162,11 @@ def test_a_disk_without_room(healthy, monkeypatch):
     for share, status in ((0.9, "problem"), (1.1, "warning"), (4.1, "ok")):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, share=share: SimpleNamespace(free=share * size))
         assert checks.check_disk(healthy).status == status, share
+    old = Path(healthy.config.run_dir) / OLD / "step_1" / "shard"  # --overwrite true will make this room
+    old.parent.mkdir(parents=True)
+    old.write_bytes(bytes(2 * size))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3 * size))
+    assert checks.check_disk(healthy).status == "ok"
 
 
 @pytest.mark.parametrize("free, status, said", [(79e9, "ok", "fits"), (0.5e9, "warning", "does not fit")])

@@ -12,15 +12,18 @@ from corpus.sources import read_jsonl
 from evals import report
 from evals.report import compare, interval, mcnemar, read_predictions, sampled_interval, tally
 
+HALF = [b'{"id": "b", "output": "', b'{"id": "\xc3', b"\0" * 9, b"{\n"]
 
-def test_rows_may_share_an_id_and_know_their_place(tmp_path, capsys):
+
+@pytest.mark.parametrize("cut", HALF)
+def test_rows_may_share_an_id_and_know_their_place(tmp_path, capsys, cut):
     """A killed `generate` leaves a half-written last line; what came before it is worth scoring."""
     rows = [{"id": "a", "output": "x"}, {"id": "a", "output": "y"}]
     path = write_jsonl(tmp_path / "p.jsonl", rows)
-    with path.open("a") as file:
-        file.write('\n{"id": "b", "output": "')
+    with path.open("ab") as file:
+        file.write(cut)
     assert read_predictions(path) == [{**row, "place": f"{path}:{i}"} for i, row in enumerate(rows, 1)]
-    assert capsys.readouterr().err == f"warning: {path}:4: half-written last line left out\n"
+    assert capsys.readouterr().err == f"warning: {path}:3: half-written last line left out\n"
     packed = write_jsonl(tmp_path / "p.jsonl.gz", rows)
     assert [row["output"] for row in read_predictions(packed)] == ["x", "y"]
 
@@ -30,6 +33,10 @@ DAMAGED = [  # name, content, the sentence
     ("p.jsonl", b'{"id": "a"\n{"id": "b", "output": ""}\n', "p.jsonl:1: not a JSON object"),
     ("p.jsonl", b"7\n", 'p.jsonl:1: not a JSON object with the strings "id" and "output"'),
     ("p.jsonl.gz", PACKED[:-9], "p.jsonl.gz cannot be read"),
+    ("p.jsonl", b'{"id": "a", "output": "x"}\n\0\0\n{"id": "b", "output": "x"}\n', "p.jsonl:2: not a JSON"),
+    ("p.jsonl", b'{"id": "a", "output": "x", "sample": null}\n', "p.jsonl:1: sample is no number"),
+    ("p.jsonl", b"\0\0\0", "p.jsonl holds no whole prediction"),
+    ("p.jsonl", b"[]", "p.jsonl holds no whole prediction"),
 ]
 
 

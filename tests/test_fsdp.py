@@ -8,8 +8,10 @@ import json
 import multiprocessing
 import os
 import shutil
+import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,6 +34,7 @@ from data import load_splits, tokenize_splits
 from distributed import fsdp
 from distributed import weights as weight_loading
 from distributed.batches import Group, batch_for_step, prompt_seed
+from distributed.checkpoint import Saver
 from distributed.fsdp import full_tensor, gathered_weights, load_sharded, make_mesh
 from distributed.ranks import Ranks
 from distributed.weights import load_model, skeleton
@@ -419,3 +422,24 @@ def test_rotary_frequencies_keep_their_precision(folder):
     assert model.lm_head.weight.dtype == torch.bfloat16 and model.lm_head.weight.is_meta
     assert {buffer.dtype for buffer in model.buffers()} == {torch.float32}
     assert config.dtype == torch.float32, "from_config changes the config that it is given: not this one"
+
+
+def later_groups(ranks: Ranks, folder: Path) -> None:
+    """Collective. Their timeouts, and a checkpoint that one rank never writes."""
+    ranks = replace(ranks, timeout=timedelta(seconds=3))
+    saver = Saver(folder, ranks, keep=1, background=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", "1")
+        mesh = make_mesh(ranks, "hsdp")
+    assert mesh.shape == (2, 1) and mesh.mesh_dim_names == ("replicate", "shard")
+    for group in (saver.group, *mesh.get_all_groups()):
+        assert group._get_backend(CPU).options._timeout == ranks.timeout
+    if ranks.main:  # the other one hangs
+        began, saver.folder = time.monotonic(), folder
+        saver._write({"weight": torch.zeros(2)})
+        assert "Timed out" in saver.problem and time.monotonic() - began < 15
+    ranks.gather(None)
+
+
+def test_groups_that_are_made_later_have_the_timeout_of_the_settings(tmp_path):
+    in_ranks(2, later_groups, tmp_path)

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import grpo
+import session
 from config import UserError
 from corpus.sources import read_jsonl
 
@@ -350,3 +351,30 @@ def test_a_finished_run_is_left_as_it_is(small_run, tmp_path, capsys):
     changed = {path.name for path in before if before[path] != after[path]}
     assert changed <= {"config.yaml", "git.txt", "lock", run_dir.name}
     assert "nothing is left to do" in capsys.readouterr().out
+
+
+def test_a_resume_says_which_rows_are_lost(small_run, tmp_path, capsys):
+    """A power cut may take what was not on the disk yet; so may a hand."""
+    run_dir = shutil.copytree(small_run["run_dir"], tmp_path / "run")
+    samples = (run_dir / "samples.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "samples.jsonl").write_text("".join(samples[:-3]))
+    run_here(grpo.main, small_run | {"run_dir": run_dir})
+    said = capsys.readouterr().out
+    assert f"samples.jsonl: 3 of {len(samples)} rows are lost" in said and "log.jsonl" not in said
+
+
+def test_a_run_that_was_stopped_between_warm_up_and_first_save_goes_on(small_run, tmp_path):
+    run_dir = shutil.copytree(small_run["run_dir"], tmp_path / "run")
+    shutil.rmtree(run_dir / "step_1")
+    (run_dir / "latest").unlink()
+    run_here(grpo.main, small_run | {"run_dir": run_dir})
+    assert (run_dir / "step_2").exists()
+
+
+def test_logs_are_on_the_disk_before_the_checkpoint_that_relies_on_them(small_run, tmp_path, monkeypatch):
+    run_dir = shutil.copytree(small_run["run_dir"], tmp_path / "run")
+    done, save = [], session.Saver.save
+    monkeypatch.setattr(session, "sync", lambda path: done.append(path.name))
+    monkeypatch.setattr(session.Saver, "save", lambda *arguments: done.append("save") or save(*arguments))
+    run_here(grpo.main, small_run | {"run_dir": run_dir})
+    assert done == ["log.jsonl", "samples.jsonl", "save"]

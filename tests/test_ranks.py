@@ -4,16 +4,18 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ENVIRONMENT, ROOT
+from helpers import ENVIRONMENT, ROOT, as_arguments, write_task
+from test_nodes import free_port
 
 from config import ConfigError
 from distributed import ranks as ranks_module
-from distributed.ranks import Clock, Interrupted, StopFlag, Watchdog, run_script
+from distributed.ranks import Clock, Interrupted, Watchdog, run_script
 
 
 def watched(monkeypatch, events: dict[int, list[tuple]]) -> tuple[float, list]:
@@ -90,7 +92,9 @@ ENDS = [  # (error, rank of two, exit code, what it says, pause)
     (RuntimeError(f"{PAIR} Connection closed by peer"), 1, 1, "rank 1 lost the other processes in phase ", 1),
     (RuntimeError("a bug"), 1, 1, "Traceback", 0),
     (torch.OutOfMemoryError("1 GiB"), 1, 1, "error: out of GPU memory on rank 1 in phase update of", 0),
-    (DISK, 0, 1, "error: log.jsonl: No space left on device; make room", 0),
+    (DISK, 0, 1, "error: log.jsonl: No space left on device in phase", 0),
+    (OSError(28, "No space left on device"), 1, 1, "error: a file: No space left on device in phase", 0),
+    (ValueError("I/O error: No space left on device (os error 28)"), 0, 1, "error: a file: No space left", 0),
     (PermissionError(13, "Permission denied", "out"), 0, 1, "error: out: Permission denied\n", 0),
     (ConfigError("x"), 0, 1, "error: x\n", 0),
     (ConfigError("x"), 1, 1, "error: x\n", 5),  # rank 0 said it, or did not fail
@@ -120,18 +124,55 @@ def test_how_a_script_ends(error, rank, code, words, pause, monkeypatch, capsys)
     assert said.count("\n") <= 1 or "a bug\nin phase update of step 4" in said
 
 
-def test_a_signal_that_comes_twice_at_once_is_one(monkeypatch):
-    """Slurm signals torchrun's processes, and torchrun does too: that must not cost the checkpoint."""
-    now = [100.0]
-    monkeypatch.setattr(ranks_module.signal, "signal", lambda number, handler: None)
-    monkeypatch.setattr(ranks_module.time, "monotonic", lambda: now[0])
-    stop = StopFlag()
-    stop._on_signal(15, None)
-    now[0] = 100.9
-    stop._on_signal(15, None)
-    now[0] = 101.1
-    with pytest.raises(SystemExit):
-        stop._on_signal(2, None)
+WAITS = """
+import os, signal, sys
+import torch.distributed as dist
+from distributed.ranks import StopFlag
+for name in sys.argv[1].split(","):
+    signal.signal(signal.Signals[name], signal.SIG_IGN)
+store = dist.TCPStore("127.0.0.1", 0, 1, True)
+StopFlag()
+print("ready", flush=True)
+store.wait(["never"])  # in C++, for five minutes
+"""
+SIGNALS = [  # (what the process is to ignore, torchrun's, signals with the seconds before each, exit code)
+    ("SIGUSR1", False, [(0, "SIGTERM"), (1.2, "SIGINT")], 128 + signal.SIGINT),
+    ("SIGUSR1", False, [(0, "SIGHUP"), (1.2, "SIGHUP")], 128 + signal.SIGHUP),
+    # Slurm signals torchrun's processes, and torchrun does too: that must not cost the checkpoint.
+    ("SIGUSR1", False, [(0, "SIGTERM"), (0.1, "SIGTERM"), (1.2, "SIGTERM")], 128 + signal.SIGTERM),
+    ("SIGHUP", False, [(0, "SIGHUP"), (0.2, "SIGHUP"), (1.2, "SIGHUP"), (0, "SIGKILL")], -9),  # nohup
+    ("SIGHUP", True, [(0, "SIGHUP"), (1.2, "SIGHUP")], 128 + signal.SIGHUP),
+]
+
+
+@pytest.mark.parametrize("ignored, torchrun, signals, code", SIGNALS)
+def test_a_second_signal_ends_a_process_that_waits_in_cpp(ignored, torchrun, signals, code):
+    waiting = subprocess.Popen(
+        [sys.executable, "-c", WAITS, ignored], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)} | ({"TORCHELASTIC_RUN_ID": "1"} if torchrun else {}),
+    )
+    assert waiting.stdout.readline() == "ready\n"
+    for pause, name in signals:
+        time.sleep(pause)
+        assert waiting.poll() is None
+        waiting.send_signal(signal.Signals[name])
+    _, said = waiting.communicate(timeout=10)
+    assert waiting.returncode == code and said.count("stopping after this step") == (code > 0)
+
+
+def test_a_fresh_start_is_no_restart(monkeypatch):
+    """Containers have the same host name, process ids and job at every start."""
+    jobs = []
+    for _ in range(2):
+        parent = subprocess.Popen(["sleep", "60"])
+        monkeypatch.setattr(os, "getppid", lambda pid=parent.pid: pid)
+        again = [ranks_module.torchrun_job() for _ in range(2)]
+        parent.kill()
+        parent.wait()
+        assert again[0] == again[1]
+        jobs.append(again[0].replace(f" {parent.pid} ", " 1 "))
+        time.sleep(0.05)
+    assert jobs[0] != jobs[1]
 
 
 def test_restarts_need_a_store_that_forgets(monkeypatch):
@@ -147,13 +188,14 @@ WORKER = """
 import dataclasses, os, signal, sys
 from pathlib import Path
 from config import Config
-from distributed.ranks import Clock, StopFlag, Watchdog, run_script, start_ranks
+from distributed.ranks import Clock, Interrupted, StopFlag, Watchdog, run_script, start_ranks
 from ops.run_dir import open_run
 
 def main(arguments):
     fault, run_dir = arguments
     ranks = start_ranks(2.0)
-    open_run(Config(run_dir=run_dir), ranks), StopFlag()
+    open_run(Config(run_dir=run_dir), ranks)
+    stop = StopFlag()
     assert ranks.watchdog.minutes == 2.0
     ranks = dataclasses.replace(ranks, watchdog=Watchdog(0.05, ranks.rank))
     for step in (1, 2):
@@ -164,6 +206,8 @@ def main(arguments):
                     os.popen(f"trap '' TERM; sleep 6; kill -9 {os.getpid()}")
                 os.kill(os.getpid(), signal.Signals[fault])
             ranks.sum([1.0])
+        if stop.requested(ranks):
+            raise Interrupted(run_dir, step)
         if ranks.main:
             (Path(run_dir) / "latest").write_text(f"step_{step}")
     if ranks.main:
@@ -176,6 +220,7 @@ run_script(main)
 FAULTS = {  # what rank 0 says of them
     "SIGKILL": "rank 0 lost the other processes in phase update of step 2",
     "SIGSTOP": "rank 0: no progress for 0.05 minutes in phase update of step 2;",
+    "SIGTERM": "interrupted after step 2, all is saved",
 }
 
 
@@ -194,9 +239,10 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_and_torchrun_goes_on(fault, t
         said, _ = agent.communicate(timeout=100)
     finally:
         agent.send_signal(signal.SIGTERM)  # it ends its workers, which kill() would leave behind
-    assert FAULTS[fault] in said and (fault == "SIGKILL" or "in all_reduce" in said), "the stack says where"
-    assert "going on from the last checkpoint" in said
-    assert said.rstrip().endswith("done") and agent.returncode == 0
+    assert FAULTS[fault] in said and (fault != "SIGSTOP" or "in all_reduce" in said), "the stack says where"
+    stopped = fault == "SIGTERM"  # on purpose, so nothing starts again
+    assert ("going on from the last checkpoint" in said) is not stopped
+    assert ("done" in said.splitlines()) is not stopped and agent.returncode == 0
 
 
 @pytest.mark.parametrize("words, unbuffered", [
@@ -212,3 +258,98 @@ def test_output_that_nobody_reads_ends_a_command_without_a_traceback(words, unbu
     )
     os.close(write)
     assert done.stderr == "" and done.returncode in (0, 1, 128 + signal.SIGPIPE)
+
+
+def test_a_run_goes_on_without_its_output(tmp_path, lost_output):
+    """Nor does a file that it opens take the place of a closed stream."""
+    run = """
+import distributed.start
+import os, sys
+from tqdm import tqdm
+from distributed.ranks import StopFlag, run_script, start_ranks
+
+def main(arguments):
+    with open(arguments[0], "w") as file:
+        start_ranks(1.0)
+        for i in tqdm(range(3), miniters=1, mininterval=0):
+            print("x" * 10000, flush=True)
+            print("y", file=sys.stderr)
+            os.system("echo z; echo z >&2")
+        file.write("went on")
+
+run_script(main)
+"""
+    wrapped, streams = lost_output
+    done = subprocess.run(
+        [*wrapped, sys.executable, "-c", run, tmp_path / "log"], env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)},
+        **streams,
+    )
+    assert done.returncode == 0 and (tmp_path / "log").read_text() == "went on"
+
+
+@pytest.fixture(params=["pipe", "full", "terminal", "closed"])
+def lost_output(request):
+    """How to start a process whose output goes nowhere: words before its command, and its streams."""
+    if request.param == "closed":
+        yield ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"], {}
+        return
+    if request.param == "full":
+        write = os.open("/dev/full", os.O_WRONLY)
+    else:
+        read, write = os.pipe() if request.param == "pipe" else os.openpty()
+        os.close(read)
+    yield [], {"stdout": write, "stderr": write}
+    os.close(write)
+
+
+IN_SETUP = """
+import os, signal, sys
+import grpo, session
+from distributed.ranks import run_script
+
+load = session.load_policy
+def stop(config, path, temperature, ranks, *rest):
+    if ranks.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return load(config, path, temperature, ranks, *rest)
+session.load_policy = stop
+run_script(grpo.main)
+"""
+
+
+def test_a_rank_that_stops_while_the_model_loads_is_noticed(tmp_path):
+    own = dict(model="tiny", timeout_minutes=0.1, run_dir=tmp_path / "run", warmup_steps=0)
+    arguments = as_arguments(write_task(tmp_path) | own)
+    common = ENVIRONMENT | dict(PYTHONPATH=str(ROOT), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-c", IN_SETUP, *arguments], stderr=subprocess.PIPE, text=True, cwd=ROOT,
+            env=common | dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2"),
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        _, said = ranks[0].communicate(timeout=60)
+    finally:
+        for process in ranks:
+            process.kill()
+    assert ranks[0].returncode == 1
+    assert "rank 0: no progress for 0.1 minutes in phase set-up of step 0;" in said
+
+
+INTERRUPTED = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"
+IN_CPP = f"try:\n    {INTERRUPTED}\nexcept BaseException:\n    import nothing"
+COMMANDS = "grpo.py sft.py data.py eval_bfcl.py eval_apibank.py -m_ops.plot -m_ops.doctor -m_ops.chat".split()
+
+
+@pytest.mark.parametrize("module", [INTERRUPTED, IN_CPP])
+@pytest.mark.parametrize("words", COMMANDS)
+def test_ctrl_c_during_the_imports_is_no_traceback(words, module, tmp_path):
+    """Where a module of C++ is interrupted, Python reports a failed import."""
+    for name in ("torch", "yaml", "numpy"):
+        (tmp_path / f"{name}.py").write_text(module)
+    done = subprocess.run(
+        [sys.executable, *words.split("_", words.startswith("-")), "--help"], cwd=ROOT,
+        env=ENVIRONMENT | {"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True,
+    )
+    assert done.stderr == "interrupted\n" and done.returncode in (-signal.SIGINT, 1)

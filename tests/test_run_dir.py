@@ -238,7 +238,10 @@ def test_a_resume_with_other_inputs_is_refused_or_recorded(run, part, name):
     begin_or_resume(config, identity, ONE)
     assert identity["accepted"] == [f"after step 2: {name}"]
     write_checkpoint(run, {"step": 3, "run": identity})
-    opened(run, other, resume=True)
+    open_run(config, ONE)
+    later = identity_of(config, other)
+    begin_or_resume(config, later, ONE)
+    assert later["accepted"] == identity["accepted"], "kept for good"
     assert name in refused(run, resume=True), "what it was at first is now the change"
 
 

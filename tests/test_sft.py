@@ -24,7 +24,7 @@ from helpers import (
 import grpo
 import session
 import sft
-from config import Config, count_steps
+from config import Config, ConfigError, count_steps
 from corpus.examples import Example, Tokenized
 from corpus.sources import DataError, read_jsonl
 from corpus.tiny_model import build_tiny_tokenizer
@@ -90,7 +90,7 @@ def test_a_bad_gradient_changes_nothing(policy, ranks):
         policy.model.norm.weight[0] = math.nan
     before = {name: p.detach().clone() for name, p in policy.named_parameters()}
     metrics = sft_update(policy, torch.optim.SGD(policy.parameters(), lr=1.0), GROUPS, Config(), ranks)
-    assert not math.isfinite(metrics["grad_norm"])
+    assert not math.isfinite(metrics["grad_norm"]) and metrics["updates_skipped_nonfinite"] == 1
     assert all(
         torch.equal(p.nan_to_num(7), before[name].nan_to_num(7)) for name, p in policy.named_parameters()
     )
@@ -174,6 +174,15 @@ def test_a_resumed_run_is_the_straight_run_to_the_bit(settings, monkeypatch):
     for row, again in zip(*logs, strict=True):
         timeless = [{k: v for k, v in r.items() if k != "seconds" and "time/" not in k} for r in (row, again)]
         assert timeless[0] == timeless[1]
+
+
+def test_too_many_bad_gradients_in_a_row_end_the_run(settings, monkeypatch):
+    bad = {"loss": math.nan, "grad_norm": math.nan, "num_tokens": 1, "updates_skipped_nonfinite": 1}
+    monkeypatch.setattr(sft, "sft_update", lambda *_: dict(bad))
+    with pytest.raises(ConfigError, match="steps 1 to 5 .* lower sft_lr$"):
+        run_here(sft.main, settings)
+    log = read_jsonl(settings["run_dir"] / "log.jsonl")
+    assert [row["updates_skipped_nonfinite"] for row in log[1:]] == [1, 1, 1, 1]
 
 
 def test_the_held_out_cases_are_evaluated_before_now_and_then_and_at_the_end(settings):
