@@ -176,10 +176,10 @@ def file_event(
 def file_events(rounds: int, power: bool) -> dict[str, Case]:
     """So many kills, two to a run, over all worlds, and over the length of their runs."""
     cases, worlds, runs = {}, list(WORLDS), (rounds + 1) // 2
+    turns = -(-runs // len(worlds))
     for i in range(runs):
-        world, turns = worlds[i % len(worlds)], -(-runs // len(worlds))
-        place = (i // len(worlds)) / max(1, turns - 1)
-        times = min(2, rounds - 2 * i)
+        world, times = worlds[i % len(worlds)], min(2, rounds - 2 * i)
+        place = (i // len(worlds)) / (turns - 1) if turns > 1 else 0.5
         cases[f"{world}_{i}"] = partial(file_event, world=world, place=place, times=times, power=power)
     return cases
 
@@ -251,6 +251,7 @@ def breaks(
 def damaged(site: Path, name: str, *, pattern: str, damage: Callable[[Path], None]) -> tuple[int, int]:
     """A file of the newest checkpoint is damaged: refused by name; the one before is still good."""
     run = shutil.copytree(site / "whole", site / name)
+    (run / "summary.json").unlink()  # or nothing would be left to do
     path = sorted((run / f"step_{STEPS}").glob(pattern))[-1]
     damage(path)
     with launch(site, name) as job:
