@@ -57,9 +57,10 @@ def read_journal(path: Path, author: dict) -> dict[str, dict]:
     first = rows[0] if rows else {}
     if changed := [key for key in author if first.get(key) != author[key]]:
         raise ConfigError(f"{path} was made with another {', another '.join(changed)}; give another --out")
-    if odd := next((row for row in rows[1:] if not ROW <= row.keys()), None):
-        lost = ", ".join(sorted(ROW - odd.keys()))
-        raise DataError(f"{path}: the row of id {odd.get('id')!r} lacks {lost}; delete that line")
+    for row in rows[1:]:
+        if lost := sorted(ROW - row.keys()):
+            what = f"the row of id {row.get('id')!r} lacks {', '.join(lost)}"
+            raise DataError(f"{path}: {what}; delete that line")
     os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     return {row["key"]: row for row in rows[1:]}
 

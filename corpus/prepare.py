@@ -345,7 +345,7 @@ def inspect(arguments: list[str], _: Callable) -> None:
     examples, dropped = load_examples(args.file)
     kinds = Counter(example_kind(example) for example in examples)
     counts = ", ".join(f"{kinds[kind]} {kind}" for kind in KINDS if kinds[kind])
-    print(f"{args.file}: {len(examples)} examples ({counts})")
+    print(printable(f"{args.file}: {len(examples)} examples ({counts})"))
     for one in dropped[:20]:
         print(printable(f"  dropped: line {one.line}, id {one.id}: {one.reason}: {one.detail}"))
     if len(dropped) > 20:

@@ -223,7 +223,8 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         code = stopped.code or 0
     except BaseException as error:
         if full := full_disk(error):
-            message = f"error: {full}{phase_of(error)}; make room, and go on with --resume true"
+            message = f"error: {full}{phase_of(error)}; make room"
+            message += ", and go on with --resume true" if dist.is_initialized() else ""
         elif isinstance(error, PermissionError):
             message = f"error: {error.filename}: {error.strerror}"
         elif isinstance(error, BrokenPipeError) and not dist.is_initialized():
@@ -257,11 +258,11 @@ def write_out(stream: TextIO, text: str = "") -> None:
 
 
 def full_disk(error: BaseException) -> str:
-    """Which file found no room, and why, for an error of Python's or of safetensors'; "" for any other."""
+    """What could not be written, and why, for an error of Python's or of safetensors'; "" for any other."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return f"{error.filename or 'a file'}: {error.strerror}"
+        return f"{error.filename or 'writing failed'}: {error.strerror}"
     reasons = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT)]
-    return next((f"a file: {reason}" for reason in reasons if reason in str(error)), "")
+    return next((f"writing failed: {reason}" for reason in reasons if reason in str(error)), "")
 
 
 def _let_torchrun_end_us(seconds: float) -> None:

@@ -29,7 +29,7 @@ from distributed.fsdp import class_name, full_tensor, weights
 from distributed.ranks import Ranks, run_script
 from distributed.weights import config_to_save
 from model import load_tokenizer
-from ops.run_dir import atomic_folder, git_state
+from ops.run_dir import atomic_folder
 from prompts import ToolCall, load_template, render_completion, stop_ids, tool_prompt
 
 BLOCK = Path(__file__).with_name("tool_prompt.jinja")
@@ -79,6 +79,9 @@ With `tools`, the chat template asks as in training: this system prompt, with a 
 
 Settings that differ from the defaults:
 {recipe}
+
+What was changed on a resume:
+{accepted}
 
 Data, with SHA-256:
 {data}
@@ -193,7 +196,8 @@ def write_model(
         tokenizer = asking_from_tools(tokenizer, config)
         with atomic_folder(path) as folder:
             loader = export_model(config_to_save(policy), full, tokenizer, folder, torch.float32)
-            card = model_card(config, state, evaluation, git_state(), tool_prompt(tokenizer), loader)
+            git = read_git(Path(config.run_dir))
+            card = model_card(config, state, evaluation, git, tool_prompt(tokenizer), loader)
             (folder / "README.md").write_text(card, encoding="utf-8")
     ranks.gather(None)
 
@@ -201,7 +205,7 @@ def write_model(
 def model_card(
     config: Config, state: dict, evaluation: dict, git: str, prompt: str | None, loader: str
 ) -> str:
-    """README.md of a model. state: of its checkpoint; evaluation: value by name; git: run_dir.git_state().
+    """README.md of a model. state: of its checkpoint; evaluation: value by name; git: the run's git.txt.
 
     prompt: tool_prompt's; loader: the class that reads the tokenizer.
     """
@@ -210,12 +214,22 @@ def model_card(
     names = [name for name in f"{config.data},{config.test_data}".split(",") if name]
     data = {name: file_sha256(Path(name)) if Path(name).is_file() else "not a local file" for name in names}
     figures = {key: f"{value:.4g}" for key, value in evaluation.items() if isinstance(value, (int, float))}
-    commit, *changes = git.splitlines() or ["unknown"]
+    lines = [line for line in git.splitlines() if line and not line.startswith("resumed on ")]
+    commits = [line for line in lines if line.startswith("commit ")]
+    changed = " with uncommitted changes" if commits and len(lines) > len(commits) else ""
+    accepted = state.get("run", {}).get("accepted", [])
     return CARD.format(
-        model=config.model, commit=commit + (" with uncommitted changes" if changes else ""),
+        model=config.model, commit=(", ".join(commits) or "unknown") + changed,
+        accepted="\n".join(f"- {change}" for change in accepted) or "Nothing.",
         step=state["step"], hours=state["seconds"] / 3600, flops=state["flops"], recipe=bullets(recipe),
         data=bullets(data), evaluation=bullets(figures), prompt=prompt or "", loader=loader,
     )
+
+
+def read_git(run: Path) -> str:
+    """A run's git.txt; "" without one: a checkpoint may have been copied without the run's other files."""
+    path = run / "git.txt"
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
 def bullets(values: dict) -> str:
@@ -241,8 +255,7 @@ def main(arguments: list[str]) -> None:
     for row in iter_jsonl(run / "log.jsonl", step=int):
         last = row if row["step"] == state["step"] else last
     evaluation = {key: value for key, value in last.items() if "/accuracy" in key or "/n" in key}
-    commit = run / "git.txt"
-    git = commit.read_text(encoding="utf-8", errors="replace") if commit.exists() else "unknown"
+    git = read_git(run)
     tokenizer = asking_from_tools(load_tokenizer(str(source)), config)
     model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     with atomic_folder(args.out) as folder:

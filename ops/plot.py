@@ -228,7 +228,8 @@ def choose_panels(rows: list[dict], several: bool) -> list[Panel]:
     for panel in PANELS:
         names = panel.keys
         if panel is ACCURACY:
-            names = {key: key.removesuffix("/accuracy") for key in found if key.endswith("/accuracy")}
+            splits = [key.removesuffix("/accuracy") for key in found if key.endswith("/accuracy")]
+            names = {f"{split}/accuracy": printable(split) for split in splits}
         keys = [key for key in names if key in found][: 2 if several else None]
         if keys:
             panels.append(Panel(panel.title, panel.unit, {key: names[key] for key in keys}))

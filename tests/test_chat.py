@@ -91,3 +91,11 @@ def test_decoding_that_cannot_work_is_refused(option, capsys):
     with pytest.raises(SystemExit):
         main(["model", "--tools", "tools.json", "query", *option])
     assert option[0] in capsys.readouterr().err
+
+
+def test_what_a_model_says_does_not_act_on_the_terminal(folder, monkeypatch, capsys):
+    hostile = "\x1b]0;x\x07\r\x08\x9b"
+    replies = [render_completion([ToolCall(f"f{hostile}", {"a": hostile})], hostile), f"bad {hostile}"]
+    for reply in replies:
+        _, printed = talk(folder, monkeypatch, capsys, [reply], "2")
+        assert not set(printed) & set("\x1b\x07\r\x08\x9b") and "\\x1b]0;x\\x07" in printed

@@ -220,3 +220,16 @@ def test_the_command_line(tmp_path):
     for asked in ([], ["-h"], ["inspect", "--help"]):
         done = data_py(*asked)
         assert (done.returncode, done.stderr) == (0, "") and "usage: python data.py" in done.stdout
+
+
+def test_what_is_printed_of_a_file_does_not_act_on_the_terminal(tmp_path, capsys):
+    hostile = "\x1b[2K\r\x07\x9b"
+    rows = xlam(id=hostile, query=hostile), xlam(id=f"{hostile}2", answers="[{")
+    path = save(tmp_path / f"x{hostile}.json", *rows)
+    data.load_files(str(path))
+    for command in ("inspect", "stats"):
+        data.main([command, str(path)])
+    with pytest.raises(DataError, match=r"x\\x1b\[2K\\x0d") as caught:
+        data.load_files(str(path) + "x")
+    printed = "".join(capsys.readouterr()) + str(caught.value)
+    assert printed.count("\\x1b[2K\\x0d\\x07\\x9b") > 5 and not set(printed) & set("\x1b\r\x07\x9b")

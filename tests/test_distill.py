@@ -12,12 +12,12 @@ import pytest
 from helpers import ENVIRONMENT, ROOT, as_arguments, run_here, warmed_up_task
 
 import sft
-from config import ConfigError, load_config
+from config import ConfigError, UserError, load_config
 from corpus import distill
-from corpus.distill import example_key
+from corpus.distill import example_key, read_journal
 from corpus.examples import Example
 from corpus.layouts import load_examples
-from corpus.sources import DataError, read_jsonl
+from corpus.sources import DataError, append_jsonl, read_jsonl
 from data import load_splits, tokenize_splits
 from reward import score
 
@@ -116,3 +116,25 @@ def test_nothing_right_is_an_error_and_writes_no_file(settings, tmp_path):
     with pytest.raises(DataError, match="no reply of .* got full reward, so .*traces.jsonl is not written"):
         distil(settings, tmp_path / "traces.jsonl", reward=f"{tmp_path / 'own.py'}:never", data_to=0.1)
     assert not (tmp_path / "traces.jsonl").exists() and (tmp_path / "traces.jsonl.tried").exists()
+
+
+@pytest.mark.parametrize("content, said", [
+    ("precious", "was made with another model"), ('{"mine": 1}\n', "was made with another model"),
+    ("\0\0", "was made with another model"), ("[1]\n", ".tried:1: not a JSON object"),
+    (None, ".tried:3: not a JSON object"), ("{}", "the row of id None lacks key, reasons"),
+])
+def test_a_journal_that_is_broken_or_of_someone_else_is_left_alone(tmp_path, content, said):
+    path, author = tmp_path / "traces.jsonl.tried", {"model": "m", "seed": 0}
+    assert read_journal(path, author) == {}
+    if content == "{}":  # a row among ours
+        append_jsonl(path, [{}])
+    elif content is None:
+        append_jsonl(path, [{"key": "k"}])
+        with path.open("a") as file:
+            file.write("{\n")
+    else:
+        path.write_text(content)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=said):
+        read_journal(path, author)
+    assert path.read_bytes() == before

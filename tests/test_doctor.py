@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import as_arguments, own_process_group
 from tokenizers import normalizers
 
 from config import Config, ConfigError
@@ -216,4 +218,23 @@ def test_a_doctor_run_as_users_start_it(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == "doctor: 8 checks ok" and lines[-2].startswith("ok       step: ")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("where", ["file/run", "file/in/run"])
+def test_a_run_dir_that_cannot_be_is_one_sentence(tmp_path, where):
+    (tmp_path / "file").touch()
+    with own_process_group(), pytest.raises(ConfigError, match="^run_dir: cannot use .*: Not a dir"):
+        doctor.main(as_arguments({"model": "tiny", "data": "synthetic", "run_dir": tmp_path / where}))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_doctor_leaves_nothing(tmp_path, monkeypatch, number):
+    def stopped(*_):
+        assert len(os.listdir(tmp_path)) == 1
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(doctor, "read_start", stopped)
+    with own_process_group(), pytest.raises(KeyboardInterrupt):
+        doctor.main(as_arguments({"model": "tiny", "data": "synthetic", "run_dir": tmp_path / "run"}))
     assert os.listdir(tmp_path) == []

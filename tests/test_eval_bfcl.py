@@ -1,12 +1,14 @@
 """eval_bfcl.py: columns and the paper's table, files in and out, what is asked, and the errors."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from bfcl_cases import RIGHT, WRONG, reply, score, write_data
+from bfcl_cases import RIGHT, WRONG, reply, score, write_data, write_jsonl
 
 import eval_bfcl
 from eval_bfcl import aggregates, main
@@ -166,3 +168,40 @@ def test_generate_asks_the_chosen_cases(tmp_path, monkeypatch, capsys):
     assert sampling == predict.Sampling(16384, 7, 32, 0.0, 1, 0)
     assert main([*arguments, "--categories", "live"]) == 2
     assert "holds no case of live" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [
+    "--samples 0", "--limit -1", "--limit 0", "--batch_size 0", "--max_new_tokens 0", "--max_prompt_tokens 0",
+    "--temperature -0.5", "--temperature nan", "--temperature inf", "--samples 1.5",
+])
+def test_numbers_that_make_no_sense_are_refused(option, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["generate", "--model", "M", "--data", "D", "--out", "o", *option.split()])
+    assert f"argument {option.split()[0]}: " in capsys.readouterr().err
+
+
+def test_an_interrupted_evaluation_ends_with_a_sentence(tmp_path, monkeypatch, capsys):
+    """Ctrl-C and SIGTERM. What is there is counted, and can be gone on with."""
+    data, out = write_data(tmp_path / "d"), tmp_path / "o"
+
+    def stops(model, cases, path, template, sampling):
+        write_jsonl(path, [RIGHT])
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(predict, "write_predictions", stops)
+    assert main(["generate", "--model", "M", "--data", str(data), "--out", str(out)]) == 130
+    assert f"{out / 'predictions.jsonl'} holds 1 of 2 replies" in capsys.readouterr().err
+
+
+def test_nothing_in_a_reply_acts_on_the_terminal(tmp_path, capsys):
+    """Nor in an id, which --diff lists, or in the failures, which people look at with cat."""
+    hostile = "\x1b[2K\r\x07\x08\x7f\x9b"
+    wrong = RIGHT | {"output": hostile}
+    score(tmp_path, [wrong], write_data(tmp_path / "d"))
+    ours = write_jsonl(tmp_path / "a.jsonl", [{"id": f"simple_python_{hostile}", "valid": True}])
+    assert main(["--diff", str(ours), str(ours)]) == 0
+    rows = [{"id": f"x{hostile}", "output": ""}]
+    predictions = str(write_jsonl(tmp_path / "p.jsonl", rows))
+    assert main(["score", "--predictions", predictions, "--data", str(tmp_path / "d"), "--out", "o2"]) == 2
+    told = "".join(capsys.readouterr()) + (tmp_path / "o" / "failures.txt").read_text(encoding="utf-8")
+    assert not set(told) & set(hostile) - set("[2K")

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from config import Config, ConfigError
+from config import Config, ConfigError, UserError
 from corpus.sources import append_jsonl
 from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
 from distributed.checkpoint import Saver
@@ -65,13 +65,14 @@ def test_a_model_in_training_is_written_as_a_folder_that_computes_the_same(polic
 def test_a_checkpoint_is_exported_in_bf16(policy, ranks, tmp_path, monkeypatch):
     run, out = tmp_path / "run", tmp_path / "out"
     saver = Saver(run, ranks, 2)
-    saver.save(STATE, policy, TOKENIZER, torch.optim.AdamW(policy.parameters()))
+    accepted = {"run": {"accepted": ["after step 2: data"]}}
+    saver.save(STATE | accepted, policy, TOKENIZER, torch.optim.AdamW(policy.parameters()))
     saver.finish()
     (run / "prompt.txt").write_text("My tools:\n{tools}")
     settings = {"lr": 0.5, "data": str(run / "train.json"), "prompt_template": str(run / "prompt.txt")}
     (run / "config.yaml").write_text(yaml.safe_dump(settings))
     (run / "train.json").write_text("[]")
-    (run / "git.txt").write_text("commit 238d6d1\n M grpo.py\n")
+    (run / "git.txt").write_text("commit 238d6d1\n M grpo.py\n\nresumed on 2026-01-02 with\ncommit 5f0a\n")
     append_jsonl(run / "log.jsonl", [{"step": 3, "bfcl/accuracy": 0.75, "bfcl/n": 200}])
     main([str(run / "step_3"), str(out)])
     loaded = AutoModelForCausalLM.from_pretrained(out, dtype="auto")
@@ -80,7 +81,8 @@ def test_a_checkpoint_is_exported_in_bf16(policy, ranks, tmp_path, monkeypatch):
     assert loaded.dtype == torch.bfloat16 and torch.equal(loaded(IDS).logits, whole(IDS).logits)
     card = (out / "README.md").read_text()
     for line in ("- `lr`: 0.5", "After step 3 (2 hours, 1.5e+18 FLOPs)", "- `bfcl/accuracy`: 0.75",
-                 "My tools:\n{tools}\n", "commit 238d6d1 with uncommitted changes",
+                 "My tools:\n{tools}\n", "commit 238d6d1, commit 5f0a with uncommitted changes",
+                 "- after step 2: data",
                  f"- `{run / 'train.json'}`: 4f53cda18c2baa0c"):
         assert line in card, line
     with pytest.raises(ConfigError, match="out exists already"):
@@ -92,6 +94,22 @@ def test_a_checkpoint_is_exported_in_bf16(policy, ranks, tmp_path, monkeypatch):
     monkeypatch.chdir(out)
     for code in re.findall(r"(?ms)^```python\n(.*?)^```", card):
         exec(code.replace("max_new_tokens=200", "max_new_tokens=2"), {})
+    (tmp_path / "file").touch()
+    for where in ("file/out", "file/in/out"):
+        with pytest.raises(UserError, match="^export: .*file"):
+            main([str(run / "step_3"), str(tmp_path / where)])
+    (run / "git.txt").write_text("")
+    broken = {"log.jsonl": b"{}\n", "config.yaml": b"lr: [", "step_3/state.json": b"{"}
+    for name, content in broken.items():
+        before = (run / name).read_bytes()
+        (run / name).write_bytes(content)
+        with pytest.raises(UserError, match=str(run / name)):
+            main([str(run / "step_3"), str(tmp_path / "broken")])
+        (run / name).write_bytes(before)
+    with pytest.raises(UserError, match="step_4"):
+        main([str(run / "step_4"), str(tmp_path / "broken")])
+    assert not list(tmp_path.glob("broken*"))
+    main([str(run / "step_3"), str(tmp_path / "unknown")])
     for name in ("git.txt", "log.jsonl"):  # a checkpoint that was copied without them
         (run / name).unlink()
     main([str(run / "step_3"), str(tmp_path / "copied")])

@@ -1,6 +1,7 @@
 """plot.py: which curves are drawn, a picture of whatever a log holds, and the printed results."""
 
 import math
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import yaml
 from config import UserError
 from corpus.sources import append_jsonl
 from ops import plot
+from ops.samples_page import write_page
 
 HELD_OUT = {
     "held_out/accuracy": 0.5, "held_out/n": 20, "held_out/accuracy_single": 0.25, "held_out/n_single": 8,
@@ -114,3 +116,43 @@ def test_the_summary_of_a_run_comes_from_its_log():
         "accuracy_by_kind": {"single": {"before": 0.25, "after": 0.5, "n": 8}},
         "strict_accuracy_before": 0.1, "strict_accuracy_after": 0.6, "strict_accuracy_by_kind": {},
     }
+
+
+def test_lines_that_are_no_row_are_counted_once(tmp_path, capsys):
+    run = make_run(tmp_path / "run", GRPO_ROW, 3)
+    log = (run / "log.jsonl").read_bytes()
+    for rest, warned in ((b'{"step": 4, "rew', 0), (b"\0\0\0\n", 0), (b"{\n" + log, 1)):
+        (run / "log.jsonl").write_bytes(log + rest)
+        plot.main([str(run)])
+        assert capsys.readouterr().err.count("log.jsonl: left out 1 line(s)") == warned
+
+
+def make_samples(folder: Path, count: int, text: str) -> None:
+    (folder / "summary.json").write_text(f'{{"steps": {count}}}')
+    row = {"prompt_id": text, "completion": text, "reward": 1.0}
+    append_jsonl(folder / "samples.jsonl", ({"step": step, **row} for step in range(1, count + 1)))
+
+
+def test_completions_are_escaped_and_a_broken_line_is_named(tmp_path, capsys):
+    run = make_run(tmp_path / "run", GRPO_ROW | {"a\x1b/accuracy": 0.5}, 3)
+    make_samples(run, 3, "a\x1b[2K\r\x07b")
+    plot.main([str(run)])
+    printed = capsys.readouterr().out
+    assert "    a\\x1b[2K\\x0d\\x07b\n" in printed and "\x1b" not in printed
+    with (run / "samples.jsonl").open("a") as file:
+        file.write("{\n")
+    with pytest.raises(UserError, match="samples.jsonl:4: "):
+        plot.main([str(run)])
+
+
+def test_large_logs_are_not_held_in_memory(tmp_path, monkeypatch):
+    run = make_run(tmp_path / "run", GRPO_ROW, 3)
+    make_samples(run, 2000, "x" * 10_000)
+    monkeypatch.setattr("ops.samples_page.MAX_BYTES", 1_000_000)
+    for action in (plot.print_results, write_page):
+        action(run)  # what is made once
+        tracemalloc.start()
+        action(run)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 0.4 * (run / "samples.jsonl").stat().st_size, action

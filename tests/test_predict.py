@@ -7,8 +7,10 @@ import pytest
 import torch
 from helpers import chatty_model
 
+from config import UserError
+from corpus.sources import read_jsonl
 from corpus.tiny_model import build_tiny_tokenizer
-from evals.predict import Sampling, write_predictions
+from evals.predict import Sampling, in_batches, write_predictions
 from evals.report import Case
 from kernel.attention import use_attention
 from model import ModelError
@@ -144,3 +146,34 @@ def test_a_case_that_cannot_be_asked_is_skipped_and_says_why(exported, tokenizer
     assert skipped.pop("bad").startswith("bad_text: the control token <|im_end|>")
     assert skipped == dict.fromkeys(("c3", "c4"), "prompt_too_long") and len(rows) == 6
     assert all((row["output"], row["output_tokens"]) == ("", 0) for row in rows if "skipped" in row)
+
+
+@pytest.mark.parametrize("name, broken", [
+    ("generated_with.json", b""), ("generated_with.json", b"{"), ("generated_with.json", b"[1]"),
+    ("generated_with.json", b"\0\0\0"), ("generated_with.json", b"\xff\xfe"), ("generated_with.json", b"3"),
+    ("predictions.jsonl:2", b"{\n"), ("predictions.jsonl:2", b"[]\n"),
+    ("predictions.jsonl:2", b'{"id": "x"}\n'),
+])
+def test_broken_files_of_an_evaluation_are_one_sentence(exported, tmp_path, name, broken):
+    path = tmp_path / "predictions.jsonl"
+    predict(exported, CASES[:1], path)
+    with (tmp_path / name.partition(":")[0]).open("ab" if ":" in name else "wb") as file:
+        file.write(broken)
+    with pytest.raises(UserError, match=f"{tmp_path / name}[: ][^\\n]*$"):
+        predict(exported, CASES[:2], path)
+
+
+def test_what_a_power_cut_left_is_asked_again(exported, tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    predict(exported, CASES[:1], path)
+    with path.open("ab") as file:
+        file.write(b"\0\0\n\0\0\0")
+    rows = write_predictions(exported, CASES[:2], path, TEMPLATE, Sampling(500, 6, 2)) or read_jsonl(path)
+    assert [row["id"] for row in rows] == ["c0", "c1"]
+
+
+def test_without_a_terminal_a_line_is_printed_now_and_then(monkeypatch, capsys):
+    monkeypatch.setattr("evals.predict.LINE_SECONDS", 0.0)
+    assert list(in_batches("abcde", 2, "as\x1bk")) == ["ab", "cd", "e"]
+    printed = capsys.readouterr().out
+    assert "2 of 5" in printed and "4 of 5" in printed and "\x1b" not in printed

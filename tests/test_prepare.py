@@ -2,11 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from unittest.mock import Mock
 
 import pytest
 from test_layouts import ADD, save, toolace, xlam
@@ -203,15 +203,16 @@ def test_a_prepared_set_is_replaced_only_on_request(sources, tmp_path):
     assert contents(out)["train.jsonl"] != before["train.jsonl"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("phase", ["split", "write_rows", "manifest"])
-def test_an_interrupted_run_leaves_the_folder_as_it_was(sources, tmp_path, monkeypatch, phase):
+def test_an_interrupted_run_leaves_the_folder_as_it_was(sources, tmp_path, monkeypatch, phase, number):
     fresh, old = tmp_path / "fresh", tmp_path / "old"
     run(old, *sources)
     before = contents(old)
-    monkeypatch.setattr(prepare, phase, Mock(side_effect=KeyboardInterrupt))
+    monkeypatch.setattr(prepare, phase, lambda *_: os.kill(os.getpid(), number))
     for out, options in ((fresh, []), (old, ["--overwrite"])):
         with pytest.raises(KeyboardInterrupt):
-            run(out, *sources, "--layouts", "trl", *options)
+            data.main(["prepare", *sources, "--layouts", "trl", "--out", str(out), *options])
     assert not list(fresh.glob("*")) and contents(old) == before
 
 

@@ -93,8 +93,8 @@ ENDS = [  # (error, rank of two, exit code, what it says, pause)
     (RuntimeError("a bug"), 1, 1, "Traceback", 0),
     (torch.OutOfMemoryError("1 GiB"), 1, 1, "error: out of GPU memory on rank 1 in phase update of", 0),
     (DISK, 0, 1, "error: log.jsonl: No space left on device in phase", 0),
-    (OSError(28, "No space left on device"), 1, 1, "error: a file: No space left on device in phase", 0),
-    (ValueError("I/O error: No space left on device (os error 28)"), 0, 1, "error: a file: No space left", 0),
+    (OSError(28, "No space left on device"), 1, 1, "error: writing failed: No space left on device in", 0),
+    (ValueError("I/O: No space left on device (os error 28)"), 0, 1, "error: writing failed: No space left", 0),
     (PermissionError(13, "Permission denied", "out"), 0, 1, "error: out: Permission denied\n", 0),
     (ConfigError("x"), 0, 1, "error: x\n", 0),
     (ConfigError("x"), 1, 1, "error: x\n", 5),  # rank 0 said it, or did not fail
@@ -209,7 +209,8 @@ def main(arguments):
         if stop.requested(ranks):
             raise Interrupted(run_dir, step)
         if ranks.main:
-            (Path(run_dir) / "latest").write_text(f"step_{step}")
+            (Path(run_dir) / f"step_{step}").mkdir(exist_ok=True)
+            (Path(run_dir) / f"step_{step}" / "manifest.json").touch()
     if ranks.main:
         print("done")
 

@@ -80,11 +80,17 @@ def test_a_prompt_shows_its_tools_its_turns_and_what_it_begins_of_the_reply(tmp_
 
 def test_a_line_that_is_no_row_is_left_out_and_told(tmp_path, capsys):
     lines = ["{", "7", "{}", json.dumps(row(1, reward=math.nan)), json.dumps(row(1, logprobs=["x"] * 3))]
-    run_of(tmp_path, [row(1)], rest="\n".join(lines) + "\n")
+    run_of(tmp_path, [row(1)], rest="\n".join([*lines, "", "\0\0"]) + "\n\0\0")  # the last: of a power cut
     assert unpacked(write_page(tmp_path)) == [row(1)]
     run_of(tmp_path / "copied", [row(1)], rest=json.dumps(row(2)))  # whole, but for its line break
     assert unpacked(write_page(tmp_path / "copied")) == [row(1), row(2)]
     assert f"left out {len(lines)} " in capsys.readouterr().err
+
+
+def test_a_log_prob_that_was_no_number_is_missing(tmp_path):
+    """log.jsonl and samples.jsonl have null for NaN; older ones have NaN."""
+    rows = [row(1, "a", logprobs=[odd, -0.25]) for odd in (None, math.nan, -math.inf)]
+    assert [one[7] for one in embedded(write_page(run_of(tmp_path, rows)))["rows"]] == [[None, 250]] * 3
 
 
 ASKED = [ToolCall("f", {"x": 1, "city": "Łódź"}), ToolCall("g", {})]

@@ -27,10 +27,14 @@ from data import load_splits
 
 def test_a_file_is_replaced_only_by_a_complete_one(tmp_path):
     path, one = tmp_path / "e.jsonl", Example("1", "own", [], [], [])
+    others = [tmp_path / f"e.jsonl.{suffix}" for suffix in ("tmp", "partial")]
+    for other in others:
+        other.write_text("of a user")
     write_examples(path, [one])
     with pytest.raises(ZeroDivisionError):
         write_examples(path, (one if i else 1 / 0 for i in (1, 1, 0)))
-    assert path.read_text().count("\n") == 1 and [file.name for file in tmp_path.iterdir()] == ["e.jsonl"]
+    assert path.read_text().count("\n") == 1 and set(tmp_path.iterdir()) == {path, *others}
+    assert all(other.read_text() == "of a user" for other in others)
 
 
 def test_broken_lines_are_dropped_with_their_numbers(tmp_path):
