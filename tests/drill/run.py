@@ -33,8 +33,6 @@ import jobs  # noqa: E402
 from jobs import RANKS, STEPS, Job, ends, kill, latest, launch, lost, over, rank_pids, wait_until  # noqa: E402
 from worker import Death  # noqa: E402
 
-from ops.run_dir import can_resume  # noqa: E402
-
 # A case gets the folder of the drill and the name of its run and returns (faults tried, steps done again). It
 # raises AssertionError where a fault was not survived.
 Case = Callable[[Path, str], tuple[int, int]]
@@ -124,7 +122,9 @@ def ways(run: Path, world: str, odd: bool) -> list[dict]:
     if WORLDS[world].after:
         of_old = {"config": run / "config.yaml", "resume": "true"}
         return [of_old, overwrite] if odd and of_old["config"].exists() else [overwrite]
-    return [resume, overwrite] if can_resume(run) else [overwrite, resume]
+    names = ("step_*/manifest.json", "warmup/step_*/manifest.json", "warmup/model")
+    saved = any(next(run.glob(name), None) for name in names)
+    return [resume, overwrite] if saved else [overwrite, resume]
 
 
 def start_again(site: Path, name: str, world: str, death: Death, odd: bool) -> Job:
@@ -132,8 +132,7 @@ def start_again(site: Path, name: str, world: str, death: Death, odd: bool) -> J
     for way in ways(site / name, world, odd):
         with start_world(site, name, world, death, **way) as job:
             over(job)
-        refusal = re.search(r"\berror: .*(--overwrite true|--resume)", job.said())
-        if not refusal:
+        if not re.search(r"\berror: run_dir: .*(--overwrite true|without --resume)", job.said()):
             break
     return job
 
@@ -175,7 +174,8 @@ def file_event(
 
 def file_events(rounds: int, power: bool) -> dict[str, Case]:
     """So many kills, two to a run, over all worlds, and over the length of their runs."""
-    cases, worlds, runs = {}, list(WORLDS), (rounds + 1) // 2
+    cases, runs = {}, (rounds + 1) // 2
+    worlds = [world for world in WORLDS if WORLDS[world].ranks == 1 or not power]  # a rank cuts its own power
     turns = -(-runs // len(worlds))
     for i in range(runs):
         world, times = worlds[i % len(worlds)], min(2, rounds - 2 * i)
