@@ -62,19 +62,23 @@ def open_site(folder: Path) -> Path:
 
 @contextlib.contextmanager
 def launch(
-    site: Path, name: str, broken: tuple = (), *, script: str = "grpo", restarts: int = 0, **settings: object
+    site: Path, name: str, broken: tuple | worker.Death = (), *, script: str = "grpo", ranks: int = RANKS,
+    restarts: int = 0, **settings: object,
 ) -> Iterator[Job]:
     """Starts the run site/name, or goes on with it; at the end nothing of it is left running.
 
-    broken: (fault, step, rank), see worker.BROKEN. restarts: torchrun's --max-restarts.
+    broken: (fault, step, rank), see worker.BROKEN, or a death. restarts: torchrun's --max-restarts. config: a
+    file that has all settings.
     """
     run = settings.get("run_dir", site / name)
-    switch = {"resume": "true"} if (run / "latest").exists() else {"overwrite": "true"}
-    settings = {"model": site / "start/model", **SETTINGS, "run_dir": run, **switch, **settings}
+    if "config" not in settings:
+        switch = {"resume": "true"} if (run / "latest").exists() else {"overwrite": "true"}
+        settings = {"model": site / "start/model", **SETTINGS, **switch, **settings}
+    settings = {**settings, "run_dir": run}
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     log = site / f"{name}.{time.monotonic_ns()}.log"
     agent = multiprocessing.get_context("forkserver").Process(
-        target=worker.run_agent, args=(script, broken, words, RANKS, restarts, log)
+        target=worker.run_agent, args=(script, broken, words, ranks, restarts, log)
     )
     agent.start()
     job = Job(agent, log, run)
@@ -137,6 +141,12 @@ def ends(job: Job, *parts: str) -> None:
         assert code == 0 and (job.run / "model").is_dir(), told
 
 
+def events(job: Job, rank: int) -> list[str]:
+    """What a rank of a job with a worker.Death has changed in its run directory; it died before the last."""
+    journal = job.log.with_suffix(f".events_{rank}")
+    return journal.read_text(encoding="utf-8").splitlines() if journal.exists() else []
+
+
 def latest(run: Path) -> int:
     """The step that `latest` names; 0 without one."""
     pointer = run / "latest"
@@ -156,22 +166,31 @@ def lost(run: Path) -> int:
 
 
 def digest(path: Path) -> str:
-    """sha256 of a file; a safetensors header, which has its entries in random order, is sorted first."""
+    """sha256 of a file, without what differs between two runs that are the same otherwise."""
     content = path.read_bytes()
-    if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":  # the header has its entries in random order
         end = 8 + int.from_bytes(content[:8], "little")
         content = json.dumps(json.loads(content[8:end]), sort_keys=True).encode() + content[end:]
+    elif path.suffix in (".yaml", ".html", ".json"):
+        content = re.sub(rf'"{path.parent.name}"|run_dir: .*|"wall_s".*'.encode(), b"", content)
+    elif path.name == "git.txt":  # somebody may be at work
+        content = content.partition(b" ")[0]
     return hashlib.sha256(content).hexdigest()
 
 
-def same_as_undisturbed(site: Path, run: Path) -> None:
-    """Weights, optimizer state, figures and samples must be those of the undisturbed run, bit by bit."""
-    whole = site / "whole"
-    shards = [f"step_{STEPS}/{path.name}" for path in sorted((whole / f"step_{STEPS}").glob("*.safetensors"))]
-    for name in ("model/model.safetensors", *shards, "samples.jsonl"):
-        assert digest(run / name) == digest(whole / name), f"{run / name} differs from the undisturbed run's"
+def same_as_undisturbed(site: Path, run: Path, whole: str = "whole") -> None:
+    """All that a run leaves must be that of the undisturbed run, bit by bit, but for clocks and drawings."""
+    whole, last = site / whole, latest(site / whole)
+    names = {path.relative_to(whole) for path in [*whole.glob("*"), *whole.glob("model/*")]}
+    left = {path.relative_to(run) for path in [*run.glob("*"), *run.glob("model/*")]}
+    strange = [str(n) for n in names ^ left if not re.fullmatch(r"step_\d+(.given_up)?|resumed_by", str(n))]
+    assert not strange, f"{run} and the undisturbed run do not both have {strange}"
+    exact = {name for name in names if name.suffix in (".safetensors", ".json", ".txt", ".yaml", ".html", "")}
+    exact |= {path.relative_to(whole) for path in whole.glob(f"step_{last}/*.safetensors")}
+    for name in sorted({*exact, Path("samples.jsonl")} - {Path("lock"), Path("resumed_by")}):
+        same = (whole / name).is_dir() or digest(run / name) == digest(whole / name)
+        assert same, f"{run / name} differs from the undisturbed run's"
     steps = [row["step"] for row in rows(run / "log.jsonl")]
-    assert steps == list(range(STEPS + 1)), f"log.jsonl has the steps {steps}"
+    assert steps == list(range(last + 1)), f"log.jsonl has the steps {steps}"
     same = rows(run / "log.jsonl") == rows(whole / "log.jsonl")
     assert same, f"figures in {run / 'log.jsonl'} differ from the undisturbed run's"
-    assert not list(run.glob("*.tmp")), f"{run} still holds {list(run.glob('*.tmp'))}"

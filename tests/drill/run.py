@@ -11,15 +11,18 @@ fault and one line of JSON; the exit code is 1 if one was not survived, and then
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import jobs  # noqa: E402
 from jobs import RANKS, STEPS, Job, ends, kill, latest, launch, lost, over, rank_pids, wait_until  # noqa: E402
+from worker import Death  # noqa: E402
 
 # A case gets the folder of the drill and the name of its run and returns (faults tried, steps done again). It
 # raises AssertionError where a fault was not survived.
@@ -72,6 +76,112 @@ def signalled(site: Path, name: str, *, number: int, everyone: bool, times: int)
             assert job.said().count(sentence) == 1 and not lost(job.run), f"{job.log}: not once {sentence!r}"
     go_on(site, name)
     return tried, again
+
+
+@dataclass(frozen=True)
+class World:
+    """A kind of run that is killed at file events. after: whose finished run is in its directory before."""
+
+    ranks: int
+    settings: dict
+    after: str = ""
+
+
+WORLDS = {
+    "one_rank": World(1, {}),
+    "two_ranks": World(2, {}),
+    "background": World(2, {"background_save": "true"}),
+    "warm_up": World(1, {"model": "tiny", "tiny_hidden": 32, "warmup_steps": 3, "keep_checkpoints": 1}),
+    "rare_saves": World(1, {"seed": 1, "save_every": 2, "keep_checkpoints": 1}),
+    "replaced": World(1, {"resume": "false", "overwrite": "true"}, after="rare_saves"),
+    "branch": World(1, {"resume": "true", "resume_step": 2, "lr": 1e-3}, after="one_rank"),
+}
+
+
+def start_world(site: Path, name: str, world: str, death: Death, **settings: object):
+    """Starts a run of this world, the first time or again, with a death; to be entered like launch."""
+    if WORLDS[world].after and not (site / name).exists():
+        shutil.copytree(undisturbed(site, WORLDS[world].after)[0].run, site / name)
+    settings = settings if "config" in settings else {"steps": 4, **WORLDS[world].settings, **settings}
+    return launch(site, name, death, ranks=WORLDS[world].ranks, **settings)
+
+
+@functools.cache
+def undisturbed(site: Path, world: str) -> tuple[Job, int]:
+    """A run of this world that nothing happened to, and how many file events each of its ranks had."""
+    with start_world(site, f"whole_{world}", world, Death()) as job:
+        ends(job)
+    return job, [len(jobs.events(job, rank)) for rank in range(WORLDS[world].ranks)]
+
+
+def ways(run: Path, world: str, odd: bool) -> list[dict]:
+    """How a user starts a killed run again: each way only where the one before is refused, and names it."""
+    resume, overwrite = {"resume": "true"}, {"resume": "false", "overwrite": "true"}
+    if "resume_step" in WORLDS[world].settings:
+        return [{}]
+    if WORLDS[world].after:
+        of_old = {"config": run / "config.yaml", "resume": "true"}
+        return [of_old, overwrite] if odd and of_old["config"].exists() else [overwrite]
+    names = ("step_*/manifest.json", "warmup/step_*/manifest.json", "warmup/model")
+    saved = any(next(run.glob(name), None) for name in names)
+    return [resume, overwrite] if saved else [overwrite, resume]
+
+
+def start_again(site: Path, name: str, world: str, death: Death, odd: bool) -> Job:
+    """Starts a killed run again as a user would, until it ends or dies; never is every way refused."""
+    for way in ways(site / name, world, odd):
+        with start_world(site, name, world, death, **way) as job:
+            over(job)
+        if not re.search(r"\berror: run_dir: .*(--overwrite true|without --resume)", job.said()):
+            break
+    return job
+
+
+def file_event(
+    site: Path, name: str, *, world: str, place: float, times: int, power: bool
+) -> tuple[int, int]:
+    """Kills a rank at a change of the run directory, first at this place of the run (0 to 1), then at any
+    later one of the rest, and starts the run again after each. power: as a power cut.
+    """
+    draw, again, run = random.Random(name), 0, site / name
+    whole, counts = undisturbed(site, world)
+    rank = draw.randrange(len(counts))
+    event, deaths = 1 + round(place * (counts[rank] - 1)), []
+
+    def death(event: int) -> Death:
+        return Death(event, rank, None if power else draw.choice((None, 0, 100)), power)
+
+    try:
+        with start_world(site, name, world, death(event)) as job:
+            over(job)
+        while event:
+            lines = jobs.events(job, rank)
+            assert job.agent.exitcode and len(lines) >= event, f"{job.log}: ended by itself"
+            deaths.append(f"event {len(lines)} of rank {rank}: {lines[-1]}")
+            again += 0 if WORLDS[world].after else lost(run)
+            event = draw.randint(1, max(1, counts[rank] - event)) if len(deaths) < times else 0
+            job = start_again(site, name, world, death(event), draw.random() < 0.5)
+            if not job.agent.exitcode and len(deaths) < times:  # it was shorter than that
+                event = 1 + event // 4
+                job = start_again(site, name, world, death(event), odd=False)
+        ends(job)
+        old = "seed: 1\n" in (run / "config.yaml").read_text() and WORLDS[world].after
+        jobs.same_as_undisturbed(site, run, f"whole_{WORLDS[world].after if old else world}")
+    except AssertionError as failure:
+        raise AssertionError(f"killed at {'; '.join(deaths)}: {failure}") from failure
+    return times, again
+
+
+def file_events(rounds: int, power: bool) -> dict[str, Case]:
+    """So many kills, two to a run, over all worlds, and over the length of their runs."""
+    cases, runs = {}, (rounds + 1) // 2
+    worlds = [world for world in WORLDS if WORLDS[world].ranks == 1 or not power]  # a rank cuts its own power
+    turns = -(-runs // len(worlds))
+    for i in range(runs):
+        world, times = worlds[i % len(worlds)], min(2, rounds - 2 * i)
+        place = (i // len(worlds)) / (turns - 1) if turns > 1 else 0.5
+        cases[f"{world}_{i}"] = partial(file_event, world=world, place=place, times=times, power=power)
+    return cases
 
 
 def restarted(site: Path, name: str) -> tuple[int, int]:
@@ -141,6 +251,7 @@ def breaks(
 def damaged(site: Path, name: str, *, pattern: str, damage: Callable[[Path], None]) -> tuple[int, int]:
     """A file of the newest checkpoint is damaged: refused by name; the one before is still good."""
     run = shutil.copytree(site / "whole", site / name)
+    (run / "summary.json").unlink()  # or nothing would be left to do
     path = sorted((run / f"step_{STEPS}").glob(pattern))[-1]
     damage(path)
     with launch(site, name) as job:
@@ -203,6 +314,8 @@ def all_cases(rounds: int) -> dict[str, dict[str, Case]]:
     return {
         "kill_one": in_runs(signalled, rounds, 6, number=signal.SIGKILL, everyone=False),
         "kill_all": in_runs(signalled, rounds, 6, number=signal.SIGKILL, everyone=True),
+        "file_event": file_events(rounds, power=False),
+        "power_cut": file_events(rounds, power=True),
         "restart": {"one": restarted},
         "sigterm": in_runs(signalled, rounds, 2, number=signal.SIGTERM, everyone=True),
         "sigint": in_runs(signalled, rounds, 2, number=signal.SIGINT, everyone=False),

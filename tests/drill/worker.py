@@ -1,15 +1,18 @@
-"""What the drill starts: grpo.py or sft.py, with one function broken on one rank at one step; no hooks
-needed.
+"""What the drill starts: grpo.py or sft.py, with one function broken on one rank at one step, or with a rank
+that kills itself at a change of the run directory. The product needs no hooks for either.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import resource
 import shutil
+import signal
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -94,15 +97,125 @@ def break_product(fault: str, step: int) -> None:
                 setattr(module, name, function)
 
 
-def run_product(script: str, broken: tuple, arguments: list[str]) -> None:
-    """grpo.py or sft.py as its own command line runs it. broken: fault, step, rank; or nothing."""
-    if broken and int(os.environ["RANK"]) == broken[2] % int(os.environ["WORLD_SIZE"]):
+@dataclass(frozen=True)
+class Death:
+    """A rank kills itself at its change number `event` of the run directory (0: never), just before it.
+
+    more: so many bytes still reach a file that is opened there. power: what was not synced is lost too.
+    """
+
+    event: int = 0
+    rank: int = 0
+    more: int | None = None
+    power: bool = False
+
+
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+CHANGES = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")  # as Python audits them
+
+
+def place(name: str | bytes | os.PathLike | int, folder: int = -1) -> Path:
+    """The path of a file by its name, its descriptor, or its name in the folder of a descriptor."""
+    if isinstance(name, int):
+        folder, name = name, ""
+    base = os.readlink(f"/proc/self/fd/{folder}") if folder >= 0 else os.getcwd()
+    return Path(base, os.fsdecode(name))
+
+
+class FileEvents:
+    """Numbers what this process changes in the run directory, writes it into a journal, and dies on time."""
+
+    def __init__(self, run: Path, death: Death, journal: Path) -> None:
+        self.run, self.death, self.fsync = run, death, os.fsync
+        self.count, self.dying = 0, False
+        self.journal = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        # What a power cut leaves: so many bytes of a file, by inode; and renames that it undoes: (from, to,
+        # what was there).
+        self.synced = {path.stat().st_ino: path.stat().st_size for path in run.rglob("*") if path.is_file()}
+        self.renamed: list[tuple[Path, Path, Path]] = []
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        os.fsync = self.on_fsync
+        sys.addaudithook(self.on_audit)
+
+    def on_audit(self, event: str, arguments: tuple) -> None:
+        flags = (arguments[2] or 0) if event == "open" else 0
+        if event not in CHANGES or (event == "open" and not flags & WRITING):
+            return
+        folder = arguments[-1] if event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir") else -1
+        names = arguments[: 2 if event == "os.rename" else 1]
+        paths = [place(name, folder) for name in names]
+        if self.run not in (paths[0], *paths[0].parents):
+            return
+        grows = flags & os.O_APPEND and paths[0].exists()
+        self.happens(event, *paths, size=paths[0].stat().st_size if grows else 0)
+        if not self.death.power:
+            return
+        if event == "os.rename":
+            before = self.run.with_name(f"{self.run.name}.{self.count}.before")
+            with contextlib.suppress(OSError):  # there is none, or a folder
+                os.link(paths[1], before)
+            self.renamed.append((*paths, before))
+        elif paths[0].exists() and (event == "os.remove" or flags & os.O_TRUNC):
+            self.synced.pop(paths[0].stat().st_ino, None)
+
+    def on_fsync(self, descriptor: int) -> None:
+        path = place(descriptor)
+        inside = self.run in (path, *path.parents)
+        if inside:
+            self.happens("fsync", path)
+        self.fsync(descriptor)
+        if inside:
+            self.synced[path.stat().st_ino] = path.stat().st_size
+            self.renamed = [entry for entry in self.renamed if entry[1].parent != path]
+
+    def happens(self, kind: str, *paths: Path, size: int = 0) -> None:
+        """Counts a change that is about to happen, unless this process dies before it. size: of the file."""
+        if self.dying:
+            return
+        self.count += 1
+        names = [str(path.relative_to(self.run)) for path in paths]
+        os.write(self.journal, f"{kind} {' '.join(names)}\n".encode())
+        if not 0 < self.death.event <= self.count:
+            return
+        if self.count == self.death.event and kind == "open" and self.death.more is not None:
+            # the kernel kills this process in the middle of a write that goes beyond
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + self.death.more, resource.RLIM_INFINITY))
+            return
+        if self.death.power:
+            self.dying = True
+            self.cut_power()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def cut_power(self) -> None:
+        """Undoes renames whose folder was not synced, and empties or cuts files that were not."""
+        for source, target, before in reversed(self.renamed):
+            with contextlib.suppress(OSError):  # moved or deleted since
+                target.rename(source)
+                before.rename(target)
+        for path in self.run.rglob("*"):
+            if path.is_file():
+                os.truncate(path, min(path.stat().st_size, self.synced.get(path.stat().st_ino, 0)))
+
+
+def run_product(script: str, broken: tuple | Death, arguments: list[str], log: Path) -> None:
+    """grpo.py or sft.py as its own command line runs it. broken: fault, step, rank; a death; or nothing."""
+    rank, events = int(os.environ["RANK"]), None
+    if isinstance(broken, Death):
+        run = Path(arguments[arguments.index("--run_dir") + 1])
+        death = broken if rank == broken.rank else Death()
+        events = FileEvents(run, death, log.with_suffix(f".events_{rank}"))
+    elif broken and rank == broken[2] % int(os.environ["WORLD_SIZE"]):
         break_product(*broken[:2])
     sys.argv = [f"{script}.py", *arguments]
     run_script({"grpo": grpo, "sft": sft}[script].main)
+    if events:
+        events.happens("end")
 
 
-def run_agent(script: str, broken: tuple, arguments: list[str], ranks: int, restarts: int, log: Path) -> None:
+def run_agent(
+    script: str, broken: tuple | Death, arguments: list[str], ranks: int, restarts: int, log: Path
+) -> None:
     """torchrun's agent, with ranks that are forked from this process, which has imported torch already."""
     os.setsid()
     for number in (1, 2):
@@ -111,4 +224,4 @@ def run_agent(script: str, broken: tuple, arguments: list[str], ranks: int, rest
         min_nodes=1, max_nodes=1, nproc_per_node=ranks, run_id=log.name, rdzv_backend="c10d",
         rdzv_endpoint="localhost:0", max_restarts=restarts, monitor_interval=0.05, start_method="fork",
     )
-    elastic_launch(config, run_product)(script, broken, arguments)
+    elastic_launch(config, run_product)(script, broken, arguments, log)
