@@ -41,7 +41,7 @@ _TAGGED = re.compile(
 )
 _FENCED = re.compile(r"\A\s*```\w*\n(.*?)\n?```\s*\Z", re.DOTALL)
 _RESULT = re.compile(r"\s*<(tool_response|function_response)>(.*)</\1>\s*", re.DOTALL)
-_NEXT_RESULT = re.compile(r"(?<!\s)\s*+</(tool_response|function_response)>\s*<\1>\s*")
+_NEXT_RESULT = re.compile(r"(?:(?<!\s)\s*+)?</(tool_response|function_response)>\s*<\1>\s*")
 
 
 @dataclass(frozen=True)
