@@ -28,7 +28,7 @@ with modules_beside(Path(__file__)):
     from corpus.replies import reply_text
     from corpus.schema import lenient_arguments, read_tools, without_nulls
     from corpus.sources import read_records
-    from corpus.strict_json import strict_json
+    from corpus.strict_json import MAX_DEPTH, nested_deeper, strict_json
     from evals.reference_reward import REFERENCE, ReferenceRow, score_as_reference
     from prompts import ToolCall, parse_completion
 
@@ -98,7 +98,10 @@ def decode_answer(ground_truth: Any) -> list[ToolCall]:
             raise ValueError(f"a null may be Arrow's filling; give the answer as text: {ground_truth!r:.80}")
         return as_calls(ground_truth)
     try:
-        return as_calls(strict_json(ground_truth))
+        answer = strict_json(ground_truth)
+        if nested_deeper(answer, MAX_DEPTH):  # no completion could equal it
+            raise RecursionError(f"nested more than {MAX_DEPTH} deep")
+        return as_calls(answer)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"the answer is not JSON ({error}): {ground_truth!r:.80}") from None
 

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 from corpus.examples import Dropped, Example, Unusable
@@ -30,6 +30,7 @@ ROLES = {  # by the words of the known files, in lower case and with underscores
 CALLERS = ("function_call", "tool_call", "tool_calls")  # these turns hold calls alone
 STRUCTURED = ("calls", "tool_calls", "function_call")  # keys under which a turn may list its calls
 READ = ("from", "role", "value", "content", *STRUCTURED)
+TRIED = 100  # lists of objects in a system text that may be its tools
 # Keys that say nothing which the prompt shows; nor are past thoughts shown, as thinking models have it.
 UNSHOWN = ("id", "name", "tool_call_id", "type", "weight", "loss", "train", *THOUGHTS)
 
@@ -40,7 +41,7 @@ _TAGGED = re.compile(
 )
 _FENCED = re.compile(r"\A\s*```\w*\n(.*?)\n?```\s*\Z", re.DOTALL)
 _RESULT = re.compile(r"\s*<(tool_response|function_response)>(.*)</\1>\s*", re.DOTALL)
-_NEXT_RESULT = re.compile(r"\s*</(tool_response|function_response)>\s*<\1>\s*")
+_NEXT_RESULT = re.compile(r"(?:(?<!\s)\s*+)?</(tool_response|function_response)>\s*<\1>\s*")
 
 
 @dataclass(frozen=True)
@@ -165,11 +166,10 @@ def system_text(system: Any, said: Any) -> str:
 def find_tools(text: str) -> list[dict] | None:
     """The tools that a system text lists, or None: its first JSON list of tools, or Hermes' objects in a tag.
 
-    Other brackets ("[func1(...)]") are skipped.
+    Other brackets ("[func1(...)]") are skipped, and lists after the first TRIED: each may take long to read.
     """
     decoder = json.JSONDecoder()
-    tagged = re.search(r"<tools>(.*?)</tools>", text, re.DOTALL)
-    for found in re.finditer(r"\[(?=\s*\{)", text):
+    for found in islice(re.finditer(r"\[(?=\s*\{)", text), TRIED):
         try:
             tools = read_tools(decoder.raw_decode(text, found.start())[0])
         except (ValueError, RecursionError):
@@ -177,8 +177,9 @@ def find_tools(text: str) -> list[dict] | None:
         # "parameters" tells tools from a list of named things inside a tool list that is itself broken.
         if all("parameters" in tool for tool in tools):
             return tools
+    tagged, closed, _ = text.partition("<tools>")[2].partition("</tools>")
     try:
-        return read_tools(read_literals(tagged[1])) if tagged else None
+        return read_tools(read_literals(tagged)) if closed else None
     except (ValueError, SyntaxError, RecursionError):
         return None
 

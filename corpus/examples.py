@@ -6,8 +6,10 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
+from corpus.strict_json import MAX_DEPTH, nested_deeper
 from prompts import ToolCall
 
 KINDS = ("single", "choice", "parallel", "none")
@@ -121,6 +123,9 @@ def hashes_of(example: Example) -> tuple[bytes, bytes]:
         prompt = _CANONICAL.encode([example.messages, example.tools]).encode()
         answer = "\n".join(sorted(_CANONICAL.encode(call) for call in example.answer)).encode()
         "".join((example.id, example.source, *example.demonstrations)).encode()
+        calls = chain(example.answer, *(message.get("calls") or () for message in example.messages))
+        if nested_deeper([example.tools, *(call.arguments for call in calls)], MAX_DEPTH):
+            raise RecursionError(f"tools or calls are nested more than {MAX_DEPTH} deep")
     except UnicodeEncodeError as error:
         detail = f"half a surrogate pair, which no tokenizer takes: {error.reason}"
         raise Unusable("bad_text", detail) from None

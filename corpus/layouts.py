@@ -161,6 +161,8 @@ def read_examples(
                 (read.examples if isinstance(made, Example) else read.dropped).append(made)
         except Unusable as error:
             read.dropped.append(error.dropped(prefix + own, line))
+        except RecursionError:
+            read.dropped.append(Dropped(line, prefix + own, "broken_json", "nested too deeply"))
         yield read
 
 

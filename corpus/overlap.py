@@ -30,6 +30,8 @@ NGRAM, MIN_WORDS = 13, 8
 KINDS = ("identical", "ngram", "tool")  # of matches
 SHOWN = 20  # matches printed of each kind
 PUNCTUATION = re.compile(r"[^\w\s]|_")
+# Unicode's form NFKC sorts the marks of a character, in quadratic time; 30 are its own limit (UAX 15).
+MANY_MARKS = re.compile(r"([^\w\s]{30})[^\w\s]+")
 UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")  # Japanese and Chinese: no spaces between words
 
 
@@ -57,7 +59,7 @@ class Match:
 def normalise(text: str) -> list[str]:
     """Lower-case words without punctuation; a Chinese or Japanese character is a word."""
     if not text.isascii():
-        text = UNSPACED.sub(r" \g<0> ", unicodedata.normalize("NFKC", text))
+        text = UNSPACED.sub(r" \g<0> ", unicodedata.normalize("NFKC", MANY_MARKS.sub(r"\1", text)))
     return PUNCTUATION.sub("", text.lower()).split()
 
 

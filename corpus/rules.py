@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from corpus import schema
@@ -15,6 +16,7 @@ from prompts import ToolCall
 KEEPABLE = ("missing_argument", "undeclared_argument", "wrong_type", "not_in_enum", "contradiction")
 
 BESIDE = 80  # characters around a tool's name in which brackets, "=" or "parameter:" mean arguments
+MENTIONS = 1000  # of a tool in one text that are looked at
 
 
 @dataclass(frozen=True)
@@ -103,9 +105,12 @@ def check_prompt(example: Example) -> None:
 def names_call(text: str, tools: Sequence[dict]) -> bool:
     """Whether a text names one of the tools beside what looks like arguments, in whatever notation."""
     for name, tool in ((tool["name"], tool) for tool in tools):
-        for found in re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", text) if name in text else ():
-            around = text[max(0, found.start() - BESIDE) : found.start()] + text[found.end() :][:BESIDE]
-            keys = "|".join(map(re.escape, schema.properties(tool))) or "(?!)"
-            if re.search(rf"[({{\[<=>]|(?<!\w)(?:{keys})\W{{0,3}}:", around):
+        if name not in text:
+            continue
+        keys = "|".join(map(re.escape, schema.properties(tool))) or "(?!)"
+        arguments = re.compile(rf"[({{\[<=>]|(?<!\w)(?:{keys})\W{{0,3}}:")
+        for found in islice(re.finditer(rf"(?<!\w){re.escape(name)}(?!\w)", text), MENTIONS):
+            start, end = found.span()
+            if arguments.search(text[max(0, start - BESIDE) : start] + text[end : end + BESIDE]):
                 return True
     return False

@@ -23,6 +23,7 @@ TYPES = {
 }
 
 BARE_CALL = {"name", "parameters", "id", "type", "index"}  # may stand in a call without arguments
+LONGEST_TYPE = 1000  # characters; by longer ones nothing is judged either, and each is read for every value
 # Keys of JSON Schema by which a tool takes more than its `properties` say.
 OPEN = ("additionalProperties", "patternProperties", "anyOf", "oneOf", "allOf", "$ref")
 
@@ -45,7 +46,10 @@ def read_tools(value: Any) -> list[dict]:
     tools = _bare_items(value, "tools")
     if bad := [one for one in tools if not isinstance(one, dict) or not isinstance(one.get("name"), str)]:
         raise ValueError(f"a tool needs a name: {str(bad[0])[:80]}")
-    return without_nulls(tools) if are_filled(tools) else tools
+    try:
+        return without_nulls(tools) if are_filled(tools) else tools
+    except RecursionError:
+        raise NotJSON("the tools are nested too deeply") from None
 
 
 def read_calls(value: Any) -> list[ToolCall]:
@@ -183,9 +187,11 @@ def json_type(declared: Any) -> str | None:
     if isinstance(kind, list):  # JSON Schema's ["string", "null"]
         kinds = [one for one in kind if one != "null"]
         kind = kinds[0] if len(kinds) == 1 else None
-    if not isinstance(kind, str):
+    if not isinstance(kind, str) or len(kind) > LONGEST_TYPE:
         return None
-    kind = re.sub(r",?\s*optional\s*$", "", kind.strip(), flags=re.IGNORECASE)
+    kind = kind.strip()
+    if kind.lower().endswith("optional"):
+        kind = kind[: -len("optional")].rstrip().removesuffix(",")
     wrapped = re.fullmatch(r"Optional\[(.*)\]", kind)
     head, bracket, rest = (wrapped[1] if wrapped else kind).partition("[")
     if bracket and not rest.endswith("]"):

@@ -79,8 +79,9 @@ def read_literals(text: str) -> list[Any]:
     or RecursionError.
     """
     values = []
+    text = text.rstrip()
     at = 0
-    while text[at:].strip():
+    while at < len(text):
         value, at = _read_value(text, at)
         values.append(value)
     return values

@@ -19,6 +19,14 @@ from evals.report import Case, ReportError, find, read_objects
 from prompts import ToolCall
 
 LEVELS = ("1", "2", "3")
+# What a broken file may raise: reading literals ends in the last two where they are nested too deeply.
+BROKEN = (LookupError, TypeError, AttributeError, ValueError, SyntaxError, RecursionError, MemoryError)
+# A turn of ToolRL's prompts: a user's, or a call with its result. None holds the tag that it begins with.
+TURN = re.compile(
+    r"<user>((?:(?!<user>).)*?)</user>"
+    r"|<tool_call>(?:(?!<tool_call>).)*?</tool_call>\s*<obs>((?:(?!<obs>).)*?)</obs>",
+    re.DOTALL,
+)
 FOLDERS = {"level-1-given-desc": 1, "level-2-toolsearcher": 2}  # of the official dialogues
 TOOLRL = "toolrl_level-3-api_processed.json"
 SEARCHER = "ToolSearcher"
@@ -112,7 +120,7 @@ def load_folder(folder: Path) -> dict[str, GoldCall]:
                 rejection(gold, group[gold.name]),
             )
             cases[case.id] = with_dialogue(case, prompts) if case.level == 3 and prompts else case
-        except (KeyError, TypeError) as error:
+        except BROKEN as error:
             raise ReportError(f"{path}:{number}: no usable case ({error!r}); fetch the file again") from None
     return cases
 
@@ -124,9 +132,8 @@ def with_dialogue(case: GoldCall, prompts: list[dict]) -> GoldCall:
     """
     item = prompts[int(case.id.partition("#")[2])]
     listed = re.findall(r"^\d+\. (\w+): ", item["system"], re.MULTILINE)
-    turn = re.compile(r"<user>(.*?)</user>|<tool_call>.*?</tool_call>\s*<obs>(.*?)</obs>", re.DOTALL)
     history = []
-    for user, seen in turn.findall(item["user"]):
+    for user, seen in TURN.findall(item["user"]):
         if seen:
             result = ast.literal_eval(seen.strip())
             history.append({"role": "API", "api_name": result.get("api_name"), "result": result})
@@ -158,7 +165,7 @@ def dialogue_cases(path: Path, name: str, level: int, apis: dict[str, dict]) -> 
                 gold = ToolCall(turn["api_name"], turn["result"]["input"] or {})
                 why, case_id = rejection(gold, apis[gold.name]), f"{name}#{number - 1}"
                 cases.append(GoldCall(case_id, level, gold, turn["param_dict"], apis, shown, turns[:i], why))
-        except (KeyError, TypeError) as error:
+        except BROKEN as error:
             raise ReportError(f"{path}:{number}: no usable turn ({error!r}); fetch the file again") from None
     return cases
 
@@ -173,7 +180,7 @@ def read_apis(folder: Path) -> dict[str, dict]:
         try:
             tree = ast.parse(path.read_text(encoding="utf-8"))
             found = [read_class(node) for node in tree.body if isinstance(node, ast.ClassDef)]
-        except (SyntaxError, ValueError) as error:
+        except BROKEN as error:
             raise ReportError(f"{path}: its API cannot be read ({error}); fetch the checkout again") from None
         apis |= {api["name"]: api for api in found if api}
     return apis

@@ -57,23 +57,31 @@ TRUTH = {"true": True, "false": False}
 QUOTES = "\"'"
 
 # Oddity: all of these stop at the first closing bracket, so collections inside collections and brackets
-# inside strings come out broken, just as they do in the official checker.
-JAVA_ARRAY = re.compile(r"new\s+\w+\[\]\s*\{(.*?)\}")
-JAVA_AS_LIST = re.compile(r"new\s+ArrayList<\w*>\(Arrays\.asList\((.+?)\)\)")
+# inside strings come out broken, just as they do in the official checker. Its patterns take quadratic or cubic
+# time where brackets stay open. These are linear: what begins and does not end is passed over, with its line.
+JAVA_ARRAY = re.compile(r"new\s+\w+\[\]\s*\{"), re.compile(r"(.*?)(?:(\})|$)", re.MULTILINE)
+JAVA_AS_LIST = (
+    re.compile(r"new\s+ArrayList<\w*>\(Arrays\.asList\("), re.compile(r"(.+?)(?:(\)\))|$)", re.MULTILINE)
+)
 JAVA_LIST = re.compile(r"new\s+ArrayList<\w*>\(\)")
-JAVA_LIST_BODY = re.compile(JAVA_LIST.pattern + r"\s*\{\{(.*?)\}\}", re.DOTALL)
-JAVA_ADD = re.compile(r"add\((.+?)\)")
-JAVA_MAP = re.compile(r"new\s+HashMap<.*?>\s*\(\)")
-JAVA_MAP_BODY = re.compile(JAVA_MAP.pattern + r"\s*\{(.*?)\}", re.DOTALL)
-JAVA_PUT = re.compile(r'put\("(.*?)",\s*(.*?)\)')
+JAVA_LIST_BODY = re.compile(JAVA_LIST.pattern + r"\s*\{\{")
+JAVA_ADD = re.compile(r"add\((.+?)(?:(\))|$)", re.MULTILINE)
+JAVA_MAP = re.compile(r"new\s+HashMap<"), re.compile(r"(.*?)(?:(>\s*\(\))|$)", re.MULTILINE)
+JAVA_MAP_BODY = re.compile(r">\s*\(\)\s*\{")
+# A key ends at the first `",`, or at the last of its line, if only the next line closes the bracket.
+JAVA_PUT = re.compile(r'put\("(?:(?>(.*?)",)\s*+([^)\n]*+)\)|(?>(.*)",)\s*+([^)\n]*+)\)|.*+)')
 JS_ARRAYS = (  # each as (array of arrays, flat array)
-    (re.compile(r"new\s+Array\(\s*\[?\s*(\[.*?\])\s*\]?\s*\)"), re.compile(r"new\s+Array\((.*?)\)")),
+    (
+        re.compile(r"new\s+Array\(\s*+(?:\[\s*+)?(\[.*?\])\s*+(?:\]\s*+)?\)"),
+        re.compile(r"new\s+Array\((.*?)\)"),
+    ),
     (re.compile(r"\[\s*(\[.*?\])\s*\]"), re.compile(r"\[(.*?)\]")),
 )
 JS_ROW = re.compile(r"\[(.*?)\]")
 JS_BETWEEN_ROWS = re.compile(r"\]\s*,\s*\[")
 JS_OBJECT = re.compile(r"\{(.*?)\}")
-JS_ENTRY = re.compile(r"([^:]+):(.*?)(?:,\s*(?=[^,]+:)|$)")  # a comma ends an entry if a key follows it
+# A comma ends an entry if a key follows it, which may be a blank. Without a colon there is no entry.
+JS_ENTRY = re.compile(r"([^:]++)(?::(.*?)(?:,\s*+(?=[^,]+:)|,\s*(?=\s:)|$)|$)")
 
 
 def read_literal(text: str, declared: str, item: str | None, language: str) -> Any:
@@ -113,18 +121,35 @@ def _guess(text: str, quotes: str = QUOTES) -> Any:
     return text
 
 
+def _inside(start: re.Pattern, rest: re.Pattern, text: str) -> str | None:
+    """What stands between the first `start` that is closed in its line and its end, or None.
+
+    rest: (the text, the end of it); without an end it reaches to the end of the line.
+    """
+    at = 0
+    for found in start.finditer(text):
+        if found.end() >= at and (inside := rest.match(text, found.end())):
+            if inside[2]:
+                return inside[1]
+            at = inside.end()  # in the same line, nothing that starts later is closed
+    return None
+
+
 def _java_array(text: str, item: str | None) -> Any:
     # Oddity: quotes stay part of the strings here, but not in an ArrayList.
-    found = JAVA_ARRAY.search(text)
-    parts = [part.strip() for part in found[1].split(",")] if found else []
-    return [read_literal(part, item, None, "java") for part in parts if part] if found else text
+    if (inside := _inside(*JAVA_ARRAY, text)) is None:
+        return text
+    parts = [part.strip() for part in inside.split(",")]
+    return [read_literal(part, item, None, "java") for part in parts if part]
 
 
 def _java_list(text: str, item: str | None) -> Any:
-    if found := JAVA_AS_LIST.search(text):
-        parts = [part.strip() for part in found[1].split(",")]
-    elif found := JAVA_LIST_BODY.search(text):
-        parts = [part.strip() for part in JAVA_ADD.findall(found[1])]
+    body = JAVA_LIST_BODY.search(text)
+    inside, closed, _ = text[body.end() :].partition("}}") if body else ("", "", "")
+    if (listed := _inside(*JAVA_AS_LIST, text)) is not None:
+        parts = [part.strip() for part in listed.split(",")]
+    elif closed:
+        parts = [part.strip() for part, end in JAVA_ADD.findall(inside) if end]
     else:
         return [] if JAVA_LIST.search(text) else text
     if item in ("String", "char"):
@@ -133,11 +158,12 @@ def _java_list(text: str, item: str | None) -> Any:
 
 
 def _java_map(text: str, _: None) -> Any:
-    if not JAVA_MAP.search(text):
+    if _inside(*JAVA_MAP, text) is None:
         return text
-    # Without the cut, a text of unclosed maps would be searched in cubic time.
-    body = JAVA_MAP_BODY.search(text[: text.rfind("}") + 1])
-    return {key: _java_map_value(value.strip()) for key, value in JAVA_PUT.findall(body[1])} if body else {}
+    body = JAVA_MAP_BODY.search(text, JAVA_MAP[0].search(text).end())
+    inside, closed, _ = text[body.end() :].partition("}") if body else ("", "", "")
+    puts = [put.groups()[: put.lastindex][-2:] for put in JAVA_PUT.finditer(inside) if put.lastindex]
+    return {key: _java_map_value(value.strip()) for key, value in puts} if closed else {}
 
 
 def _java_map_value(text: str) -> Any:
@@ -166,7 +192,8 @@ def _javascript_object(text: str, _: None) -> Any:
         return text
     return {
         key.strip().strip(QUOTES): _javascript_entry(value.strip())
-        for key, value in JS_ENTRY.findall(found[1])
+        for key, value in (entry.groups() for entry in JS_ENTRY.finditer(found[1]))
+        if value is not None
     }
 
 

@@ -96,6 +96,9 @@ ERRORS = [  # the files of a folder, the sentence
     ({"cases.jsonl": "{}\n", "api_descriptions.json": APIS}, "jsonl:1: no usable case (KeyError('level'))"),
     (CHECKOUT | {TURNS: '{"role": "API", "api_name": "Sub"}'}, "1: no usable turn (KeyError('result'))"),
     ({"apis/a.py": ADD.replace("''", "open('x')"), TURNS: ""}, "a.py: its API cannot be read (malformed"),
+    ({"apis/a.py": "-" * 100_000, TURNS: ""}, "a.py: its API cannot be read"),
+    ({"apis/a.py": "a = 1" + "+1" * 100_000, TURNS: ""}, "a.py: its API cannot be read"),
+    ({"apis/a.py": ADD.replace("{}", "0"), TURNS: ""}, "a.py: its API cannot be read"),
 ]
 
 

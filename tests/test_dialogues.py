@@ -22,14 +22,15 @@ WRAPPED = {"type": "function", "function": ADD}
 ])
 @pytest.mark.parametrize("who", ["tool", "human"])
 def test_calls_in_an_assistants_text_are_calls(tmp_path, text, who):
-    result = (who, "<tool_response>2</tool_response>\n<tool_response>\n3\n</tool_response>")
+    results = "<tool_response>2</tool_response> <tool_response> </tool_response>\n<tool_response>\n3\n"
+    result = (who, f"{results}</tool_response>")
     record = toolace(("human", "go"), ("gpt", text), result, ("gpt", "2."))
     path = save(tmp_path / "t.json", record)
     [example], reasons = read_with(STRICT, path)
     assert (example.id, example.answer, reasons) == ("0#1", [ToolCall("add", {"a": 1})], [])
     later = read_with(Rules(no_call_turns=True), path)[0][-1]
     assert later.messages[1:] == [
-        {"role": "assistant", "content": "", "calls": example.answer}, {"role": "tool", "content": "2\n3"},
+        {"role": "assistant", "content": "", "calls": example.answer}, {"role": "tool", "content": "2\n\n3"},
     ]
 
 

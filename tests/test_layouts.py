@@ -12,6 +12,7 @@ from corpus.rules import STRICT, Rules
 from prompts import SYSTEM_TEMPLATE, ToolCall
 
 ADD = {"name": "add", "description": "Adds.", "parameters": {"a": {"type": "int"}}}
+DEEP = json.loads("[" * 600 + "]" * 600)
 ENUM = {"name": "add", "parameters": {"a": {"type": "int", "enum": [1, 2]}}}
 QUERY = {"q": {"type": "string"}}
 FEED = {"name": "Feed (Video) V2", "description": "", "parameters": {"type": "dict", "properties": QUERY}}
@@ -69,7 +70,8 @@ def test_xlam_record_becomes_one_example(tmp_path):
     ({"tools": [ENUM], "answers": [{"name": "add", "arguments": {"a": 3}}]}, "not_in_enum"),
     ({"answers": '[{"name": "add", "arguments": {}}]'}, "missing_argument"),
     ({"answers": '[{"name": "add", "arguments": {"a": "1"}}]'}, "wrong_type"),
-    ({"query": "half an emoji \ud83d"}, "bad_text"),
+    ({"query": "half an emoji \ud83d"}, "bad_text"), ({"tools": [ADD | {"returns": DEEP}]}, "broken_json"),
+    ({"tools": [ADD | {"parameters": {"a": {"type": "int", "x": None}}, "returns": DEEP}]}, "broken_json"),
 ])
 def test_unusable_xlam_record_is_listed_with_its_reason(tmp_path, changes, reason):
     examples, [dropped] = load_examples(save(tmp_path / "x.json", xlam(), xlam(id=8, **changes)))

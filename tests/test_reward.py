@@ -385,7 +385,7 @@ def test_a_broken_file_is_one_sentence_with_its_line(row, message, tmp_path):
         main([str(tmp_path / "rows.jsonl"), "--lenient"])
 
 
-@pytest.mark.parametrize("value", ["NaN", '{"a": 1, "a": 2}'])
+@pytest.mark.parametrize("value", ["NaN", '{"a": 1, "a": 2}', "[" * 65 + "]" * 65])
 def test_a_ground_truth_that_is_no_strict_json_is_refused(value, tmp_path):
     """It could never be paid."""
     truth = f'[{{"name": "f", "arguments": {{"x": {value}}}}}]'
