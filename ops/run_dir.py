@@ -24,7 +24,7 @@ import yaml
 
 from config import Config, ConfigError
 from corpus.examples import Example, Splits
-from corpus.sources import file_sha256, sync, write_atomic
+from corpus.sources import file_sha256, sync, write_atomic, written_beside
 from distributed.checkpoint import (
     CheckpointError,
     choose_step,
@@ -333,13 +333,12 @@ def cut_log(path: Path, step: int, rows: int = 0) -> int:
     """
     kept = 0
     if path.exists():
-        shorter = path.with_name(path.name + ".tmp")
-        with path.open("rb") as old, shorter.open("wb") as new:  # samples may fill gigabytes
-            for line in old:
-                if _step_of(line) <= step:
-                    new.write(line)
-                    kept += 1
-        shorter.replace(path)
+        with written_beside(path, f"{path.name}.tmp") as shorter:
+            with path.open("rb") as old, shorter.open("wb") as new:  # samples may fill gigabytes
+                for line in old:
+                    if _step_of(line) <= step:
+                        new.write(line)
+                        kept += 1
     if kept < rows:
         print(f"{path}: {rows - kept} of {rows} rows are lost; training goes on, its curves lack them")
     return kept

@@ -52,7 +52,7 @@ def await_moment(job: Job, moment: str, draw: random.Random) -> bool:
         "start": (lambda: len(rank_pids(job)) == RANKS, 1.0),  # before there is any checkpoint
         "save": (lambda: latest(run) > before and any(run.glob("step_*.tmp")), 0.05),
         "step": (lambda: latest(run) > before, 0.3),
-        "end": (lambda: (run / "model.tmp").exists() or latest(run) == STEPS, 0.05),
+        "end": (lambda: any(run.glob(".model.*")) or latest(run) == STEPS, 0.05),
     }[moment]
     wait_until(job, reached)
     time.sleep(draw.uniform(0, pause))
