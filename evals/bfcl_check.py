@@ -57,8 +57,8 @@ TRUTH = {"true": True, "false": False}
 QUOTES = "\"'"
 
 # Oddity: all of these stop at the first closing bracket, so collections inside collections and brackets
-# inside strings come out broken, just as they do in the official checker. Its patterns take quadratic or cubic
-# time where brackets stay open. These are linear: what begins and does not end is passed over, with its line.
+# inside strings come out broken, just as they do in the official checker. Its patterns take quadratic or
+# cubic time where brackets stay open; these are linear: what does not end is passed over, with its line.
 JAVA_ARRAY = re.compile(r"new\s+\w+\[\]\s*\{"), re.compile(r"(.*?)(?:(\})|$)", re.MULTILINE)
 JAVA_AS_LIST = (
     re.compile(r"new\s+ArrayList<\w*>\(Arrays\.asList\("), re.compile(r"(.+?)(?:(\)\))|$)", re.MULTILINE)
@@ -144,12 +144,11 @@ def _java_array(text: str, item: str | None) -> Any:
 
 
 def _java_list(text: str, item: str | None) -> Any:
-    body = JAVA_LIST_BODY.search(text)
-    inside, closed, _ = text[body.end() :].partition("}}") if body else ("", "", "")
     if (listed := _inside(*JAVA_AS_LIST, text)) is not None:
         parts = [part.strip() for part in listed.split(",")]
-    elif closed:
-        parts = [part.strip() for part, end in JAVA_ADD.findall(inside) if end]
+    elif (body := JAVA_LIST_BODY.search(text)) and "}}" in text[body.end() :]:
+        added = text[body.end() :].partition("}}")[0]
+        parts = [part.strip() for part, end in JAVA_ADD.findall(added) if end]
     else:
         return [] if JAVA_LIST.search(text) else text
     if item in ("String", "char"):

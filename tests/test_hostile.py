@@ -20,10 +20,10 @@ from prompts import ToolCall
 from reward import REWARDS, decode_answer, score
 
 SIZE, SECONDS = 100_000, 30
-UNITS = r"""~ \ " ' [ ] ( ) { } < , : = - a 1 [] [[1], [{ [{"a":1}, {"a": '\ \" [a( f(x= f(x=1), a=1, a:1, 1~ f~
-{a: add( new~int[]{ put("a",~ new~Array([ new~HashMap< new~HashMap<>()~{{~put("a",~ new~ArrayList<>()~{{ ```
-new~ArrayList<>(Arrays.asList( List[ <tools> <user> <think> </think> <tool_call> </tool_call> <tool_response>
-</tool_response> <tool_call>[]</tool_call> <tool_call></tool_call><obs>"""
+UNITS = r"""~ \ " ' [ ] ( ) { } < , : = - a 1 [] [[1], [{ [{"a":1}, {"a": '\ \" [a( f(x= f(x=1), a=1, a:1,
+1~ f~ {a: add( new~int[]{ put("a",~ new~Array([ new~HashMap< new~HashMap<>()~{{~put("a",~ new~ArrayList<>()~{{
+``` new~ArrayList<>(Arrays.asList( List[ <tools> <user> <think> </think> <tool_call> </tool_call>
+<tool_response> </tool_response> <tool_call>[]</tool_call> <tool_call></tool_call><obs>"""
 UNITS = ["\n", "\0", "\ud800", "\u0663", "日", *(unit.replace("~", " ") for unit in UNITS.split())]
 HALVES = [("[", "]"), ("{", "}"), ("a", " "), (" ", "a"), (":", "a"), ("\u0300", "\u0316"), ('[{"a":', "1,")]
 
@@ -67,10 +67,10 @@ PARSERS = {  # function, the errors that it documents, texts around the hostile 
     "toolace": (partial(toolace.parse_toolace_calls, tool_names="fa"), (), "%s", "[f(%s)]", "[f(x=[%s])]"),
     "literals": (toolace.read_literals, (ValueError, SyntaxError, RecursionError), "%s", "['%s']"),
     "tools": (schema.read_tools, [ValueError], "%s", '[{"name": "f", "parameters": {"x": %s}}]'),
-    "listed tools": (dialogues.find_tools, (), "%s", "<tools>%s</tools>"),
+    "listed tools": (dialogues.find_tools, (), "%s%s%s", "<tools>%s</tools>"),
     "turns": (turns, [Unusable], "%s", "<tool_response>%s</tool_response>"),
-    "mentions": (partial(names_call, tools=TOOLS), (), "%s"),
-    "words": (normalise, (), "%s"),
+    "mentions": (partial(names_call, tools=TOOLS), (), "%s%s%s"),
+    "words": (normalise, (), "%s%s%s"),
     "dialogue": (dialogue, apibank_data.BROKEN, "%s", "<tool_call></tool_call><obs>{'a': %s}</obs>"),
 }
 KINDS = [*map(fill, UNITS), *map(mixture, range(10))]
