@@ -395,20 +395,21 @@ def save_or_stop(run: Run, last: bool) -> None:
             run.saver.save(run.state, run.policy, run.tokenizer, run.optimizer)
         if ending:
             run.saver.finish()
-    if ending and run.monitor:
-        close_monitor(run.monitor)
-    if ending:
-        run.ranks.gather(None)  # torchrun signals who is still drawing when another rank has ended
     if ending and not last:
+        if run.monitor:
+            close_monitor(run.monitor)
+        run.ranks.gather(None)  # torchrun signals who is still drawing when another rank has ended
         raise Interrupted(run.config.run_dir, step)
 
 
 def close(run: Run) -> None:
-    """Collective. Writes run_dir/model, summary.json and samples.html, and says where they are."""
+    """Collective. Writes run_dir/model, curves, summary.json and samples.html, and says where they are."""
     ranks, folder = run.ranks, run.folder
     summary = run.results
     if run.method == "grpo":
         summary = summarize(read_jsonl(folder / "log.jsonl"), run.held_out)
+    if run.monitor:  # here, so that a resume with no step left draws the curves too
+        close_monitor(run.monitor)
     write_model(run.policy, run.tokenizer, folder / "model", run.config, run.state, run.results, ranks)
     if not ranks.main:
         return
