@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import inspect
 import json
 import math
 import os
-import re
 import signal
 import sys
 from collections import Counter
@@ -329,21 +327,3 @@ def _check(c: Config) -> None:
     if not 0 <= c.test_share < 1:
         raise ConfigError(f"test_share must be from 0 to below 1, not {c.test_share}")
     template_kwargs(c.chat_template_kwargs)
-
-
-def settings_table() -> str:
-    """Every setting as Markdown tables, one under each section comment of Config: docs/settings.md."""
-    lines, fields = [], {f.name: f for f in dataclasses.fields(Config)}
-    for line in inspect.getsource(Config).splitlines():
-        if section := re.match(r"    # (.*)", line):
-            title = section[1][0].upper() + section[1][1:]
-            lines += ["", f"### {title}", "", "| setting | default | meaning |", "|---|---|---|"]
-        elif key := re.match(r"    (\w+): \w+ = _key", line):
-            default, help = fields[key[1]].default, fields[key[1]].metadata["help"].replace("|", "\\|")
-            shown = str(default).lower() if isinstance(default, bool) else str(default)
-            lines.append(f"| `{key[1]}` | {f'`{shown}`' if shown else 'empty'} | {help} |")
-    return "\n".join(lines).strip()
-
-
-if __name__ == "__main__":  # python config.py > docs/settings.md
-    run_command(lambda _: print(f"# Settings\n\n{(Config.__doc__ or '').strip()}\n\n{settings_table()}"))

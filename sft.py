@@ -19,7 +19,7 @@ from pathlib import Path
 from torch import nn
 from tqdm import tqdm
 
-from config import Config, load_config
+from config import Config, load_config, printable
 from corpus.examples import Example, Tokenized
 from corpus.sources import DataError
 from distributed.batches import batch_for_step, plan_micro_batches
@@ -74,7 +74,7 @@ def encode_replies(tokenizer, train: Sequence[Tokenized], config: Config, quiet:
                 refused.append(f"id={item.example.id}: {error}")
         imitations += [(item.ids, replies)] if replies else []
     if refused and not quiet:
-        print(f"data: {len(refused)} demonstrations are refused and skipped, such as", refused[0])
+        print(f"data: {len(refused)} demonstrations are refused and skipped, such as", printable(refused[0]))
     if not imitations:
         raise DataError(f"data: no demonstration is left to imitate; {refused[0]}")
     return imitations

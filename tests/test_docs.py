@@ -5,7 +5,9 @@ script that they call must exist and accept its options. The first commands real
 """
 
 import argparse
+import dataclasses
 import importlib
+import inspect
 import os
 import re
 import runpy
@@ -47,9 +49,23 @@ def spans() -> list[tuple[str, str]]:
     return found
 
 
-def test_the_page_of_settings_is_what_config_prints():
-    printed = subprocess.run([sys.executable, "config.py"], cwd=ROOT, capture_output=True, text=True)
-    assert PAGES["docs/settings.md"] == printed.stdout, "run: python config.py > docs/settings.md"
+def settings_page() -> str:
+    """docs/settings.md: every setting, in one table under each section comment of Config."""
+    lines = ["# Settings", "", Config.__doc__.strip(), ""]
+    settings = {field.name: field for field in dataclasses.fields(Config)}
+    for line in inspect.getsource(Config).splitlines():
+        if section := re.match(r"    # (.*)", line):
+            title = section[1][0].upper() + section[1][1:]
+            lines += [f"### {title}", "", "| setting | default | meaning |", "|---|---|---|"]
+        elif key := re.match(r"    (\w+): \w+ = _key", line):
+            default, help = settings[key[1]].default, settings[key[1]].metadata["help"].replace("|", "\\|")
+            shown = str(default).lower() if isinstance(default, bool) else str(default)
+            lines.append(f"| `{key[1]}` | {f'`{shown}`' if shown else 'empty'} | {help} |")
+    return re.sub(r"\n(?=###)", "\n\n", "\n".join(lines)).replace("\n\n\n", "\n\n") + "\n"
+
+
+def test_the_page_of_settings_is_what_config_says():
+    assert PAGES["docs/settings.md"] == settings_page(), "run: python tests/test_docs.py > docs/settings.md"
 
 
 def test_links_lead_somewhere():
@@ -249,3 +265,7 @@ def test_a_diff_applies_and_does_what_it_says(diff, check, tmp_path):
 def test_other_python_runs(block, demo, monkeypatch):
     monkeypatch.chdir(demo.parents[1])
     exec(compile(block.replace("max_new_tokens=40", "max_new_tokens=2"), "page", "exec"), {})
+
+
+if __name__ == "__main__":
+    print(settings_page(), end="")
