@@ -114,11 +114,10 @@ def _claim(path: Path, config: Config) -> str:
 def _first_link(path: Path) -> Path | None:
     """A symbolic link in the run directory. W&B makes some in its own folder, which we do not write."""
     for folder, folders, files in os.walk(path):
-        if Path(folder) == path and "wandb" in folders:
-            folders.remove("wandb")
         for name in (*folders, *files):
             if (Path(folder) / name).is_symlink():
                 return Path(folder) / name
+        folders[:] = [name for name in folders if name != "wandb"]
     return None
 
 
@@ -148,7 +147,8 @@ def put_back(path: Path) -> None:
     if aside.exists():
         for entry in [entry for entry in path.iterdir() if entry.name not in ("lock", OLD)]:
             remove(entry)
-        os.truncate(path / "lock", 0)  # or torchrun's restart would take the old run for its own
+        if (path / "lock").exists():  # torchrun's restart would take the old run for its own
+            os.truncate(path / "lock", 0)
         aside.rename(moving)
     if moving.exists():
         for entry in list(moving.iterdir()):
@@ -282,7 +282,7 @@ def _compare(path: Path, config: Config, now: dict) -> str:
 def _note_code(path: Path) -> None:
     """Writes git.txt, for its owner only. A resume by other code is added to what is there."""
     now = git_state()
-    said = path.read_text(encoding="utf-8") if path.exists() else ""
+    said = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     if said.endswith(now):
         return
     heading = f"\nresumed on {time.strftime('%Y-%m-%d %H:%M:%S')} with\n" if said else ""

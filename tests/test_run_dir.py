@@ -208,6 +208,9 @@ def test_nothing_in_a_run_directory_is_followed_through_a_link(run, tmp_path):
         if aside.exists():
             aside.rename(run / name)
     assert target.read_text() == "mine"
+    (run / "sft" / "wandb").mkdir(parents=True)
+    (run / "sft" / "wandb" / "latest-run").symlink_to(target)  # W&B's own
+    opened(run, resume=True)
 
 
 def test_a_resume_with_other_settings_shows_what_changed(run, capsys):
