@@ -1,12 +1,15 @@
 """Lets the tests import the flat scripts, wherever pytest is started; one thread for each process."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+# A shell has what it starts with & ignore Ctrl-C, also in the processes that this one starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
