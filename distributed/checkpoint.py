@@ -90,6 +90,8 @@ class Saver:
         self.problem = ""  # why this rank could not
         for leftover in run_dir.glob("step_*.tmp") if ranks.main else ():  # of a kill
             shutil.rmtree(leftover, ignore_errors=True)
+        if ranks.main and (steps := complete_steps(run_dir)):  # the kill may have come just before
+            write_atomic(run_dir / "latest", f"step_{steps[-1]}")
 
     def save(self, state: dict, policy: nn.Module, tokenizer, optimizer: Optimizer) -> None:
         """Collective. Writes run_dir/step_N, N = state["step"]. Raises CheckpointError on all ranks alike.
