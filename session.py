@@ -30,11 +30,11 @@ from distributed.weights import model_config
 from evals.in_training import JudgedPrompt, evaluate, held_out_prompts, load_benchmarks
 from kernel.attention import attention_backend, use_attention
 from model import check_vocabulary, load_tokenizer, prepare_model, token_logprobs
+from ops import run_dir
 from ops.checks import Start, check_names, check_start
 from ops.export import ask_from_tools, export, write_model
 from ops.monitor import Monitor, attempt, close_monitor, open_monitor, show
 from ops.plot import headline, summarize, was_evaluated
-from ops.run_dir import atomic_folder, begin_or_resume, cut_log, identity_of, let_go, open_run, replacing
 from ops.samples_page import write_page
 from prompts import check_tokenizer, load_template, render_prompt
 from reward import RewardFunction, reward_function
@@ -128,17 +128,17 @@ def open_session(config: Config, ranks: Ranks, method: str, examined: bool = Fal
     # A model that is there shows before an old run is replaced whether its tokenizer and prompts will do.
     if config.model != "tiny":
         inputs = read_prompts(config, config.model, inputs, quiet)
-    folder = open_run(config, ranks)
+    folder = run_dir.open_run(config, ranks)
     stop = StopFlag()
     if ranks.main:
         backend = attention_backend(ranks.device)
         print(f"run: {folder} · {ranks.world} process(es) on {ranks.device} · attention: {backend}")
-    with replacing(folder, ranks):
+    with run_dir.replacing(folder, ranks):
         path, cold = start_model(config, inputs, ranks)
         if config.model == "tiny":
             inputs = read_prompts(config, path, inputs, quiet)
-        identity = identity_of(config, inputs.template, inputs.splits, inputs.tokenized, path, ranks)
-        begin_or_resume(config, identity, ranks)
+        identity = run_dir.identity_of(config, method, inputs, path, ranks)
+        run_dir.begin_or_resume(config, identity, ranks)
         session = Session(config, ranks, method, folder, stop, inputs, path, cold, began, identity)
         checkpoint = latest_checkpoint(folder)
         finished = checkpoint and session.done(checkpoint[1]) and (folder / "summary.json").exists()
@@ -146,6 +146,7 @@ def open_session(config: Config, ranks: Ranks, method: str, examined: bool = Fal
             if ranks.main:
                 print(f"nothing is left to do: {checkpoint[0].name} was the last; see {folder / 'model'}")
             return replace(session, finished=True)
+        run_dir.write_start(folder, identity, ranks)
         if not checkpoint and (earlier := latest_checkpoint(folder / "warmup")):
             session.began -= earlier[1]["seconds"]
         session.monitor = open_monitor(config, folder, checkpoint[1]["step"] if checkpoint else 0, ranks)
@@ -175,7 +176,7 @@ def start_model(config: Config, inputs: Inputs, ranks: Ranks) -> tuple[str, bool
         texts += [text for example in train for text in example.demonstrations]
         tokenizer = build_tiny_tokenizer(texts, VOCABULARY)
         model = build_tiny_model(tokenizer, config.tiny_hidden, LAYERS, config.seed)
-        with atomic_folder(warm / "start") as folder:
+        with run_dir.atomic_folder(warm / "start") as folder:
             export(prepare_model(model, torch.device("cpu")), tokenizer, folder)
     ranks.gather(None)
     return str(warm / "start"), config.warmup_steps > 0
@@ -263,7 +264,7 @@ def begin(session: Session, spec: RunSpec) -> Run:
     config, ranks, inputs = session.config, session.ranks, session.inputs
     method = "sft" if spec.warm_up else session.method
     state = {"method": method, "step": 0, "flops": 0.0, "seconds": 0.0}
-    with replacing(session.folder, ranks):
+    with run_dir.replacing(session.folder, ranks):
         policy = load_policy(config, spec.path, spec.temperature, ranks)
         # The reference is always the model that training started from, also after a resume.
         reference = None
@@ -278,15 +279,16 @@ def begin(session: Session, spec: RunSpec) -> Run:
         if checkpoint:
             state = checkpoint[1]
             load_checkpoint(checkpoint[0], policy, optimizer, ranks)
-    let_go(session.folder, ranks)
+    run_dir.let_go(session.folder, ranks)
     if config.resume and ranks.main and not spec.warm_up:
         print(f"going on from {checkpoint[0].name if checkpoint else 'the start: no step is saved'}")
     state["run"] = session.identity
     if ranks.main:
         (spec.folder / "summary.json").unlink(missing_ok=True)  # it says that all is done
         rows = state.setdefault("rows", {})  # written to each log so far
+        last = state["step"] if checkpoint else -1
         for name in LOGS:  # steps after the checkpoint are done again; without one, all of them
-            rows[name] = cut_log(spec.folder / name, state["step"] if checkpoint else -1, rows.get(name, 0))
+            rows[name] = run_dir.cut_log(spec.folder / name, last, rows.get(name, 0))
     run = Run(
         config, ranks, session.method, spec.folder, session.stop, inputs.tokenizer, inputs.reward,
         policy, reference, optimizer, saver, inputs.tokenized.train, inputs.sets,

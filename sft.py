@@ -159,7 +159,7 @@ def warm_up(session: Session) -> Session:
     train(run)
     write_model(run.policy, run.tokenizer, folder / "model", config, run.state, {}, session.ranks)
     path = str(folder / "model")
-    identity = session.identity | {"model": hash_model(path, session.ranks)}
+    identity = session.identity | hash_model(path, session.ranks)
     return replace(session, path=path, cold=False, identity=identity)
 
 

@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 import prompts
 from config import Config, ConfigError, load_config
 from corpus.sources import as_command, file_sha256, folder_above, iter_jsonl
-from distributed.checkpoint import full_state
+from distributed.checkpoint import complete_steps, full_state
 from distributed.fsdp import class_name, full_tensor, weights
 from distributed.ranks import Ranks, run_script
 from distributed.weights import config_to_save
@@ -81,7 +81,7 @@ Settings that differ from the defaults:
 {recipe}
 
 What was changed on a resume:
-{accepted}
+{changes}
 
 Data, with SHA-256:
 {data}
@@ -217,10 +217,10 @@ def model_card(
     lines = [line for line in git.splitlines() if line and not line.startswith("resumed on ")]
     commits = [line for line in lines if line.startswith("commit ")]
     changed = " with uncommitted changes" if commits and len(lines) > len(commits) else ""
-    accepted = state.get("run", {}).get("accepted", [])
+    changes = state.get("run", {}).get("changes", [])
     return CARD.format(
         model=config.model, commit=(", ".join(commits) or "unknown") + changed,
-        accepted="\n".join(f"- {change}" for change in accepted) or "Nothing.",
+        changes="\n".join(f"- {change}" for change in changes) or "Nothing.",
         step=state["step"], hours=state["seconds"] / 3600, flops=state["flops"], recipe=bullets(recipe),
         data=bullets(data), evaluation=bullets(figures), prompt=prompt or "", loader=loader,
     )
@@ -249,6 +249,9 @@ def main(arguments: list[str]) -> None:
     if args.out.exists():
         raise ConfigError(f"export: {args.out} exists already")
     folder_above(args.out)
+    if not source.is_dir():
+        there = ", ".join(f"step_{step}" for step in complete_steps(run)) or "none"
+        raise ConfigError(f"export: {source} does not exist; the checkpoints of {run}: {there}")
     full = full_state(source, torch.bfloat16)
     config = load_config(["--config", str(run / "config.yaml")])
     state = json.loads((source / "state.json").read_text(encoding="utf-8"))["state"]

@@ -19,11 +19,12 @@ from array import array
 from collections import ChainMap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from config import Config, ConfigError
-from corpus.examples import Example, Splits
+from corpus.examples import Example
 from corpus.sources import file_sha256, sync, write_atomic, written_beside
 from distributed.checkpoint import (
     CheckpointError,
@@ -94,6 +95,8 @@ def _claim(path: Path, config: Config) -> str:
     overwrite = used and not config.resume and not again
     if again:
         print(f"restarted: going on from {'the last checkpoint' if started else 'the beginning'}")
+    if config.resume and config.overwrite and not again:
+        return "resume, overwrite: a run is gone on with or replaced; choose one of them"
     if config.resume and not again and not started:
         return f"run_dir: {path} has no checkpoint to resume; start without --resume"
     if overwrite and (problem := _overwriting(path, config)):
@@ -174,31 +177,31 @@ def replacing(path: Path, ranks: Ranks) -> Iterator[None]:
         raise
 
 
-def hash_model(path: str, ranks: Ranks) -> dict[str, str]:
-    """Collective. SHA-256 of the files of a model's folder (or hub id) by name; each rank reads a share."""
+def hash_model(path: str, ranks: Ranks) -> dict:
+    """Collective. A start model's folder (or hub id), and SHA-256 of its files; each rank reads some."""
     folder = weight_files(path)[0].parent
     files = sorted(file for file in folder.iterdir() if file.suffix in (".safetensors", ".json", ".jinja"))
-    own = {f"model: {file.name}": file_sha256(file) for file in files[ranks.rank :: ranks.world]}
-    return dict(ChainMap(*ranks.gather(own)))
+    own = {file.name: file_sha256(file) for file in files[ranks.rank :: ranks.world]}
+    return {"start": path, "model": dict(ChainMap(*ranks.gather(own)))}
 
 
-def identity_of(
-    config: Config, template: str, splits: Splits, tokenized: Splits, path: str, ranks: Ranks
-) -> dict:
-    """Collective. What a run is: its settings, and SHA-256 of its inputs and of its start model in `path`.
+def identity_of(config: Config, method: str, read: Any, path: str, ranks: Ranks) -> dict:
+    """Collective. What a run is: its method ("grpo" or "sft") and settings, and SHA-256 of its inputs and of
+    its start model in `path`. read: session.Inputs.
 
     The prompts are hashed as token ids, so that every part of the chat template and the tokenizer counts.
     """
-    held_out = [example for examples in splits.held_out.values() for example in examples]
+    held_out = [example for examples in read.splits.held_out.values() for example in examples]
     file = config.reward.rpartition(":")[0]
     inputs = {
-        "data": _digest(map(_example_bytes, splits.train)),
+        "data": _digest(map(_example_bytes, read.splits.train)),
         "test_data": _digest(map(_example_bytes, held_out)),
-        "prompt_template": _digest([template.encode()]),
-        "prompts as token ids": _digest(array("q", item.ids).tobytes() for item in tokenized.train),
+        "prompt_template": _digest([read.template.encode()]),
+        "prompts as token ids": _digest(array("q", item.ids).tobytes() for item in read.tokenized.train),
         "the reward's file": file_sha256(Path(file).expanduser()) if file else "",
     }
-    return {"settings": settings_of(config), "inputs": inputs, "model": hash_model(path, ranks)}
+    run = {"method": method, "settings": settings_of(config), "inputs": inputs}
+    return run | hash_model(path, ranks)
 
 
 def _digest(parts: Iterable[bytes]) -> str:
@@ -222,9 +225,8 @@ def settings_of(config: Config) -> dict:
 def begin_or_resume(config: Config, identity: dict, ranks: Ranks) -> None:
     """Collective. Compares a run that goes on with its checkpoint, which resume_step may choose.
 
-    identity: of this start, by identity_of; every checkpoint carries it. "accepted" is added: the changes
-    that accept_changes let pass. Then config.yaml and git.txt are written.
-    Raises ConfigError, before anything is changed, where the run would be another one.
+    identity: of this start, by identity_of; every checkpoint carries it. "changes" is added: what the resumes
+    so far have changed. Raises ConfigError, before anything is written, where the run would be another one.
     """
     path, problem = Path(config.run_dir), ""
     if ranks.main:
@@ -235,6 +237,10 @@ def begin_or_resume(config: Config, identity: dict, ranks: Ranks) -> None:
     if problem := first_problem(problem, ranks):
         raise ConfigError(problem)
     choose_step(path, config.resume_step, ranks)
+
+
+def write_start(path: Path, identity: dict, ranks: Ranks) -> None:
+    """Collective. config.yaml and git.txt of a run that begins or goes on."""
     if ranks.main:
         text = yaml.safe_dump(identity["settings"], sort_keys=False, allow_unicode=True)
         write_atomic(path / "config.yaml", text)
@@ -244,7 +250,7 @@ def begin_or_resume(config: Config, identity: dict, ranks: Ranks) -> None:
 
 def _compare(path: Path, config: Config, now: dict) -> str:
     """Why the run in this folder cannot go on as this one, or ""; says what has changed and may."""
-    now["accepted"] = []
+    now["changes"] = []
     if not can_resume(path):
         return ""
     found = latest_checkpoint(path, step_to_choose(path, config.resume_step))
@@ -255,27 +261,31 @@ def _compare(path: Path, config: Config, now: dict) -> str:
     if "run" not in state:
         return f"resume: the checkpoint of step {state['step']} in {path} does not say what it belongs to"
     before = state["run"]
+    if before["method"] != now["method"]:
+        return f"run_dir: {path} is a run of {before['method']}.py; go on with that script"
+    start, home = Path(before["start"]), before["settings"]["run_dir"]
+    if found and start.is_relative_to(home) and not (path / start.relative_to(home)).exists():
+        return f"run_dir: {path / start.relative_to(home)}, which this run started from, is gone; put it back"
     # a setting that is newer than the run had its default then
     settings = dataclasses.asdict(Config()) | before["settings"]
-    changed = {
+    free = {
         key: f"{key} {settings[key]!r} -> {value!r}"
         for key, value in now["settings"].items() if settings[key] != value and key != "run_dir"
     }
-    differs = [changed.pop(key) for key in FIXED_KEYS if key in changed]
-    for part in ("inputs", "model"):
-        # What follows a warm-up starts from another model than the warm-up's own checkpoints.
-        if part == "inputs" or found or not (path / "warmup" / "model").exists():
-            names = sorted(before[part].keys() | now[part].keys())
-            differs += [name for name in names if before[part].get(name) != now[part].get(name)]
-    now["accepted"] = list(before["accepted"])
-    if differs and not config.accept_changes:
-        what = f"step {state['step']} was trained with other ones of these: {', '.join(differs)}"
+    fixed = [free.pop(key) for key in FIXED_KEYS if key in free]
+    old, new = before["inputs"], now["inputs"]
+    # What follows a warm-up starts from another model than the warm-up's own checkpoints.
+    if found or not (path / "warmup" / "model").exists():
+        old = old | {f"{now['start']}/{name}": sha for name, sha in before["model"].items()}
+        new = new | {f"{now['start']}/{name}": sha for name, sha in now["model"].items()}
+    inputs = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    if (fixed or inputs) and not config.accept_changes:  # another seed, say, is other data too
+        what = f"step {state['step']} was trained with other ones of these: {', '.join(fixed or inputs)}"
         return f"resume: {what}; put them back, or go on with --accept_changes true"
-    if differs:
-        now["accepted"].append(f"after step {state['step']}: {', '.join(differs)}")
-        print(f"resume: accepted: {', '.join(differs)}")
-    if changed:
-        print(f"resume: {', '.join(changed.values())}")
+    now["changes"] += before["changes"]
+    if changes := ", ".join([*fixed, *inputs, *free.values()]):
+        now["changes"].append(f"after step {state['step']}: {changes}")
+        print(f"resume: {changes}")
     return ""
 
 
@@ -340,7 +350,7 @@ def cut_log(path: Path, step: int, rows: int = 0) -> int:
                         new.write(line)
                         kept += 1
     if kept < rows:
-        print(f"{path}: {rows - kept} of {rows} rows are lost; training goes on, its curves lack them")
+        print(f"{path}: {rows - kept} of {rows} rows are lost or damaged; training goes on without them")
     return kept
 
 

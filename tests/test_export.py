@@ -65,7 +65,7 @@ def test_a_model_in_training_is_written_as_a_folder_that_computes_the_same(polic
 def test_a_checkpoint_is_exported_in_bf16(policy, ranks, tmp_path, monkeypatch):
     run, out = tmp_path / "run", tmp_path / "out"
     saver = Saver(run, ranks, 2)
-    accepted = {"run": {"accepted": ["after step 2: data"]}}
+    accepted = {"run": {"changes": ["after step 2: data"]}}
     saver.save(STATE | accepted, policy, TOKENIZER, torch.optim.AdamW(policy.parameters()))
     saver.finish()
     (run / "prompt.txt").write_text("My tools:\n{tools}")
@@ -85,6 +85,8 @@ def test_a_checkpoint_is_exported_in_bf16(policy, ranks, tmp_path, monkeypatch):
                  "- after step 2: data",
                  f"- `{run / 'train.json'}`: 4f53cda18c2baa0c"):
         assert line in card, line
+    with pytest.raises(ConfigError, match="step_9 does not exist; the checkpoints of .*: step_3"):
+        main([str(run / "step_9"), str(tmp_path / "none")])
     with pytest.raises(ConfigError, match="out exists already"):
         main([str(run / "step_3"), str(out)])
     asked = AutoTokenizer.from_pretrained(out).apply_chat_template(

@@ -308,8 +308,8 @@ CHANGED = {  # a file below the task's folder, what is replaced in it, and the n
     "test.jsonl": ("add", "bdd", "test_data"),
     "template.txt": ("{tools}", "Tools: {tools}", "prompt_template, prompts as token ids"),
     "own.py": ("7", "8", "the reward's file"),
-    "run/warmup/model/model.safetensors": ("F32", "F16", "model: model.safetensors"),
-    "run/warmup/model/chat_template.jinja": ("{{", "{{ ", "model: chat_template.jinja"),
+    "run/warmup/model/model.safetensors": ("F32", "F16", "warmup/model/model.safetensors"),
+    "run/warmup/model/chat_template.jinja": ("{{", "{{ ", "warmup/model/chat_template.jinja"),
 }
 
 
@@ -327,14 +327,22 @@ def test_a_resume_notices_that_an_input_has_changed(name, small_run):
         path.write_bytes(content)
 
 
+def test_a_run_whose_start_model_is_gone_is_refused(small_run, tmp_path):
+    """A second warm-up would give another reference."""
+    run_dir = shutil.copytree(small_run["run_dir"], tmp_path / "run")
+    shutil.rmtree(run_dir / "warmup")
+    with pytest.raises(UserError, match="warmup/model, which this run started from, is gone; put it back"):
+        run_here(grpo.main, small_run | {"run_dir": run_dir, "accept_changes": "true"})
+
+
 def test_accepted_changes_are_recorded(small_run, tmp_path):
     run_dir = shutil.copytree(small_run["run_dir"], tmp_path / "run")
     with pytest.raises(UserError, match="seed 0 -> 1"):
         run_here(grpo.main, small_run | {"run_dir": run_dir, "seed": 1})
     run_here(grpo.main, small_run | {"run_dir": run_dir, "seed": 1, "accept_changes": "true"})
     state = json.loads((run_dir / "step_2" / "state.json").read_text())["state"]
-    [accepted] = state["run"]["accepted"]
-    assert "after step 1: seed 0 -> 1" in accepted and state["run"]["settings"]["seed"] == 1
+    [changes] = state["run"]["changes"]
+    assert "after step 1: seed 0 -> 1" in changes and state["run"]["settings"]["seed"] == 1
 
 
 def test_a_finished_run_is_left_as_it_is(small_run, tmp_path, capsys):
@@ -343,7 +351,7 @@ def test_a_finished_run_is_left_as_it_is(small_run, tmp_path, capsys):
     run_here(grpo.main, small_run | {"run_dir": run_dir, "steps": 1})
     after = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     changed = {path.name for path in before if before[path] != after[path]}
-    assert changed <= {"config.yaml", "git.txt", "lock", run_dir.name}
+    assert changed <= {"lock", run_dir.name}
     assert "nothing is left to do" in capsys.readouterr().out
 
 

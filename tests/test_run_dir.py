@@ -23,9 +23,10 @@ from ops.run_dir import (
     open_run,
     replacing,
     settings_of,
+    write_start,
 )
 
-HASHES = {"inputs": {"data": "1", "test_data": "2"}, "model": {"model: a.safetensors": "3"}}
+HASHES = {"method": "grpo", "start": "m", "inputs": {"data": "1", "test_data": "2"}, "model": {"a.json": "3"}}
 
 
 class OneRank(Ranks):
@@ -43,7 +44,9 @@ def opened(path: Path, hashes: dict = HASHES, **settings) -> Path:
     config = Config(run_dir=str(path), **settings)
     open_run(config, ONE)
     with replacing(path, ONE):
-        begin_or_resume(config, identity_of(config, hashes), ONE)
+        identity = identity_of(config, hashes)
+        begin_or_resume(config, identity, ONE)
+        write_start(path, identity, ONE)
     let_go(path, ONE)
     return path
 
@@ -69,7 +72,7 @@ def refused(path: Path, hashes: dict = HASHES, **settings) -> str:
 def run(tmp_path) -> Path:
     """A run directory with a checkpoint."""
     path = opened(tmp_path / "run")
-    identity = identity_of(Config(run_dir=str(path))) | {"accepted": []}
+    identity = identity_of(Config(run_dir=str(path))) | {"changes": []}
     write_checkpoint(path, {"step": 2, "run": identity})
     (path / "log.jsonl").write_text('{"step": 1}\n')
     return path
@@ -85,7 +88,7 @@ def test_a_new_run_explains_itself(tmp_path):
         assert (path / "git.txt").read_text().startswith(("commit ", "no git repository"))
         assert (path / "git.txt").stat().st_mode & 0o777 == 0o600, "the changes may be somebody's secret"
         shutil.rmtree(path / "step_3", ignore_errors=True)
-        write_checkpoint(path, {"step": 3, "run": identity_of(config) | {"accepted": []}})
+        write_checkpoint(path, {"step": 3, "run": identity_of(config) | {"changes": []}})
 
 
 def test_the_code_of_every_part_of_a_run_is_noted(run, monkeypatch):
@@ -104,10 +107,10 @@ def test_the_code_of_every_part_of_a_run_is_noted(run, monkeypatch):
 def test_an_existing_run_is_refused_resumed_or_overwritten(run):
     message = refused(run)
     assert "--resume true" in message and "--overwrite true" in message and str(run) in message
-    for overwrite in (False, True):
-        before = contents(run / "step_2") + contents(run / "log.jsonl")
-        opened(run, resume=True, overwrite=overwrite)
-        assert contents(run / "step_2") + contents(run / "log.jsonl") == before, "resume wins over overwrite"
+    before = contents(run / "step_2") + contents(run / "log.jsonl")
+    opened(run, resume=True)
+    assert contents(run / "step_2") + contents(run / "log.jsonl") == before
+    assert "choose one" in refused(run, resume=True, overwrite=True)
     opened(run, overwrite=True)
     assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "git.txt", "lock"]
 
@@ -230,29 +233,32 @@ def test_an_edited_config_is_compared_with_the_checkpoint(run):
 
 
 @pytest.mark.parametrize(
-    "part, name", [("inputs", "data"), ("inputs", "test_data"), ("model", "model: a.safetensors")]
+    "part, name", [("inputs", "data"), ("inputs", "test_data"), ("model", "a.json")]
 )
 def test_a_resume_with_other_inputs_is_refused_or_recorded(run, part, name):
     other = HASHES | {part: HASHES[part] | {name: "9"}}
-    assert name in refused(run, other, resume=True)
+    said = name if part == "inputs" else f"m/{name}"
+    assert said in refused(run, other, resume=True)
+    assert "seed 0 -> 1;" in refused(run, other, resume=True, seed=1), "not what may follow from it"
     config = Config(run_dir=str(run), resume=True, accept_changes=True)
     open_run(config, ONE)
     identity = identity_of(config, other)
     begin_or_resume(config, identity, ONE)
-    assert identity["accepted"] == [f"after step 2: {name}"]
+    assert identity["changes"] == [f"after step 2: {said}"]
     write_checkpoint(run, {"step": 3, "run": identity})
     open_run(config, ONE)
     later = identity_of(config, other)
     begin_or_resume(config, later, ONE)
-    assert later["accepted"] == identity["accepted"], "kept for good"
+    assert later["changes"] == identity["changes"], "kept for good"
     assert name in refused(run, resume=True), "what it was at first is now the change"
 
 
 def test_a_checkpoint_of_another_run_is_refused(run, tmp_path):
     other = opened(tmp_path / "other", seed=5)
-    identity = identity_of(Config(run_dir=str(other), seed=5)) | {"accepted": []}
+    identity = identity_of(Config(run_dir=str(other), seed=5)) | {"changes": []}
     shutil.move(write_checkpoint(other, {"step": 4, "run": identity}), run)
     assert "seed 5 -> 0" in refused(run, resume=True)
+    assert "is a run of grpo.py" in refused(run, HASHES | {"method": "sft"}, resume=True)
     shutil.rmtree(run / "step_4")
     write_checkpoint(run, {"step": 4})
     assert "does not say what it belongs to" in refused(run, resume=True)
@@ -291,7 +297,7 @@ def test_processes_that_torchrun_starts_again_go_on(tmp_path, monkeypatch):
     opened(path, overwrite=True)
     (path / "log.jsonl").write_text('{"step": 0}\n')
     opened(path)
-    identity = identity_of(Config(run_dir=str(path))) | {"accepted": []}
+    identity = identity_of(Config(run_dir=str(path))) | {"changes": []}
     write_checkpoint(path, {"step": 2, "run": identity})
     opened(path, overwrite=True)
     assert (path / "log.jsonl").exists() and (path / "step_2").exists(), "overwrite meant the first start"
