@@ -117,8 +117,7 @@ def read_prompts(config: Config, path: str, inputs: Inputs, quiet: bool) -> Inpu
 
 
 def open_session(config: Config, ranks: Ranks, method: str, examined: bool = False) -> Session:
-    """Collective. All that comes before weights. method: "grpo" or "sft". examined: the doctor has looked
-    already.
+    """Collective. All that comes before weights. method: "grpo" or "sft". examined: the doctor has looked.
 
     Raises UserError, on all ranks, with one sentence about what cannot work.
     """

@@ -73,6 +73,7 @@ def launch(
     run = settings.get("run_dir", site / name)
     if "config" not in settings:
         switch = {"resume": "true"} if (run / "latest").exists() else {"overwrite": "true"}
+        switch = switch if "resume" not in settings else {}
         settings = {"model": site / "start/model", **SETTINGS, **switch, **settings}
     settings = {**settings, "run_dir": run}
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
