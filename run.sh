@@ -87,21 +87,25 @@ train() {
   fi
 }
 
-run_tests() { # in two halves, one for each core: those of many processes, and the others
-  local file first=() second=() name status=0
+run_tests() { # in three parts side by side: the drill, other tests of many processes (both wait a lot), the rest
+  local file drill=() many=() rest=() name jobs status=0
   [ $# -eq 0 ] || { python -m pytest "$@"; return; }
   for file in tests/test_*.py tests/gpu/test_*.py; do
     name=${file##*/test_}
     case "${name%.py}" in
-      faults | fsdp | nodes | ranks | checkpoint | distill | grpo) first+=("$file") ;;
-      *) second+=("$file") ;;
+      faults) drill+=("$file") ;;
+      fsdp | nodes | ranks | checkpoint | distill | grpo) many+=("$file") ;;
+      *) rest+=("$file") ;;
     esac
   done
-  python -m pytest -q "${first[@]}" >.venv/tests.log 2>&1 &
-  trap 'kill $! 2>/dev/null || true' EXIT # also after Ctrl-C
-  python -m pytest -q "${second[@]}" || status=$?
-  wait $! || status=$?
-  cat .venv/tests.log
+  python -m pytest -q "${drill[@]}" >.venv/drill.log 2>&1 &
+  jobs=$!
+  python -m pytest -q "${many[@]}" >.venv/tests.log 2>&1 &
+  jobs="$jobs $!"
+  trap "kill $jobs 2>/dev/null || true" EXIT # also after Ctrl-C
+  python -m pytest -q "${rest[@]}" || status=$?
+  for name in $jobs; do wait "$name" || status=$?; done
+  cat .venv/drill.log .venv/tests.log
   return $status
 }
 

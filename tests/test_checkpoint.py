@@ -4,13 +4,9 @@ Ranks are processes of a fork server that has imported torch once; they talk ove
 """
 
 import multiprocessing
-import os
 import pickle
-import random
 import resource
 import shutil
-import signal
-import time
 import uuid
 from datetime import timedelta
 from pathlib import Path
@@ -271,45 +267,6 @@ def save_under_faults(ranks: Ranks, folder: Path, background: bool) -> None:
 @pytest.mark.parametrize("background", [False, True])
 def test_a_failed_save_leaves_the_checkpoint_before(background, tmp_path):
     in_ranks(2, save_under_faults, tmp_path, background)
-
-
-def save_for_ever(ranks: Ranks, folder: Path, background: bool) -> None:
-    run, state = folder / "run", {"step": 0}
-    policy, optimizer = build_policy()
-    if found := latest_checkpoint(run):
-        checkpoint.load_checkpoint(found[0], policy, optimizer, ranks)
-        state = found[1]
-        expected = torch.full_like(policy.odd.to_local(), state["step"])
-        assert torch.equal(policy.odd.to_local(), expected), "weights of another step than the state"
-    saver = Saver(run, ranks, 2, background)
-    while True:
-        state["step"] += 1
-        with torch.no_grad():
-            policy.odd.fill_(state["step"])
-        saver.save(state, policy, TOKENIZER, optimizer)
-
-
-def test_kill_at_any_moment_of_a_save(tmp_path):
-    """kill -9 of one or both ranks, ten times, while they only save: the newest checkpoint is whole."""
-    reached, cut_off, steps = [0], 0, checkpoint.complete_steps
-    for attempt in range(10):
-        processes = in_ranks(2, save_for_ever, tmp_path, attempt % 2 == 1, join=False).processes
-        until = time.monotonic() + 30
-        while max(steps(tmp_path / "run"), default=0) < reached[-1] + 2 and time.monotonic() < until:
-            time.sleep(0.01)
-        time.sleep(random.Random(attempt).uniform(0, 0.1))
-        assert all(process.is_alive() for process in processes), "it must be the kill that ends them"
-        for process in processes[: 1 if attempt % 3 == 0 else 2]:
-            os.kill(process.pid, signal.SIGKILL)
-        for process in processes:  # the other rank ends by itself, because its partner is gone
-            process.join(25)
-            assert not process.is_alive()
-        cut_off += any((tmp_path / "run").glob("step_*.tmp"))
-        if found := latest_checkpoint(tmp_path / "run"):
-            assert full_state(found[0], torch.float32)["odd"].item() == found[1]["step"]
-            reached.append(found[1]["step"])
-    assert reached == sorted(reached) and reached[-1] > 10, "newer ones each time, none lost"
-    assert cut_off >= 3, "the kills must fall into saves"
 
 
 def save_many(ranks: Ranks, folder: Path) -> None:

@@ -19,7 +19,7 @@ CASES = drill.all_cases(rounds=2)
 CASES["file_event"] = drill.file_events(rounds=14, power=False)  # a run of each kind
 CASES["power_cut"] = drill.file_events(rounds=10, power=True)
 CHEAP = """
-kill_one/0 kill_all/0 file_event/two_ranks_1 power_cut/replaced_3 restart/one sigterm/0 sigint/0
+kill_one/0 kill_all/0 file_event/background_2 power_cut/replaced_3 restart/one sigterm/0 sigint/0
 nonfinite/once nonfinite/in_a_row disk/full_late disk/log_full disk/read_only damaged/shard_flipped
 damaged/shard_pickled hang/step out_of_memory/update out_of_memory/rollout two_runs/second_run
 untrusted/pickled_model untrusted/remote_code
