@@ -15,7 +15,7 @@ sys.path.append(str(Path(__file__).parent / "drill"))
 import jobs  # noqa: E402
 import run as drill  # noqa: E402
 
-CASES = drill.all_cases(rounds=2)
+CASES = drill.all_cases(rounds=1)
 CASES["file_event"] = drill.file_events(rounds=14, power=False)  # a run of each kind
 CASES["power_cut"] = drill.file_events(rounds=10, power=True)
 CHEAP = """
