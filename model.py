@@ -80,7 +80,7 @@ def token_logprobs(
     """Log-probs of the response tokens, and the entropy at each (no gradient; 0 if not asked for): [N], [N],
     fp32.
 
-    Policy and reference both go through here, at the temperature of the sampler (session.load_policy binds
+    Policy and reference both go through here, at the temperature of the sampler (fsdp.load_policy binds
     it). chunk: tokens that the LM head does at a time (kernel/head.py).
     """
     if packed.layout is not None and not uses_shared_prefix(model):

@@ -24,12 +24,12 @@ from corpus.sources import append_jsonl, read_jsonl, sync, write_atomic
 from corpus.tiny_model import LAYERS, VOCABULARY, build_tiny_model, build_tiny_tokenizer
 from data import load_splits, tokenize_splits
 from distributed.checkpoint import Saver, latest_checkpoint, load_checkpoint
-from distributed.fsdp import gathered_weights, load_sharded, make_mesh
+from distributed.fsdp import gathered_weights, load_policy
 from distributed.ranks import Clock, Interrupted, Ranks, StopFlag
 from distributed.weights import model_config
 from evals.in_training import JudgedPrompt, evaluate, held_out_prompts, load_benchmarks
-from kernel.attention import attention_backend, use_attention
-from model import check_vocabulary, load_tokenizer, prepare_model, token_logprobs
+from kernel.attention import attention_backend
+from model import check_vocabulary, load_tokenizer, prepare_model
 from ops import run_dir
 from ops.checks import Start, check_names, check_start
 from ops.export import ask_from_tools, export, write_model
@@ -235,27 +235,6 @@ class Run:
     def phase(self, name: str) -> Clock:
         """`with run.phase("update"): …` adds to the step's seconds, and tells the watchdog where we are."""
         return self.clock(name)
-
-
-def load_policy(
-    config: Config, path: str, temperature: float, ranks: Ranks, policy: nn.Module | None = None
-) -> nn.Module:
-    """Collective. The model to train, or the frozen reference of this policy, sharded as the settings say.
-
-    It has `policy.logprobs(packed)`: model.token_logprobs at its temperature.
-    """
-    frozen = policy is not None
-    offload = config.offload == "all" or (frozen and config.offload == "reference")
-    model = load_sharded(
-        path, make_mesh(ranks, config.sharding), ranks.device, frozen=frozen, offload=offload,
-        gradient_checkpointing=config.gradient_checkpointing and not frozen,
-        trust_remote_code=config.trust_remote_code, engine=config.rollout_engine,
-        capabilities=policy.capabilities if frozen else None,
-    )
-    model.capabilities = ranks.gather(model.capabilities)[0]  # rounding must not part the ranks
-    use_attention(model, "train")
-    model.logprobs = partial(token_logprobs, model, temperature=temperature)
-    return model
 
 
 def begin(session: Session, spec: RunSpec) -> Run:

@@ -33,8 +33,8 @@ from prompts import check_tokenizer, load_template
 from reward import REWARDS, RewardFunction, reward_function
 from rollout import Decoding, sample_groups, score_groups
 
-# Settings that decide a sample or its verdict: rows made with others are not mixed.
 ROW = {"key", "traces", "right", "truncated", "reasons"}  # keys of the journal's rows that are read again
+# Settings that decide a sample or its verdict: rows made with others are not mixed.
 FIXED_KEYS = "temperature seed reward lenient max_prompt_tokens max_response_tokens rollout_engine".split()
 
 

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Iterator
+from functools import partial
 from types import MethodType
 
 import torch
@@ -28,11 +29,18 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor
 
-from config import ConfigError
+from config import Config, ConfigError
 from distributed.ranks import Ranks
 from distributed.weights import allocate, meta_parameters, model_config, skeleton, stream_weights
 from kernel.attention import trim_last_layer, use_attention
-from model import Capabilities, add_hooks, compute_dtype, find_capabilities, response_logprobs
+from model import (
+    Capabilities,
+    add_hooks,
+    compute_dtype,
+    find_capabilities,
+    response_logprobs,
+    token_logprobs,
+)
 
 # A smaller model is gathered as a whole, and stays so until the backward is done: fewer messages.
 KEEP_BYTES = 2**30
@@ -55,6 +63,27 @@ def make_mesh(ranks: Ranks, sharding: str) -> DeviceMesh:
     within, _ = dist.new_subgroups_by_enumeration(grid.tolist(), ranks.timeout)
     names = ("replicate", "shard")
     return DeviceMesh.from_group([across, within], ranks.device.type, grid, mesh_dim_names=names)
+
+
+def load_policy(
+    config: Config, path: str, temperature: float, ranks: Ranks, policy: nn.Module | None = None
+) -> nn.Module:
+    """Collective. The model to train, or the frozen reference of this policy, sharded as the settings say.
+
+    It has `policy.logprobs(packed)`: model.token_logprobs at its temperature.
+    """
+    frozen = policy is not None
+    offload = config.offload == "all" or (frozen and config.offload == "reference")
+    model = load_sharded(
+        path, make_mesh(ranks, config.sharding), ranks.device, frozen=frozen, offload=offload,
+        gradient_checkpointing=config.gradient_checkpointing and not frozen,
+        trust_remote_code=config.trust_remote_code, engine=config.rollout_engine,
+        capabilities=policy.capabilities if frozen else None,
+    )
+    model.capabilities = ranks.gather(model.capabilities)[0]  # rounding must not part the ranks
+    use_attention(model, "train")
+    model.logprobs = partial(token_logprobs, model, temperature=temperature)
+    return model
 
 
 def load_sharded(

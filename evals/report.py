@@ -59,6 +59,7 @@ def at_least(least: int | float) -> Callable[[str], int | float]:
     """The type of an argument: a finite number of the type of `least`, and not below it."""
 
     def number(text: str) -> int | float:
+        """The number that a text stands for. Raises ValueError or ArgumentTypeError, which argparse tells."""
         value = type(least)(text)
         if not least <= value < inf:
             raise argparse.ArgumentTypeError(f"must be at least {least}, not {text}")

@@ -131,7 +131,7 @@ def settings_of(**changes) -> Config:
 
 
 def tiny_policy(seed: int = 0, temperature: float = 0.8):
-    """A random model of one layer, with `logprobs` as session.load_policy gives it."""
+    """A random model of one layer, with `logprobs` as fsdp.load_policy gives it."""
     model = build_tiny_model(build_tiny_tokenizer([], 300), hidden=16, layers=1, seed=seed)
     policy = prepare_model(model, CPU).train()
     policy.logprobs = partial(token_logprobs, policy, temperature=temperature)
