@@ -88,8 +88,6 @@ class Saver:
         self.folder: Path | None = None  # that is being written
         self.files: dict[str, dict] = {}  # what this rank wrote into it, with size and hash
         self.problem = ""  # why this rank could not
-        for leftover in run_dir.glob("step_*.tmp") if ranks.main else ():  # of a kill
-            shutil.rmtree(leftover, ignore_errors=True)
         if ranks.main and (steps := complete_steps(run_dir)):  # the kill may have come just before
             write_atomic(run_dir / "latest", f"step_{steps[-1]}")
 

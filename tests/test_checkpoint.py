@@ -272,7 +272,6 @@ def test_a_failed_save_leaves_the_checkpoint_before(background, tmp_path):
 def save_many(ranks: Ranks, folder: Path) -> None:
     run = folder / "run"
     policy, optimizer = build_policy()
-    (run / "step_7.tmp").mkdir(parents=True, exist_ok=True)  # of a run that was killed
     remove = shutil.rmtree
 
     def watched_remove(path: Path, **options) -> None:

@@ -115,6 +115,16 @@ def test_an_existing_run_is_refused_resumed_or_overwritten(run):
     assert sorted(path.name for path in run.iterdir()) == ["config.yaml", "git.txt", "lock"]
 
 
+def test_what_a_kill_left_half_written_is_removed(run):
+    before = contents(run / "step_2") + contents(run / "log.jsonl")
+    for name in ("step_7.tmp/a", "warmup/step_1.tmp/a", ".model.1f.tmp/a", "latest.tmp", ".12.curves.png"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text("half")
+    opened(run, resume=True)
+    assert contents(run / "step_2") + contents(run / "log.jsonl") == before
+    assert not [*run.rglob("*.tmp"), *run.glob(".*")]
+
+
 def test_resume_needs_something_to_resume(run, tmp_path):
     """A whole checkpoint, with or without `latest`; also one of the warm-up."""
     assert "to resume" in refused(tmp_path / "new", resume=True)
