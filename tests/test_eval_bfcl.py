@@ -11,8 +11,9 @@ import pytest
 from bfcl_cases import RIGHT, WRONG, reply, score, write_data, write_jsonl
 
 import eval_bfcl
-from eval_bfcl import aggregates, main
+from eval_bfcl import main
 from evals import bfcl_data, predict
+from evals.bfcl_table import PAPER, aggregates
 
 SIZES = dict(zip(bfcl_data.CATEGORIES, (400, 100, 50, 200, 200, 200, 240, 258, 1053, 16, 24, 884, 16)))
 
@@ -23,7 +24,7 @@ def category(name, accuracy):
 
 def table_2(model):
     """Categories of a row of Table 2, which gives the three languages of "simple" together."""
-    row = next(row for row in eval_bfcl.PAPER if row[0] == model)
+    row = next(row for row in PAPER if row[0] == model)
     names, figures = (*bfcl_data.NON_LIVE_AST, *bfcl_data.LIVE_AST), (row[1], row[1], *row[1:9])
     return {name: category(name, figure) for name, figure in zip(names, figures, strict=True)}
 
@@ -36,7 +37,7 @@ def column(categories, group, name):
 DEVIATIONS = {"ToolACE-8B": 83.07}  # what the columns give where the paper's average is another
 
 
-@pytest.mark.parametrize("row", eval_bfcl.PAPER, ids=[row[0] for row in eval_bfcl.PAPER])
+@pytest.mark.parametrize("row", PAPER, ids=[row[0] for row in PAPER])
 def test_table_2_through_the_aggregation(row):
     """Live of 4 follows from the columns. Live of 6 takes a whole number of the 900 other cases."""
     name, non_live, live, overall, live_of = row[0], *row[9:13]
