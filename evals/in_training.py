@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from torch import nn
@@ -13,9 +14,11 @@ from torch import nn
 from config import Config, ConfigError, UserError, printable
 from corpus.examples import Example, Tokenized, example_kind
 from distributed.ranks import Ranks
-from evals import apibank_data, bfcl_data
+from evals import apibank_data, bfcl_data, bfcl_multi_turn
 from evals.apibank_check import apibank_verdict
 from evals.bfcl_check import bfcl_verdict
+from evals.bfcl_multi_turn import Dialogue, Scenario
+from evals.predict import Sampling, play_scenarios
 from kernel.decode import Prompt
 from prompts import PromptError, encode_prompt
 from reward import score
@@ -24,6 +27,7 @@ from rollout import Decoding, sample_groups
 # BFCL's parts: one figure per category would be noise on a subset.
 PARTS = dict.fromkeys(bfcl_data.NON_LIVE_AST, "non_live") | dict.fromkeys(bfcl_data.LIVE_AST, "live")
 PARTS |= {"irrelevance": "irrelevance", "live_irrelevance": "irrelevance", "live_relevance": "relevance"}
+MULTI_TURN_TOKENS = 32768  # of a prompt: max_prompt_tokens is about training examples, which are far shorter
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,19 @@ class JudgedPrompt:
     prompt: Prompt
     part: str
     judge: Callable[[str], Verdict]
+
+
+@dataclass(frozen=True)
+class JudgedScenario:
+    """One dialogue of BFCL's multi-turn part, asked with this system template."""
+
+    scenario: Scenario
+    template: str
+
+    @property
+    def part(self) -> str:
+        """What it counts for: base, miss_func, miss_param or long_context."""
+        return self.scenario.category.removeprefix("multi_turn_")
 
 
 def held_out_prompts(examples: Sequence[Tokenized]) -> list[JudgedPrompt]:
@@ -71,14 +88,19 @@ def check_folders(config: Config) -> None:
 
 def load_benchmarks(
     config: Config, tokenizer, template: str, quiet: bool = False
-) -> dict[str, list[JudgedPrompt]]:
-    """About `eval_cases` cases of each benchmark that the config names, equally many of every category.
+) -> dict[str, list[JudgedPrompt] | list[JudgedScenario]]:
+    """About `eval_cases` cases of each benchmark that the config names, equally many of every category, and
+    `bfcl_multi_turn` scenarios.
 
     Prompts that are too long or refused are left out. Raises ConfigError for a folder without data, or where
-    none is left.
+    none is left, and without the package that multi-turn needs.
     """
-    judged = {}
+    judged, scenarios = {}, []
     try:
+        if config.bfcl_multi_turn:
+            each = -(-config.bfcl_multi_turn // len(bfcl_multi_turn.CATEGORIES))
+            parts = [bfcl_multi_turn.load_scenarios([name], each) for name in bfcl_multi_turn.CATEGORIES]
+            scenarios = list(chain(*zip(*parts)))[: config.bfcl_multi_turn]  # of every part in turn
         if config.bfcl:
             limit = max(1, config.eval_cases // len(bfcl_data.CATEGORIES))
             problems = bfcl_data.choose_problems(config.bfcl, ["single_turn"], limit)
@@ -89,7 +111,7 @@ def load_benchmarks(
             golds = apibank_data.choose_cases(golds, "", limit)
             judged["apibank"] = apibank_verdict, golds, apibank_data.prompt_cases(golds)
     except UserError as error:
-        raise ConfigError(f"bfcl or apibank: {error}") from None
+        raise ConfigError(f"bfcl, apibank or bfcl_multi_turn: {error}") from None
     benchmarks, limit = {}, config.max_prompt_tokens
     for name, (verdict, golds, cases) in judged.items():
         fits, refused = [], []
@@ -110,11 +132,14 @@ def load_benchmarks(
             long = len(cases) - len(fits) - len(refused)
             print(f"{name}: {len(fits)} cases; {long} are longer than max_prompt_tokens ({limit}){why}")
         benchmarks[name] = fits
+    if scenarios:
+        benchmarks["bfcl_multi_turn"] = [JudgedScenario(scenario, template) for scenario in scenarios]
     return benchmarks
 
 
 def evaluate(
-    model: nn.Module, tokenizer, sets: dict[str, list[JudgedPrompt]], config: Config, ranks: Ranks
+    model: nn.Module, tokenizer, sets: dict[str, list[JudgedPrompt] | list[JudgedScenario]], config: Config,
+    ranks: Ranks,
 ) -> dict[str, float]:
     """Collective. Greedy accuracy on every set of `sets`, by name, as log entries.
 
@@ -124,9 +149,8 @@ def evaluate(
     entries: dict[str, float] = {}
     for name, cases in sets.items():
         own = cases[ranks.rank :: ranks.world]
-        prompts = [case.prompt for case in own]
-        groups = sample_groups(model, tokenizer, prompts, Decoding.greedy(config), heartbeat=ranks.heartbeat)
-        verdicts = [case.judge(group.texts[0]) for case, group in zip(own, groups)]
+        ask = _play if name == "bfcl_multi_turn" else _ask
+        verdicts = ask(model, tokenizer, own, config, ranks)
         hits = Counter(case.part for case, verdict in zip(own, verdicts) if verdict.right)
         calls_right = sum(verdict.calls_right for verdict in verdicts)
         totals = Counter(case.part for case in cases)
@@ -138,3 +162,23 @@ def evaluate(
             entries[f"{name}/accuracy_{part}"] = hit / n
             entries[f"{name}/n_{part}"] = n
     return entries
+
+
+def _ask(
+    model: nn.Module, tokenizer, cases: Sequence[JudgedPrompt], config: Config, ranks: Ranks
+) -> list[Verdict]:
+    prompts = [case.prompt for case in cases]
+    groups = sample_groups(model, tokenizer, prompts, Decoding.greedy(config), heartbeat=ranks.heartbeat)
+    return [case.judge(group.texts[0]) for case, group in zip(cases, groups)]
+
+
+def _play(
+    model: nn.Module, tokenizer, cases: Sequence[JudgedScenario], config: Config, ranks: Ranks
+) -> list[Verdict]:
+    sampling = Sampling(MULTI_TURN_TOKENS, config.max_response_tokens, config.rollout_batch_size)
+    dialogues = [Dialogue(case.scenario) for case in cases]
+    template = cases[0].template if cases else ""
+    for _ in play_scenarios(model, tokenizer, template, dialogues, sampling, ranks.heartbeat):
+        pass
+    faults = [bfcl_multi_turn.find_fault(one.scenario, one.outputs) for one in dialogues]
+    return [Verdict(fault is None, fault is None) for fault in faults]
