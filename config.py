@@ -142,7 +142,7 @@ class Config:
     eval_cases: int = _key(200, "cases of each evaluation: of every held-out split, of every benchmark")
     bfcl: str = _key("", "folder with BFCL's data: a fixed subset is evaluated along with the held-out cases")
     apibank: str = _key("", "the same for API-Bank")
-    bfcl_multi_turn: int = _key(0, "the same for BFCL's multi-turn part: scenarios; needs the package bfcl-eval")
+    bfcl_multi_turn: int = _key(0, "scenarios of BFCL's multi-turn part asked there too; needs bfcl-eval")
     save_every: int = _key(10, "checkpoint every N steps; 0: only at the end")
     keep_checkpoints: int = _key(2, "older ones are deleted, except the one with the best held-out accuracy")
     background_save: bool = _key(False, "write checkpoints while training goes on; takes CPU memory")

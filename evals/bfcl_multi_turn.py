@@ -1,4 +1,4 @@
-"""BFCL's multi-turn part: dialogues in the simulated worlds of the installed bfcl-eval, judged by its checker.
+"""BFCL's multi-turn part: dialogues in the simulated worlds of the package bfcl-eval, judged by its checker.
 
 In a turn of the user the model calls tools step by step and sees their results; a reply that calls nothing
 ends the turn. Worlds, tools, gold calls and the checker are those of the package, which holds its data. Here
@@ -48,11 +48,6 @@ class Scenario:
     entry: dict
     tools: list[dict]
     withheld: dict[int, list[dict]]
-
-    @property
-    def part(self) -> str:
-        """What it counts for in training's log: base, miss_func, miss_param or long_context."""
-        return self.category.removeprefix("multi_turn_")
 
 
 @dataclass(frozen=True)
@@ -180,15 +175,19 @@ def _release(owner: str) -> None:
 class Dialogue:
     """A scenario being played. outputs: the replies so far, turn by turn. skipped: why it ended early.
 
-    messages, tools: what the next reply is asked with.
+    messages, tools: what the next reply is asked with. input_tokens, output_tokens: of all prompts and
+    replies, counted by who asks.
     """
 
     def __init__(self, scenario: Scenario, sample: int = 0) -> None:
-        self.scenario, self.sample = scenario, sample
+        self.scenario = scenario
+        self.sample = sample
         self.messages: list[dict] = []
         self.tools = list(scenario.tools)
         self.outputs: list[list[str]] = []
-        self.over, self.skipped = False, ""
+        self.input_tokens = self.output_tokens = 0
+        self.over = False
+        self.skipped = ""
         self._owner = f"world_{uuid4().hex}"
         self._next_turn()
 

@@ -79,11 +79,16 @@ def _by_benchmark(verdict: Callable, case: object, reply: str) -> Verdict:
     return Verdict(right, right)
 
 
-def check_folders(config: Config) -> None:
-    """Raises ConfigError where a benchmark's folder is not there. A name with one / may be a hub id."""
+def check_benchmarks(config: Config) -> None:
+    """Raises UserError where a benchmark's folder or package is not there.
+
+    A folder's name with one / may be a hub id.
+    """
     for key, folder in (("bfcl", config.bfcl), ("apibank", config.apibank)):
         if folder and folder.count("/") != 1 and not Path(folder).exists():
             raise ConfigError(f"{key}: the folder {folder!r} does not exist")
+    if config.bfcl_multi_turn:
+        bfcl_multi_turn.package()
 
 
 def load_benchmarks(
@@ -95,12 +100,8 @@ def load_benchmarks(
     Prompts that are too long or refused are left out. Raises ConfigError for a folder without data, or where
     none is left, and without the package that multi-turn needs.
     """
-    judged, scenarios = {}, []
+    judged = {}
     try:
-        if config.bfcl_multi_turn:
-            each = -(-config.bfcl_multi_turn // len(bfcl_multi_turn.CATEGORIES))
-            parts = [bfcl_multi_turn.load_scenarios([name], each) for name in bfcl_multi_turn.CATEGORIES]
-            scenarios = list(chain(*zip(*parts)))[: config.bfcl_multi_turn]  # of every part in turn
         if config.bfcl:
             limit = max(1, config.eval_cases // len(bfcl_data.CATEGORIES))
             problems = bfcl_data.choose_problems(config.bfcl, ["single_turn"], limit)
@@ -111,7 +112,7 @@ def load_benchmarks(
             golds = apibank_data.choose_cases(golds, "", limit)
             judged["apibank"] = apibank_verdict, golds, apibank_data.prompt_cases(golds)
     except UserError as error:
-        raise ConfigError(f"bfcl, apibank or bfcl_multi_turn: {error}") from None
+        raise ConfigError(f"bfcl or apibank: {error}") from None
     benchmarks, limit = {}, config.max_prompt_tokens
     for name, (verdict, golds, cases) in judged.items():
         fits, refused = [], []
@@ -132,7 +133,10 @@ def load_benchmarks(
             long = len(cases) - len(fits) - len(refused)
             print(f"{name}: {len(fits)} cases; {long} are longer than max_prompt_tokens ({limit}){why}")
         benchmarks[name] = fits
-    if scenarios:
+    if config.bfcl_multi_turn:
+        each = -(-config.bfcl_multi_turn // len(bfcl_multi_turn.CATEGORIES))
+        parts = [bfcl_multi_turn.load_scenarios([name], each) for name in bfcl_multi_turn.CATEGORIES]
+        scenarios = list(chain(*zip(*parts)))[: config.bfcl_multi_turn]  # of every part in turn
         benchmarks["bfcl_multi_turn"] = [JudgedScenario(scenario, template) for scenario in scenarios]
     return benchmarks
 

@@ -18,7 +18,7 @@ from corpus.examples import Example, Splits, example_kind
 from corpus.sources import file_sha256
 from distributed.ranks import Ranks, first_problem
 from distributed.weights import model_config, skeleton
-from evals.in_training import check_folders
+from evals.in_training import check_benchmarks
 from losses import objective_of
 from model import count_parameters
 from ops.monitor import tracker_names
@@ -76,7 +76,7 @@ def check_names(config: Config) -> None:
         raise ConfigError(f"rollout_engine: {config.rollout_engine!r} is none of {', '.join(ENGINES)}")
     objective_of(config)
     tracker_names(config)
-    check_folders(config)
+    check_benchmarks(config)
 
 
 def check_start(start: Start) -> None:

@@ -1,7 +1,10 @@
 """What the tests of BFCL share: cases, replies and data folders made by hand, and where the real ones lie."""
 
+import ast
 import gzip
+import inspect
 import json
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -28,6 +31,24 @@ def problem(declared, allowed, item=None, category="simple_python", required=Tru
     function = {"name": "f", "description": "F.", "parameters": parameters}
     messages, answer = [{"role": "user", "content": "q"}], [{"f": {"p": allowed}}]
     return Problem("simple_python_0", category, messages, [function], answer)
+
+
+def gold_steps(scenario):
+    """Per turn a reply for every gold call, which the package writes as Python text."""
+    from evals.bfcl_multi_turn import package  # here, because it needs bfcl-eval
+
+    methods = {}
+    for world in scenario.entry["involved_classes"]:
+        module = import_module(package().execution.CLASS_FILE_PATH_MAPPING[world])
+        methods |= dict(inspect.getmembers(getattr(module, world), inspect.isfunction))
+
+    def step(text):
+        call = ast.parse(text, mode="eval").body
+        names = list(inspect.signature(methods[call.func.id]).parameters)[1:]
+        values = dict(zip(names, call.args)) | {keyword.arg: keyword.value for keyword in call.keywords}
+        return reply((call.func.id, {name: ast.literal_eval(value) for name, value in values.items()}))
+
+    return [[step(text) for text in turn] for turn in scenario.answer]
 
 
 def write_jsonl(path, rows):

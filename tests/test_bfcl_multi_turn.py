@@ -3,16 +3,13 @@
 The worlds and the checker are bfcl-eval's, so these tests are skipped where it is not installed.
 """
 
-import ast
-import inspect
 import json
-from importlib import import_module
 
 import pytest
 
 pytest.importorskip("bfcl_eval", reason="pip install --no-deps bfcl-eval==2026.3.23")
 
-from bfcl_cases import reply  # noqa: E402
+from bfcl_cases import gold_steps, reply  # noqa: E402
 
 from evals.bfcl_multi_turn import (  # noqa: E402
     Dialogue,
@@ -27,22 +24,6 @@ from evals.bfcl_multi_turn import (  # noqa: E402
 
 NOTHING = reply()
 ALL = {scenario.id: scenario for scenario in load_scenarios()}
-
-
-def gold_steps(scenario):
-    """Per turn a reply for every gold call, which the package writes as Python text."""
-    methods = {}
-    for world in scenario.entry["involved_classes"]:
-        module = import_module(package().execution.CLASS_FILE_PATH_MAPPING[world])
-        methods |= dict(inspect.getmembers(getattr(module, world), inspect.isfunction))
-
-    def step(text):
-        call = ast.parse(text, mode="eval").body
-        names = list(inspect.signature(methods[call.func.id]).parameters)[1:]
-        values = dict(zip(names, call.args)) | {keyword.arg: keyword.value for keyword in call.keywords}
-        return reply((call.func.id, {name: ast.literal_eval(value) for name, value in values.items()}))
-
-    return [[step(text) for text in turn] for turn in scenario.answer]
 
 
 def played(scenario, steps):

@@ -5,11 +5,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from bfcl_cases import gold_steps
 
 from config import Config, ConfigError
 from corpus.examples import Example, Tokenized
 from corpus.tiny_model import build_tiny_tokenizer
-from evals import in_training
+from evals import in_training, predict
 from evals.in_training import JudgedPrompt, Verdict, evaluate, held_out_prompts, load_benchmarks
 from kernel.decode import Prompt
 from prompts import ToolCall, render_calls, render_completion
@@ -59,7 +60,7 @@ def test_a_folder_without_data_stops_at_start(tmp_path):
     with pytest.raises(ConfigError, match="bfcl or apibank: "):
         load(apibank=str(tmp_path))
     with pytest.raises(ConfigError, match="bfcl: the folder .*none' does not exist"):
-        in_training.check_folders(Config(bfcl=str(tmp_path / "none")))
+        in_training.check_benchmarks(Config(bfcl=str(tmp_path / "none")))
 
 
 def test_a_held_out_example_is_judged_by_the_binary_reward():
@@ -90,3 +91,32 @@ def test_accuracy_is_over_all_ranks(monkeypatch):
     whole = {"test/accuracy": 0.6, "test/n": 5, "test/correct_rate": 0.8}
     parts = {"test/accuracy_a": 2 / 3, "test/n_a": 3, "test/accuracy_b": 0.5, "test/n_b": 2}
     assert entries == whole | parts
+
+
+def test_multi_turn_scenarios_are_played_on_every_rank(monkeypatch):
+    """One of each part in turn; right where the model says the gold calls, here on both of two ranks."""
+    pytest.importorskip("bfcl_eval", reason="pip install --no-deps bfcl-eval==2026.3.23")
+    cases = load(bfcl_multi_turn=6)["bfcl_multi_turn"]
+    parts = ["base", "miss_func", "miss_param", "long_context"]
+    assert [case.part for case in cases] == parts + parts[:2]
+    knows = {}
+    for case in cases:
+        knows[case.scenario.id] = [[*turn, render_calls([])] for turn in gold_steps(case.scenario)]
+    del knows["multi_turn_base_1"]
+
+    def answer(model, tokenizer, prompts, decoding, **_):
+        said = []
+        for prompt in prompts:
+            turns = knows.get(prompt.id, [])
+            text = next((turn.pop(0) for turn in turns if turn), render_calls([]))
+            said.append(SimpleNamespace(texts=[text], responses=[[1]]))
+        return said
+
+    monkeypatch.setattr(predict, "sample_groups", answer)
+    monkeypatch.setattr(in_training, "MULTI_TURN_TOKENS", 10**6)  # of bytes here
+    sums = []
+    for rank in (0, 1):
+        total = lambda values: sums.append(list(values)) or values  # noqa: E731
+        ranks = SimpleNamespace(rank=rank, world=2, sum=total, heartbeat=lambda: None)
+        evaluate(None, TOKENIZER, {"bfcl_multi_turn": cases}, Config(), ranks)
+    assert [sum(pair) for pair in zip(*sums)] == [1.0, 2.0, 1.0, 1.0, 5.0]
