@@ -1,7 +1,7 @@
 """The official `bfcl` command with this project's prompt and format; needs the full bfcl-eval package.
 
-    python -m evals.bfcl_handler MODEL generate --test-category single_turn --backend vllm
-    python -m evals.bfcl_handler MODEL evaluate --test-category single_turn
+    python -m evals.bfcl_handler MODEL generate --test-category single_turn,multi_turn --backend vllm
+    python -m evals.bfcl_handler MODEL evaluate --test-category single_turn,multi_turn
 
 MODEL, a folder or hub id, is registered for this one run. Folders result/ and score/ appear in
 BFCL_PROJECT_ROOT.
@@ -15,6 +15,7 @@ from bfcl_eval.model_handler.local_inference.base_oss_handler import OSSHandler
 from overrides import override
 
 from evals.bfcl_check import decode
+from evals.bfcl_multi_turn import call_text, is_plain, read_calls
 from prompts import render_prompt
 
 
@@ -39,6 +40,14 @@ class ToolN1Handler(OSSHandler):
         if (calls := decode(result)) is None:
             raise ValueError("no closed tool-call section with a JSON list of calls")
         return calls
+
+    @override
+    def decode_execute(self, result, has_tool_call_tag):
+        """The calls as the text that the package evaluates. Raises ValueError where there is none."""
+        calls = read_calls(result)
+        if calls is None or not all(is_plain(call) for call in calls):
+            raise ValueError("no closed tool-call section with a JSON list of plain calls")
+        return [call_text(call) for call in calls]
 
 
 def main(model: str, command: str, *options: str) -> None:

@@ -7,11 +7,13 @@ is the dialogue around them, and what keeps text of a model from being run as co
 
 from __future__ import annotations
 
+import builtins
 import functools
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -132,11 +134,13 @@ def allowed_calls(scenario: Scenario, text: str) -> list[ToolCall] | None:
     """
     calls = read_calls(text)
     names = _tool_names(tuple(scenario.entry["involved_classes"]))
-    return calls and [call if _harmless(call, names) else ToolCall(NO_TOOL, {}) for call in calls]
+    stand_in = ToolCall(NO_TOOL, {})
+    return calls and [call if call.name in names and is_plain(call) else stand_in for call in calls]
 
 
-def _harmless(call: ToolCall, names: frozenset[str]) -> bool:
-    if call.name not in names or not all(key.isidentifier() for key in call.arguments):
+def is_plain(call: ToolCall) -> bool:
+    """Whether a call is one also as Python text, and not one that computes for hours."""
+    if call.name in dir(builtins) or not all(name.isidentifier() for name in (call.name, *call.arguments)):
         return False
     for key, value in call.arguments.items():
         if type(value) is int and abs(value) > LARGEST:
@@ -147,14 +151,14 @@ def _harmless(call: ToolCall, names: frozenset[str]) -> bool:
 
 
 @functools.cache
-def _tool_names(worlds: tuple[str, ...]) -> frozenset[str]:
+def _tool_names(worlds: tuple[str, ...]) -> set[str]:
     """The public methods of these classes, which are what the package lets a model call."""
     names = set()
     for world in worlds:
-        module = package().execution.CLASS_FILE_PATH_MAPPING[world]
-        methods = inspect.getmembers(getattr(__import__(module, fromlist=[world]), world), inspect.isfunction)
+        module = import_module(package().execution.CLASS_FILE_PATH_MAPPING[world])
+        methods = inspect.getmembers(getattr(module, world), inspect.isfunction)
         names.update(name for name, _ in methods if not name.startswith("_"))
-    return frozenset(names)
+    return names
 
 
 def call_text(call: ToolCall) -> str:

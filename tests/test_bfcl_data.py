@@ -141,6 +141,11 @@ def test_the_handler_asks_and_decodes_as_we_do(monkeypatch):
     assert handler.decode_ast(reply(("f", {"p": 1})), None, False) == decode(reply(("f", {"p": 1})))
     with pytest.raises(ValueError, match="no closed tool-call section"):
         handler.decode_ast("no", None, False)
+    texts = handler.decode_execute(reply(("f", {"p": {"a": "b"}}), ("g", {})), False)
+    assert texts == ["f(p={'a': 'b'})", "g()"] and handler.decode_execute(reply(), False) == []
+    for text in ("no", "<tool_call>[{}]</tool_call>", reply(("exec", {"x": "1"})), reply(("f(1);f", {}))):
+        with pytest.raises(ValueError, match="plain calls"):
+            handler.decode_execute(text, False)
     render = lambda chat, **_: json.dumps(chat)  # noqa: E731
     handler.tokenizer = SimpleNamespace(chat_template="t", name_or_path="m", apply_chat_template=render)
     messages = [{"role": role, "content": f"words of {role}"} for role in ("system", "user")]
