@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import builtins
 import functools
+import hashlib
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,17 +17,20 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from itertools import islice
+from math import inf
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 from uuid import uuid4
 
 from config import first_line
 from evals.bfcl_check import decode
 from evals.bfcl_data import prompt_tools
 from evals.report import ReportError, read_objects
-from prompts import END_THINK, ToolCall
+from prompts import END_THINK, PromptError, ToolCall, encode_prompt
 
 CATEGORIES = tuple(f"multi_turn_{part}" for part in ("base", "miss_func", "miss_param", "long_context"))
+TOO_LONG = "prompt_too_long"
 REMEDY = "pip install --no-deps bfcl-eval==2026.3.23"
 NO_TOOL = "no_such_tool"  # stands for a name that is no tool's: unlike that, it cannot be a name of Python's
 # Whole numbers beyond these make the worlds compute for hours, or fill the memory; no gold call comes near.
@@ -179,8 +183,7 @@ def _release(owner: str) -> None:
 class Dialogue:
     """A scenario being played. outputs: the replies so far, turn by turn. skipped: why it ended early.
 
-    messages, tools: what the next reply is asked with. input_tokens, output_tokens: of all prompts and
-    replies, counted by who asks.
+    messages, tools: what the next reply is asked with. input_tokens, output_tokens: of all prompts, replies.
     """
 
     def __init__(self, scenario: Scenario, sample: int = 0) -> None:
@@ -210,6 +213,12 @@ class Dialogue:
         self.messages += [{"role": "tool", "content": result} for result in self._execute(calls)]
         if len(self.outputs[-1]) > package().max_steps:
             self._end()
+
+    def seed(self, seed: int) -> int:
+        """Of the next reply: a function of its place, whatever else is asked."""
+        place = (self.scenario.id, self.sample, len(self.outputs), len(self.outputs[-1]))
+        name = f"{seed}/evaluation/{'/'.join(map(str, place))}"
+        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
 
     def stop(self, reason: str) -> None:
         """Ends it before its time: no reply can be asked for."""
@@ -253,6 +262,44 @@ def play(
         answer(alive)
         yield from (dialogue for dialogue in alive if dialogue.over)
         alive = [dialogue for dialogue in alive if not dialogue.over]
+
+
+@dataclass(frozen=True)
+class Player:
+    """Asks a model for the next replies of dialogues. decoding: of one reply per prompt, see rollout.Decoding."""
+
+    model: Any
+    tokenizer: Any
+    template: str
+    decoding: Any
+    max_prompt_tokens: int
+    seed: int = 0
+    heartbeat: Callable[[], None] = lambda: None
+
+    def answer(self, alive: list[Dialogue]) -> None:
+        """For `play`. A prompt that is too long, for the model too, or refused, ends its dialogue."""
+        from kernel.decode import Prompt  # here, because both import torch
+        from rollout import sample_groups
+
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", inf)
+        limit = min(self.max_prompt_tokens, positions - self.decoding.max_new_tokens)
+        asked = {}
+        for dialogue in alive:
+            try:
+                ids = encode_prompt(self.tokenizer, dialogue.messages, dialogue.tools, self.template)
+            except PromptError as error:
+                dialogue.stop(str(error))
+                continue
+            if len(ids) > limit:
+                dialogue.stop(TOO_LONG)
+                continue
+            asked[dialogue] = Prompt(dialogue.scenario.id, ids, dialogue.seed(self.seed))
+        prompts = list(asked.values())
+        groups = sample_groups(self.model, self.tokenizer, prompts, self.decoding, heartbeat=self.heartbeat)
+        for (dialogue, prompt), group in zip(asked.items(), groups):
+            dialogue.input_tokens += len(prompt.ids)
+            dialogue.output_tokens += len(group.responses[0])
+            dialogue.take(group.texts[0])
 
 
 # --------------------------------------------------------------------------------------------------- verdicts

@@ -17,8 +17,7 @@ from distributed.ranks import Ranks
 from evals import apibank_data, bfcl_data, bfcl_multi_turn
 from evals.apibank_check import apibank_verdict
 from evals.bfcl_check import bfcl_verdict
-from evals.bfcl_multi_turn import Dialogue, Scenario
-from evals.predict import Sampling, play_scenarios
+from evals.bfcl_multi_turn import Dialogue, Player, Scenario, play
 from kernel.decode import Prompt
 from prompts import PromptError, encode_prompt
 from reward import score
@@ -179,10 +178,11 @@ def _ask(
 def _play(
     model: nn.Module, tokenizer, cases: Sequence[JudgedScenario], config: Config, ranks: Ranks
 ) -> list[Verdict]:
-    sampling = Sampling(MULTI_TURN_TOKENS, config.max_response_tokens, config.rollout_batch_size)
-    dialogues = [Dialogue(case.scenario) for case in cases]
     template = cases[0].template if cases else ""
-    for _ in play_scenarios(model, tokenizer, template, dialogues, sampling, ranks.heartbeat):
+    limit, beat = MULTI_TURN_TOKENS, ranks.heartbeat
+    player = Player(model, tokenizer, template, Decoding.greedy(config), limit, heartbeat=beat)
+    dialogues = [Dialogue(case.scenario) for case in cases]
+    for _ in play(dialogues, player.answer, config.rollout_batch_size):
         pass
     faults = [bfcl_multi_turn.find_fault(one.scenario, one.outputs) for one in dialogues]
     return [Verdict(fault is None, fault is None) for fault in faults]

@@ -8,18 +8,16 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from config import printable
 from corpus.sources import append_jsonl, iter_jsonl, write_atomic
 from distributed.weights import load_model, model_config
-from evals.bfcl_multi_turn import Dialogue, play
 from evals.report import Case
 from kernel.decode import Prompt
 from model import ModelError, check_vocabulary, load_tokenizer
@@ -94,8 +92,9 @@ def write_predictions(
                 skipped = "prompt_too_long"
         except PromptError as error:
             ids, skipped = [], str(error)
-        # The 0 once counted cases of the same id; without it all seeds would change.
-        seed = _seed(sampling.seed, case.category, f"{case.id}/0")
+        # Whatever else is asked. The 0 once counted cases of the same id; without it all seeds would change.
+        name = f"{sampling.seed}/evaluation/{case.category}/{case.id}/0"
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
         if skipped:
             empty = {"output": "", "output_tokens": 0, "skipped": skipped, "latency": 0.0}
             append_jsonl(path, [_row(case, k, ids) | empty for k in missing[case.id]])
@@ -157,42 +156,3 @@ def _check_author(path: Path, model: str, template: str, sampling: Sampling) -> 
             what = f"another model or other settings ({', '.join(changed)}; see {note})"
             raise ModelError(f"{path} was made with {what}; give another --out")
     write_atomic(note, json.dumps(author, indent=1) + "\n")
-
-
-def play_scenarios(
-    model: nn.Module, tokenizer, template: str, dialogues: Iterable[Dialogue], sampling: Sampling,
-    heartbeat: Callable[[], None] = lambda: None,
-) -> Iterator[Dialogue]:
-    """Plays dialogues of BFCL's multi-turn part, `batch_size` of them side by side; yields each that is over.
-
-    A prompt that is too long or refused ends its dialogue, which says so in `skipped`.
-    """
-    decoding = Decoding(1, sampling.temperature, sampling.max_new_tokens, sampling.batch_size)
-
-    def answer(alive: list[Dialogue]) -> None:
-        asked = {}
-        for dialogue in alive:
-            try:
-                ids = encode_prompt(tokenizer, dialogue.messages, dialogue.tools, template)
-            except PromptError as error:
-                dialogue.stop(str(error))
-                continue
-            if len(ids) > sampling.max_prompt_tokens:
-                dialogue.stop("prompt_too_long")
-                continue
-            scenario, turn = dialogue.scenario, len(dialogue.outputs)
-            name = f"{scenario.id}/{dialogue.sample}/{turn}/{len(dialogue.outputs[-1])}"
-            asked[dialogue] = Prompt(scenario.id, ids, _seed(sampling.seed, scenario.category, name))
-        groups = sample_groups(model, tokenizer, list(asked.values()), decoding, heartbeat=heartbeat)
-        for (dialogue, prompt), group in zip(asked.items(), groups):
-            dialogue.input_tokens += len(prompt.ids)
-            dialogue.output_tokens += len(group.responses[0])
-            dialogue.take(group.texts[0])
-
-    return play(dialogues, answer, sampling.batch_size)
-
-
-def _seed(seed: int, category: str, name: str) -> int:
-    """Of one prompt, whatever else is asked."""
-    text = f"{seed}/evaluation/{category}/{name}"
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1

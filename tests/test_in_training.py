@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 from bfcl_cases import gold_steps
 
+import rollout
 from config import Config, ConfigError
 from corpus.examples import Example, Tokenized
 from corpus.tiny_model import build_tiny_tokenizer
-from evals import in_training, predict
+from evals import in_training
 from evals.in_training import JudgedPrompt, Verdict, evaluate, held_out_prompts, load_benchmarks
 from kernel.decode import Prompt
 from prompts import ToolCall, render_calls, render_completion
@@ -112,11 +113,12 @@ def test_multi_turn_scenarios_are_played_on_every_rank(monkeypatch):
             said.append(SimpleNamespace(texts=[text], responses=[[1]]))
         return said
 
-    monkeypatch.setattr(predict, "sample_groups", answer)
+    monkeypatch.setattr(rollout, "sample_groups", answer)
     monkeypatch.setattr(in_training, "MULTI_TURN_TOKENS", 10**6)  # of bytes here
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: None))
     sums = []
     for rank in (0, 1):
         total = lambda values: sums.append(list(values)) or values  # noqa: E731
         ranks = SimpleNamespace(rank=rank, world=2, sum=total, heartbeat=lambda: None)
-        evaluate(None, TOKENIZER, {"bfcl_multi_turn": cases}, Config(), ranks)
+        evaluate(model, TOKENIZER, {"bfcl_multi_turn": cases}, Config(), ranks)
     assert [sum(pair) for pair in zip(*sums)] == [1.0, 2.0, 1.0, 1.0, 5.0]
