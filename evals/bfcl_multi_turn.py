@@ -266,7 +266,7 @@ def play(
 
 @dataclass(frozen=True)
 class Player:
-    """Asks a model for the next replies of dialogues. decoding: of one reply per prompt, see rollout.Decoding."""
+    """Asks a model for the next replies of dialogues. decoding: of one reply a prompt (rollout.Decoding)."""
 
     model: Any
     tokenizer: Any
