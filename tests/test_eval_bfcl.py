@@ -53,7 +53,7 @@ def test_table_2_through_the_aggregation(row):
         return
     assert column(categories, "paper", f"Live ({live_of}") == pytest.approx(live, abs=0.01)
     if live_of == "4":  # hence both Lives are printed
-        assert column(categories, "v4 official", "Live overall") == pytest.approx(live, abs=0.01)
+        assert column(categories, "v4 official", "Live Acc") == pytest.approx(live, abs=0.01)
         assert column(categories, "paper", "Live (6") is None  # irrelevance did not run
     wanted = DEVIATIONS.get(name, overall)
     assert column(categories, "paper", f"Overall (Live of {live_of})") == pytest.approx(wanted, abs=0.011)
@@ -62,30 +62,32 @@ def test_table_2_through_the_aggregation(row):
 def test_live_over_six_categories_and_the_official_overalls():
     """GPT-4o: 1797 of 2251 live cases in all, so 706 of 900 without the four AST categories."""
     categories = table_2("GPT-4o")
-    assert column(categories, "v3 official", "Live overall") == pytest.approx(80.75 * 1351 / 2251, abs=0.01)
+    assert column(categories, "v3 official", "Live Acc") == pytest.approx(80.75 * 1351 / 2251, abs=0.01)
     categories["live_irrelevance"] = category("live_irrelevance", 100 * 692 / 884)
     categories["live_relevance"] = category("live_relevance", 100 * 14 / 16)
     assert column(categories, "paper", "Live (6") == pytest.approx(79.83, abs=0.01)
     assert column(categories, "paper", "Overall (Live of 6)") == pytest.approx(83.97, abs=0.01)
     # irrelevance did not run: a column of its own says so, an Overall column counts 0
-    assert column(categories, "v4 official", "Irrelevance") is None
-    assert column(categories, "v3 official", "Non-live overall") == pytest.approx(4 * 88.105 / 5, abs=0.01)
+    assert column(categories, "v4 official", "Irrelevance Detection") is None
+    v3_non_live = 4 * 88.105 / 5
+    assert column(categories, "v3 official", "Non-Live Overall Acc") == pytest.approx(v3_non_live, abs=0.01)
     categories["irrelevance"] = category("irrelevance", 80.0)
     v3_non_live = (4 * 88.105 + 80) / 5
-    assert column(categories, "v3 official", "Non-live overall") == pytest.approx(v3_non_live, abs=0.01)
-    assert column(categories, "v3 official", "Overall") == pytest.approx((v3_non_live + 79.83) / 3, abs=0.01)
+    assert column(categories, "v3 official", "Non-Live Overall Acc") == pytest.approx(v3_non_live, abs=0.01)
+    v3_overall = (v3_non_live + 79.83) / 3
+    assert column(categories, "v3 official", "Overall Acc") == pytest.approx(v3_overall, abs=0.01)
     irrelevance = (80 + 100 * 692 / 884) / 2
-    assert column(categories, "v4 official", "Irrelevance") == pytest.approx(irrelevance)
+    assert column(categories, "v4 official", "Irrelevance Detection") == pytest.approx(irrelevance)
     overall = 0.1 * (88.105 + 80.75 + irrelevance)
-    assert column(categories, "v4 official", "Overall") == pytest.approx(overall, abs=0.01)
+    assert column(categories, "v4 official", "Overall Acc") == pytest.approx(overall, abs=0.01)
     for name, accuracy in zip(bfcl_data.SIMPLE, (90.0, 60.0, 30.0)):  # the three languages weigh the same
         categories[name]["accuracy"] = accuracy
     assert column(categories, "paper", "Non-live") == pytest.approx((60 + 95.5 + 94 + 83.5) / 4)
 
 
 def test_score_keeps_the_order_and_counts_every_sample(tmp_path, capsys):
-    unread = {**RIGHT, "sample": 1, "output": "no " * 300, "skipped": "prompt_too_long"}
-    read = score(tmp_path, [WRONG, RIGHT, RIGHT, unread], write_data(tmp_path / "d", count=3))
+    again, unread = RIGHT | {"sample": 2}, {**RIGHT, "sample": 1, "output": "no " * 300, "skipped": "prompt_too_long"}
+    read = score(tmp_path, [WRONG, RIGHT, again, unread], write_data(tmp_path / "d", count=3))
     verdicts, cases = read("verdicts.jsonl"), read("cases.jsonl")
     assert verdicts[0] == {"id": "simple_python_1", "valid": False, "error_type": "value_error:others"}
     assert [verdict["valid"] for verdict in verdicts] == [False, True, True, False]
@@ -105,7 +107,7 @@ def test_no_output_stops_the_reports(tmp_path):
     for depth in range(940, 1000):
         value = "[" * depth + "]" * depth
         outputs.append(f'<tool_call>[{{"name": "f", "arguments": {{"p": {value}}}}}]</tool_call>')
-    rows = [{"id": "simple_python_0", "output": output} for output in outputs]
+    rows = [{"id": "simple_python_0", "output": text, "sample": i} for i, text in enumerate(outputs)]
     cases = score(tmp_path, rows, write_data(tmp_path / "d"))("cases.jsonl")
     assert [type(case["came"]) for case in cases] == [list] * 2 + [str] * 60  # deep ones are shown as text
 
@@ -161,8 +163,9 @@ def test_generate_asks_the_chosen_cases(tmp_path, monkeypatch, capsys):
     data = write_data(write_data(tmp_path / "d"), name="multiple", count=3)
     arguments = ["generate", "--model", "M", "--data", str(data), "--out", str(tmp_path / "o")]
     assert main([*arguments, "--limit", "1", "--max_new_tokens", "7", "--categories", "simple,multiple"]) == 0
-    ((model, cases, path, template, sampling),) = asked
+    ((model, cases, path, template, sampling, benchmark),) = asked
     assert (model, path) == ("M", tmp_path / "o" / "predictions.jsonl") and template == ""
+    assert benchmark == "BFCL v4"
     assert [case.id for case in cases] == ["simple_python_0", "multiple_0"]
     assert cases[0].messages == [{"role": "user", "content": "q"}]
     assert cases[0].tools[0]["description"] == "F. Argument values follow Python 3 syntax."
@@ -185,8 +188,8 @@ def test_an_interrupted_evaluation_ends_with_a_sentence(tmp_path, monkeypatch, c
     """Ctrl-C and SIGTERM. What is there is counted, and can be gone on with."""
     data, out = write_data(tmp_path / "d"), tmp_path / "o"
 
-    def stops(model, cases, path, template, sampling):
-        write_jsonl(path, [RIGHT])
+    def stops(model, cases, path, *others):
+        write_jsonl(path, [RIGHT | {"category": "simple_python"}])
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(predict, "write_predictions", stops)

@@ -18,14 +18,15 @@ HALF = [b'{"id": "b", "output": "', b'{"id": "\xc3', b"\0" * 9, b"{\n"]
 @pytest.mark.parametrize("cut", HALF)
 def test_rows_may_share_an_id_and_know_their_place(tmp_path, capsys, cut):
     """A killed `generate` leaves a half-written last line; what came before it is worth scoring."""
-    rows = [{"id": "a", "output": "x"}, {"id": "a", "output": "y"}]
+    rows = [{"id": "a", "output": "x"}, {"id": "a", "output": "y", "sample": 1}]
     path = write_jsonl(tmp_path / "p.jsonl", rows)
     with path.open("ab") as file:
         file.write(cut)
-    assert read_predictions(path) == [{**row, "place": f"{path}:{i}"} for i, row in enumerate(rows, 1)]
+    placed = [{**row, "place": f"{path}:{i}"} for i, row in enumerate(rows, 1)]
+    assert read_predictions(path, "BFCL v4") == placed
     assert capsys.readouterr().err == f"warning: {path}:3: half-written last line left out\n"
     packed = write_jsonl(tmp_path / "p.jsonl.gz", rows)
-    assert [row["output"] for row in read_predictions(packed)] == ["x", "y"]
+    assert [row["output"] for row in read_predictions(packed, "BFCL v4")] == ["x", "y"]
 
 
 PACKED = gzip.compress(b'{"id": "a", "output": "x"}\n' * 9)
@@ -44,7 +45,7 @@ DAMAGED = [  # name, content, the sentence
 def test_errors_of_damaged_predictions_say_where(tmp_path, name, content, sentence):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=sentence):
-        read_predictions(tmp_path / name)
+        read_predictions(tmp_path / name, "BFCL v4")
 
 
 @pytest.mark.parametrize(("correct", "n"), [(0, 16), (1, 16), (8, 16), (16, 16), (213, 258), (1, 1)])
