@@ -182,9 +182,9 @@ def _check_author(path: Path, author: dict) -> None:
         what = f"{path} holds replies to {before['benchmark']}, not to {benchmark}"
         raise ReportError(f"{what}; give another --out")
     changed = [key for key, value in author.items() if value is not None and before.get(key) != value]
-    limit = before.get("max_prompt_tokens")
-    if "max_prompt_tokens" in changed and isinstance(limit, int) and limit < author["max_prompt_tokens"]:
+    if "max_prompt_tokens" in changed and isinstance(limit := before.get("max_prompt_tokens"), int):
         changed.remove("max_prompt_tokens")
+        changed += ["a larger max_prompt_tokens"] * (limit > author["max_prompt_tokens"])
     if changed:
         what = f"another model or other settings ({', '.join(changed)}; see {path.with_name(NOTE)})"
         raise ReportError(f"{path} was made with {what}; give another --out")

@@ -149,7 +149,7 @@ def read_author(path: Path) -> dict:
         author = None
     if not isinstance(author, dict):
         what = f"{note} is broken, so nobody knows what {path} was made with"
-        raise ReportError(f"{what}; give another --out, or delete {NOTE} if you know")
+        raise ReportError(f"{what}; delete it if you know, or generate into another --out")
     return author
 
 

@@ -86,7 +86,8 @@ def test_live_over_six_categories_and_the_official_overalls():
 
 
 def test_score_keeps_the_order_and_counts_every_sample(tmp_path, capsys):
-    again, unread = RIGHT | {"sample": 2}, {**RIGHT, "sample": 1, "output": "no " * 300, "skipped": "prompt_too_long"}
+    again = RIGHT | {"sample": 2}
+    unread = {**RIGHT, "sample": 1, "output": "no " * 300, "skipped": "prompt_too_long"}
     read = score(tmp_path, [WRONG, RIGHT, again, unread], write_data(tmp_path / "d", count=3))
     verdicts, cases = read("verdicts.jsonl"), read("cases.jsonl")
     assert verdicts[0] == {"id": "simple_python_1", "valid": False, "error_type": "value_error:others"}
@@ -128,6 +129,18 @@ def test_refusals_are_split_and_calls_where_none_fits_are_counted(tmp_path):
     assert found["under-calling: [], a call fits"] == (50, 1, 2)
 
 
+def test_another_notation_is_told(tmp_path, capsys):
+    """Hermes: an object for each call. It gave 0 and 100 %, and no word. Texts without calls are refusals."""
+    data = write_data(write_data(tmp_path / "d"), name="irrelevance", count=4)
+    hermes = '<tool_call>{"name": "f", "arguments": {"p": 1}}</tool_call>'
+    texts = enumerate(["No.", "Sorry.", hermes])
+    refusals = [{"id": f"irrelevance_{i}", "output": text} for i, text in texts]
+    rows = [RIGHT | {"output": hermes}, WRONG | {"output": "f(p=1)"}, *refusals]
+    score(tmp_path, rows, data)
+    told = f"3 of 5 replies hold no calls that can be read, the first one is\n  {hermes!r}"
+    assert told in capsys.readouterr().out
+
+
 def test_diff_goes_by_category(tmp_path, capsys):
     score(tmp_path, [RIGHT, WRONG], write_data(tmp_path / "d"))
     assert main(["--diff", str(tmp_path / "o"), str(tmp_path / "o")]) == 0
@@ -145,16 +158,32 @@ def test_bad_predictions_are_told_in_one_sentence(tmp_path, capsys):
     assert f"p.jsonl:1: {data} has no case 'simple_0'" in error and not out.exists()
 
 
-def test_score_is_a_light_script(tmp_path):
+def without_torch(tmp_path, *words):
     """As a user starts it. A torch that cannot be imported must not matter: it would take ten seconds."""
-    (tmp_path / "torch.py").write_text("raise ImportError('score must not import torch')\n")
-    (tmp_path / "p.jsonl").write_text(json.dumps(RIGHT))
+    (tmp_path / "torch.py").write_text("raise ImportError('torch is not needed for that')\n")
     script, data = Path(eval_bfcl.__file__), write_data(tmp_path / "d")
-    command = [sys.executable, script, "score", "--predictions", "p.jsonl", "--data", data, "--out", "o"]
+    command = [sys.executable, script, *words, "--data", data, "--out", "o"]
     environment = {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_score_is_a_light_script(tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps(RIGHT))
+    done = without_torch(tmp_path, "score", "--predictions", "p.jsonl")
     assert (done.returncode, done.stderr) == (0, "")
     assert "simple_python" in done.stdout and (tmp_path / "o" / "scores.json").is_file()
+
+
+@pytest.mark.parametrize("options, said", [
+    ("--samples 4", "4 equal replies"), ("--model runs/nope/model", "'runs/nope/model' does not exist"),
+    ("--prompt_template nope", "cannot read nope"), ("--chat_template_kwargs a:b", "names and values such"),
+    ("", "holds replies to BFCL v3, not to BFCL v4"),
+])
+def test_what_is_wrong_with_the_settings_is_told_before_torch_is_there(tmp_path, options, said):
+    write_jsonl(tmp_path / "o" / "predictions.jsonl", [RIGHT])
+    (tmp_path / "o" / "generated_with.json").write_text('{"benchmark": "BFCL v3"}')
+    done = without_torch(tmp_path, "generate", "--model", ".", *options.split())
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_generate_asks_the_chosen_cases(tmp_path, monkeypatch, capsys):
