@@ -263,6 +263,17 @@ def template_kwargs(text: str) -> dict[str, Any]:
     raise ConfigError(f"chat_template_kwargs must be {example}, not {text!r}")
 
 
+def check_model(path: str) -> None:
+    """Raises ConfigError for what looks like the folder of a model and is none, before anything is loaded."""
+    if (Path(path) / "model" / "config.json").is_file() and not (Path(path) / "config.json").is_file():
+        raise ConfigError(f"model: {path!r} is the folder of a run; its model is {Path(path) / 'model'}")
+    if any((Path(path) / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")):
+        raise ConfigError(f"model: {path!r} holds a LoRA adapter; merge it into its base first")
+    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
+    if looks_local and not Path(path).is_dir():
+        raise ConfigError(f"model: the folder {path!r} does not exist; give a folder, a hub id or tiny")
+
+
 def check_positions(config: Config, model: Any) -> None:
     """Raises ConfigError where prompt and response may be longer than the positions in the model's config."""
     positions = getattr(model.get_text_config(), "max_position_embeddings", math.inf)  # or it has no limit

@@ -14,7 +14,7 @@ import distributed.start  # noqa: F401
 import argparse
 import sys
 
-from evals import report
+from evals import predict, report
 from evals.apibank_check import MODES, WHY, judge, read_call
 from evals.apibank_data import LEVELS, GoldCall, choose_cases, load_cases, prompt_cases
 from evals.report import ReportError, tally
@@ -23,6 +23,7 @@ PAPER = {
     "Tool-N1-14B": 82.19, "Tool-N1-7B": 81.28, "GPT-4o": 77.16, "GPT-4o-mini": 73.10, "Llama-3.1-8B": 60.41,
 }
 MAX_BRACKETS = 500  # of a reply whose call is written again as JSON
+UNREADABLE = ("no_tool_call", "bad_json", "bad_call")  # reasons
 PAPER_NOTE = (
     "The paper (arXiv 2505.00024) does not state its denominator: compare with its figures in outline only."
 )
@@ -98,7 +99,7 @@ def report_rows(rows: list[dict], verdicts: list[dict], cases: dict[str, GoldCal
 
 def score(args: argparse.Namespace) -> None:
     """The command `score`: writes verdicts.jsonl, cases and tables to OUT, and prints the tables."""
-    rows, cases = report.read_predictions(args.predictions), load_cases(args.data)
+    rows, cases = report.read_predictions(args.predictions, "API-Bank"), load_cases(args.data)
     verdicts, scores = judge_rows(rows, cases)
     args.out.mkdir(parents=True, exist_ok=True)
     report.write_rows(args.out / "verdicts.jsonl", verdicts)
@@ -117,6 +118,9 @@ def score(args: argparse.Namespace) -> None:
     print(f"\n{report.text_table(('', 'n', 'cases', *(f'{mode} %' for mode in MODES)), lines)}\n{PAPER_NOTE}")
     if "level-3 scenarios" in groups:
         print(SCENARIO_NOTE)
+    pairs = [(row, verdict["reason"]) for row, verdict in zip(rows, verdicts) if "skipped" not in row]
+    unreadable = [row["output"] for row, reason in pairs if reason in UNREADABLE]
+    report.tell_unreadable(unreadable, len(pairs), "They count as wrong.")
     if skipped := sum("skipped" in row for row in rows):
         why = "their prompts were too long or refused"
         print(f"{skipped} of {len(rows)} rows are empty and so count as wrong: {why}.")
@@ -125,9 +129,7 @@ def score(args: argparse.Namespace) -> None:
 def generate(args: argparse.Namespace) -> None:
     """The command `generate`: appends to predictions.jsonl; cases already there are not asked again."""
     cases = choose_cases(load_cases(args.data).values(), args.levels, args.limit)
-    from evals import predict  # here, because it imports torch
-
-    predict.generate(args, prompt_cases(cases))
+    predict.generate(args, prompt_cases(cases), "API-Bank")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -136,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     script = report.Script(
         name="eval_apibank", data="official folder api-bank, or a folder of cases", max_prompt_tokens=8192,
         generate=generate, generate_options={"--levels": levels}, score=score, score_options={},
-        right="correct", group=lambda verdict: f"level-{verdict['level']}",
+        right="correct", group=lambda verdict: f"level-{verdict.get('level')}",
     )
     return report.run(script, arguments)
 

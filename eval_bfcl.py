@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from evals import bfcl_data, bfcl_table, report
+from evals import bfcl_data, bfcl_table, predict, report
 from evals.bfcl_check import Problem, decode, find_fault, reply_kind
 from evals.bfcl_data import CATEGORIES, HUB_ID
 from evals.report import ReportError, tally
@@ -30,12 +30,14 @@ def judge(pairs: Iterable[tuple[dict, Problem]], problems: dict[str, Problem]) -
 
     cases: per row, in order: id, category, valid, error_type, expected, came, why (see write_cases), "sample"
     if given. scores: "categories" (tally, and "errors": how often each type) for those that ran, "aggregates"
-    and "replies" (see there), "sizes" (cases per category in the data).
+    and "replies" (see there), "sizes" (cases per category in the data), "unreadable" (outputs whose calls
+    cannot be read; one without a tool-call section only where a call is right).
     """
     cases: list[dict] = []
     verdicts: dict[str, list[tuple[str, bool]]] = {}
     kinds: dict[str, list[tuple[str, str]]] = {}
     errors: dict[str, Counter] = {name: Counter() for name in CATEGORIES}
+    unreadable: list[str] = []
     for row, problem in pairs:
         output, calls = row["output"], decode(row["output"])
         kind, (error_type, why) = reply_kind(output, calls), find_fault(problem, calls) or (None, "")
@@ -43,6 +45,9 @@ def judge(pairs: Iterable[tuple[dict, Problem]], problems: dict[str, Problem]) -
         kinds.setdefault(problem.category, []).append((problem.id, kind))
         if error_type:
             errors[problem.category][error_type] += 1
+        silent = kind == "no_block" and (problem.category in bfcl_table.REFUSALS or "skipped" in row)
+        if kind in ("no_block", "unparsable") and not silent:
+            unreadable.append(output)
         # JSON nested too deeply to be written again is shown as text.
         readable = kind in ("called", "empty_list") and output.count("[") + output.count("{") < MAX_BRACKETS
         case = {
@@ -55,13 +60,14 @@ def judge(pairs: Iterable[tuple[dict, Problem]], problems: dict[str, Problem]) -
     categories = {name: {**tally(verdicts[name]), "errors": dict(errors[name])} for name in ran}
     sizes = Counter(problem.category for problem in problems.values())
     listed, replies = bfcl_table.aggregates(categories, sizes), bfcl_table.reply_rows(kinds)
-    return cases, {"categories": categories, "aggregates": listed, "replies": replies, "sizes": sizes}
+    scores = {"categories": categories, "aggregates": listed, "replies": replies, "sizes": sizes}
+    return cases, scores | {"unreadable": unreadable}
 
 
 def score(args: argparse.Namespace) -> None:
     """The command `score`: writes verdicts.jsonl, cases and tables to OUT, and prints the tables."""
-    rows = report.read_predictions(args.predictions)
     place, version = bfcl_data.find_data(args.data)
+    rows = report.read_predictions(args.predictions, f"BFCL {version}")
     problems = bfcl_data.load_problems(place)
     for row in rows:
         if row["id"] not in problems:
@@ -73,7 +79,7 @@ def score(args: argparse.Namespace) -> None:
     keys = ("id", "valid", "error_type")
     report.write_rows(args.out / "verdicts.jsonl", ({key: case[key] for key in keys} for case in cases))
     report.write_cases(cases, args.out)
-    categories, sizes = scores["categories"], scores["sizes"]
+    categories, sizes, unreadable = scores["categories"], scores["sizes"], scores.pop("unreadable")
     listed = [{"group": "category", "name": name, **categories.get(name, tally(()))} for name in CATEGORIES]
     columns, source = bfcl_table.PAPER_COLUMNS, bfcl_table.PAPER_SOURCE
     paper = [*bfcl_table.paper_rows(categories, scores["aggregates"]), *bfcl_table.PAPER]
@@ -85,7 +91,10 @@ def score(args: argparse.Namespace) -> None:
     if partial:
         short = ", ".join(f"{name} {categories[name]['cases']} of {sizes[name]}" for name in partial)
         print(f"Not all cases were asked: {short}.")
-    if skipped := sum("skipped" in row for row in rows):
+    skipped = sum("skipped" in row for row in rows)
+    effect = "They are wrong where a call is right, and right refusals in the irrelevance categories."
+    report.tell_unreadable(unreadable, len(rows) - skipped, effect)
+    if skipped:
         what = "prompts were too long or refused; they count as answered without a call"
         print(f"{skipped} of {len(rows)} {what}.")
     if args.official_dir:
@@ -100,10 +109,9 @@ def score(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """The command `generate`: appends to predictions.jsonl; cases already there are not asked again."""
-    problems = bfcl_data.choose_problems(args.data, args.categories, args.limit)
-    from evals import predict  # here, because it imports torch
-
-    predict.generate(args, bfcl_data.prompt_cases(problems))
+    place, version = bfcl_data.find_data(args.data)
+    problems = bfcl_data.choose_problems(place, args.categories, args.limit)
+    predict.generate(args, bfcl_data.prompt_cases(problems), f"BFCL {version}")
 
 
 def main(arguments: list[str] | None = None) -> int:

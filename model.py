@@ -28,7 +28,7 @@ from transformers import (
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging as transformers_logging
 
-from config import UserError, template_kwargs
+from config import UserError, check_model, template_kwargs
 from kernel.attention import (
     SHARED_PREFIX,
     UnsupportedAttention,
@@ -127,7 +127,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False, chat_template_kwa
 
     Raises ModelError with one sentence when it cannot be read.
     """
-    check_path(path)
+    check_model(path)
     saved = Path(path) / "tokenizer_config.json"
     # AutoTokenizer goes by the model type and would give our byte-level BPE the word splitting of Qwen2.
     try:
@@ -316,17 +316,6 @@ def check_vocabulary(tokenizer, config: PreTrainedConfig) -> None:
     if largest >= rows:
         what = f"the tokenizer's {token!r} has the id {largest}, but the model has {rows} embeddings"
         raise ModelError(f"model: {what}; take the tokenizer that belongs to it, or resize the embeddings")
-
-
-def check_path(path: str) -> None:
-    """Raises ModelError for what looks like a folder and is none."""
-    if (Path(path) / "model" / "config.json").is_file() and not (Path(path) / "config.json").is_file():
-        raise ModelError(f"model: {path!r} is the folder of a run; its model is {Path(path) / 'model'}")
-    if any((Path(path) / name).is_file() for name in ("adapter_config.json", "adapter_model.safetensors")):
-        raise ModelError(f"model: {path!r} holds a LoRA adapter; merge it into its base first")
-    looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if looks_local and not Path(path).is_dir():
-        raise ModelError(f"model: the folder {path!r} does not exist; give a folder, a hub id or tiny")
 
 
 def first_line(error: Exception) -> str:

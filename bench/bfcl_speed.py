@@ -75,20 +75,22 @@ def main() -> None:
     args = options(__doc__, golden=golden, data=data, official="", repeats=7)
     golden, data = str(Path(args.golden).resolve()), str(Path(args.data).resolve())
     with gzip.open(golden, "rt", encoding="utf-8") as file:
-        rows = sum(1 for _ in file)
+        rows = [json.loads(line) for line in file]
     problems = load_problems(data).values()
     with tempfile.TemporaryDirectory() as folder:
         os.environ["BFCL_PROJECT_ROOT"] = folder  # the official checker writes there when it is imported
-        once = Path(folder) / "once.jsonl"
+        once, several = Path(folder) / "once.jsonl", Path(folder) / "several.jsonl.gz"
+        with gzip.open(several, "wt", encoding="utf-8") as file:  # ids repeat: each is a sample
+            file.writelines(json.dumps(row | {"sample": i}) + "\n" for i, row in enumerate(rows))
         outputs = [json.dumps({"id": case.id, "output": plausible_output(case)}) for case in problems]
         once.write_text("\n".join(outputs) + "\n")
         score = ["score", "--data", data, "--out", folder, "--predictions"]
         codes = {
-            f"score, {rows:,} golden rows": (SCORE, [*score, golden], rows),
+            f"score, {len(rows):,} golden rows": (SCORE, [*score, str(several)], len(rows)),
             f"score, {len(problems):,} cases": (SCORE, [*score, str(once)], len(problems)),
         }
         if args.official:
-            codes[f"official checker alone, {rows:,} golden rows"] = (OFFICIAL, [], rows)
+            codes[f"official checker alone, {len(rows):,} golden rows"] = (OFFICIAL, [], len(rows))
         names = {"root": str(ROOT), "data": data, "golden": golden, "official": args.official}
         seconds: dict[str, list[float]] = {name: [] for name in ("start (--help)", *codes)}
         for _ in range(args.repeats):

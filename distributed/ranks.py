@@ -228,7 +228,7 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         elif isinstance(error, PermissionError):
             message = f"error: {error.filename}: {error.strerror}"
         elif isinstance(error, BrokenPipeError) and not dist.is_initialized():
-            pass
+            code = 128 + signal.SIGPIPE
         elif many:
             lost = lost_processes(error)
             message = lost or traceback.format_exc().rstrip()

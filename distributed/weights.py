@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from model import ModelError, check_path, compute_dtype, first_line, prepare_model
+from config import check_model
+from model import ModelError, compute_dtype, first_line, prepare_model
 
 
 def load_model(
@@ -41,7 +42,7 @@ def load_model(
 
 def model_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of a folder or hub id. Raises ModelError, also for weights that cannot be trained."""
-    check_path(path)
+    check_model(path)
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -118,7 +119,7 @@ def weight_files(path: str) -> list[Path]:
             folder = Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))
         except (OSError, ValueError) as error:
             raise ModelError(f"model: {path!r} could not be downloaded: {first_line(error)}") from None
-        check_path(str(folder))
+        check_model(str(folder))
     files = sorted(folder.glob("*.safetensors"))
     if not files:  # pickled weights can run code when they are read
         raise ModelError(f"model: {path!r} has no .safetensors files; convert it: save_pretrained makes them")

@@ -159,6 +159,8 @@ def prompt_cases(problems: Iterable[Problem]) -> list[Case]:
     return cases
 
 
+# A pair of escapes, a lone one of them, another escape, a lone half as it is.
+HALVES = re.compile(r"\\u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w|(\\u[dD][89a-fA-F]\w\w)|\\.|([\ud800-\udfff])")
 HUGE_NUMBER = re.compile(r"\d{309}")  # beyond the range of floats: the official checker crashes on it
 
 
@@ -171,7 +173,9 @@ def official_result(problem: Problem, output: str) -> str:
     calls = decode(output)
     if calls is None:
         return "null"
-    text = find_block(output) if calls else "[]"
+    # The official command writes what is wrong as UTF-8, which has no half surrogates. No answer has them.
+    whole = HALVES.sub(lambda found: "\ufffd" if found[1] or found[2] else found[0], find_block(output))
+    text = whole if calls else "[]"
     return "null" if "relevance" not in problem.category and HUGE_NUMBER.search(text) else text
 
 

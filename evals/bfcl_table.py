@@ -50,7 +50,8 @@ def _by_size(table: dict[str, dict], names: Iterable[str]) -> dict[str, float]:
 
 
 def aggregates(categories: dict[str, dict], sizes: dict[str, int]) -> list[dict]:
-    """The columns of BFCL v3, of v4 and of the paper (arXiv 2505.00024, Table 2) from every category's tally.
+    """The columns of BFCL v3 and v4, by their names in the official tables, and those of the paper (arXiv
+    2505.00024, Table 2) from every category's tally.
 
     Each is a weighted sum of categories: {"group", "name", "accuracy", "low", "high" (percent; None = n/a),
     "n"}. sizes: cases per category, because official Overall columns count what did not run as wrong.
@@ -67,14 +68,25 @@ def aggregates(categories: dict[str, dict], sizes: dict[str, int]) -> list[dict]
     v3_overall = _scaled(1 / 3, v3_non_live) | _scaled(1 / 3, live)
     v4_overall = _scaled(0.1, non_live) | _scaled(0.1, live_ast) | _scaled(0.1, refusals)
     rows = [
-        ("v3 official", "Non-live AST summary", non_live, categories),
-        ("v3 official", "Non-live overall", v3_non_live, filled),
-        ("v3 official", "Live overall", live, filled),
-        ("v3 official", "Overall (multi-turn = 0)", v3_overall, filled),
-        ("v4 official", "Non-live overall", non_live, filled),
-        ("v4 official", "Live overall", live_ast, filled),
-        ("v4 official", "Irrelevance", refusals, categories),
-        ("v4 official", "Overall (multi-turn, agentic = 0)", v4_overall, filled),
+        ("v3 official", "Non-Live AST Acc", non_live, categories),
+        ("v3 official", "Non-Live Overall Acc", v3_non_live, filled),
+        ("v3 official", "Live Acc", live, filled),
+        ("v3 official", "Overall Acc (multi-turn = 0)", v3_overall, filled),
+        ("v4 official", "Overall Acc (multi-turn, agentic = 0)", v4_overall, filled),
+        ("v4 official", "Non-Live Overall Acc", non_live, filled),
+        ("v4 official", "Non-Live AST Acc", non_live, categories),
+        ("v4 official", "Non-Live Simple AST", simple, categories),
+        ("v4 official", "Non-Live Multiple AST", _equal("multiple"), categories),
+        ("v4 official", "Non-Live Parallel AST", _equal("parallel"), categories),
+        ("v4 official", "Non-Live Parallel Multiple AST", _equal("parallel_multiple"), categories),
+        ("v4 official", "Live Acc", live_ast, filled),
+        ("v4 official", "Live AST Summary", live_ast, categories),
+        ("v4 official", "Live Simple AST", _equal("live_simple"), categories),
+        ("v4 official", "Live Multiple AST", _equal("live_multiple"), categories),
+        ("v4 official", "Live Parallel AST", _equal("live_parallel"), categories),
+        ("v4 official", "Live Parallel Multiple AST", _equal("live_parallel_multiple"), categories),
+        ("v4 official", "Relevance Detection", _equal("live_relevance"), categories),
+        ("v4 official", "Irrelevance Detection", refusals, categories),
         ("paper", "Non-live", non_live, categories),
         ("paper", "Live (4 AST categories)", live_ast, categories),
         ("paper", "Live (6 categories)", live, categories),

@@ -9,21 +9,18 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from itertools import product
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from config import printable
+from config import check_model, printable, template_kwargs
 from corpus.sources import append_jsonl, iter_jsonl, write_atomic
-from distributed.weights import load_model, model_config
-from evals.report import Case
-from kernel.decode import Prompt
-from model import ModelError, check_vocabulary, load_tokenizer
+from evals.report import NOTE, Case, ReportError, read_author
 from prompts import PromptError, check_tokenizer, encode_prompt, load_template
-from rollout import Decoding, sample_groups
 
+TOO_LONG = "prompt_too_long"
 LINE_SECONDS = 30.0  # at least, between two lines about progress where no bar is seen
 
 
@@ -40,43 +37,60 @@ class Sampling:
     chat_template_kwargs: str = ""
 
 
-def generate(args: argparse.Namespace, cases: Sequence[Case]) -> None:
-    """The command `generate` of both evaluation scripts. Raises ModelError, PromptError and DataError."""
+def generate(args: argparse.Namespace, cases: Sequence[Case], benchmark: str) -> None:
+    """The command `generate` of every evaluation. benchmark: its name, with the version of its data where
+    versions share ids. Raises UserError.
+    """
     sampling = Sampling(**{field.name: getattr(args, field.name) for field in fields(Sampling)})
     template = args.prompt_template and load_template(args.prompt_template)
     path = args.out / "predictions.jsonl"
     try:
-        write_predictions(args.model, cases, path, template, sampling)
+        write_predictions(args.model, cases, path, template, sampling, benchmark)
     except KeyboardInterrupt:
-        there = sum(1 for _ in iter_jsonl(path))
-        what = f"interrupted: {path} holds {there} of {len(cases) * sampling.samples} replies"
+        wanted = product((case.id for case in cases), map(str, range(sampling.samples)))
+        there = _there(path, sampling.max_prompt_tokens).intersection(wanted)
+        what = f"interrupted: {path} holds {len(there)} of {len(cases) * sampling.samples} replies"
         raise KeyboardInterrupt(f"{what}; the same command goes on") from None
 
 
 def write_predictions(
-    model: str, cases: Sequence[Case], path: Path, template: str, sampling: Sampling
+    model: str, cases: Sequence[Case], path: Path, template: str, sampling: Sampling, benchmark: str
 ) -> None:
     """Appends replies of the model in folder or hub id `model` to `path`, one JSON line each.
 
     Rows: id, category, sample (from 0), input_tokens, output, output_tokens, latency (seconds of its batch /
     replies of its batch), and "skipped" where a prompt is too long or refused (its output is empty). Samples
     depend on the seed and their own case only. template: "" for the one that the model was trained with, or
-    ours. Replies that `path` holds are not made again, so a killed run goes on where it was. Raises
-    ModelError when those were made with another model or other settings.
+    ours. Replies that `path` holds are not made again, so a killed run goes on where it was; prompts that
+    were too long are tried again under a larger limit. Raises UserError, also where those replies were made
+    with another model or other settings.
     """
     if sampling.temperature == 0 and sampling.samples > 1:
         what = f"samples: greedy decoding would give {sampling.samples} equal replies"
-        raise ModelError(f"{what}; set a temperature above 0, or 1")
+        raise ReportError(f"{what}; set a temperature above 0, or 1")
+    check_model(model)
+    template_kwargs(sampling.chat_template_kwargs)
+    author = describe_author(model, template) | describe_settings(sampling, benchmark)
+    _check_author(path, author if template else author | {"template": None})
+    done = _there(path, sampling.max_prompt_tokens)
+    # From here on torch is needed, whose import takes seconds.
+    import torch
+
+    from distributed.weights import load_model, model_config
+    from kernel.decode import Prompt
+    from model import check_vocabulary, load_tokenizer
+    from rollout import Decoding, sample_groups
+
     tokenizer = load_tokenizer(model, chat_template_kwargs=sampling.chat_template_kwargs)
     template = template or load_template("", tokenizer)
+    author |= describe_author(model, template)
+    _check_author(path, author)
     path.parent.mkdir(parents=True, exist_ok=True)
-    _check_author(path, model, template, sampling)
+    write_atomic(path.with_name(NOTE), json.dumps(author, indent=1) + "\n")
     if path.exists():  # a line cut off by a kill is removed, so that appending is safe
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    rows = iter_jsonl(path, category=str, id=str, output=str)
-    done = {(row["category"], row["id"], str(row.get("sample", 0))) for row in rows}
     wanted = range(sampling.samples)
-    missing = {case.id: [k for k in wanted if (case.category, case.id, str(k)) not in done] for case in cases}
+    missing = {case.id: [k for k in wanted if (case.id, str(k)) not in done] for case in cases}
     if not any(missing.values()):
         print(f"{path}: all {len(cases) * sampling.samples} replies are there already")
         return
@@ -89,7 +103,7 @@ def write_predictions(
         try:
             ids = encode_prompt(tokenizer, case.messages, case.tools, template)
             if len(ids) > sampling.max_prompt_tokens:
-                skipped = "prompt_too_long"
+                skipped = TOO_LONG
         except PromptError as error:
             ids, skipped = [], str(error)
         # Whatever else is asked. The 0 once counted cases of the same id; without it all seeds would change.
@@ -131,6 +145,16 @@ def _row(case: Case, sample: int, ids: list[int]) -> dict:
     return {"id": case.id, "category": case.category, "sample": sample, "input_tokens": len(ids)}
 
 
+def _there(path: Path, max_prompt_tokens: int) -> set[tuple[str, str]]:
+    """(id, sample) of the replies in `path`, but for prompts that were too long and no longer are."""
+    there = set()
+    for row in iter_jsonl(path, category=str, id=str, output=str):
+        tokens = row.get("input_tokens", 0)
+        if row.get("skipped") != TOO_LONG or (isinstance(tokens, int) and tokens > max_prompt_tokens):
+            there.add((row["id"], str(row.get("sample", 0))))
+    return there
+
+
 def describe_author(model: str, template: str) -> dict:
     """What replies are made with: the model's folder or hub id, its weights' times, the prompt's hash."""
     weights = [p.stat().st_mtime_ns for p in sorted(Path(model).glob("*.safetensors"))]
@@ -138,21 +162,29 @@ def describe_author(model: str, template: str) -> dict:
     return {"model": name, "weights": weights, "template": hashlib.sha256(template.encode()).hexdigest()}
 
 
-def _check_author(path: Path, model: str, template: str, sampling: Sampling) -> None:
-    """Notes beside `path` what its predictions are made with. Raises ModelError where others are there."""
-    asked = template + sampling.chat_template_kwargs
-    author = describe_author(model, asked) | {"max_new_tokens": sampling.max_new_tokens}
-    author |= {"temperature": sampling.temperature, "samples": sampling.samples}
-    author["seed"] = sampling.seed if sampling.temperature else 0
-    note = path.with_name("generated_with.json")
-    if path.exists() and note.exists():
-        try:
-            before = dict(json.loads(note.read_bytes()))
-        except (ValueError, TypeError, RecursionError):
-            what = f"{note} is broken, so nobody knows what {path} was made with"
-            raise ModelError(f"{what}; give another --out, or delete {note.name} if you know") from None
-        changed = [key for key in author if before.get(key) != author[key]]
-        if changed:
-            what = f"another model or other settings ({', '.join(changed)}; see {note})"
-            raise ModelError(f"{path} was made with {what}; give another --out")
-    write_atomic(note, json.dumps(author, indent=1) + "\n")
+def describe_settings(sampling: Sampling, benchmark: str) -> dict:
+    """What else decides a reply: all of `sampling` but batch_size, and a seed only where it is used."""
+    settings = {"benchmark": benchmark, **asdict(sampling)}
+    del settings["batch_size"]
+    return settings | {"seed": sampling.seed if sampling.temperature else 0}
+
+
+def _check_author(path: Path, author: dict) -> None:
+    """Raises ReportError where the note beside `path` says that its replies were made with something else.
+
+    A value of None in `author` is not known yet. A larger limit of the prompt changes no reply that is there.
+    """
+    before = read_author(path)
+    if not before:
+        return
+    benchmark = author["benchmark"]
+    if before.get("benchmark", benchmark) != benchmark:
+        what = f"{path} holds replies to {before['benchmark']}, not to {benchmark}"
+        raise ReportError(f"{what}; give another --out")
+    changed = [key for key, value in author.items() if value is not None and before.get(key) != value]
+    if "max_prompt_tokens" in changed and isinstance(limit := before.get("max_prompt_tokens"), int):
+        changed.remove("max_prompt_tokens")
+        changed += ["a larger max_prompt_tokens"] * (limit > author["max_prompt_tokens"])
+    if changed:
+        what = f"another model or other settings ({', '.join(changed)}; see {path.with_name(NOTE)})"
+        raise ReportError(f"{path} was made with {what}; give another --out")

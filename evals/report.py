@@ -23,6 +23,8 @@ from corpus.sources import REPAIR, read_records
 
 Z = 1.959963984540054  # 97.5 % quantile of the normal distribution: intervals are two-sided, 95 %
 T_SMALL = {1: 12.7062, 2: 4.3027}  # the same of Student's t with 1 and 2 degrees of freedom: _t is too coarse
+NOTE = "generated_with.json"  # lies beside the predictions
+PREDICTIONS = ("predictions.jsonl", "predictions.jsonl.gz")
 FIELDS = ("group", "name", "accuracy", "low", "high", "correct", "n")  # of a row of the table
 
 
@@ -135,27 +137,64 @@ def read_objects(path: Path) -> list[tuple[int, dict]]:
     return rows
 
 
-def read_predictions(path: Path) -> list[dict]:
-    """Rows of predictions, each with its "place" (file:line) for messages; several may share an id.
+def read_author(path: Path) -> dict:
+    """What predictions at `path` were made with, as `generate` notes it beside them; {} without a note.
 
-    A half-written last line, which a killed run leaves behind, is left out with a warning; anything else that
-    is wrong raises ReportError or DataError.
+    Raises ReportError for a broken note.
     """
+    note = path.with_name(NOTE)
+    try:
+        author = json.loads(note.read_bytes()) if path.exists() and note.exists() else {}
+    except (ValueError, RecursionError):
+        author = None
+    if not isinstance(author, dict):
+        what = f"{note} is broken, so nobody knows what {path} was made with"
+        raise ReportError(f"{what}; delete it if you know, or generate into another --out")
+    return author
+
+
+def read_predictions(path: Path, benchmark: str) -> list[dict]:
+    """Rows of predictions, each with its "place" (file:line) for messages; one for every id and sample.
+
+    Of several the last one counts, with a warning; a skipped row gives way to an answer without. A
+    half-written last line, which a killed run leaves behind, is left out with a warning; anything else that
+    is wrong raises ReportError or DataError, also a note that they were made for another benchmark.
+    """
+    made_for = read_author(path).get("benchmark", benchmark) if path.name in PREDICTIONS else benchmark
+    if made_for != benchmark:
+        raise ReportError(f"{path} holds replies to {made_for}, not to {benchmark}; give the right --data")
     records = list(read_records(path))
     if records and isinstance(records[-1][1], Exception):
         place = f"{path}:{records.pop()[0]}"
         print(printable(f"warning: {place}: half-written last line left out"), file=sys.stderr)
-    rows = []
+    rows, repeated = {}, []
     for number, row in records:
         if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("id", "output")):
             wanted = 'not a JSON object with the strings "id" and "output"'
             raise ReportError(f"{path}:{number}: {wanted}; {REPAIR}")
         if not isinstance(row.get("sample", 0), (int, float)):
             raise ReportError(f"{path}:{number}: sample is no number; {REPAIR}")
-        rows.append(row | {"place": f"{path}:{number}"})
+        key = row["id"], row.get("sample", 0)
+        if key in rows and "skipped" not in rows[key]:
+            repeated.append(number)
+        if "skipped" not in row or "skipped" in rows.get(key, row):
+            rows[key] = row | {"place": f"{path}:{number}"}
+    if repeated:
+        what = f"{len(repeated)} rows repeat the id and sample of another; the last one counts"
+        print(printable(f"warning: {path}:{repeated[0]}: {what}"), file=sys.stderr)
     if not rows:
         raise ReportError(f"{path} holds no whole prediction; run generate again")
-    return rows
+    return list(rows.values())
+
+
+def tell_unreadable(outputs: Sequence[str], asked: int, effect: str) -> None:
+    """Warns where more than a tenth of the replies hold no calls that can be read.
+
+    A model that writes its calls in another notation would seem to be a weak one. effect: what they count as.
+    """
+    if len(outputs) > asked / 10:
+        what = f"{len(outputs)} of {asked} replies hold no calls that can be read, the first one is"
+        print(printable(f"Warning: {what}\n  {shorten(outputs[0], 300)!r}\n{effect}"))
 
 
 _ENCODE = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make a new encoder for every row
@@ -312,6 +351,15 @@ def read_verdicts(place: str, right: str) -> list[dict]:
     return rows
 
 
+def data_of(place: str) -> str:
+    """The version of the data that scores.json beside the verdicts names, or "". Raises ReportError."""
+    path = (Path(place) if Path(place).is_dir() else Path(place).parent) / "scores.json"
+    try:
+        return str(json.loads(path.read_bytes()).get("data", "")) if path.exists() else ""
+    except (ValueError, AttributeError, RecursionError):
+        raise ReportError(f"--diff: {path} is broken; run score again") from None
+
+
 def compare(a: list[dict], b: list[dict], right: str) -> dict[str, tuple[bool | None, bool | None]]:
     """Case -> (right in a, right in b); None: missing. Of several samples more than half must be right."""
     sides: tuple[dict, dict] = {}, {}
@@ -324,6 +372,10 @@ def compare(a: list[dict], b: list[dict], right: str) -> dict[str, tuple[bool | 
 
 def print_diff(a: str, b: str, show: int, right: str, group: Callable[[dict], str]) -> None:
     """The command --diff: two score folders by category, and the first `show` ids of every list."""
+    data_a, data_b = data_of(a), data_of(b)
+    if data_a and data_b and data_a != data_b:
+        what = f"{a} was scored on {data_a}, {b} on {data_b}, where the same ids are other cases"
+        raise ReportError(f"--diff: {what}; score both on the same data")
     rows_a, rows_b = read_verdicts(a, right), read_verdicts(b, right)
     names, fates = {row["id"]: group(row) for row in (*rows_a, *rows_b)}, compare(rows_a, rows_b, right)
     groups = defaultdict(Counter)

@@ -101,10 +101,19 @@ def test_official_results_are_the_text_of_the_list_or_null():
     assert official_result(refusal, huge) != "null"  # it must stay a call where none fits
 
 
+def test_the_official_files_hold_no_half_surrogates():
+    """Its score files are UTF-8: one half, as it is or as an escape, ended the official command."""
+    case = problem("string", ["a"])
+    escapes = r'"\ud800", "\ud83d\ude00", "\\ud800", "\ud800\ud83d\ude00", "\udc00x"'
+    text = f'[{{"name": "f", "arguments": {{"p": ["\udfff", {escapes}]}}}}]'
+    handed = json.loads(official_result(case, f"<tool_call>{text}</tool_call>"))
+    assert handed[0]["arguments"]["p"] == ["\ufffd", "\ufffd", "😀", "\\ud800", "\ufffd😀", "\ufffdx"]
+
+
 def test_official_files_and_command(tmp_path, capsys):
     data = write_data(write_data(tmp_path / "d", count=3), name="live_relevance", count=1)
     first = RIGHT | {"input_tokens": 9, "output_tokens": 4, "latency": 0.5, "sample": 0}
-    rows = [first, RIGHT | {"output": "2nd"}, WRONG, {"id": "live_relevance_0", "output": "no"}]
+    rows = [first, RIGHT | {"output": "2nd", "sample": 1}, WRONG, {"id": "live_relevance_0", "output": "no"}]
     score(tmp_path, rows, data, "--official_dir", str(tmp_path / "f"), "--model_name", "a/b-c")
     folder = tmp_path / "f" / "result" / "a_b-c"
     lines = (folder / "non_live" / "BFCL_v4_simple_python_result.json").read_text().splitlines()

@@ -123,7 +123,7 @@ def row(case: str, right: bool = True, **more) -> dict:
 
 
 def test_score_writes_verdicts_tables_and_cases(tmp_path, data_dir):
-    rows = [row("b#1"), row("a#1"), row("a#1", False, category="level-1"), row("a#1")]
+    rows = [row("b#1"), row("a#1"), row("a#1", False, sample=1), row("a#1", sample=2)]
     read = score(tmp_path, rows, data_dir, main=main)
     verdicts = read("verdicts.jsonl")
     told = ["b#1 wrong_value:x", "a#1 correct", "a#1 no_tool_call", "a#1 correct"]
@@ -152,8 +152,8 @@ def test_generate_asks_the_chosen_cases(tmp_path, data_dir, monkeypatch):
     monkeypatch.setattr(predict, "write_predictions", lambda *arguments: asked.append(arguments))
     options = ["--temperature", "0.5", "--samples", "3", "--seed", "9", "--limit", "1"]
     assert main(["generate", "--model", "m", "--data", str(data_dir), "--out", str(out), *options]) == 0
-    ((name, cases, path, template, sampling),) = asked
-    assert (name, path) == ("m", out / "predictions.jsonl") and template == ""
+    ((name, cases, path, template, sampling, benchmark),) = asked
+    assert (name, path, benchmark) == ("m", out / "predictions.jsonl", "API-Bank") and template == ""
     assert sampling == predict.Sampling(8192, 1024, 32, 0.5, 3, 9)
     ids = [("a#1", "level-1"), ("b#1", "level-2"), ("level-3#0", "level-3")]
     assert [(case.id, case.category) for case in cases] == ids

@@ -53,7 +53,7 @@ def test_table_2_through_the_aggregation(row):
         return
     assert column(categories, "paper", f"Live ({live_of}") == pytest.approx(live, abs=0.01)
     if live_of == "4":  # hence both Lives are printed
-        assert column(categories, "v4 official", "Live overall") == pytest.approx(live, abs=0.01)
+        assert column(categories, "v4 official", "Live Acc") == pytest.approx(live, abs=0.01)
         assert column(categories, "paper", "Live (6") is None  # irrelevance did not run
     wanted = DEVIATIONS.get(name, overall)
     assert column(categories, "paper", f"Overall (Live of {live_of})") == pytest.approx(wanted, abs=0.011)
@@ -62,30 +62,33 @@ def test_table_2_through_the_aggregation(row):
 def test_live_over_six_categories_and_the_official_overalls():
     """GPT-4o: 1797 of 2251 live cases in all, so 706 of 900 without the four AST categories."""
     categories = table_2("GPT-4o")
-    assert column(categories, "v3 official", "Live overall") == pytest.approx(80.75 * 1351 / 2251, abs=0.01)
+    assert column(categories, "v3 official", "Live Acc") == pytest.approx(80.75 * 1351 / 2251, abs=0.01)
     categories["live_irrelevance"] = category("live_irrelevance", 100 * 692 / 884)
     categories["live_relevance"] = category("live_relevance", 100 * 14 / 16)
     assert column(categories, "paper", "Live (6") == pytest.approx(79.83, abs=0.01)
     assert column(categories, "paper", "Overall (Live of 6)") == pytest.approx(83.97, abs=0.01)
     # irrelevance did not run: a column of its own says so, an Overall column counts 0
-    assert column(categories, "v4 official", "Irrelevance") is None
-    assert column(categories, "v3 official", "Non-live overall") == pytest.approx(4 * 88.105 / 5, abs=0.01)
+    assert column(categories, "v4 official", "Irrelevance Detection") is None
+    v3_non_live = 4 * 88.105 / 5
+    assert column(categories, "v3 official", "Non-Live Overall Acc") == pytest.approx(v3_non_live, abs=0.01)
     categories["irrelevance"] = category("irrelevance", 80.0)
     v3_non_live = (4 * 88.105 + 80) / 5
-    assert column(categories, "v3 official", "Non-live overall") == pytest.approx(v3_non_live, abs=0.01)
-    assert column(categories, "v3 official", "Overall") == pytest.approx((v3_non_live + 79.83) / 3, abs=0.01)
+    assert column(categories, "v3 official", "Non-Live Overall Acc") == pytest.approx(v3_non_live, abs=0.01)
+    v3_overall = (v3_non_live + 79.83) / 3
+    assert column(categories, "v3 official", "Overall Acc") == pytest.approx(v3_overall, abs=0.01)
     irrelevance = (80 + 100 * 692 / 884) / 2
-    assert column(categories, "v4 official", "Irrelevance") == pytest.approx(irrelevance)
+    assert column(categories, "v4 official", "Irrelevance Detection") == pytest.approx(irrelevance)
     overall = 0.1 * (88.105 + 80.75 + irrelevance)
-    assert column(categories, "v4 official", "Overall") == pytest.approx(overall, abs=0.01)
+    assert column(categories, "v4 official", "Overall Acc") == pytest.approx(overall, abs=0.01)
     for name, accuracy in zip(bfcl_data.SIMPLE, (90.0, 60.0, 30.0)):  # the three languages weigh the same
         categories[name]["accuracy"] = accuracy
     assert column(categories, "paper", "Non-live") == pytest.approx((60 + 95.5 + 94 + 83.5) / 4)
 
 
 def test_score_keeps_the_order_and_counts_every_sample(tmp_path, capsys):
+    again = RIGHT | {"sample": 2}
     unread = {**RIGHT, "sample": 1, "output": "no " * 300, "skipped": "prompt_too_long"}
-    read = score(tmp_path, [WRONG, RIGHT, RIGHT, unread], write_data(tmp_path / "d", count=3))
+    read = score(tmp_path, [WRONG, RIGHT, again, unread], write_data(tmp_path / "d", count=3))
     verdicts, cases = read("verdicts.jsonl"), read("cases.jsonl")
     assert verdicts[0] == {"id": "simple_python_1", "valid": False, "error_type": "value_error:others"}
     assert [verdict["valid"] for verdict in verdicts] == [False, True, True, False]
@@ -105,7 +108,7 @@ def test_no_output_stops_the_reports(tmp_path):
     for depth in range(940, 1000):
         value = "[" * depth + "]" * depth
         outputs.append(f'<tool_call>[{{"name": "f", "arguments": {{"p": {value}}}}}]</tool_call>')
-    rows = [{"id": "simple_python_0", "output": output} for output in outputs]
+    rows = [{"id": "simple_python_0", "output": text, "sample": i} for i, text in enumerate(outputs)]
     cases = score(tmp_path, rows, write_data(tmp_path / "d"))("cases.jsonl")
     assert [type(case["came"]) for case in cases] == [list] * 2 + [str] * 60  # deep ones are shown as text
 
@@ -126,6 +129,18 @@ def test_refusals_are_split_and_calls_where_none_fits_are_counted(tmp_path):
     assert found["under-calling: [], a call fits"] == (50, 1, 2)
 
 
+def test_another_notation_is_told(tmp_path, capsys):
+    """Hermes: an object for each call. It gave 0 and 100 %, and no word. Texts without calls are refusals."""
+    data = write_data(write_data(tmp_path / "d"), name="irrelevance", count=4)
+    hermes = '<tool_call>{"name": "f", "arguments": {"p": 1}}</tool_call>'
+    texts = enumerate(["No.", "Sorry.", hermes])
+    refusals = [{"id": f"irrelevance_{i}", "output": text} for i, text in texts]
+    rows = [RIGHT | {"output": hermes}, WRONG | {"output": "f(p=1)"}, *refusals]
+    score(tmp_path, rows, data)
+    told = f"3 of 5 replies hold no calls that can be read, the first one is\n  {hermes!r}"
+    assert told in capsys.readouterr().out
+
+
 def test_diff_goes_by_category(tmp_path, capsys):
     score(tmp_path, [RIGHT, WRONG], write_data(tmp_path / "d"))
     assert main(["--diff", str(tmp_path / "o"), str(tmp_path / "o")]) == 0
@@ -143,16 +158,32 @@ def test_bad_predictions_are_told_in_one_sentence(tmp_path, capsys):
     assert f"p.jsonl:1: {data} has no case 'simple_0'" in error and not out.exists()
 
 
-def test_score_is_a_light_script(tmp_path):
+def without_torch(tmp_path, *words):
     """As a user starts it. A torch that cannot be imported must not matter: it would take ten seconds."""
-    (tmp_path / "torch.py").write_text("raise ImportError('score must not import torch')\n")
-    (tmp_path / "p.jsonl").write_text(json.dumps(RIGHT))
+    (tmp_path / "torch.py").write_text("raise ImportError('torch is not needed for that')\n")
     script, data = Path(eval_bfcl.__file__), write_data(tmp_path / "d")
-    command = [sys.executable, script, "score", "--predictions", "p.jsonl", "--data", data, "--out", "o"]
+    command = [sys.executable, script, *words, "--data", data, "--out", "o"]
     environment = {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_score_is_a_light_script(tmp_path):
+    (tmp_path / "p.jsonl").write_text(json.dumps(RIGHT))
+    done = without_torch(tmp_path, "score", "--predictions", "p.jsonl")
     assert (done.returncode, done.stderr) == (0, "")
     assert "simple_python" in done.stdout and (tmp_path / "o" / "scores.json").is_file()
+
+
+@pytest.mark.parametrize("options, said", [
+    ("--samples 4", "4 equal replies"), ("--model runs/nope/model", "'runs/nope/model' does not exist"),
+    ("--prompt_template nope", "cannot read nope"), ("--chat_template_kwargs a:b", "names and values such"),
+    ("", "holds replies to BFCL v3, not to BFCL v4"),
+])
+def test_what_is_wrong_with_the_settings_is_told_before_torch_is_there(tmp_path, options, said):
+    write_jsonl(tmp_path / "o" / "predictions.jsonl", [RIGHT])
+    (tmp_path / "o" / "generated_with.json").write_text('{"benchmark": "BFCL v3"}')
+    done = without_torch(tmp_path, "generate", "--model", ".", *options.split())
+    assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_generate_asks_the_chosen_cases(tmp_path, monkeypatch, capsys):
@@ -161,8 +192,9 @@ def test_generate_asks_the_chosen_cases(tmp_path, monkeypatch, capsys):
     data = write_data(write_data(tmp_path / "d"), name="multiple", count=3)
     arguments = ["generate", "--model", "M", "--data", str(data), "--out", str(tmp_path / "o")]
     assert main([*arguments, "--limit", "1", "--max_new_tokens", "7", "--categories", "simple,multiple"]) == 0
-    ((model, cases, path, template, sampling),) = asked
+    ((model, cases, path, template, sampling, benchmark),) = asked
     assert (model, path) == ("M", tmp_path / "o" / "predictions.jsonl") and template == ""
+    assert benchmark == "BFCL v4"
     assert [case.id for case in cases] == ["simple_python_0", "multiple_0"]
     assert cases[0].messages == [{"role": "user", "content": "q"}]
     assert cases[0].tools[0]["description"] == "F. Argument values follow Python 3 syntax."
@@ -185,8 +217,8 @@ def test_an_interrupted_evaluation_ends_with_a_sentence(tmp_path, monkeypatch, c
     """Ctrl-C and SIGTERM. What is there is counted, and can be gone on with."""
     data, out = write_data(tmp_path / "d"), tmp_path / "o"
 
-    def stops(model, cases, path, template, sampling):
-        write_jsonl(path, [RIGHT])
+    def stops(model, cases, path, *others):
+        write_jsonl(path, [RIGHT | {"category": "simple_python"}])
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(predict, "write_predictions", stops)

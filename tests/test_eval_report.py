@@ -1,6 +1,7 @@
 """evals/report.py: intervals and p-values against slow, obvious versions; files, tables, two models."""
 
 import gzip
+from contextlib import nullcontext
 from fractions import Fraction
 from math import comb, erfc, sqrt
 
@@ -18,14 +19,15 @@ HALF = [b'{"id": "b", "output": "', b'{"id": "\xc3', b"\0" * 9, b"{\n"]
 @pytest.mark.parametrize("cut", HALF)
 def test_rows_may_share_an_id_and_know_their_place(tmp_path, capsys, cut):
     """A killed `generate` leaves a half-written last line; what came before it is worth scoring."""
-    rows = [{"id": "a", "output": "x"}, {"id": "a", "output": "y"}]
+    rows = [{"id": "a", "output": "x"}, {"id": "a", "output": "y", "sample": 1}]
     path = write_jsonl(tmp_path / "p.jsonl", rows)
     with path.open("ab") as file:
         file.write(cut)
-    assert read_predictions(path) == [{**row, "place": f"{path}:{i}"} for i, row in enumerate(rows, 1)]
+    placed = [{**row, "place": f"{path}:{i}"} for i, row in enumerate(rows, 1)]
+    assert read_predictions(path, "BFCL v4") == placed
     assert capsys.readouterr().err == f"warning: {path}:3: half-written last line left out\n"
     packed = write_jsonl(tmp_path / "p.jsonl.gz", rows)
-    assert [row["output"] for row in read_predictions(packed)] == ["x", "y"]
+    assert [row["output"] for row in read_predictions(packed, "BFCL v4")] == ["x", "y"]
 
 
 PACKED = gzip.compress(b'{"id": "a", "output": "x"}\n' * 9)
@@ -44,7 +46,7 @@ DAMAGED = [  # name, content, the sentence
 def test_errors_of_damaged_predictions_say_where(tmp_path, name, content, sentence):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=sentence):
-        read_predictions(tmp_path / name)
+        read_predictions(tmp_path / name, "BFCL v4")
 
 
 @pytest.mark.parametrize(("correct", "n"), [(0, 16), (1, 16), (8, 16), (16, 16), (213, 258), (1, 1)])
@@ -57,6 +59,43 @@ def test_wilson_bounds_are_where_the_observed_share_is_exactly_z_away(correct, n
     low, high = interval(correct, n)
     assert 0 <= low <= 100 * correct / n <= high <= 100
     assert interval(81, 263) == pytest.approx((25.53, 36.62), abs=0.01)  # Newcombe 1998, Table I
+
+
+def answer(text, **more):
+    return {"id": "a", "output": text, **more}
+
+
+TOO_LONG = {"skipped": "prompt_too_long"}
+
+
+@pytest.mark.parametrize("rows, counted, repeated", [
+    ([answer("x"), answer("y")], "y", 1), ([answer("x"), answer("y", sample=0), answer("z")], "z", 2),
+    ([answer("", **TOO_LONG), answer("y")], "y", 0), ([answer("x"), answer("", **TOO_LONG)], "x", 1),
+])
+def test_a_sample_counts_once(tmp_path, capsys, rows, counted, repeated):
+    """The last one, with a warning; an answer after a skipped row is what a larger limit has let in."""
+    others = [answer("other", sample=1), answer("id") | {"id": "a#2"}]
+    path = write_jsonl(tmp_path / "p.jsonl", [*rows, *others])
+    assert [row["output"] for row in read_predictions(path, "BFCL v4")] == [counted, "other", "id"]
+    assert capsys.readouterr().err.count(f"{repeated} rows repeat the id and sample") == bool(repeated)
+
+
+def test_predictions_for_another_benchmark_are_refused(tmp_path):
+    """v3 and v4 share ids. A file of another name is not what the note beside it is about."""
+    path = write_jsonl(tmp_path / "predictions.jsonl", [answer("x")])
+    (tmp_path / "generated_with.json").write_text('{"benchmark": "BFCL v3"}')
+    with pytest.raises(UserError, match="holds replies to BFCL v3, not to BFCL v4"):
+        read_predictions(path, "BFCL v4")
+    assert read_predictions(path, "BFCL v3")
+    assert read_predictions(path.rename(tmp_path / "p.jsonl"), "BFCL v4")
+
+
+@pytest.mark.parametrize("unreadable, told", [(1, False), (2, True)])
+def test_more_than_a_tenth_that_cannot_be_read_is_told(capsys, unreadable, told):
+    report.tell_unreadable(["f(x=1)\x1b"] * unreadable, 10, "They count as wrong.")
+    out = capsys.readouterr().out
+    assert all((words in out) is told for words in ("2 of 10", "f(x=1)", "count as wrong"))
+    assert "\x1b" not in out
 
 
 def test_several_samples_per_case_are_no_more_cases():
@@ -125,6 +164,19 @@ def test_of_several_samples_more_than_half_must_be_right():
     tie = verdicts("1") + verdicts("0")
     assert compare(a, tie, "valid") == {"c_0": (True, False)}
     assert compare(tie, a, "valid") == {"c_0": (False, True)}
+
+
+@pytest.mark.parametrize("noted, sentence", [
+    ('{"data": "v3"}', "scored on v4, .* on v3"), ("{", "scores.json is broken"),
+    ("[]", "scores.json is broken"), ('{"data": "v4"}', ""), ("{}", ""),
+])
+def test_diff_takes_one_version_of_the_data(tmp_path, noted, sentence):
+    """v3 and v4 share 3,069 ids, some of them with other questions or answers."""
+    for name, scores in (("a", '{"data": "v4"}'), ("b", noted)):
+        write_jsonl(tmp_path / name / "verdicts.jsonl", verdicts("1"))
+        (tmp_path / name / "scores.json").write_text(scores)
+    with pytest.raises(UserError, match=sentence) if sentence else nullcontext():
+        diff(tmp_path / "a", tmp_path / "b" / "verdicts.jsonl")
 
 
 def test_diff_counts_every_fate_of_a_case(tmp_path, capsys):

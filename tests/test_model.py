@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from config import UserError
 from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
 from distributed.weights import load_model, model_config
 from kernel.attention import use_attention
@@ -151,7 +152,7 @@ def test_weights_that_cannot_be_trained_are_one_sentence(kind, exported, tmp_pat
         path.unlink(missing_ok=True)
         if values is not None:
             path.write_text(json.dumps(before | values))
-    with pytest.raises(ModelError, match=words) as caught:
+    with pytest.raises(UserError, match=words) as caught:
         load_model(str(folder), CPU)
     assert "\n" not in str(caught.value)
 

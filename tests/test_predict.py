@@ -11,9 +11,8 @@ from config import UserError
 from corpus.sources import read_jsonl
 from corpus.tiny_model import build_tiny_tokenizer
 from evals.predict import Sampling, in_batches, write_predictions
-from evals.report import Case
+from evals.report import Case, read_predictions
 from kernel.attention import use_attention
-from model import ModelError
 from ops.export import ask_from_tools, export
 from prompts import decode_reply, encode_prompt, stop_ids
 from rollout import ENGINES
@@ -42,9 +41,9 @@ QUESTIONS = [[{"role": "user", "content": "weather " * (i + 1)}] for i in range(
 CASES = [Case(f"c{i}", "simple", question, []) for i, question in enumerate(QUESTIONS)]
 
 
-def predict(exported, cases, path, **settings) -> list[dict]:
+def predict(exported, cases, path, benchmark="BFCL v4", **settings) -> list[dict]:
     settings = dict(max_prompt_tokens=500, max_new_tokens=6, batch_size=2) | settings
-    write_predictions(exported, cases, path, TEMPLATE, Sampling(**settings))
+    write_predictions(exported, cases, path, TEMPLATE, Sampling(**settings), benchmark)
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
@@ -74,7 +73,7 @@ def test_a_model_is_asked_as_it_was_trained(model, tokenizer, tmp_path):
     asking = copy.copy(tokenizer)
     ask_from_tools(asking, TEMPLATE)
     export(model, asking, tmp_path / "model")
-    write_predictions(str(tmp_path / "model"), CASES, tmp_path / "p.jsonl", "", Sampling(500, 6, 2))
+    write_predictions(str(tmp_path / "model"), CASES, tmp_path / "p.jsonl", "", Sampling(500, 6, 2), "")
     for line in (tmp_path / "p.jsonl").read_text(encoding="utf-8").split("\n")[:-1]:
         [case] = [case for case in CASES if case.id == (row := json.loads(line))["id"]]
         assert row["input_tokens"] == len(encode_prompt(tokenizer, case.messages, case.tools, TEMPLATE))
@@ -120,10 +119,13 @@ def test_replies_of_other_settings_are_not_mixed(exported, tmp_path):
     path = tmp_path / "predictions.jsonl"
     before = predict(exported, CASES[:1], path, **SAMPLED)
     variable = {"chat_template_kwargs": "add_generation_prompt: true"}
-    for changed in ({"seed": 1}, {"samples": 2}, {"temperature": 0.5}, variable):
-        with pytest.raises(ModelError, match="with another model or other settings"):
+    others = {"seed": 1}, {"samples": 2}, {"temperature": 0.5}, {"max_prompt_tokens": 499}, variable
+    for changed in others:
+        with pytest.raises(UserError, match=rf"other settings \((a larger )?{[*changed][0]}; see"):
             predict(exported, CASES, path, **(SAMPLED | changed))
-    with pytest.raises(ModelError, match="greedy decoding would give 3 equal replies"):
+    with pytest.raises(UserError, match="holds replies to BFCL v4, not to API-Bank; give another --out"):
+        predict(exported, CASES, path, "API-Bank", **SAMPLED)
+    with pytest.raises(UserError, match="greedy decoding would give 3 equal replies"):
         predict(exported, CASES, tmp_path / "p.jsonl", samples=3)
     assert predict(exported, CASES[:1], path, **SAMPLED) == before, "the refusal changes nothing"
 
@@ -148,6 +150,18 @@ def test_a_case_that_cannot_be_asked_is_skipped_and_says_why(exported, tokenizer
     assert all((row["output"], row["output_tokens"]) == ("", 0) for row in rows if "skipped" in row)
 
 
+def test_a_larger_limit_asks_again_what_was_too_long(exported, tokenizer, tmp_path):
+    """Once: what is still too long, or was asked since, is not asked a third time."""
+    lengths = [len(encode_prompt(tokenizer, case.messages, case.tools, TEMPLATE)) for case in CASES]
+    path, counts = tmp_path / "p.jsonl", []
+    for limit in (lengths[1], lengths[3], lengths[3], 500):
+        rows = predict(exported, CASES, path, max_prompt_tokens=limit)
+        counts.append((len(rows), sum("skipped" in row for row in rows)))
+    assert counts == [(5, 3), (7, 3), (7, 3), (8, 3)]
+    kept = {row["id"]: row for row in read_predictions(path, "BFCL v4")}
+    assert len(kept) == 5 and not any("skipped" in row for row in kept.values())
+
+
 @pytest.mark.parametrize("name, broken", [
     ("generated_with.json", b""), ("generated_with.json", b"{"), ("generated_with.json", b"[1]"),
     ("generated_with.json", b"\0\0\0"), ("generated_with.json", b"\xff\xfe"), ("generated_with.json", b"3"),
@@ -168,8 +182,8 @@ def test_what_a_power_cut_left_is_asked_again(exported, tmp_path):
     predict(exported, CASES[:1], path)
     with path.open("ab") as file:
         file.write(b"\0\0\n\0\0\0")
-    rows = write_predictions(exported, CASES[:2], path, TEMPLATE, Sampling(500, 6, 2)) or read_jsonl(path)
-    assert [row["id"] for row in rows] == ["c0", "c1"]
+    write_predictions(exported, CASES[:2], path, TEMPLATE, Sampling(500, 6, 2), "BFCL v4")
+    assert [row["id"] for row in read_jsonl(path)] == ["c0", "c1"]
 
 
 def test_without_a_terminal_a_line_is_printed_now_and_then(monkeypatch, capsys):
