@@ -1,10 +1,11 @@
-"""BFCL single-turn in two steps: `generate` asks a model, `score` judges its answers without a GPU.
+"""BFCL, single and multi-turn, in two steps: `generate` asks a model, `score` judges without a GPU.
 
     python eval_bfcl.py generate --model M --data DIR --out DIR
     python eval_bfcl.py score --predictions FILE.jsonl --data DIR --out DIR
     python eval_bfcl.py --diff OUT_A OUT_B
 
-The verdicts come from evals/bfcl_check.py and are those of the official checker.
+The verdicts are those of the official checker: on single turns from evals/bfcl_check.py, on dialogues
+(--categories multi_turn, which need no --data) from itself, see evals/bfcl_multi_turn.py.
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
-from evals import bfcl_data, bfcl_table, predict, report
+from evals import bfcl_data, bfcl_multi_turn, bfcl_table, predict, report
 from evals.bfcl_check import Problem, decode, find_fault, reply_kind
-from evals.bfcl_data import CATEGORIES, HUB_ID
+from evals.bfcl_data import CATEGORIES, HUB_ID, MULTI_TURN
+from evals.bfcl_multi_turn import Scenario, load_scenarios
 from evals.report import ReportError, tally
 
 MAX_BRACKETS = 300  # of a reply whose calls are written again as JSON; Python refuses about 1,000 levels
 OFFICIAL_MODEL = "Salesforce/xLAM-2-3b-fc-r"  # the official command knows it, and reads a JSON list from it
 
 
-def judge(pairs: Iterable[tuple[dict, Problem]], problems: dict[str, Problem]) -> tuple[list[dict], dict]:
+def judge(
+    pairs: Iterable[tuple[dict, Problem | Scenario]], problems: dict[str, Problem | Scenario]
+) -> tuple[list[dict], dict]:
     """(cases, scores) of (row, case) pairs; several rows may share a case (samples).
 
     cases: per row, in order: id, category, valid, error_type, expected, came, why (see write_cases), "sample"
@@ -36,27 +40,32 @@ def judge(pairs: Iterable[tuple[dict, Problem]], problems: dict[str, Problem]) -
     cases: list[dict] = []
     verdicts: dict[str, list[tuple[str, bool]]] = {}
     kinds: dict[str, list[tuple[str, str]]] = {}
-    errors: dict[str, Counter] = {name: Counter() for name in CATEGORIES}
+    errors: dict[str, Counter] = {name: Counter() for name in (*CATEGORIES, *MULTI_TURN)}
     unreadable: list[str] = []
     for row, problem in pairs:
-        output, calls = row["output"], decode(row["output"])
-        kind, (error_type, why) = reply_kind(output, calls), find_fault(problem, calls) or (None, "")
+        output = came = row["output"]
+        if isinstance(problem, Scenario):
+            error_type, why = bfcl_multi_turn.find_fault(problem, output) or (None, "")
+        else:
+            calls = decode(output)
+            kind, (error_type, why) = reply_kind(output, calls), find_fault(problem, calls) or (None, "")
+            kinds.setdefault(problem.category, []).append((problem.id, kind))
+            silent = kind == "no_block" and (problem.category in bfcl_table.REFUSALS or "skipped" in row)
+            if kind in ("no_block", "unparsable") and not silent:
+                unreadable.append(output)
+            # JSON nested too deeply to be written again is shown as text.
+            flat = output.count("[") + output.count("{") < MAX_BRACKETS
+            came = calls if flat and kind in ("called", "empty_list") else report.shorten(output)
         verdicts.setdefault(problem.category, []).append((problem.id, error_type is None))
-        kinds.setdefault(problem.category, []).append((problem.id, kind))
         if error_type:
             errors[problem.category][error_type] += 1
-        silent = kind == "no_block" and (problem.category in bfcl_table.REFUSALS or "skipped" in row)
-        if kind in ("no_block", "unparsable") and not silent:
-            unreadable.append(output)
-        # JSON nested too deeply to be written again is shown as text.
-        readable = kind in ("called", "empty_list") and output.count("[") + output.count("{") < MAX_BRACKETS
         case = {
             "id": row["id"], "category": problem.category, "valid": not error_type, "error_type": error_type,
             "expected": "a call" if problem.category == "live_relevance" else problem.answer,
-            "came": calls if readable else report.shorten(output), "why": why,
+            "came": came, "why": why,
         }
         cases.append(case | {"sample": row["sample"]} if "sample" in row else case)
-    ran = [name for name in CATEGORIES if name in verdicts]
+    ran = [name for name in errors if name in verdicts]
     categories = {name: {**tally(verdicts[name]), "errors": dict(errors[name])} for name in ran}
     sizes = Counter(problem.category for problem in problems.values())
     listed, replies = bfcl_table.aggregates(categories, sizes), bfcl_table.reply_rows(kinds)
@@ -66,13 +75,16 @@ def judge(pairs: Iterable[tuple[dict, Problem]], problems: dict[str, Problem]) -
 
 def score(args: argparse.Namespace) -> None:
     """The command `score`: writes verdicts.jsonl, cases and tables to OUT, and prints the tables."""
-    place, version = bfcl_data.find_data(args.data)
+    place, version = bfcl_data.find_data(args.data) if args.data else (None, "v4")
     rows = report.read_predictions(args.predictions, f"BFCL {version}")
-    problems = bfcl_data.load_problems(place)
+    problems: dict[str, Problem | Scenario] = bfcl_data.load_problems(place) if place else {}
+    if version == "v4" and any(bfcl_data.category_of(row["id"]) in MULTI_TURN for row in rows):
+        problems |= {scenario.id: scenario for scenario in load_scenarios()}
     for row in rows:
         if row["id"] not in problems:
+            what = f"{args.data or 'the installed bfcl-eval'} has no case {row['id']!r}"
             advice = "check that --data has all of BFCL, in the right version, v3 or v4"
-            raise ReportError(f"{row['place']}: {args.data} has no case {row['id']!r}; {advice}")
+            raise ReportError(f"{row['place']}: {what}; {advice}")
     pairs = [(row, problems[row["id"]]) for row in rows]
     cases, scores = judge(pairs, problems)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -80,7 +92,8 @@ def score(args: argparse.Namespace) -> None:
     report.write_rows(args.out / "verdicts.jsonl", ({key: case[key] for key in keys} for case in cases))
     report.write_cases(cases, args.out)
     categories, sizes, unreadable = scores["categories"], scores["sizes"], scores.pop("unreadable")
-    listed = [{"group": "category", "name": name, **categories.get(name, tally(()))} for name in CATEGORIES]
+    names = (*CATEGORIES, *MULTI_TURN)
+    listed = [{"group": "category", "name": name, **categories.get(name, tally(()))} for name in names]
     columns, source = bfcl_table.PAPER_COLUMNS, bfcl_table.PAPER_SOURCE
     paper = [*bfcl_table.paper_rows(categories, scores["aggregates"]), *bfcl_table.PAPER]
     rows_by_name = [dict(zip(columns, row)) for row in paper]
@@ -95,10 +108,15 @@ def score(args: argparse.Namespace) -> None:
     effect = "They are wrong where a call is right, and right refusals in the irrelevance categories."
     report.tell_unreadable(unreadable, len(rows) - skipped, effect)
     if skipped:
-        what = "prompts were too long or refused; they count as answered without a call"
-        print(f"{skipped} of {len(rows)} {what}.")
+        long = sum(row.get("skipped") == bfcl_multi_turn.TOO_LONG for row in rows)
+        what = f"{skipped} of {len(rows)} prompts were too long ({long}; see --max_prompt_tokens) or refused"
+        print(f"{what}; they count as answered without a call, and a dialogue as wrong.")
     if args.official_dir:
-        files = bfcl_data.write_official(pairs, version, args.official_dir, args.model_name)
+        results = []
+        for row, problem in pairs:
+            told = bfcl_multi_turn if isinstance(problem, Scenario) else bfcl_data
+            results.append((row, problem.category, told.official_result(problem, row["output"])))
+        files = bfcl_data.write_official(results, version, args.official_dir, args.model_name)
         names = ",".join(bfcl_data.file_category(name, version) for name in categories)
         print(
             f"{files} files for BFCL {version}'s own command, which scores them with:\n"
@@ -109,9 +127,15 @@ def score(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> None:
     """The command `generate`: appends to predictions.jsonl; cases already there are not asked again."""
-    place, version = bfcl_data.find_data(args.data)
-    problems = bfcl_data.choose_problems(place, args.categories, args.limit)
-    predict.generate(args, bfcl_data.prompt_cases(problems), f"BFCL {version}")
+    chosen, version, cases = bfcl_data.select_categories(args.categories), "v4", []
+    if chosen.difference(MULTI_TURN):
+        place, version = bfcl_data.find_data(args.data)
+        cases += bfcl_data.prompt_cases(bfcl_data.choose_problems(place, args.categories, args.limit))
+    if dialogues := [name for name in MULTI_TURN if name in chosen]:
+        if version != "v4":
+            raise ReportError(f"--categories: {args.data} is BFCL v3, dialogues are v4's; ask for them apart")
+        cases += load_scenarios(dialogues, args.limit)
+    predict.generate(args, cases, f"BFCL {version}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -120,9 +144,9 @@ def main(arguments: list[str] | None = None) -> int:
     folder = {"type": Path, "help": "also write result files for `bfcl evaluate`"}
     name = {"default": OFFICIAL_MODEL, "help": "name there (%(default)s)"}
     script = report.Script(
-        name="eval_bfcl", data=f"folder or checkout with BFCL_v4_*.json, or {HUB_ID}",
-        max_prompt_tokens=16384, generate=generate, generate_options={"--categories": which},
-        score=score, right="valid",
+        name="eval_bfcl", data=f"folder or checkout with BFCL_v4_*.json, or {HUB_ID}; not for multi_turn",
+        data_needed=False, max_prompt_tokens=32768, generate=generate,
+        generate_options={"--categories": which}, score=score, right="valid",
         score_options={"--official_dir --official-dir": folder, "--model_name --model-name": name},
         group=lambda verdict: bfcl_data.category_of(verdict["id"]),
     )

@@ -1,4 +1,4 @@
-"""BFCL's single-turn cases: where they lie, how v3 and v4 differ, and what the model is shown of them."""
+"""BFCL's single-turn cases: where they lie, how v3 and v4 differ, what the model is shown; official files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ LIVE_AST = ("live_simple", "live_multiple", "live_parallel", "live_parallel_mult
 LIVE = (*LIVE_AST, "live_irrelevance", "live_relevance")
 CATEGORIES = (*NON_LIVE, *LIVE)  # named as in v4
 V3_NAMES = {"simple": "simple_python", "java": "simple_java", "javascript": "simple_javascript"}
-GROUPS = {"single_turn": CATEGORIES, "non_live": NON_LIVE, "live": LIVE}
+MULTI_TURN = tuple(f"multi_turn_{part}" for part in ("base", "miss_func", "miss_param", "long_context"))
+GROUPS = {"single_turn": CATEGORIES, "non_live": NON_LIVE, "live": LIVE, "multi_turn": MULTI_TURN}
 SUITE = "berkeley-function-call-leaderboard"
 DATA_FOLDERS = (".", "bfcl_eval/data", "data", f"{SUITE}/bfcl_eval/data", f"{SUITE}/data")
 HUB_ID = "gorilla-llm/Berkeley-Function-Calling-Leaderboard"  # a data set of the hub, in v3's names
@@ -42,8 +43,8 @@ def select_categories(names: Iterable[str]) -> set[str]:
     chosen: set[str] = set()
     for name in ",".join(names).split(","):
         name = V3_NAMES.get(name, name)
-        if name not in GROUPS and name not in CATEGORIES:
-            known = ", ".join((*GROUPS, *CATEGORIES))
+        if name not in (*GROUPS, *CATEGORIES, *MULTI_TURN):
+            known = ", ".join((*GROUPS, *CATEGORIES, *MULTI_TURN))
             raise ReportError(f"--categories: unknown {name!r}; choose from {known}")
         chosen.update(GROUPS.get(name, (name,)))
     return chosen
@@ -62,8 +63,10 @@ def _download() -> str:
         raise ReportError(f"--data {HUB_ID}: {what}; give a folder with the files of {SUITE}") from None
 
 
-def find_data(folder: str | Path) -> tuple[Path, str]:
+def find_data(folder: str | Path | None) -> tuple[Path, str]:
     """(folder with the questions, "v3" or "v4") in `folder`, a checkout or package of BFCL, or HUB_ID."""
+    if folder is None:
+        raise ReportError(f"--data is missing: the folder with BFCL_v4_*.json, or {HUB_ID}")
     if not Path(folder).is_dir():
         if str(folder) != HUB_ID:
             raise ReportError(f"{folder}: no such folder; --data is one with BFCL_v4_*.json, or {HUB_ID}")
@@ -179,21 +182,24 @@ def official_result(problem: Problem, output: str) -> str:
     return "null" if "relevance" not in problem.category and HUGE_NUMBER.search(text) else text
 
 
-def write_official(pairs: Iterable[tuple[dict, Problem]], version: str, folder: Path, model_name: str) -> int:
+def write_official(
+    results: Iterable[tuple[dict, str, str | list]], version: str, folder: Path, model_name: str
+) -> int:
     """Writes result files that the unmodified `bfcl evaluate` scores the same way; returns how many.
 
-    pairs: (prediction, case); the first prediction of every case counts, because the official tool knows no
-    samples. model_name: one that the tool knows, and whose handler reads JSON lists of calls.
+    results: (prediction, category, what the tool is told that came); the first of every case counts, because
+    the tool knows no samples. model_name: one that it knows, and whose handler reads JSON lists of calls.
     """
     files: dict[Path, dict[str, dict]] = {}
     result = folder / "result" / model_name.replace("/", "_")
     names = {"input_tokens": "input_token_count", "output_tokens": "output_token_count", "latency": "latency"}
-    for row, problem in pairs:
-        group = "" if version == "v3" else "live" if problem.category in LIVE else "non_live"
-        path = result / group / f"BFCL_{version}_{file_category(problem.category, version)}_result.json"
-        line = {"id": problem.id.partition("#")[0], "result": official_result(problem, row["output"])}
+    for row, category, came in results:
+        group = next(group for group in ("live", "multi_turn", "non_live") if category in GROUPS[group])
+        place = result / ("" if version == "v3" else group)
+        path = place / f"BFCL_{version}_{file_category(category, version)}_result.json"
+        line = {"id": row["id"].partition("#")[0], "result": came}
         line |= {theirs: row[ours] for ours, theirs in names.items() if ours in row}
-        files.setdefault(path, {}).setdefault(problem.id, line)
+        files.setdefault(path, {}).setdefault(row["id"], line)
     for path, lines in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         write_rows(path, lines.values())

@@ -25,11 +25,10 @@ from uuid import uuid4
 
 from config import first_line
 from evals.bfcl_check import decode
-from evals.bfcl_data import prompt_tools
+from evals.bfcl_data import MULTI_TURN, prompt_tools
 from evals.report import ReportError, read_objects
 from prompts import END_THINK, PromptError, ToolCall, encode_prompt
 
-CATEGORIES = tuple(f"multi_turn_{part}" for part in ("base", "miss_func", "miss_param", "long_context"))
 TOO_LONG = "prompt_too_long"
 REMEDY = "pip install --no-deps bfcl-eval==2026.3.23"
 NO_TOOL = "no_such_tool"  # stands for a name that is no tool's: unlike that, it cannot be a name of Python's
@@ -89,7 +88,7 @@ def package() -> Package:
         raise ReportError(f"{why}; {REMEDY}") from None
 
 
-def load_scenarios(categories: Iterable[str] = CATEGORIES, limit: int | None = None) -> list[Scenario]:
+def load_scenarios(categories: Iterable[str] = MULTI_TURN, limit: int | None = None) -> list[Scenario]:
     """The first `limit` scenarios of each category. Raises ReportError and DataError."""
     scenarios = []
     for category in categories:
@@ -180,10 +179,16 @@ def _release(owner: str) -> None:
 # --------------------------------------------------------------------------------------------------- dialogue
 
 
+def seed_of(name: str) -> int:
+    """A seed that follows from a name alone."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
+
+
 class Dialogue:
     """A scenario being played. outputs: the replies so far, turn by turn. skipped: why it ended early.
 
-    messages, tools: what the next reply is asked with. input_tokens, output_tokens: of all prompts, replies.
+    messages, tools: what the next reply is asked with. input_tokens, output_tokens: of all prompts and all
+    replies; where the last prompt was too long, of that one alone.
     """
 
     def __init__(self, scenario: Scenario, sample: int = 0) -> None:
@@ -216,9 +221,8 @@ class Dialogue:
 
     def seed(self, seed: int) -> int:
         """Of the next reply: a function of its place, whatever else is asked."""
-        place = (self.scenario.id, self.sample, len(self.outputs), len(self.outputs[-1]))
-        name = f"{seed}/evaluation/{'/'.join(map(str, place))}"
-        return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
+        place = (seed, "evaluation", self.scenario.id, self.sample, len(self.outputs), len(self.outputs[-1]))
+        return seed_of("/".join(map(str, place)))
 
     def stop(self, reason: str) -> None:
         """Ends it before its time: no reply can be asked for."""
@@ -291,6 +295,7 @@ class Player:
                 dialogue.stop(str(error))
                 continue
             if len(ids) > limit:
+                dialogue.input_tokens = len(ids)
                 dialogue.stop(TOO_LONG)
                 continue
             asked[dialogue] = Prompt(dialogue.scenario.id, ids, dialogue.seed(self.seed))

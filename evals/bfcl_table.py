@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from evals import report
-from evals.bfcl_data import CATEGORIES, LIVE, LIVE_AST, NON_LIVE_AST, SIMPLE
+from evals.bfcl_data import CATEGORIES, LIVE, LIVE_AST, MULTI_TURN, NON_LIVE_AST, SIMPLE
 from evals.report import tally
 
 AST = (*NON_LIVE_AST, *LIVE_AST)
@@ -57,22 +57,25 @@ def aggregates(categories: dict[str, dict], sizes: dict[str, int]) -> list[dict]
     "n"}. sizes: cases per category, because official Overall columns count what did not run as wrong.
     """
     filled = dict(categories)
-    for name in CATEGORIES:
+    for name in (*CATEGORIES, *MULTI_TURN):
         filled.setdefault(name, {"accuracy": 0.0, "low": 0.0, "high": 0.0, "n": sizes[name]})
     # The three languages of "simple" weigh the same, whatever their numbers of cases.
     simple, others = _equal(*SIMPLE), _equal("multiple", "parallel", "parallel_multiple")
     non_live = _scaled(0.25, simple) | _scaled(0.75, others)
     v3_non_live = _scaled(0.8, non_live) | {"irrelevance": 0.2}
     live_ast, live, refusals = _by_size(filled, LIVE_AST), _by_size(filled, LIVE), _equal(*REFUSALS)
-    # Multi-turn (v3: a third, v4: 30 %) and agentic (v4: 40 %) are not run here and count 0.
+    # Multi-turn of v3 (a third) and agentic (40 % of v4) are not run here and count 0.
     v3_overall = _scaled(1 / 3, v3_non_live) | _scaled(1 / 3, live)
+    turns = _equal(*MULTI_TURN)
     v4_overall = _scaled(0.1, non_live) | _scaled(0.1, live_ast) | _scaled(0.1, refusals)
+    v4_overall |= _scaled(0.3, turns)
+    zero = "agentic = 0" if any(name in categories for name in MULTI_TURN) else "multi-turn, agentic = 0"
     rows = [
         ("v3 official", "Non-Live AST Acc", non_live, categories),
         ("v3 official", "Non-Live Overall Acc", v3_non_live, filled),
         ("v3 official", "Live Acc", live, filled),
         ("v3 official", "Overall Acc (multi-turn = 0)", v3_overall, filled),
-        ("v4 official", "Overall Acc (multi-turn, agentic = 0)", v4_overall, filled),
+        ("v4 official", f"Overall Acc ({zero})", v4_overall, filled),
         ("v4 official", "Non-Live Overall Acc", non_live, filled),
         ("v4 official", "Non-Live AST Acc", non_live, categories),
         ("v4 official", "Non-Live Simple AST", simple, categories),
@@ -85,6 +88,11 @@ def aggregates(categories: dict[str, dict], sizes: dict[str, int]) -> list[dict]
         ("v4 official", "Live Multiple AST", _equal("live_multiple"), categories),
         ("v4 official", "Live Parallel AST", _equal("live_parallel"), categories),
         ("v4 official", "Live Parallel Multiple AST", _equal("live_parallel_multiple"), categories),
+        ("v4 official", "Multi Turn Acc", turns, filled),
+        ("v4 official", "Base", _equal("multi_turn_base"), categories),
+        ("v4 official", "Miss Func", _equal("multi_turn_miss_func"), categories),
+        ("v4 official", "Miss Param", _equal("multi_turn_miss_param"), categories),
+        ("v4 official", "Long Context", _equal("multi_turn_long_context"), categories),
         ("v4 official", "Relevance Detection", _equal("live_relevance"), categories),
         ("v4 official", "Irrelevance Detection", refusals, categories),
         ("paper", "Non-live", non_live, categories),

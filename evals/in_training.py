@@ -133,8 +133,8 @@ def load_benchmarks(
             print(f"{name}: {len(fits)} cases; {long} are longer than max_prompt_tokens ({limit}){why}")
         benchmarks[name] = fits
     if config.bfcl_multi_turn:
-        each = -(-config.bfcl_multi_turn // len(bfcl_multi_turn.CATEGORIES))
-        parts = [bfcl_multi_turn.load_scenarios([name], each) for name in bfcl_multi_turn.CATEGORIES]
+        each = -(-config.bfcl_multi_turn // len(bfcl_data.MULTI_TURN))
+        parts = [bfcl_multi_turn.load_scenarios([name], each) for name in bfcl_data.MULTI_TURN]
         scenarios = list(chain(*zip(*parts)))[: config.bfcl_multi_turn]  # of every part in turn
         benchmarks["bfcl_multi_turn"] = [JudgedScenario(scenario, template) for scenario in scenarios]
     return benchmarks

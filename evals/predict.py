@@ -8,8 +8,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 
@@ -17,10 +17,10 @@ from tqdm import tqdm
 
 from config import check_model, printable, template_kwargs
 from corpus.sources import append_jsonl, iter_jsonl, write_atomic
+from evals.bfcl_multi_turn import TOO_LONG, Dialogue, Player, Scenario, play, seed_of
 from evals.report import NOTE, Case, ReportError, read_author
 from prompts import PromptError, check_tokenizer, encode_prompt, load_template
 
-TOO_LONG = "prompt_too_long"
 LINE_SECONDS = 30.0  # at least, between two lines about progress where no bar is seen
 
 
@@ -37,7 +37,7 @@ class Sampling:
     chat_template_kwargs: str = ""
 
 
-def generate(args: argparse.Namespace, cases: Sequence[Case], benchmark: str) -> None:
+def generate(args: argparse.Namespace, cases: Sequence[Case | Scenario], benchmark: str) -> None:
     """The command `generate` of every evaluation. benchmark: its name, with the version of its data where
     versions share ids. Raises UserError.
     """
@@ -54,16 +54,18 @@ def generate(args: argparse.Namespace, cases: Sequence[Case], benchmark: str) ->
 
 
 def write_predictions(
-    model: str, cases: Sequence[Case], path: Path, template: str, sampling: Sampling, benchmark: str
+    model: str, cases: Sequence[Case | Scenario], path: Path, template: str, sampling: Sampling,
+    benchmark: str,
 ) -> None:
     """Appends replies of the model in folder or hub id `model` to `path`, one JSON line each.
 
     Rows: id, category, sample (from 0), input_tokens, output, output_tokens, latency (seconds of its batch /
-    replies of its batch), and "skipped" where a prompt is too long or refused (its output is empty). Samples
-    depend on the seed and their own case only. template: "" for the one that the model was trained with, or
-    ours. Replies that `path` holds are not made again, so a killed run goes on where it was; prompts that
-    were too long are tried again under a larger limit. Raises UserError, also where those replies were made
-    with another model or other settings.
+    replies of its batch), and "skipped" where a prompt is too long or refused (its output is empty). The row
+    of a scenario is a whole dialogue: its output is a list of replies for every turn. Samples depend on the
+    seed and their own case only. template: "" for the one that the model was trained with, or ours. Replies
+    that `path` holds are not made again, so a killed run goes on where it was; prompts that were too long
+    are tried again under a larger limit. Raises UserError, also where those replies were made with another
+    model or other settings.
     """
     if sampling.temperature == 0 and sampling.samples > 1:
         what = f"samples: greedy decoding would give {sampling.samples} equal replies"
@@ -98,7 +100,7 @@ def write_predictions(
     policy = load_model(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     check_tokenizer(tokenizer, template)
     todo, began = [], time.perf_counter()
-    for case in (case for case in cases if missing[case.id]):
+    for case in (case for case in cases if isinstance(case, Case) and missing[case.id]):
         skipped = ""
         try:
             ids = encode_prompt(tokenizer, case.messages, case.tools, template)
@@ -106,9 +108,8 @@ def write_predictions(
                 skipped = TOO_LONG
         except PromptError as error:
             ids, skipped = [], str(error)
-        # Whatever else is asked. The 0 once counted cases of the same id; without it all seeds would change.
-        name = f"{sampling.seed}/evaluation/{case.category}/{case.id}/0"
-        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) >> 1
+        # The 0 once counted cases of the same id; without it all seeds would change.
+        seed = seed_of(f"{sampling.seed}/evaluation/{case.category}/{case.id}/0")
         if skipped:
             empty = {"output": "", "output_tokens": 0, "skipped": skipped, "latency": 0.0}
             append_jsonl(path, [_row(case, k, ids) | empty for k in missing[case.id]])
@@ -117,7 +118,8 @@ def write_predictions(
     todo.sort(key=lambda one: len(one[1].ids))  # prompts of similar length share a batch
     size = max(1, sampling.batch_size // sampling.samples)
     decoding = Decoding(sampling.samples, sampling.temperature, sampling.max_new_tokens, sampling.batch_size)
-    for batch in in_batches(todo, size, path.parent.name or "eval"):
+    name = path.parent.name or "eval"
+    for batch in in_batches(todo, size, name):
         started = time.perf_counter()
         # All samples of a case come from one stream of random numbers, so all are made.
         groups = sample_groups(policy, tokenizer, [prompt for _, prompt in batch], decoding)
@@ -128,27 +130,44 @@ def write_predictions(
                 reply = {"output": group.texts[k], "output_tokens": len(group.responses[k])}
                 rows.append(_row(case, k, prompt.ids) | reply | {"latency": latency})
             append_jsonl(path, rows)
-    print(f"{path}: {len(todo)} cases asked in {time.perf_counter() - began:.1f} s")
+    decoding = replace(decoding, group_size=1)
+    player = Player(policy, tokenizer, template, decoding, sampling.max_prompt_tokens, sampling.seed)
+    scenarios = [case for case in cases if isinstance(case, Scenario)]
+    dialogues = [Dialogue(scenario, k) for scenario in scenarios for k in missing[scenario.id]]
+    played = play(dialogues, player.answer, sampling.batch_size)
+    for dialogue in progress(played, len(dialogues), name, "dialogues"):
+        counts = {"input_tokens": dialogue.input_tokens, "output_tokens": dialogue.output_tokens}
+        row = _row(dialogue.scenario, dialogue.sample, []) | {"output": dialogue.outputs} | counts
+        append_jsonl(path, [row | {"skipped": dialogue.skipped} if dialogue.skipped else row])
+    asked = len(todo) + len(dialogues)
+    print(f"{path}: {asked} cases asked in {time.perf_counter() - began:.1f} s")
 
 
 def in_batches(items: Sequence, size: int, name: str) -> Iterator[Sequence]:
-    """`size` items at a time, with a bar in a terminal, elsewhere a line now and then."""
-    told = time.monotonic()
-    for start in tqdm(range(0, len(items), size), printable(name), unit="batch", disable=None):
-        if not sys.stderr.isatty() and time.monotonic() - told >= LINE_SECONDS:
-            told = time.monotonic()
-            print(printable(f"{name}: {start} of {len(items)} prompts"), flush=True)
+    """`size` items at a time, with their progress."""
+    starts = range(0, len(items), size)
+    for start in progress(starts, len(starts), name, "batches"):
         yield items[start : start + size]
 
 
-def _row(case: Case, sample: int, ids: list[int]) -> dict:
+def progress(items: Iterable, total: int, name: str, unit: str) -> Iterator:
+    """The items, with a bar in a terminal, elsewhere a line now and then."""
+    told = time.monotonic()
+    for done, item in enumerate(tqdm(items, printable(name), total, unit=unit, disable=None)):
+        if not sys.stderr.isatty() and time.monotonic() - told >= LINE_SECONDS:
+            told = time.monotonic()
+            print(printable(f"{name}: {done} of {total} {unit}"), flush=True)
+        yield item
+
+
+def _row(case: Case | Scenario, sample: int, ids: list[int]) -> dict:
     return {"id": case.id, "category": case.category, "sample": sample, "input_tokens": len(ids)}
 
 
 def _there(path: Path, max_prompt_tokens: int) -> set[tuple[str, str]]:
     """(id, sample) of the replies in `path`, but for prompts that were too long and no longer are."""
     there = set()
-    for row in iter_jsonl(path, category=str, id=str, output=str):
+    for row in iter_jsonl(path, category=str, id=str):
         tokens = row.get("input_tokens", 0)
         if row.get("skipped") != TOO_LONG or (isinstance(tokens, int) and tokens > max_prompt_tokens):
             there.add((row["id"], str(row.get("sample", 0))))

@@ -55,6 +55,7 @@ class Script:
     score_options: dict[str, dict]
     right: str  # the key of a verdict that says whether the row is right
     group: Callable[[dict], str]  # a verdict's category, for --diff
+    data_needed: bool = True
 
 
 def at_least(least: int | float) -> Callable[[str], int | float]:
@@ -92,7 +93,7 @@ def _parser(script: Script) -> argparse.ArgumentParser:
         ask.add_argument(f"--{name}", type=count, default=default, help="(default: %(default)s)")
     score.add_argument("--predictions", required=True, type=Path, help=".jsonl or .jsonl.gz")
     for command, options in ((ask, script.generate_options), (score, script.score_options)):
-        command.add_argument("--data", required=True, help=script.data)
+        command.add_argument("--data", required=script.data_needed, help=script.data)
         command.add_argument("--out", required=True, type=Path, help="folder to write to")
         for flags, keywords in options.items():
             command.add_argument(*flags.split(), **keywords)
@@ -169,8 +170,8 @@ def read_predictions(path: Path, benchmark: str) -> list[dict]:
         print(printable(f"warning: {place}: half-written last line left out"), file=sys.stderr)
     rows, repeated = {}, []
     for number, row in records:
-        if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ("id", "output")):
-            wanted = 'not a JSON object with the strings "id" and "output"'
+        if not isinstance(row, dict) or not isinstance(row.get("id"), str) or not _is_reply(row):
+            wanted = 'not a JSON object with the strings "id" and "output" (in dialogues, lists of strings)'
             raise ReportError(f"{path}:{number}: {wanted}; {REPAIR}")
         if not isinstance(row.get("sample", 0), (int, float)):
             raise ReportError(f"{path}:{number}: sample is no number; {REPAIR}")
@@ -185,6 +186,14 @@ def read_predictions(path: Path, benchmark: str) -> list[dict]:
     if not rows:
         raise ReportError(f"{path} holds no whole prediction; run generate again")
     return list(rows.values())
+
+
+def _is_reply(row: dict) -> bool:
+    output = row.get("output")
+    if not row["id"].startswith("multi_turn_"):
+        return isinstance(output, str)
+    turns = output if isinstance(output, list) else [None]
+    return all(isinstance(turn, list) and all(isinstance(reply, str) for reply in turn) for turn in turns)
 
 
 def tell_unreadable(outputs: Sequence[str], asked: int, effect: str) -> None:
