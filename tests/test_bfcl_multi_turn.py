@@ -4,13 +4,19 @@ The worlds and the checker are bfcl-eval's, so these tests are skipped where it 
 """
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("bfcl_eval", reason="pip install --no-deps bfcl-eval==2026.3.23")
 
-from bfcl_cases import gold_steps, reply  # noqa: E402
+from bfcl_cases import gold_steps, reply, write_data, write_jsonl  # noqa: E402
+from helpers import chatty_model  # noqa: E402
 
+import eval_bfcl  # noqa: E402
+import rollout  # noqa: E402
+from corpus.tiny_model import build_tiny_tokenizer  # noqa: E402
+from evals import bfcl_multi_turn  # noqa: E402
 from evals.bfcl_multi_turn import (  # noqa: E402
     Dialogue,
     allowed_calls,
@@ -21,6 +27,7 @@ from evals.bfcl_multi_turn import (  # noqa: E402
     play,
     read_calls,
 )
+from ops.export import export  # noqa: E402
 
 NOTHING = reply()
 ALL = {scenario.id: scenario for scenario in load_scenarios()}
@@ -172,3 +179,87 @@ def test_dialogues_side_by_side():
     assert over[0] == 1 and sorted(over) == [0, 1, 2, 3, 4] and set(together[:-4]) == {2}
     whole = [len(one.outputs) == len(one.scenario.turns) for one in dialogues]
     assert dialogues[1].skipped == "x" and whole == [True, False, True, True, True]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A folder with a tiny model, whose replies nobody can read."""
+    tokenizer = build_tiny_tokenizer(["move the file to the folder"] * 3, 300)
+    folder = tmp_path_factory.mktemp("model")
+    export(chatty_model(tokenizer), tokenizer, folder)
+    return str(folder)
+
+
+def run(command, out, *options):
+    return eval_bfcl.main([command, "--out", str(out), *options])
+
+
+def rows_of(out):
+    return [json.loads(row) for row in (out / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_generate_goes_on_scenario_by_scenario_and_score_agrees(model, tmp_path, monkeypatch, capsys):
+    """A model that knows the gold calls, of all but one scenario, is stopped half way."""
+    steps = {name: [[*turn, NOTHING] for turn in gold_steps(scenario)] for name, scenario in ALL.items()}
+    steps["multi_turn_base_1"] = [[NOTHING]] * 99
+    asked, over, stopped = [], [], []
+
+    def answer(player, alive):
+        if len(over) >= 3 and not stopped:
+            stopped.append(True)
+            raise KeyboardInterrupt
+        asked.append(len(alive))
+        for dialogue in alive:
+            turn = steps[dialogue.scenario.id][len(dialogue.outputs) - 1]
+            dialogue.take(turn[len(dialogue.outputs[-1])])
+        over.extend(dialogue for dialogue in alive if dialogue.over)
+
+    monkeypatch.setattr(bfcl_multi_turn.Player, "answer", answer)
+    words = ["--model", model, "--categories", "multi_turn", "--limit", "2", "--batch_size", "3"]
+    assert run("generate", tmp_path, *words) == 130
+    assert f"{len(over)} of 8 replies" in capsys.readouterr().err
+    assert run("generate", tmp_path, *words) == 0
+    rows = rows_of(tmp_path)
+    assert len({row["id"] for row in rows}) == len(rows) == 8 and max(asked) == 3
+    official = ("--official_dir", str(tmp_path / "official"))
+    assert run("score", tmp_path, "--predictions", str(tmp_path / "predictions.jsonl"), *official) == 0
+    verdicts = [json.loads(row) for row in (tmp_path / "verdicts.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in verdicts if not row["valid"]] == ["multi_turn_base_1"]
+    columns = {row["name"]: row for row in json.loads((tmp_path / "scores.json").read_text())["aggregates"]}
+    assert columns["Base"]["accuracy"] == 50 and columns["Multi Turn Acc"]["accuracy"] == 87.5
+    assert columns["Overall Acc (agentic = 0)"]["accuracy"] == pytest.approx(0.3 * 87.5)
+    (file,) = (tmp_path / "official").glob("result/*/multi_turn/BFCL_v4_multi_turn_miss_func_result.json")
+    told = {row["id"]: row["result"] for row in map(json.loads, file.read_text().splitlines())}
+    scenario = ALL["multi_turn_miss_func_0"]
+    first = [json.loads(step)[0]["name"] for step in told[scenario.id][0][:-1]]
+    assert first == [call.partition("(")[0] for call in scenario.answer[0]]
+    assert told[scenario.id][0][-1] == "[]"  # the reply that ended the turn
+
+
+def test_a_prompt_that_is_too_long_ends_the_dialogue(model, tmp_path, monkeypatch, capsys):
+    """For the limit or for the model; it is counted, and asked again under a larger limit."""
+    words = ["--model", model, "--categories", "multi_turn_base", "--limit", "1", "--max_new_tokens", "4"]
+    assert run("generate", tmp_path, *words, "--max_prompt_tokens", "900") == 0
+    (row,) = rows_of(tmp_path)
+    assert row["skipped"] == "prompt_too_long" and row["output"] == [[]] and row["input_tokens"] > 900
+    assert run("score", tmp_path, "--predictions", str(tmp_path / "predictions.jsonl")) == 0
+    assert "1 of 1 prompts were too long" in capsys.readouterr().out
+    nothing = SimpleNamespace(texts=[""], responses=[[1]])
+    monkeypatch.setattr(rollout, "sample_groups", lambda *given, **_: [nothing] * len(given[2]))  # at once
+    more = ["--max_prompt_tokens", str(row["input_tokens"] + 4000)]
+    assert run("generate", tmp_path, *words, *more) == 0
+    turns = rows_of(tmp_path)[-1]["output"]
+    assert [len(turn) for turn in turns] == [1] * len(ALL["multi_turn_base_0"].turns)
+
+
+@pytest.mark.parametrize("output", ["text", None, {}, [1], ["text"], [[1]], [["a"], None]])
+def test_rows_that_are_no_dialogue_are_told(output, tmp_path, capsys):
+    path = write_jsonl(tmp_path / "p.jsonl", [{"id": "multi_turn_base_0", "output": output}])
+    assert run("score", tmp_path / "o", "--predictions", str(path)) == 2
+    assert f"{path}:1: " in capsys.readouterr().err
+
+
+def test_dialogues_are_not_mixed_with_v3(model, tmp_path, capsys):
+    words = ["--model", model, "--data", str(write_data(tmp_path / "d", "v3", "simple"))]
+    assert run("generate", tmp_path / "o", *words, "--categories", "simple,multi_turn") == 2
+    assert "ask for them apart" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from evals import bfcl_data, predict
 from evals.bfcl_table import PAPER, aggregates
 
 SIZES = dict(zip(bfcl_data.CATEGORIES, (400, 100, 50, 200, 200, 200, 240, 258, 1053, 16, 24, 884, 16)))
+SIZES |= dict.fromkeys(bfcl_data.MULTI_TURN, 200)
 
 
 def category(name, accuracy):
@@ -198,7 +199,7 @@ def test_generate_asks_the_chosen_cases(tmp_path, monkeypatch, capsys):
     assert [case.id for case in cases] == ["simple_python_0", "multiple_0"]
     assert cases[0].messages == [{"role": "user", "content": "q"}]
     assert cases[0].tools[0]["description"] == "F. Argument values follow Python 3 syntax."
-    assert sampling == predict.Sampling(16384, 7, 32, 0.0, 1, 0)
+    assert sampling == predict.Sampling(32768, 7, 32, 0.0, 1, 0)
     assert main([*arguments, "--categories", "live"]) == 2
     assert "holds no case of live" in capsys.readouterr().err
 

@@ -190,4 +190,4 @@ def test_without_a_terminal_a_line_is_printed_now_and_then(monkeypatch, capsys):
     monkeypatch.setattr("evals.predict.LINE_SECONDS", 0.0)
     assert list(in_batches("abcde", 2, "as\x1bk")) == ["ab", "cd", "e"]
     printed = capsys.readouterr().out
-    assert "2 of 5" in printed and "4 of 5" in printed and "\x1b" not in printed
+    assert "1 of 3" in printed and "2 of 3" in printed and "\x1b" not in printed
