@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evals import report
+from evals import predict, report
 from evals.bfcl_check import decode
 from evals.report import Case, ReportError, combined, find, read_objects, tally
 from prompts import ToolCall
@@ -220,10 +220,7 @@ def find_data(place: str | Path, language: str) -> Path:
 
 
 def load_problems(place: str | Path, language: str) -> dict[str, Problem]:
-    """All cases of PARTS that are there, by id. Raises ReportError and DataError.
-
-    Both languages have the same official ids: here the language stands before them.
-    """
+    """All cases of PARTS that are there, by id. Raises ReportError and DataError."""
     folder, problems = find_data(place, language), {}
     for part in PARTS:
         name = f"data_normal_{part}.json"
@@ -235,7 +232,7 @@ def load_problems(place: str | Path, language: str) -> dict[str, Problem]:
             raise ReportError(f"{folder}: {name} has {counts}; fetch both files again")
         for (number, row), (_, answer) in zip(questions, answers):  # by row, as officially
             try:
-                problem = read_problem(row, answer["ground_truth"], part, language)
+                problem = read_problem(row, answer["ground_truth"], part)
             except (LookupError, TypeError, AttributeError, ValueError) as error:
                 what = f"no usable case ({error!r})"
                 raise ReportError(f"{path}:{number}: {what}; fetch the file again") from None
@@ -243,7 +240,7 @@ def load_problems(place: str | Path, language: str) -> dict[str, Problem]:
     return problems
 
 
-def read_problem(row: dict, gold: dict | list, part: str, language: str) -> Problem:
+def read_problem(row: dict, gold: dict | list, part: str) -> Problem:
     """A row of the data and its answers. Raises LookupError, TypeError, AttributeError or ValueError."""
     functions, tools = row["function"], []
     for function in [functions] if isinstance(functions, dict) else functions:
@@ -257,7 +254,7 @@ def read_problem(row: dict, gold: dict | list, part: str, language: str) -> Prob
     if not arguments or not all(isinstance(value, dict) for value in sum(arguments, [])):
         raise ValueError("the answer is not calls")
     question, time = str.strip(row["question"]), str.strip(row.get("time", ""))
-    return Problem(f"{language}/{row['id']}", part, question, time, tools, answers)
+    return Problem(str.strip(row["id"]), part, question, time, tools, answers)
 
 
 def choose_parts(names: Iterable[str]) -> list[str]:
@@ -287,9 +284,8 @@ def past_calls(text: str) -> list[ToolCall] | None:
         return None
 
 
-def prompt_case(problem: Problem) -> Case:
+def prompt_case(problem: Problem, language: str) -> Case:
     """What a model is asked: rules and time, then the dialogue; the data's "system" is the assistant."""
-    language = problem.id.partition("/")[0]
     messages = [{"role": "system", "content": f"{RULES[language]} {problem.time}".strip()}]
     before, *turns = TURN.split(problem.question)
     if before:  # no dialogue
@@ -304,14 +300,13 @@ def prompt_case(problem: Problem) -> Case:
 
 def generate(args: argparse.Namespace) -> None:
     """The command `generate`: appends to predictions.jsonl; cases already there are not asked again."""
-    problems, cases = load_problems(args.data, args.language), []
+    problems, chosen = load_problems(args.data, args.language), []
     for part in choose_parts(args.categories):
-        cases += [prompt_case(problem) for problem in problems.values() if problem.part == part][: args.limit]
-    if not cases:
+        chosen += [problem for problem in problems.values() if problem.part == part][: args.limit]
+    if not chosen:
         what = f"{args.data} holds no case of {', '.join(args.categories)}"
         raise ReportError(f"{what}; choose other --categories")
-    from evals import predict  # here, because it imports torch
-
+    cases = [prompt_case(problem, args.language) for problem in chosen]
     predict.generate(args, cases, f"ACEBench {args.language}")
 
 
@@ -335,12 +330,12 @@ def column_rows(parts: dict[str, dict]) -> list[dict]:
 
 def score(args: argparse.Namespace) -> None:
     """The command `score`: writes verdicts.jsonl, cases and tables to OUT, and prints the table."""
-    rows, problems = report.read_predictions(args.predictions), load_problems(args.data, args.language)
-    cases = []
+    rows = report.read_predictions(args.predictions, f"ACEBench {args.language}")
+    problems, cases = load_problems(args.data, args.language), []
     for row in rows:
         if row["id"] not in problems:
             what = f"{args.data} has no case {row['id'][:80]!r}"
-            raise ReportError(f"{row['place']}: {what}; pass the --data and --language of generate")
+            raise ReportError(f"{row['place']}: {what}; pass the --data that the predictions were made from")
         problem = problems[row["id"]]
         fault = find_fault(problem, row["output"])
         reason, _, argument = fault.partition(":")
@@ -357,17 +352,18 @@ def score(args: argparse.Namespace) -> None:
     table = [{"group": "part", "name": part, **parts[part]} for part in PARTS] + column_rows(parts)
     for name, figure in PAPER.items():
         table.append({"group": "paper", "name": name, "accuracy": figure, "n": "not stated"})
-    scores = {"language": args.language, "parts": parts, "table": table, "note": PAPER_NOTE}
+    scores = {"data": args.language, "parts": parts, "table": table, "note": PAPER_NOTE}
     report.write_table(table, args.out, scores)
     print(PAPER_NOTE)
     sizes = Counter(problem.part for problem in problems.values())
     if partial := [part for part in PARTS if 0 < parts[part]["cases"] < sizes[part]]:
         short = ", ".join(f"{part} {parts[part]['cases']} of {sizes[part]}" for part in partial)
         print(f"Not all cases were asked: {short}.")
-    if skipped := sum("skipped" in row for row in rows):
-        print(f"{skipped} of {len(rows)} prompts were too long or refused, and so count as wrong.")
-    if unread := sum(case["reason"] == "no_calls" for case in cases):
-        print(f"{unread} of {len(rows)} replies hold no calls that could be read.")
+    asked = [(row["output"], case["reason"]) for row, case in zip(rows, cases) if "skipped" not in row]
+    unread = [output for output, reason in asked if reason == "no_calls"]
+    report.tell_unreadable(unread, len(asked), "They count as wrong.")
+    if skipped := len(rows) - len(asked):
+        print(f"{skipped} of {len(rows)} prompts were too long or refused; they count as wrong.")
 
 
 def main(arguments: list[str] | None = None) -> int:
