@@ -44,7 +44,7 @@ TYPES = {
     **dict.fromkeys(("dict", "object"), dict),
     "float": float, "boolean": bool, "enum": enumerate,
 }
-# Those whose elements are looked at -> the type of these where the schema does not say.
+# Those that have elements -> the type of these where the schema does not say.
 NESTED = {
     **dict.fromkeys(("array", "tuple", "object", "objectArray"), dict),
     "list(string)": str, "list(enum)": enumerate,
@@ -121,14 +121,6 @@ def read_type(details: Any) -> type | None:
     return TYPES.get(kind) if isinstance(kind, str) else None
 
 
-def elements_fit(value: Any, gold: Any, inner: type) -> bool:
-    """Oddity: an empty gold list fits nothing, and only lists inside the gold value look at the elements."""
-    for item in gold if isinstance(gold, (list, dict, str)) else ():
-        if not isinstance(item, list) or all(type(truth(one)) in (inner, list) for one in value):
-            return True
-    return False
-
-
 def value_fault(value: Any, gold: Any, details: dict) -> str:
     """Says wrong_type or wrong_value for one argument, or "". details: its JSON schema."""
     declared, inner, read = read_type(details), None, truth(value)
@@ -136,8 +128,8 @@ def value_fault(value: Any, gold: Any, details: dict) -> str:
         inner = read_type(details.get("items")) or NESTED[details["type"]]
     if type(read) is not declared and not (declared is float and type(read) is int):
         return "" if gold != "" and (type(read) is type(gold) or read == gold) else "wrong_type"
-    if inner and not elements_fit(read, gold, inner):
-        return "wrong_type"
+    if inner and not (isinstance(gold, (list, dict, str)) and gold):
+        return "wrong_type"  # Oddity: an empty gold list accepts nothing, not even itself
     if gold != "" and type(gold) is not declared:
         return ""  # Oddity: where the gold value is of another type than the declared one, any value will do
     if declared is dict:
@@ -176,10 +168,8 @@ def call_fault(tool: dict, call: ToolCall, gold: dict) -> str:
 def calls_fault(tools: list[dict], calls: list[ToolCall], answer: dict[str, dict]) -> str:
     """Why calls, in any order, are not those of one answer, or ""."""
     names = {written: NUMBERED.sub("", written) for written in answer}
-    if len(calls) != len(names):
-        return "wrong_count"
     if Counter(call.name for call in calls) != Counter(names.values()):
-        return "wrong_function"
+        return "wrong_function" if len(calls) == len(names) else "wrong_count"
     for written, name in names.items():
         # Oddity: the first tool whose name is part of the answer's. One call may be right for two answers.
         tool = next((tool for tool in tools if tool["name"] in written), None)
