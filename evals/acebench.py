@@ -243,7 +243,7 @@ def read_problem(row: dict, gold: dict | list, part: str) -> Problem:
     arguments = [list(answer.values()) for answer in answers]
     if not arguments or not all(isinstance(value, dict) for value in sum(arguments, [])):
         raise ValueError("the answer is not calls")
-    question, time = str.strip(row["question"]), str.strip(row.get("time", ""))
+    question, time = str.strip(row["question"]), str.strip(row.get("time") or "")
     return Problem(str.strip(row["id"]), part, question, time, tools, answers)
 
 

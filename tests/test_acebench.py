@@ -148,7 +148,8 @@ def test_columns_are_means_of_their_parts(tmp_path, data):
     assert [row["valid"] for row in read("verdicts.jsonl")] == [True] * 7 + [False, True]
     assert main(["--diff", str(tmp_path / "o"), str(tmp_path / "o")]) == 0
     read = score(tmp_path, rows[1:], data, main=main)  # a column that lacks a part has no figure
-    assert [row["accuracy"] for row in read("scores.json")["table"][len(PARTS) :][:4]] == [None, 100, None, None]
+    columns = read("scores.json")["table"][len(PARTS) : len(PARTS) + 4]
+    assert [row["accuracy"] for row in columns] == [None, 100, None, None]
 
 
 def test_generate_asks_the_chosen_parts_in_the_chosen_language(data, monkeypatch):
