@@ -194,7 +194,7 @@ def tell_unreadable(outputs: Sequence[str], asked: int, effect: str) -> None:
     """
     if len(outputs) > asked / 10:
         what = f"{len(outputs)} of {asked} replies hold no calls that can be read, the first one is"
-        print(printable(f"Warning: {what}\n  {shorten(outputs[0], 300)!r}\n{effect}"))
+        print(f"Warning: {what}\n  {shorten(outputs[0], 300)!r}\n{effect}")
 
 
 _ENCODE = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make a new encoder for every row
