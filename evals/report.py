@@ -138,10 +138,7 @@ def read_objects(path: Path) -> list[tuple[int, dict]]:
 
 
 def read_author(path: Path) -> dict:
-    """What predictions at `path` were made with, as `generate` notes it beside them; {} without a note.
-
-    Raises ReportError for a broken note.
-    """
+    """What predictions were made with, by the note beside them; {} without one. Raises ReportError."""
     note = path.with_name(NOTE)
     try:
         author = json.loads(note.read_bytes()) if path.exists() and note.exists() else {}
