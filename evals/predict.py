@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -35,6 +36,15 @@ class Sampling:
     samples: int = 1
     seed: int = 0
     chat_template_kwargs: str = ""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known before a model is loaded. done: (id, sample as text) of the replies that are there."""
+
+    tokenizer: Any
+    template: str
+    done: set[tuple[str, str]]
 
 
 def generate(args: argparse.Namespace, cases: Sequence[Case | Scenario], benchmark: str) -> None:
@@ -67,6 +77,61 @@ def write_predictions(
     are tried again under a larger limit. Raises UserError, also where those replies were made with another
     model or other settings.
     """
+    prepared = prepare(model, path, template, sampling, benchmark)
+    wanted, done = range(sampling.samples), prepared.done
+    missing = {case.id: [k for k in wanted if (case.id, str(k)) not in done] for case in cases}
+    if not any(missing.values()):
+        print(f"{path}: all {len(cases) * sampling.samples} replies are there already")
+        return
+    import torch
+
+    from distributed.weights import load_model, model_config
+    from kernel.decode import Prompt
+    from model import check_vocabulary
+    from rollout import Decoding, sample_groups
+
+    tokenizer = prepared.tokenizer
+    check_vocabulary(tokenizer, model_config(model))
+    policy = load_model(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    check_tokenizer(tokenizer, prepared.template)
+    began = time.perf_counter()
+    todo = [case for case in cases if isinstance(case, Case) and missing[case.id]]
+    asked = _encode(todo, missing, path, prepared, sampling)
+    asked.sort(key=lambda one: len(one[1]))  # prompts of similar length share a batch
+    size = max(1, sampling.batch_size // sampling.samples)
+    decoding = Decoding(sampling.samples, sampling.temperature, sampling.max_new_tokens, sampling.batch_size)
+    name = path.parent.name or "eval"
+    for batch in in_batches(asked, size, name):
+        started = time.perf_counter()
+        # All samples of a case come from one stream of random numbers, so all are made.
+        prompts = [Prompt(case.id, ids, case_seed(sampling.seed, case)) for case, ids in batch]
+        groups = sample_groups(policy, tokenizer, prompts, decoding)
+        latency = round((time.perf_counter() - started) / (len(batch) * sampling.samples), 4)
+        for (case, ids), group in zip(batch, groups):
+            rows = []
+            for k in missing[case.id]:
+                reply = {"output": group.texts[k], "output_tokens": len(group.responses[k])}
+                rows.append(_row(case, k, ids) | reply | {"latency": latency})
+            append_jsonl(path, rows)
+    scenarios = [case for case in cases if isinstance(case, Scenario)]
+    dialogues = [Dialogue(scenario, k) for scenario in scenarios for k in missing[scenario.id]]
+    decoding = replace(decoding, group_size=1)
+    limit, seed = sampling.max_prompt_tokens, sampling.seed
+    player = Player(policy, tokenizer, prepared.template, decoding, limit, seed)
+    played = play(dialogues, player.answer, sampling.batch_size)
+    for dialogue in progress(played, len(dialogues), name, "dialogues"):
+        row = _row(dialogue.scenario, dialogue.sample, []) | {"input_tokens": dialogue.input_tokens}
+        row |= {"output": dialogue.outputs, "output_tokens": dialogue.output_tokens}
+        append_jsonl(path, [row | {"skipped": dialogue.skipped} if dialogue.skipped else row])
+    count = len(asked) + len(dialogues)
+    print(f"{path}: {count} cases asked in {time.perf_counter() - began:.1f} s")
+
+
+def prepare(model: str, path: Path, template: str, sampling: Sampling, benchmark: str) -> Prepared:
+    """Notes beside `path` what its replies are made with; arguments and errors as of write_predictions.
+
+    What can be told without the tokenizer comes first: it needs torch, whose import takes seconds.
+    """
     if sampling.temperature == 0 and sampling.samples > 1:
         what = f"samples: greedy decoding would give {sampling.samples} equal replies"
         raise ReportError(f"{what}; set a temperature above 0, or 1")
@@ -75,13 +140,7 @@ def write_predictions(
     author = describe_author(model, template) | describe_settings(sampling, benchmark)
     _check_author(path, author if template else author | {"template": None})
     done = _there(path, sampling.max_prompt_tokens)
-    # From here on torch is needed, whose import takes seconds.
-    import torch
-
-    from distributed.weights import load_model, model_config
-    from kernel.decode import Prompt
-    from model import check_vocabulary, load_tokenizer
-    from rollout import Decoding, sample_groups
+    from model import load_tokenizer
 
     tokenizer = load_tokenizer(model, chat_template_kwargs=sampling.chat_template_kwargs)
     template = template or load_template("", tokenizer)
@@ -91,56 +150,34 @@ def write_predictions(
     write_atomic(path.with_name(NOTE), json.dumps(author, indent=1) + "\n")
     if path.exists():  # a line cut off by a kill is removed, so that appending is safe
         os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    wanted = range(sampling.samples)
-    missing = {case.id: [k for k in wanted if (case.id, str(k)) not in done] for case in cases}
-    if not any(missing.values()):
-        print(f"{path}: all {len(cases) * sampling.samples} replies are there already")
-        return
-    check_vocabulary(tokenizer, model_config(model))
-    policy = load_model(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    check_tokenizer(tokenizer, template)
-    todo, began = [], time.perf_counter()
-    for case in (case for case in cases if isinstance(case, Case) and missing[case.id]):
+    return Prepared(tokenizer, template, done)
+
+
+def _encode(
+    cases: Sequence[Case], missing: dict[str, list[int]], path: Path, prepared: Prepared, sampling: Sampling
+) -> list[tuple[Case, list[int]]]:
+    """The cases that can be asked, with their prompts' ids; rows of the others are appended to `path`."""
+    asked = []
+    for case in cases:
         skipped = ""
         try:
-            ids = encode_prompt(tokenizer, case.messages, case.tools, template)
+            ids = encode_prompt(prepared.tokenizer, case.messages, case.tools, prepared.template)
             if len(ids) > sampling.max_prompt_tokens:
                 skipped = TOO_LONG
         except PromptError as error:
             ids, skipped = [], str(error)
-        # The 0 once counted cases of the same id; without it all seeds would change.
-        seed = seed_of(f"{sampling.seed}/evaluation/{case.category}/{case.id}/0")
         if skipped:
             empty = {"output": "", "output_tokens": 0, "skipped": skipped, "latency": 0.0}
             append_jsonl(path, [_row(case, k, ids) | empty for k in missing[case.id]])
         else:
-            todo.append((case, Prompt(case.id, ids, seed)))
-    todo.sort(key=lambda one: len(one[1].ids))  # prompts of similar length share a batch
-    size = max(1, sampling.batch_size // sampling.samples)
-    decoding = Decoding(sampling.samples, sampling.temperature, sampling.max_new_tokens, sampling.batch_size)
-    name = path.parent.name or "eval"
-    for batch in in_batches(todo, size, name):
-        started = time.perf_counter()
-        # All samples of a case come from one stream of random numbers, so all are made.
-        groups = sample_groups(policy, tokenizer, [prompt for _, prompt in batch], decoding)
-        latency = round((time.perf_counter() - started) / (len(batch) * sampling.samples), 4)
-        for (case, prompt), group in zip(batch, groups):
-            rows = []
-            for k in missing[case.id]:
-                reply = {"output": group.texts[k], "output_tokens": len(group.responses[k])}
-                rows.append(_row(case, k, prompt.ids) | reply | {"latency": latency})
-            append_jsonl(path, rows)
-    decoding = replace(decoding, group_size=1)
-    player = Player(policy, tokenizer, template, decoding, sampling.max_prompt_tokens, sampling.seed)
-    scenarios = [case for case in cases if isinstance(case, Scenario)]
-    dialogues = [Dialogue(scenario, k) for scenario in scenarios for k in missing[scenario.id]]
-    played = play(dialogues, player.answer, sampling.batch_size)
-    for dialogue in progress(played, len(dialogues), name, "dialogues"):
-        counts = {"input_tokens": dialogue.input_tokens, "output_tokens": dialogue.output_tokens}
-        row = _row(dialogue.scenario, dialogue.sample, []) | {"output": dialogue.outputs} | counts
-        append_jsonl(path, [row | {"skipped": dialogue.skipped} if dialogue.skipped else row])
-    asked = len(todo) + len(dialogues)
-    print(f"{path}: {asked} cases asked in {time.perf_counter() - began:.1f} s")
+            asked.append((case, ids))
+    return asked
+
+
+def case_seed(seed: int, case: Case) -> int:
+    """What the samples of a case depend on, whatever else is asked."""
+    # The 0 once counted cases of the same id; without it all seeds would change.
+    return seed_of(f"{seed}/evaluation/{case.category}/{case.id}/0")
 
 
 def in_batches(items: Sequence, size: int, name: str) -> Iterator[Sequence]:

@@ -139,10 +139,7 @@ def read_objects(path: Path) -> list[tuple[int, dict]]:
 
 
 def read_author(path: Path) -> dict:
-    """What predictions at `path` were made with, as `generate` notes it beside them; {} without a note.
-
-    Raises ReportError for a broken note.
-    """
+    """What predictions were made with, by the note beside them; {} without one. Raises ReportError."""
     note = path.with_name(NOTE)
     try:
         author = json.loads(note.read_bytes()) if path.exists() and note.exists() else {}
@@ -203,7 +200,7 @@ def tell_unreadable(outputs: Sequence[str], asked: int, effect: str) -> None:
     """
     if len(outputs) > asked / 10:
         what = f"{len(outputs)} of {asked} replies hold no calls that can be read, the first one is"
-        print(printable(f"Warning: {what}\n  {shorten(outputs[0], 300)!r}\n{effect}"))
+        print(f"Warning: {what}\n  {shorten(outputs[0], 300)!r}\n{effect}")
 
 
 _ENCODE = json.JSONEncoder(ensure_ascii=False).encode  # json.dumps would make a new encoder for every row

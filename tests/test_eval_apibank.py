@@ -122,9 +122,10 @@ def row(case: str, right: bool = True, **more) -> dict:
     return {"id": case, "output": reply("Add", {"x": "1"}) if right else "no", **more}
 
 
-def test_score_writes_verdicts_tables_and_cases(tmp_path, data_dir):
+def test_score_writes_verdicts_tables_and_cases(tmp_path, data_dir, capsys):
     rows = [row("b#1"), row("a#1"), row("a#1", False, sample=1), row("a#1", sample=2)]
     read = score(tmp_path, rows, data_dir, main=main)
+    assert "1 of 4 replies hold no calls that can be read" in capsys.readouterr().out
     verdicts = read("verdicts.jsonl")
     told = ["b#1 wrong_value:x", "a#1 correct", "a#1 no_tool_call", "a#1 correct"]
     assert [f"{v['id']} {v['reason']}" for v in verdicts] == told
@@ -174,6 +175,8 @@ def test_errors_are_one_sentence(tmp_path, data_dir, capsys):
     write_jsonl(tmp_path / "p.jsonl", [row("a#1"), row("zzz")])
     assert main(["score", "--predictions", str(tmp_path / "p.jsonl"), *paths]) == 2
     assert "p.jsonl:2: unknown id 'zzz'; pass the --data" in capsys.readouterr().err
+    verdicts = str(write_jsonl(tmp_path / "v.jsonl", [{"id": "a#1", "correct": True}]))
+    assert main(["--diff", verdicts, verdicts]) == 0 and "level-None" in capsys.readouterr().out
     (data_dir / "toolrl_level-3-api_processed.json").unlink()
     assert main(["generate", "--model", "m", *paths]) == 2
     error = capsys.readouterr().err

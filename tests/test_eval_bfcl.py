@@ -86,6 +86,28 @@ def test_live_over_six_categories_and_the_official_overalls():
     assert column(categories, "paper", "Non-live") == pytest.approx((60 + 95.5 + 94 + 83.5) / 4)
 
 
+def test_the_columns_of_v4_are_the_official_ones():
+    """A mean of categories by its name in data_overall.csv and beside it; compared once with real files."""
+    names = bfcl_data.CATEGORIES
+    categories = {name: category(name, float(2**i)) for i, name in enumerate(names)}
+    columns = {
+        "Non-Live Simple AST": names[:3], "Non-Live Multiple AST": ["multiple"],
+        "Non-Live Parallel AST": ["parallel"], "Non-Live Parallel Multiple AST": ["parallel_multiple"],
+        "Live Simple AST": ["live_simple"], "Live Multiple AST": ["live_multiple"],
+        "Live Parallel AST": ["live_parallel"], "Live Parallel Multiple AST": ["live_parallel_multiple"],
+        "Relevance Detection": ["live_relevance"],
+        "Irrelevance Detection": ["irrelevance", "live_irrelevance"],
+    }
+    for name, parts in columns.items():
+        mean = sum(categories[part]["accuracy"] for part in parts) / len(parts)
+        assert column(categories, "v4 official", name) == pytest.approx(mean)
+    whole = column(categories, "v4 official", "Live AST Summary")
+    assert column(categories, "v4 official", "Live Acc") == whole
+    del categories["live_parallel"]
+    assert column(categories, "v4 official", "Live AST Summary") is None
+    assert column(categories, "v4 official", "Live Acc") < whole
+
+
 def test_score_keeps_the_order_and_counts_every_sample(tmp_path, capsys):
     again = RIGHT | {"sample": 2}
     unread = {**RIGHT, "sample": 1, "output": "no " * 300, "skipped": "prompt_too_long"}
@@ -136,7 +158,8 @@ def test_another_notation_is_told(tmp_path, capsys):
     hermes = '<tool_call>{"name": "f", "arguments": {"p": 1}}</tool_call>'
     texts = enumerate(["No.", "Sorry.", hermes])
     refusals = [{"id": f"irrelevance_{i}", "output": text} for i, text in texts]
-    rows = [RIGHT | {"output": hermes}, WRONG | {"output": "f(p=1)"}, *refusals]
+    skipped = WRONG | {"output": "", "sample": 1, "skipped": "prompt_too_long"}
+    rows = [RIGHT | {"output": hermes}, WRONG | {"output": "f(p=1)"}, skipped, *refusals]
     score(tmp_path, rows, data)
     told = f"3 of 5 replies hold no calls that can be read, the first one is\n  {hermes!r}"
     assert told in capsys.readouterr().out
@@ -157,6 +180,9 @@ def test_bad_predictions_are_told_in_one_sentence(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("eval_bfcl: error: ") and error.count("\n") == 1
     assert f"p.jsonl:1: {data} has no case 'simple_0'" in error and not out.exists()
+    paths[1] = str(write_jsonl(tmp_path / "predictions.jsonl", [RIGHT]))
+    (tmp_path / "generated_with.json").write_text('{"benchmark": "BFCL v3"}')
+    assert main(["score", *paths]) == 2 and "to BFCL v3, not to BFCL v4" in capsys.readouterr().err
 
 
 def without_torch(tmp_path, *words):
@@ -219,7 +245,8 @@ def test_an_interrupted_evaluation_ends_with_a_sentence(tmp_path, monkeypatch, c
     data, out = write_data(tmp_path / "d"), tmp_path / "o"
 
     def stops(model, cases, path, *others):
-        write_jsonl(path, [RIGHT | {"category": "simple_python"}])
+        names = ("simple_python", "live")  # the second one is of another start
+        write_jsonl(path, [RIGHT | {"category": name, "id": f"{name}_0"} for name in names])
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(predict, "write_predictions", stops)

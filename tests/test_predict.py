@@ -73,7 +73,9 @@ def test_a_model_is_asked_as_it_was_trained(model, tokenizer, tmp_path):
     asking = copy.copy(tokenizer)
     ask_from_tools(asking, TEMPLATE)
     export(model, asking, tmp_path / "model")
-    write_predictions(str(tmp_path / "model"), CASES, tmp_path / "p.jsonl", "", Sampling(500, 6, 2), "")
+    for template in ("", "", TEMPLATE):  # going on with its own, and with the same from a file
+        sampling = Sampling(500, 6, 2)
+        write_predictions(str(tmp_path / "model"), CASES, tmp_path / "p.jsonl", template, sampling, "BFCL v4")
     for line in (tmp_path / "p.jsonl").read_text(encoding="utf-8").split("\n")[:-1]:
         [case] = [case for case in CASES if case.id == (row := json.loads(line))["id"]]
         assert row["input_tokens"] == len(encode_prompt(tokenizer, case.messages, case.tools, TEMPLATE))
@@ -155,7 +157,8 @@ def test_a_larger_limit_asks_again_what_was_too_long(exported, tokenizer, tmp_pa
     lengths = [len(encode_prompt(tokenizer, case.messages, case.tools, TEMPLATE)) for case in CASES]
     path, counts = tmp_path / "p.jsonl", []
     for limit in (lengths[1], lengths[3], lengths[3], 500):
-        rows = predict(exported, CASES, path, max_prompt_tokens=limit)
+        unused = {"seed": limit, "batch_size": limit}  # by greedy decoding; changes no reply
+        rows = predict(exported, CASES, path, max_prompt_tokens=limit, **unused)
         counts.append((len(rows), sum("skipped" in row for row in rows)))
     assert counts == [(5, 3), (7, 3), (7, 3), (8, 3)]
     kept = {row["id"]: row for row in read_predictions(path, "BFCL v4")}
