@@ -78,10 +78,12 @@ def test_reason(output, reason):
 
 
 @pytest.mark.parametrize("blank", [None, ""])
-def test_a_blank_argument_does_not_count_as_absent(blank):
-    case = make_case("Translate", {"src": "Hello", "tgt_lang": "fr"}, optional=("src_lang",))
+def test_an_optional_argument_is_given_where_the_gold_gives_it(blank):
+    """null and "" do not count as absent."""
+    case = make_case("Translate", {"src": "Hello", "tgt_lang": "fr"}, optional=("src_lang", "tgt_lang"))
     output = reply("Translate", {"src": "Hello", "tgt_lang": "fr", "src_lang": blank})
     assert apibank_verdict(case, output) == (False, "wrong_value:src_lang")
+    assert apibank_verdict(case, reply("Translate", {"src": "Hello"})) == (False, "wrong_value:tgt_lang")
     required = make_case("Get", {"x": "0"})
     assert apibank_verdict(required, reply("Get", {"x": blank})) == (False, "wrong_value:x")
 

@@ -71,12 +71,15 @@ JAVA_RULES = [
     ("ArrayList long", [[1, 2]], "new ArrayList<>(Arrays.asList(1L, 2L))", None),
     ("HashMap", ["options"], "options", None),
     ("HashMap", [{"a": [1], "b": ["x"]}], 'new HashMap<>() {{ put("a", 1); put("b", "x"); }}', None),
+    ("HashMap", [{"b": [2]}], 'new HashMap<>() {{ put("a);\nput("b", 2L); }}', None),
+    ("HashMap", [{"a": [2.0]}], 'new HashMap<>() {{ put("a", 2f); }}', None),
     ("HashMap", ["options"], "Options", OTHERS),
     ("HashMap", [{"a": ["b"]}], 'new HashMap<String,\n Object>() {{ put("a", "b"); }}', None),
     ("HashMap", [{}], "new HashMap<String,\n Object>()", SIMPLE),  # without a body, the type is in one line
     ("ArrayList String", [["x"]], 'new ArrayList<>() {{ }} {{ add("x"); }}', None),
     ("ArrayList long", [[1]], 'new ArrayList<>() {{ }} {{ add("x"); }}', NESTED),
     ("ArrayList String", [[]], "new ArrayList<>() {{ }}", None),
+    ("ArrayList String", [[]], 'new ArrayList<>() {{ add("x"); ', None),
     ("Array ArrayList", [[["a"]]], 'new Object[]{new ArrayList<>(Arrays.asList("a"))}', None),
 ]
 JAVASCRIPT_RULES = [
@@ -94,6 +97,7 @@ JAVASCRIPT_RULES = [
     ("dict", [{"a": [1]}], "{a: 1} garbage", None),
     ("dict", [{"a": ["x, y"], "b": [[1, 2]]}], '{"a": "x, y", b: [1, 2]}', None),
     ("dict", [{"a": [{"b": 1}]}], "{a: {b: 1}}", VALUE),
+    ("dict", [{}], "{a}", None),
 ]
 RULES = {"python": PYTHON_RULES, "java": JAVA_RULES, "javascript": JAVASCRIPT_RULES}
 CASES = [(f"simple_{language}", *rule) for language, rules in RULES.items() for rule in rules]
