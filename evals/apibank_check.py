@@ -55,16 +55,32 @@ def share_words(ours: str, theirs: str) -> bool:
 
 def month_and_day(text: str) -> tuple[int, int]:
     """Of MM-DD or YYYY-MM-DD. A leap year stands in where none is given, or 02-29 would not exist."""
-    return datetime.strptime(text if text.count("-") == 2 else f"2000-{text}", "%Y-%m-%d").timetuple()[1:3]
+    year, dash, rest = text.partition("-") if text.count("-") == 2 else ("2000", "-", text)
+    return datetime.strptime(year.zfill(4) + dash + rest, "%Y-%m-%d").timetuple()[1:3]
+
+
+def address(text: str) -> tuple[str, str]:
+    """An email address in two parts. Only that of the host may be in capitals, or the official API fails."""
+    user, _, host = text.strip().partition("@")
+    return user, host.lower()
+
+
+def known_tokens(predicted: Any, gold: Any) -> bool:
+    """The same token, or two users' tokens: the official APIs ask for a user, not for the gold's user."""
+    return predicted == gold or predicted in TOKENS and gold in TOKENS
 
 
 def named_items(predicted: Any, gold: Any) -> bool:
     """A non-empty list of {"name", "value"} objects with different names; the official API asks no more."""
     items = predicted if isinstance(predicted, list) else []
     names = [item["name"] for item in items if isinstance(item, dict) and {"name", "value"} <= item.keys()]
-    texts = all(isinstance(name, str) for name in names)
-    return texts and 0 < len(items) == len(names) == len(set(names))
+    hashable = not any(isinstance(name, (list, dict)) for name in names)
+    return hashable and 0 < len(items) == len(names) == len(set(names))
 
+
+# Of all users in the official database.
+TOKENS = """a9s8d7f6g5h4j3k2l1 o8i7u6y5t4r3e2w1q0 p9o8i7u6y5t4k3e2w1q z9x8c7v6b5n4m3q2w1 l9k8j7h6g5f4d3s2a1
+m9n8b7v6c5x4z3a2s1 n9m8k7j6h5g4f3d2s1a0 o9i8u7y6t5r4e3w2q1 p9o8i7u6y5t4r3e2w1q q9w8e7r6t5y4u3i2o1""".split()
 
 # What the APIs do with their input before they look into their databases. Not listed here: equal values.
 COMPARED_AS: dict[Comparison, str] = {
@@ -76,6 +92,7 @@ COMPARED_AS: dict[Comparison, str] = {
     lambda predicted, gold: True: "DeleteAgenda.location",
     after(str.strip, lambda ours, theirs: ours != ""): "DeleteReminder.content EmailReminder.content",
     named_items: "RecordHealthData.health_data",
+    known_tokens: "AddAgenda.token AddReminder.token",
     # equal but for spaces or letter case
     after(str.strip): "AppointmentRegistration.patient_name AppointmentRegistration.doctor_name "
     "ModifyRegistration.appointment_id ModifyRegistration.new_appointment_doctor DocumentQA.url "
@@ -83,8 +100,9 @@ COMPARED_AS: dict[Comparison, str] = {
     "SendEmail.content",
     after(str.lower): "Translate.src_lang Translate.tgt_lang",
     after(lambda text: text.strip().lower()): "DeleteScene.name QueryScene.name TimedSwitch.name "
-    "CancelTimedSwitch.name EmergencyKnowledge.symptom SymptomSearch.symptom SendEmail.receiver "
-    "PlayMusic.music_name SearchEngine.keyword",
+    "CancelTimedSwitch.name EmergencyKnowledge.symptom SymptomSearch.symptom PlayMusic.music_name "
+    "SearchEngine.keyword",
+    after(address): "SendEmail.receiver",
     after(lambda text: text.strip().upper()): "QueryHealthData.user_id RecordHealthData.user_id "
     "QueryStock.stock_code",
     after(lambda text: text.replace(" ", "")): "Calculator.formula",
@@ -161,9 +179,9 @@ def compare(call: ToolCall, case: GoldCall, comparisons: dict[str, Comparison]) 
     except (ValueError, TypeError, OverflowError):
         pass  # a gold value that the official code refuses is compared as it stands
     for key in sorted(predicted.keys() | gold.keys()):
-        ours, theirs = predicted.get(key), gold.get(key)
-        both_blank = key not in api["required"] and ours in (None, "") and theirs in (None, "")
-        if not both_blank and not comparisons.get(f"{call.name}.{key}", eq)(ours, theirs):
+        # An optional argument may be left out only where the gold does so: null and "" are values as well.
+        both_given = key in predicted and key in gold
+        if not both_given or not comparisons.get(f"{call.name}.{key}", eq)(predicted[key], gold[key]):
             return f"wrong_value:{key}"
     return "correct"
 

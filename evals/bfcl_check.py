@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,37 +59,35 @@ QUOTES = "\"'"
 
 # Oddity: all of these stop at the first closing bracket, so collections inside collections and brackets
 # inside strings come out broken, just as they do in the official checker. Its patterns take quadratic or
-# cubic time where brackets stay open; these are linear: what does not end is passed over, with its line.
+# cubic time where brackets stay open; these are linear. Pairs are those of _inside: (start, rest).
 JAVA_ARRAY = re.compile(r"new\s+\w+\[\]\s*\{"), re.compile(r"(.*?)(?:(\})|$)", re.MULTILINE)
 JAVA_AS_LIST = (
     re.compile(r"new\s+ArrayList<\w*>\(Arrays\.asList\("), re.compile(r"(.+?)(?:(\)\))|$)", re.MULTILINE)
 )
 JAVA_LIST = re.compile(r"new\s+ArrayList<\w*>\(\)")
-JAVA_LIST_BODY = re.compile(JAVA_LIST.pattern + r"\s*\{\{")
+JAVA_LIST_BODY = re.compile(JAVA_LIST.pattern + r"\s*\{\{\s*")
 JAVA_ADD = re.compile(r"add\((.+?)(?:(\))|$)", re.MULTILINE)
 JAVA_MAP = re.compile(r"new\s+HashMap<"), re.compile(r"(.*?)(?:(>\s*\(\))|$)", re.MULTILINE)
 JAVA_MAP_BODY = re.compile(r">\s*\(\)\s*\{")
 # A key ends at the first `",`, or at the last of its line, if only the next line closes the bracket.
 JAVA_PUT = re.compile(r'put\("(?:(?>(.*?)",)\s*+([^)\n]*+)\)|(?>(.*)",)\s*+([^)\n]*+)\)|.*+)')
-JS_ARRAYS = (  # each as (array of arrays, flat array)
-    (
-        re.compile(r"new\s+Array\(\s*+(?:\[\s*+)?(\[.*?\])\s*+(?:\]\s*+)?\)"),
-        re.compile(r"new\s+Array\((.*?)\)"),
-    ),
-    (re.compile(r"\[\s*(\[.*?\])\s*\]"), re.compile(r"\[(.*?)\]")),
-)
-JS_ROW = re.compile(r"\[(.*?)\]")
+JS_ROWS = re.compile(r"\[\s*\[.*?\]\s*\]|new\s+Array\(\s*\[.*?\]\s*\)")
 JS_BETWEEN_ROWS = re.compile(r"\]\s*,\s*\[")
+JS_ROW = re.compile(r"\[(.*?)\]")
+JS_FLAT = re.compile(r"(?:\[(.*?)\]|new\s+Array\((.*?)\))")
 JS_OBJECT = re.compile(r"\{(.*?)\}")
 # A comma ends an entry if a key follows it, which may be a blank. Without a colon there is no entry.
 JS_ENTRY = re.compile(r"([^:]++)(?::(.*?)(?:,\s*+(?=[^,]+:)|,\s*(?=\s:)|$)|$)")
 
 
-def read_literal(text: str, declared: str, item: str | None, language: str) -> Any:
+def read_literal(text: str, declared: str | None, item: str | None, language: str) -> Any:
     """A Java or JavaScript literal as a Python value; text that is no literal of the declared type stays.
 
-    declared, item: the documentation's names for the type and, for lists, that of the elements. Never raises.
+    declared, item: the type in the documentation, and that of a list's elements; None: guessed. Raises
+    ValueError for an integer of more than 4,300 digits, which Python refuses to read.
     """
+    if declared is None:
+        return _guess(text, language)
     if declared in COLLECTIONS:
         return COLLECTIONS[declared](text, item)
     if declared in ("boolean", "Boolean"):
@@ -96,28 +95,26 @@ def read_literal(text: str, declared: str, item: str | None, language: str) -> A
     if declared == "String" and language == "javascript":
         return _unquote(text, QUOTES)  # a Java String is given without quotes
     pattern, read = NUMBERS[language].get(declared, (None, str))
-    try:
-        return read(text) if pattern and pattern.match(text) else text
-    except ValueError:  # Python refuses to read more than 4,300 digits
-        return text
+    return read(text) if pattern and pattern.match(text) else text
 
 
 def _unquote(text: str, quotes: str) -> str:
     return text[1:-1] if text and text[0] in quotes and text[-1] == text[0] else text
 
 
-def _guess(text: str, quotes: str = QUOTES) -> Any:
+def _guess(text: str, language: str) -> Any:
     """A value whose type is not declared: truth value, quoted string, number, else the text."""
     text = text.strip()
     if text in TRUTH:
         return TRUTH[text]
-    if (inside := _unquote(text, quotes)) != text:
+    if (inside := _unquote(text, '"' if language == "java" else QUOTES)) != text:
         return inside
+    for suffixed in ("long", "float") if language == "java" else ():
+        if (value := read_literal(text, suffixed, None, language)) is not text:
+            return value
     for read in (int, float):
-        try:
+        with suppress(ValueError):
             return read(text)
-        except ValueError:
-            continue
     return text
 
 
@@ -145,43 +142,43 @@ def _java_array(text: str, item: str | None) -> Any:
 
 def _java_list(text: str, item: str | None) -> Any:
     if (listed := _inside(*JAVA_AS_LIST, text)) is not None:
-        parts = [part.strip() for part in listed.split(",")]
-    elif (body := JAVA_LIST_BODY.search(text)) and "}}" in text[body.end() :]:
-        added = text[body.end() :].partition("}}")[0]
-        parts = [part.strip() for part, end in JAVA_ADD.findall(added) if end]
+        parts = listed.split(",")
+    elif body := JAVA_LIST_BODY.search(text):
+        # Oddity: the body has at least one character, so `{{ }}` ends at a later `}}`, if there is one.
+        end = text.find("}}", body.end() + 1)
+        parts = [part for part, closed in JAVA_ADD.findall(text, body.end(), max(end, 0)) if closed]
     else:
         return [] if JAVA_LIST.search(text) else text
     if item in ("String", "char"):
-        return [part[1:-1] for part in parts]  # Oddity: the quotes are taken for granted
-    return [read_literal(part, item, None, "java") for part in parts]
+        return [part.strip()[1:-1] for part in parts]  # Oddity: the quotes are taken for granted
+    return [read_literal(part.strip(), item, None, "java") for part in parts]
 
 
 def _java_map(text: str, _: None) -> Any:
-    if _inside(*JAVA_MAP, text) is None:
-        return text
-    body = JAVA_MAP_BODY.search(text, JAVA_MAP[0].search(text).end())
-    inside, closed, _ = text[body.end() :].partition("}") if body else ("", "", "")
-    puts = [put.groups()[: put.lastindex][-2:] for put in JAVA_PUT.finditer(inside) if put.lastindex]
-    return {key: _java_map_value(value.strip()) for key, value in puts} if closed else {}
-
-
-def _java_map_value(text: str) -> Any:
-    for declared in ("long", "float"):
-        if (value := read_literal(text, declared, None, "java")) is not text:
-            return value
-    return _guess(text, '"')
+    start = JAVA_MAP[0].search(text)
+    body = start and JAVA_MAP_BODY.search(text, start.end())
+    end = text.find("}", body.end()) if body else -1
+    if end < 0:  # Oddity: only a map without a body must have its type in one line
+        return text if _inside(*JAVA_MAP, text) is None else {}
+    entries = {}
+    for put in JAVA_PUT.finditer(text, body.end(), end):
+        if put.lastindex:  # no more than `put("` otherwise
+            key, value = put.group(put.lastindex - 1, put.lastindex)
+            entries[key] = _guess(value, "java")
+    return entries
 
 
 def _javascript_array(text: str, item: str | None) -> Any:
     """item: declared type of the elements; None inside an object, where it must be guessed."""
     text = text.strip()
-    closed_up = JS_BETWEEN_ROWS.sub("],[", text)  # line breaks are accepted between rows and nowhere else
-    for nested, flat in JS_ARRAYS:
-        if found := nested.match(closed_up):
-            return [[_guess(part) for part in row.split(",")] for row in JS_ROW.findall(found[1])]
-        if found := flat.match(text):
-            parts = [part.strip() for part in found[1].split(",")] if found[1].strip() else []
-            return [read_literal(part, item, None, "javascript") if item else _guess(part) for part in parts]
+    # Line breaks are accepted between rows, and beside the outer brackets, and nowhere else.
+    if found := JS_ROWS.match(JS_BETWEEN_ROWS.sub("],[", text)):
+        first, *others = JS_ROW.findall(found[0])
+        rows = [first.strip().removeprefix("["), *others]  # the outer bracket opened the first row
+        return [[_guess(part, "javascript") for part in row.split(",")] for row in rows]
+    if found := JS_FLAT.match(text):
+        inside = (found[1] or found[2] or "").strip()
+        return [read_literal(part.strip(), item, None, "javascript") for part in inside.split(",") if inside]
     return text
 
 
@@ -189,36 +186,32 @@ def _javascript_object(text: str, _: None) -> Any:
     text = text.strip()
     if not (found := JS_OBJECT.match(text)):
         return text
-    return {
-        key.strip().strip(QUOTES): _javascript_entry(value.strip())
-        for key, value in (entry.groups() for entry in JS_ENTRY.finditer(found[1]))
-        if value is not None
-    }
-
-
-def _javascript_entry(text: str) -> Any:
-    if text.startswith("[") and text.endswith("]"):
-        return _javascript_array(text, None)
-    return _guess(text.strip(QUOTES))  # Oddity: "5" and 5 are the same in an object
+    entries = {}
+    for key, value in (entry.groups() for entry in JS_ENTRY.finditer(found[1])):
+        if value is not None:
+            value = value.strip()
+            is_array = value.startswith("[") and value.endswith("]")
+            # Oddity: "5" and 5 are the same in an object.
+            read = _javascript_array(value, None) if is_array else _guess(value.strip(QUOTES), "javascript")
+            entries[key.strip().strip(QUOTES)] = read
+    return entries
 
 
 COLLECTIONS: dict[str, Callable[[str, str | None], Any]] = {
-    "Array": _java_array,
-    "ArrayList": _java_list,
-    "HashMap": _java_map,
-    "array": _javascript_array,
-    "dict": _javascript_object,
+    "Array": _java_array, "ArrayList": _java_list, "HashMap": _java_map,
+    "array": _javascript_array, "dict": _javascript_object,
 }
 
 
 # ----------------------------------------------------------------------------------------- checking one value
 
-IGNORED = str.maketrans("'", '"', " ,./-_*^")
+IGNORED = str.maketrans("", "", " ,./-_*^")
 
 
 def _std(value: Any) -> Any:
     """A string as it is compared: without IGNORED, in lower case, with one kind of quote."""
-    return value.translate(IGNORED).lower() if isinstance(value, str) else value
+    # In this order: whether a Greek sigma ends a word depends on the quotes beside it.
+    return value.translate(IGNORED).lower().replace("'", '"') if isinstance(value, str) else value
 
 
 def _first_type(allowed: list) -> type | None:
@@ -247,6 +240,8 @@ def _dict_error(value: dict, allowed: list) -> str | None:
     """The allowed dicts list allowed values per key. The error is that of the last one tried."""
     error = "dict_checker:unclear"
     for wanted in (wanted for wanted in allowed if wanted != ""):
+        if not isinstance(value, dict):
+            return "type_error:nested"  # an element that "" vouched for; the official checker would crash
         # Oddity: a bare string instead of a list of allowed values allows each of its characters.
         faults = (
             "value_error:dict_value" if key in wanted else "value_error:dict_key"
@@ -263,10 +258,8 @@ def _dict_error(value: dict, allowed: list) -> str | None:
 def _dicts_error(value: list[dict], allowed: list) -> str | None:
     error = "list_dict_checker:unclear"
     for wanted in allowed:
-        pairs = zip(value, wanted)
-        same_length = len(value) == len(wanted)
-        faults = (fault for given, choice in pairs if (fault := _dict_error(given, [choice])))
-        error = next(faults, None) if same_length else "value_error:list_dict_count"
+        faults = filter(None, (_dict_error(given, [choice]) for given, choice in zip(value, wanted)))
+        error = next(faults, None) if len(value) == len(wanted) else "value_error:list_dict_count"
         if not error:
             return None
     return error
@@ -278,14 +271,13 @@ def _value_error(value: Any, allowed: list, details: dict, language: str) -> str
     if language != "python":
         if not isinstance(value, str):
             return "type_error:java" if language == "java" else "type_error:js"
-        value = read_literal(value, declared, item_name, language)
+        with suppress(ValueError):  # a number with too many digits stays text
+            value = read_literal(value, declared, item_name, language)
     expected = TYPES[declared]
     item = TYPES[item_name] if expected is list else None
     if language == "python" and expected is float and type(value) is int:
-        try:
+        with suppress(OverflowError):  # it stays an integer and is refused; the official checker would crash
             value = float(value)
-        except OverflowError:
-            pass  # stays an integer and is refused as one; the official checker would crash
     if error := _type_error(value, allowed, expected, item):
         return error
     if _first_type(allowed) not in (None, expected):
@@ -306,11 +298,12 @@ def _value_error(value: Any, allowed: list, details: dict, language: str) -> str
 
 # ---------------------------------------------------------------------------------- checking one model output
 
-
 Fault = tuple[str, str]  # (official error type, the same in words)
 # By a word in the name of the category. The first counts: parallel_multiple is parallel.
-CHECKERS = {"parallel": "parallel_function_checker_no_order", "multiple": "multiple_function_checker"}
-SIMPLE_CHECKER = "simple_function_checker"
+CHECKERS = {
+    "parallel": "parallel_function_checker_no_order", "multiple": "multiple_function_checker",
+    "": "simple_function_checker",
+}
 
 
 def _show(value: Any) -> str:
@@ -349,27 +342,23 @@ def _call_fault(function: dict, call: dict, wanted: dict, language: str) -> Faul
 
 def _calls_fault(problem: Problem, calls: list[dict]) -> Fault | None:
     """What is wrong with a list of calls. The category's name says how they are matched with the answer."""
-    language, n = LANGUAGES.get(problem.category, "python"), len(problem.answer)
-    checker = next((name for kind, name in CHECKERS.items() if kind in problem.category), SIMPLE_CHECKER)
-    if len(calls) != n:
-        return f"{checker}:wrong_count", f"the number of calls is {len(calls)}, not {n}"
-    if checker == SIMPLE_CHECKER:  # by its one function, whose name the answer may spell otherwise
+    kind, checker = next((kind, name) for kind, name in CHECKERS.items() if kind in problem.category)
+    if len(calls) != len(problem.answer):
+        return f"{checker}:wrong_count", f"the number of calls is {len(calls)}, not {len(problem.answer)}"
+    language = LANGUAGES.get(problem.category, "python")
+    if kind == "":  # by its one function, whose name the answer may spell otherwise
         return _call_fault(problem.functions[0], calls[0], problem.answer[0], language)
     by_name, unused = {function["name"]: function for function in problem.functions}, list(calls)
     for wanted in problem.answer:
-        function, faults = by_name[next(iter(wanted))], []
-        # Oddity: the first fitting call is taken, even if only another choice lets all answers match.
-        for index, call in enumerate(unused):
-            if not (fault := _call_fault(function, call, wanted, language)):
-                del unused[index]
-                break
-            faults.append(fault)
+        faults = [_call_fault(by_name[next(iter(wanted))], call, wanted, language) for call in unused]
+        if None in faults:
+            # Oddity: the first fitting call is taken, even if only another choice lets all answers match.
+            del unused[faults.index(None)]
+        elif kind == "multiple":
+            return faults[0]
         else:
-            if "parallel" not in problem.category:
-                return faults[0]
-            tried = "; ".join(words for _, words in faults)
-            words = f"no call that is left fits the expected {_show(wanted)}: {tried}"
-            return f"{checker}:cannot_find_match", words
+            words = f"no call that is left fits the expected {_show(wanted)}: "
+            return f"{checker}:cannot_find_match", words + "; ".join(words for _, words in faults)
     return None
 
 
@@ -418,8 +407,7 @@ def find_fault(case: Problem, calls: list[dict] | None) -> Fault | None:
             return "irrelevance_error:decoder_success", "a call is made, though no function fits"
         return "relevance_error:decoder_failed", "no readable call is made, though a function fits"
     if calls is None:
-        words = "there is no closed tool-call section, or no JSON list of calls in it"
-        return "ast_decoder:decoder_failed", words
+        return "ast_decoder:decoder_failed", "there is no closed tool-call section with a JSON list of calls"
     if not well_formed:
         return "ast_decoder:decoder_wrong_output_format", "the arguments of a call are not an object"
     return _calls_fault(case, calls)

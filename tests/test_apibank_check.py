@@ -32,9 +32,18 @@ def reply(name: str, arguments: dict) -> str:
     ("RecordHealthData.time", "2023-03-05 09:00:00", "2023-3-5 9:00:00", True),
     ("RecordHealthData.health_data", [{"name": "a", "value": "1"}], [{"name": "b", "value": "2"}], True),
     ("RecordHealthData.health_data", [], [{"name": "b", "value": "2"}] * 2, False),
+    ("RecordHealthData.health_data", [], [{"name": None, "value": "2"}], True),
+    ("RecordHealthData.health_data", [], [{"name": [], "value": "2"}], False),
     ("Calculator.formula", "(1+2)*3", "(1 + 2) * 3", True),
     ("Dictionary.keyword", "deep learning", "Deep_Learning ", True),
     ("SendEmail.subject", "Hello", "hello", False),
+    ("SendEmail.receiver", "john@example.com", " john@EXAMPLE.COM", True),
+    ("SendEmail.receiver", "john@example.com", "JOHN@EXAMPLE.COM", False),
+    ("AddAgenda.token", "a9s8d7f6g5h4j3k2l1", "o8i7u6y5t4r3e2w1q0", True),  # another user's
+    ("AddAgenda.token", "a9s8d7f6g5h4j3k2l1", "a9s8", False),
+    ("AddAlarm.token", "a9s8d7f6g5h4j3k2l1", "o8i7u6y5t4r3e2w1q0", False),
+    ("QueryHistoryToday.date", "10-06", "23-10-6", True),
+    ("QueryHistoryToday.date", "10-06", "1-23-10-06", False),
     ("AddMeeting.attendees", ["Ann", "Bob"], ["Bob", "Ann"], False),
     ("BookHotel.count", 2, "2", True),  # numbers may be written as digits
     ("Weather.degrees", "10", 10, True),
@@ -68,11 +77,15 @@ def test_reason(output, reason):
     assert apibank_verdict(make_case("Get", {"x": "1"}), output) == (reason == "correct", reason)
 
 
-def test_a_blank_optional_argument_counts_as_absent_and_a_blank_required_one_is_compared():
-    case = make_case("Get", {"x": "1"}, optional=("y",))
-    verdicts = [apibank_verdict(case, reply("Get", {"x": "1", "y": y}))[0] for y in (None, "", "2")]
-    assert verdicts == [True, True, False]
-    assert apibank_verdict(make_case("Get", {"x": ""}), reply("Get", {"x": None})) == (False, "wrong_value:x")
+@pytest.mark.parametrize("blank", [None, ""])
+def test_an_optional_argument_is_given_where_the_gold_gives_it(blank):
+    """null and "" do not count as absent."""
+    case = make_case("Translate", {"src": "Hello", "tgt_lang": "fr"}, optional=("src_lang", "tgt_lang"))
+    output = reply("Translate", {"src": "Hello", "tgt_lang": "fr", "src_lang": blank})
+    assert apibank_verdict(case, output) == (False, "wrong_value:src_lang")
+    assert apibank_verdict(case, reply("Translate", {"src": "Hello"})) == (False, "wrong_value:tgt_lang")
+    required = make_case("Get", {"x": "0"})
+    assert apibank_verdict(required, reply("Get", {"x": blank})) == (False, "wrong_value:x")
 
 
 def test_switch_takes_either_name_of_the_device_but_not_both():

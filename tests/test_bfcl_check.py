@@ -39,6 +39,7 @@ PYTHON_RULES = [  # declared type (with that of its elements), allowed values, v
     ("string", ["New York, NY"], "new-york ny.", None),
     ("string", ["abcdefgh"], "a b,c.d/e-f_g*h^", None),
     ("string", ["10:30"], "1030", STRING),
+    ("string", ["a'ς"], "A'Σ", None),  # in lower case before the quotes become the same
     ("string", ["a", ""], "", None),
     ("integer", [1, ""], "", SIMPLE),
     ("array string", [["a"], ""], [], None),
@@ -52,6 +53,7 @@ PYTHON_RULES = [  # declared type (with that of its elements), allowed values, v
     ("array string", [["a", "b"]], ["b", "a"], LIST),
     ("array dict", [[{"a": [1]}, {"a": [2]}]], [{"a": 2}, {"a": 1}], VALUE),
     ("array string", [["a"], "var"], [1], LIST),  # "var" vouches for the elements' types, not their values
+    ("array dict", ["", [{"a": [1]}]], [1], NESTED),  # as does ""; the official checker crashes
 ]
 JAVA_RULES = [
     ("integer", [1], 1, "type_error:java"),
@@ -69,7 +71,16 @@ JAVA_RULES = [
     ("ArrayList long", [[1, 2]], "new ArrayList<>(Arrays.asList(1L, 2L))", None),
     ("HashMap", ["options"], "options", None),
     ("HashMap", [{"a": [1], "b": ["x"]}], 'new HashMap<>() {{ put("a", 1); put("b", "x"); }}', None),
+    ("HashMap", [{"b": [2]}], 'new HashMap<>() {{ put("a);\nput("b", 2L); }}', None),
+    ("HashMap", [{"a": [2.0]}], 'new HashMap<>() {{ put("a", 2f); }}', None),
     ("HashMap", ["options"], "Options", OTHERS),
+    ("HashMap", [{"a": ["b"]}], 'new HashMap<String,\n Object>() {{ put("a", "b"); }}', None),
+    ("HashMap", [{}], "new HashMap<String,\n Object>()", SIMPLE),  # without a body, the type is in one line
+    ("ArrayList String", [["x"]], 'new ArrayList<>() {{ }} {{ add("x"); }}', None),
+    ("ArrayList long", [[1]], 'new ArrayList<>() {{ }} {{ add("x"); }}', NESTED),
+    ("ArrayList String", [[]], "new ArrayList<>() {{ }}", None),
+    ("ArrayList String", [[]], 'new ArrayList<>() {{ add("x"); ', None),
+    ("Array ArrayList", [[["a"]]], 'new Object[]{new ArrayList<>(Arrays.asList("a"))}', None),
 ]
 JAVASCRIPT_RULES = [
     ("integer", [1], 1, "type_error:js"),
@@ -78,10 +89,15 @@ JAVASCRIPT_RULES = [
     ("array String", [["a", "b"]], "['a', \"b\"]", None),
     ("array String", [["a", "b"]], '["a",\n"b"]', SIMPLE),
     ("array float", [[[1.0], [2.0]]], "[[1.0],\n[2.0]]", None),  # lists, as in the answer
+    ("array float", [[[1.0], [2.0]]], "[\n[[1.0], [2.0]]", None),
+    ("array float", [[[1.0], [2.0]]], "new Array([[1.0], [2.0]])", None),
+    ("array float", [[[1.0], [2.0]]], "new Array([\n[1.0],\n[2.0]\n])", SIMPLE),
     ("array integer", [[1, 2]], "new Array(1, 2)", None),
+    ("array integer", [[1]], f"[{'9' * 5000}]", SIMPLE),
     ("dict", [{"a": [1]}], "{a: 1} garbage", None),
     ("dict", [{"a": ["x, y"], "b": [[1, 2]]}], '{"a": "x, y", b: [1, 2]}', None),
     ("dict", [{"a": [{"b": 1}]}], "{a: {b: 1}}", VALUE),
+    ("dict", [{}], "{a}", None),
 ]
 RULES = {"python": PYTHON_RULES, "java": JAVA_RULES, "javascript": JAVASCRIPT_RULES}
 CASES = [(f"simple_{language}", *rule) for language, rules in RULES.items() for rule in rules]
