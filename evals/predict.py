@@ -17,9 +17,9 @@ from typing import Any
 from tqdm import tqdm
 
 from config import check_model, printable, template_kwargs
-from corpus.sources import append_jsonl, iter_jsonl, write_atomic
+from corpus.sources import REPAIR, append_jsonl, iter_jsonl, write_atomic
 from evals.bfcl_multi_turn import TOO_LONG, Dialogue, Player, Scenario, play, seed_of
-from evals.report import NOTE, Case, ReportError, read_author
+from evals.report import NOTE, Case, ReportError, is_reply, read_author
 from prompts import PromptError, check_tokenizer, encode_prompt, load_template
 
 LINE_SECONDS = 30.0  # at least, between two lines about progress where no bar is seen
@@ -205,6 +205,8 @@ def _there(path: Path, max_prompt_tokens: int) -> set[tuple[str, str]]:
     """(id, sample) of the replies in `path`, but for prompts that were too long and no longer are."""
     there = set()
     for row in iter_jsonl(path, category=str, id=str):
+        if not is_reply(row):
+            raise ReportError(f"{path}: the row of {row['id']!r} holds no reply; {REPAIR}")
         tokens = row.get("input_tokens", 0)
         if row.get("skipped") != TOO_LONG or (isinstance(tokens, int) and tokens > max_prompt_tokens):
             there.add((row["id"], str(row.get("sample", 0))))

@@ -167,7 +167,7 @@ def read_predictions(path: Path, benchmark: str) -> list[dict]:
         print(printable(f"warning: {place}: half-written last line left out"), file=sys.stderr)
     rows, repeated = {}, []
     for number, row in records:
-        if not isinstance(row, dict) or not isinstance(row.get("id"), str) or not _is_reply(row):
+        if not isinstance(row, dict) or not isinstance(row.get("id"), str) or not is_reply(row):
             wanted = 'not a JSON object with the strings "id" and "output" (in dialogues, lists of strings)'
             raise ReportError(f"{path}:{number}: {wanted}; {REPAIR}")
         if not isinstance(row.get("sample", 0), (int, float)):
@@ -185,7 +185,8 @@ def read_predictions(path: Path, benchmark: str) -> list[dict]:
     return list(rows.values())
 
 
-def _is_reply(row: dict) -> bool:
+def is_reply(row: dict) -> bool:
+    """Whether a row of predictions has a reply: a string, or for a dialogue a list of them for every turn."""
     output = row.get("output")
     if not row["id"].startswith("multi_turn_"):
         return isinstance(output, str)
