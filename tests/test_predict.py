@@ -170,11 +170,12 @@ def test_a_larger_limit_asks_again_what_was_too_long(exported, tokenizer, tmp_pa
     ("generated_with.json", b"\0\0\0"), ("generated_with.json", b"\xff\xfe"), ("generated_with.json", b"3"),
     ("predictions.jsonl:2", b"{\n"), ("predictions.jsonl:2", b"[]\n"),
     ("predictions.jsonl:2", b'{"id": "x"}\n'),
+    ("predictions.jsonl", b'{"id": "c0", "category": "simple", "sample": 0, "output": 1}\n'),
 ])
 def test_broken_files_of_an_evaluation_are_one_sentence(exported, tmp_path, name, broken):
     path = tmp_path / "predictions.jsonl"
     predict(exported, CASES[:1], path)
-    with (tmp_path / name.partition(":")[0]).open("ab" if ":" in name else "wb") as file:
+    with (tmp_path / name.partition(":")[0]).open("ab" if "predictions" in name else "wb") as file:
         file.write(broken)
     with pytest.raises(UserError, match=f"{tmp_path / name}[: ][^\\n]*$"):
         predict(exported, CASES[:2], path)
