@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from evals.report import shorten
@@ -60,14 +61,12 @@ QUOTES = "\"'"
 # Oddity: all of these stop at the first closing bracket, so collections inside collections and brackets
 # inside strings come out broken, just as they do in the official checker. Its patterns take quadratic or
 # cubic time where brackets stay open; these are linear. Pairs are those of _inside: (start, rest).
-JAVA_ARRAY = re.compile(r"new\s+\w+\[\]\s*\{"), re.compile(r"(.*?)(?:(\})|$)", re.MULTILINE)
-JAVA_AS_LIST = (
-    re.compile(r"new\s+ArrayList<\w*>\(Arrays\.asList\("), re.compile(r"(.+?)(?:(\)\))|$)", re.MULTILINE)
-)
+JAVA_ARRAY = re.compile(r"new\s+\w+\[\]\s*\{"), re.compile(r"(?m)(.*?)(?:(\})|$)")
+JAVA_AS_LIST = re.compile(r"new\s+ArrayList<\w*>\(Arrays\.asList\("), re.compile(r"(?m)(.+?)(?:(\)\))|$)")
 JAVA_LIST = re.compile(r"new\s+ArrayList<\w*>\(\)")
 JAVA_LIST_BODY = re.compile(JAVA_LIST.pattern + r"\s*\{\{\s*")
-JAVA_ADD = re.compile(r"add\((.+?)(?:(\))|$)", re.MULTILINE)
-JAVA_MAP = re.compile(r"new\s+HashMap<"), re.compile(r"(.*?)(?:(>\s*\(\))|$)", re.MULTILINE)
+JAVA_ADD = re.compile(r"(?m)add\((.+?)(?:(\))|$)")
+JAVA_MAP = re.compile(r"new\s+HashMap<"), re.compile(r"(?m)(.*?)(?:(>\s*\(\))|$)")
 JAVA_MAP_BODY = re.compile(r">\s*\(\)\s*\{")
 # A key ends at the first `",`, or at the last of its line, if only the next line closes the bracket.
 JAVA_PUT = re.compile(r'put\("(?:(?>(.*?)",)\s*+([^)\n]*+)\)|(?>(.*)",)\s*+([^)\n]*+)\)|.*+)')
@@ -178,7 +177,9 @@ def _javascript_array(text: str, item: str | None) -> Any:
         return [[_guess(part, "javascript") for part in row.split(",")] for row in rows]
     if found := JS_FLAT.match(text):
         inside = (found[1] or found[2] or "").strip()
-        return [read_literal(part.strip(), item, None, "javascript") for part in inside.split(",") if inside]
+        parts = inside.split(",") if inside else []
+        with suppress(ValueError):  # an element with too many digits
+            return [read_literal(part.strip(), item, None, "javascript") for part in parts]
     return text
 
 
@@ -291,7 +292,7 @@ def _value_error(value: Any, allowed: list, details: dict, language: str) -> str
         # Oddity: list("") is [], so an optional list may be given as [].
         same = any(given == [_std(element) for element in wanted] for wanted in allowed)
         return None if same else "value_error:list/tuple"
-    if expected is str:
+    if expected is str and value not in allowed:
         return None if _std(value) in [_std(choice) for choice in allowed] else "value_error:string"
     return None if value in allowed else "value_error:others"
 
@@ -346,19 +347,19 @@ def _calls_fault(problem: Problem, calls: list[dict]) -> Fault | None:
     if len(calls) != len(problem.answer):
         return f"{checker}:wrong_count", f"the number of calls is {len(calls)}, not {len(problem.answer)}"
     language = LANGUAGES.get(problem.category, "python")
-    if kind == "":  # by its one function, whose name the answer may spell otherwise
-        return _call_fault(problem.functions[0], calls[0], problem.answer[0], language)
     by_name, unused = {function["name"]: function for function in problem.functions}, list(calls)
+    if kind != "parallel":
+        # Oddity: a simple case goes by its one function, whose name the answer may spell otherwise.
+        function = by_name[next(iter(problem.answer[0]))] if kind else problem.functions[0]
+        return _call_fault(function, calls[0], problem.answer[0], language)
     for wanted in problem.answer:
-        faults = [_call_fault(by_name[next(iter(wanted))], call, wanted, language) for call in unused]
-        if None in faults:
-            # Oddity: the first fitting call is taken, even if only another choice lets all answers match.
-            del unused[faults.index(None)]
-        elif kind == "multiple":
-            return faults[0]
-        else:
+        tried = (_call_fault(by_name[next(iter(wanted))], call, wanted, language) for call in unused)
+        faults = list(takewhile(bool, tried))
+        if len(faults) == len(unused):
             words = f"no call that is left fits the expected {_show(wanted)}: "
             return f"{checker}:cannot_find_match", words + "; ".join(words for _, words in faults)
+        # Oddity: the first fitting call is taken, even if only another choice lets all answers match.
+        del unused[len(faults)]
     return None
 
 

@@ -93,7 +93,7 @@ JAVASCRIPT_RULES = [
     ("array float", [[[1.0], [2.0]]], "new Array([[1.0], [2.0]])", None),
     ("array float", [[[1.0], [2.0]]], "new Array([\n[1.0],\n[2.0]\n])", SIMPLE),
     ("array integer", [[1, 2]], "new Array(1, 2)", None),
-    ("array integer", [[1]], f"[{'9' * 5000}]", SIMPLE),
+    ("array integer", [f"[{'9' * 5000}]"], f" [{'9' * 5000}]", None),  # stays text
     ("dict", [{"a": [1]}], "{a: 1} garbage", None),
     ("dict", [{"a": ["x, y"], "b": [[1, 2]]}], '{"a": "x, y", b: [1, 2]}', None),
     ("dict", [{"a": [{"b": 1}]}], "{a: {b: 1}}", VALUE),
@@ -130,6 +130,7 @@ CALL_RULES = [  # case, calls, error
     (replace(F, category="parallel_multiple"), [TWO], f"{PARALLEL}:cannot_find_match"),
     (PAIR, [ONE, TWO], f"{PARALLEL}:cannot_find_match"),  # matched greedily
     (PAIR, [TWO, ONE], None),
+    (SECOND_FIRST, [TWO, ONE], None),
     (SECOND_FIRST, [ONE, TWO], None),  # in another order than the answers
     # only an optional parameter with an empty string may be left out
     (problem("integer", [1, ""]), [("f", {})], f"{CHECKER}:missing_required"),
