@@ -45,7 +45,8 @@ def judge(
     for row, problem in pairs:
         output = came = row["output"]
         if isinstance(problem, Scenario):
-            error_type, why = bfcl_multi_turn.find_fault(problem, output) or (None, "")
+            fault = bfcl_multi_turn.find_fault(problem, output, row.get("skipped", ""))
+            error_type, why = fault or (None, "")
         else:
             calls = decode(output)
             kind, (error_type, why) = reply_kind(output, calls), find_fault(problem, calls) or (None, "")
@@ -114,8 +115,11 @@ def score(args: argparse.Namespace) -> None:
     if args.official_dir:
         results = []
         for row, problem in pairs:
-            told = bfcl_multi_turn if isinstance(problem, Scenario) else bfcl_data
-            results.append((row, problem.category, told.official_result(problem, row["output"])))
+            if isinstance(problem, Scenario):
+                told = bfcl_multi_turn.official_result(problem, row["output"], row.get("skipped", ""))
+            else:
+                told = bfcl_data.official_result(problem, row["output"])
+            results.append((row, problem.category, told))
         files = bfcl_data.write_official(results, version, args.official_dir, args.model_name)
         names = ",".join(bfcl_data.file_category(name, version) for name in categories)
         print(

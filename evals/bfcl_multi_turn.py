@@ -310,10 +310,17 @@ class Player:
 # --------------------------------------------------------------------------------------------------- verdicts
 
 
-def find_fault(scenario: Scenario, outputs: list[list[str]]) -> tuple[str, str] | None:
-    """(error type, why in words) by the official checker, or None for a right dialogue. outputs: as above."""
+def find_fault(
+    scenario: Scenario, outputs: list[list[str]], skipped: str = ""
+) -> tuple[str, str] | None:
+    """(error type, why in words) by the official checker, or None for a right dialogue.
+
+    outputs, skipped: those of a Dialogue.
+    """
+    if skipped:
+        return "multi_turn:inference_error", f"no reply could be asked for in turn {len(outputs)}: {skipped}"
     if len(outputs) != len(scenario.answer):
-        why = f"{len(outputs)} of {len(scenario.answer)} turns: too many steps in one, or too long a prompt"
+        why = f"the dialogue ended in turn {len(outputs)} of {len(scenario.answer)}: too many steps"
         return "multi_turn:force_terminated", why
     turns = []
     for replies in outputs:
@@ -327,8 +334,13 @@ def find_fault(scenario: Scenario, outputs: list[list[str]]) -> tuple[str, str] 
     return None if verdict["valid"] else (verdict["error_type"], verdict["error_message"])
 
 
-def official_result(scenario: Scenario, outputs: list[list[str]]) -> list[list[str]]:
-    """What the official command is told: per step the JSON list of calls as text, or "null" for none."""
+def official_result(scenario: Scenario, outputs: list[list[str]], skipped: str = "") -> list[list[str]] | str:
+    """What the official command is told: per step the JSON list of calls as text, or "null" for none.
+
+    Of a dialogue that ended early no more than why, as officially.
+    """
+    if skipped:
+        return skipped
     turns = []
     for replies in outputs:
         steps = []

@@ -184,5 +184,5 @@ def _play(
     dialogues = [Dialogue(case.scenario) for case in cases]
     for _ in play(dialogues, player.answer, config.rollout_batch_size):
         pass
-    faults = [bfcl_multi_turn.find_fault(one.scenario, one.outputs) for one in dialogues]
+    faults = [bfcl_multi_turn.find_fault(one.scenario, one.outputs, one.skipped) for one in dialogues]
     return [Verdict(fault is None, fault is None) for fault in faults]

@@ -236,6 +236,15 @@ def test_generate_goes_on_scenario_by_scenario_and_score_agrees(model, tmp_path,
     assert told[scenario.id][0][-1] == "[]"  # the reply that ended the turn
 
 
+def test_a_dialogue_that_was_cut_off_is_wrong():
+    """Also where all gold calls had been made; officially an error of inference is no list of turns."""
+    scenario = ALL["multi_turn_base_0"]
+    outputs = played(scenario, gold_steps(scenario)).outputs
+    assert find_fault(scenario, outputs) is None
+    assert find_fault(scenario, outputs, "prompt_too_long")[0] == "multi_turn:inference_error"
+    assert official_result(scenario, outputs, "prompt_too_long") == "prompt_too_long"
+
+
 def test_a_prompt_that_is_too_long_ends_the_dialogue(model, tmp_path, monkeypatch, capsys):
     """For the limit or for the model; it is counted, and asked again under a larger limit."""
     words = ["--model", model, "--categories", "multi_turn_base", "--limit", "1", "--max_new_tokens", "4"]
