@@ -3,7 +3,7 @@
 #   bash run.sh                            set up .venv, run the demo (3 to 4 minutes on two CPU cores)
 #   bash run.sh test [pytest arguments]    set up, run the tests
 #   bash run.sh train CONFIG [--key value …]   grpo.py on all visible GPUs, or on the CPU
-#   bash run.sh eval MODEL [--bfcl DIR] [--apibank DIR] [--limit N]
+#   bash run.sh eval MODEL [--bfcl DIR] [--categories single_turn,multi_turn] [--apibank DIR] [--limit N]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # After a signal torchrun kills its workers in 30 s, which may be less than the step and the checkpoint take.
@@ -117,7 +117,7 @@ first_folder() { # the first of the arguments that is a folder
 }
 
 evaluate() {
-  local model=${1:-} bfcl apibank out= options=()
+  local model=${1:-} bfcl apibank out= options=() parts=()
   [ -n "$model" ] || fail "eval needs a model folder or hub id" "bash run.sh eval runs/demo/model --limit 20"
   shift
   bfcl=$(first_folder "${BFCL_DATA:-}" data/bfcl ../shared/data/bfcl || true)
@@ -127,8 +127,9 @@ evaluate() {
       --bfcl) bfcl=${2:-} ;;
       --apibank) apibank=${2:-} ;;
       --out) out=${2:-} ;;
+      --categories) parts=("$1" "${2:-}") ;; # of BFCL
       --limit | --max_new_tokens | --batch_size | --prompt_template) options+=("$1" "${2:-}") ;;
-      *) fail "unknown option of eval: $1" "--bfcl DIR, --apibank DIR, --out DIR, --limit N or --max_new_tokens N" ;;
+      *) fail "unknown option of eval: $1" "--bfcl DIR, --categories PARTS, --apibank DIR, --out DIR, --limit N or --max_new_tokens N" ;;
     esac
     shift 2 || fail "the last option of eval lacks its value" "bash run.sh eval MODEL --limit 20"
   done
@@ -136,7 +137,8 @@ evaluate() {
   [ -n "$bfcl$apibank" ] || fail "no benchmark data found" \
     "pip install --no-deps bfcl-eval, or clone github.com/ShishirPatil/gorilla, and give its folder with --bfcl DIR"
   if [ -n "$bfcl" ]; then
-    python eval_bfcl.py generate --model "$model" --data "$bfcl" --out "$out/bfcl" ${options[@]+"${options[@]}"}
+    python eval_bfcl.py generate --model "$model" --data "$bfcl" --out "$out/bfcl" ${parts[@]+"${parts[@]}"} \
+      ${options[@]+"${options[@]}"}
     python eval_bfcl.py score --predictions "$out/bfcl/predictions.jsonl" --data "$bfcl" --out "$out/bfcl"
   fi
   if [ -n "$apibank" ]; then
