@@ -93,7 +93,7 @@ def altered(value: Any, rng: random.Random) -> Any:
     if isinstance(value, str):
         at = rng.randint(0, len(value))
         marked = value[:at] + rng.choice(" ,./-_*^") + value[at:]  # the scorers leave these out
-        near = 5 * [marked] + [value.upper(), value.replace("'", '"'), f"a {value}", damaged(value, rng)]
+        near = 8 * [marked] + [value.upper(), value.replace("'", '"'), f"a {value}", damaged(value, rng)]
     elif isinstance(value, list):
         near = [value[:-1], value + value[:1], *2 * [rng.sample(value, len(value))]]
     elif isinstance(value, dict):
@@ -110,7 +110,7 @@ def altered_golds(problems: list, gold: Callable, rng: random.Random) -> Iterato
     while True:
         problem = rng.choice(problems)
         calls = gold(problem, rng)
-        for _ in range(rng.choice((0, 1, 1, 1, 2))):
+        for _ in range(rng.choice((0, 1, 1, 2))):
             calls = altered(calls, rng)
         with contextlib.suppress(AttributeError, TypeError):  # they are no calls any more
             pairs = (pair for call in calls for pair in call.items())
@@ -127,8 +127,7 @@ def bfcl_gold(problem: bfcl_check.Problem, rng: random.Random) -> list[dict]:
         values = [rng.choice(some) if some and isinstance(some, list) else some for some in wanted.values()]
         return {key: value for key, value in zip(wanted, values) if value != ""}
 
-    language, function = bfcl_check.LANGUAGES.get(problem.category), problem.functions[0]
-    calls = []
+    language, function, calls = bfcl_check.LANGUAGES.get(problem.category), problem.functions[0], []
     for name, wanted in (item for call in problem.answer for item in call.items()):
         arguments = pick(wanted)
         for key, value in arguments.items():
@@ -184,8 +183,7 @@ def bfcl_rows(args: Namespace, rng: random.Random) -> Iterator[str]:
     from bfcl_eval.eval_checker.ast_eval.type_convertor.js_type_converter import js_type_converter
 
     def read(reader: Callable, *given: str) -> tuple:
-        value = reader(*given)
-        return not isinstance(value, str), value
+        return not isinstance(value := reader(*given), str), value
 
     def official(problem: bfcl_check.Problem, output: str) -> tuple:
         result = checker(problem, bfcl_check.decode(output))
