@@ -15,13 +15,15 @@ import os
 import statistics
 import sys
 import tempfile
+import types
+from collections.abc import Callable
 from pathlib import Path
 
 from timing import ROOT, machine, options, run_process
 
 sys.path.insert(0, str(ROOT))
 
-from evals.bfcl_check import Problem  # noqa: E402
+from evals.bfcl_check import LANGUAGES, Problem  # noqa: E402
 from evals.bfcl_data import load_problems  # noqa: E402
 
 SCORE = """
@@ -34,15 +36,11 @@ with contextlib.redirect_stdout(io.StringIO()):
 print(time.process_time() - cpu)
 """
 OFFICIAL = """
-import gzip, json, sys, time, types
-sys.path[:0] = [{official!r}, {root!r}]
-models = types.ModuleType("bfcl_eval.constants.model_config")  # the genuine one imports gigabytes of clients
-models.MODEL_CONFIG_MAPPING = {{"m": types.SimpleNamespace(underscore_to_dot=False)}}
-sys.modules[models.__name__] = models
-from bfcl_eval.constants.enums import Language
-from bfcl_eval.eval_checker.ast_eval.ast_checker import ast_checker
+import gzip, json, sys, time
+sys.path.insert(0, {root!r} + "/bench")
+from bfcl_speed import official_checker
 from evals import bfcl_check, bfcl_data
-languages = {{"simple_java": Language.JAVA, "simple_javascript": Language.JAVASCRIPT}}
+checker = official_checker({official!r})
 cpu = time.process_time()
 problems, valid = bfcl_data.load_problems({data!r}), 0
 with gzip.open({golden!r}, "rt") as file:
@@ -53,10 +51,28 @@ for row in rows:
         continue
     if any(not isinstance(*call.values(), dict) for call in calls):
         continue
-    language = languages.get(case.category, Language.PYTHON)
-    valid += ast_checker(case.functions, calls, case.answer, language, case.category, "m")["valid"]
+    valid += checker(case, calls)["valid"]
 print(time.process_time() - cpu)
 """
+
+
+def official_checker(folder: str) -> Callable[[Problem, list[dict]], dict]:
+    """The official checker of the bfcl_eval in this folder: (case, decoded calls) -> its result."""
+    # The genuine one imports gigabytes of clients.
+    models = types.ModuleType("bfcl_eval.constants.model_config")
+    models.MODEL_CONFIG_MAPPING = {"m": types.SimpleNamespace(underscore_to_dot=False)}
+    sys.modules[models.__name__] = models
+    sys.path.insert(0, str(folder))
+    with tempfile.TemporaryDirectory() as place:
+        os.environ["BFCL_PROJECT_ROOT"] = place  # the import makes folders there
+        from bfcl_eval.constants.enums import Language
+        from bfcl_eval.eval_checker.ast_eval.ast_checker import ast_checker
+
+    def check(case: Problem, calls: list[dict]) -> dict:
+        language = Language(LANGUAGES.get(case.category, "python"))
+        return ast_checker(case.functions, calls, case.answer, language, case.category, "m")
+
+    return check
 
 
 def plausible_output(case: Problem) -> str:
@@ -78,7 +94,6 @@ def main() -> None:
         rows = [json.loads(line) for line in file]
     problems = load_problems(data).values()
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["BFCL_PROJECT_ROOT"] = folder  # the official checker writes there when it is imported
         once, several = Path(folder) / "once.jsonl", Path(folder) / "several.jsonl.gz"
         with gzip.open(several, "wt", encoding="utf-8") as file:  # ids repeat: each is a sample
             file.writelines(json.dumps(row | {"sample": i}) + "\n" for i, row in enumerate(rows))

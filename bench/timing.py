@@ -39,10 +39,16 @@ def run_process(arguments: Sequence[str]) -> Spent:
     return Spent(wall, cpu, after.ru_maxrss / 1024, done.stdout)
 
 
-def options(about: str, **defaults: int | str | bool) -> argparse.Namespace:
-    """The command line of a script: an option for every default, of its type. about: its docstring."""
+def options(about: str, **defaults: int | str | bool | list[str]) -> argparse.Namespace:
+    """The command line of a script: an option for every default, of its type; for a list, a word of it.
+
+    about: the script's docstring.
+    """
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in defaults.items():
+        if isinstance(default, list):
+            parser.add_argument(name, choices=default)
+            continue
         kind = {"action": "store_true"} if default is False else {"type": type(default), "default": default}
         parser.add_argument(f"--{name}", **kind, help=f"default: {default!r}")
     return parser.parse_args()

@@ -342,7 +342,7 @@ def score(args: argparse.Namespace) -> None:
     table = [{"group": "part", "name": part, **parts[part]} for part in PARTS] + column_rows(parts)
     for name, figure in PAPER.items():
         table.append({"group": "paper", "name": name, "accuracy": figure, "n": "not stated"})
-    scores = {"data": args.language, "parts": parts, "table": table, "note": PAPER_NOTE}
+    scores = {"data": f"ACEBench {args.language}", "parts": parts, "table": table, "note": PAPER_NOTE}
     report.write_table(table, args.out, scores)
     print(PAPER_NOTE)
     sizes = Counter(problem.part for problem in problems.values())

@@ -164,6 +164,15 @@ def test_generate_asks_the_chosen_parts_in_the_chosen_language(data, monkeypatch
     assert (named, other) == ("ACEBench en", "ACEBench zh")
 
 
+def test_diff_refuses_two_languages_whose_ids_are_the_same(tmp_path, data, capsys):
+    (tmp_path / "zh").mkdir()
+    for place, language in ((tmp_path, "en"), (tmp_path / "zh", "zh")):
+        rows = [{"id": "normal_atom_bool_0", "output": reply(A)}]
+        score(place, rows, data, "--language", language, main=main)
+    assert main(["--diff", str(tmp_path / "o"), str(tmp_path / "zh" / "o")]) == 2
+    assert "scored on ACEBench en" in capsys.readouterr().err
+
+
 def spoil(data, part="atom_enum", answers=True, text="{}\n"):
     folder = data / "data_all" / "data_en"
     (folder / ("possible_answer" if answers else ".") / f"data_normal_{part}.json").write_text(text)

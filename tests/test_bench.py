@@ -46,6 +46,25 @@ def test_the_speeds_are_measured():
     assert "golden rows |" in run("bfcl_speed", "--golden", GOLDEN, "--data", BFCL, "--repeats", 1)
 
 
+def test_agreement_shows_where_the_official_code_decides_otherwise(tmp_path):
+    """The official code is a stand-in that finds every reply right."""
+    parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    function = {"name": "book", "description": "d", "parameters": parameters}
+    case = {"id": "a_0", "question": "user: q", "function": [function], "time": ""}
+    texts = {
+        "model_eval/checker.py": "def normal_checker(*_):\n    return {'valid': True}\n",
+        "data_en/data_normal_atom_bool.json": json.dumps(case),
+        "data_en/possible_answer/data_normal_atom_bool.json": '{"ground_truth": {"book": {"city": "Oslo"}}}',
+    }
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    shown = run("agreement", "acebench", "--official", tmp_path, "--data", tmp_path, "--count", 50)
+    compared, right, different = shown.splitlines()[2].split("|")[2:5]
+    assert right.strip() == "100%" and 0 < int(different) < int(compared)
+    assert shown.count("official: (True, None)\n  ours: (False, None)") == 3
+
+
 def test_a_toy_comparison_of_seeds_and_controls_runs(tmp_path):
     toy = "--seeds 1 --steps 2 --warmup_steps 4 --jobs 2".split()
     few = "--eval_cases 4 --synthetic_train 40 --prompts_per_step 4 --minibatch_prompts 4".split()
