@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> int:
     script = report.Script(
         name="eval_apibank", data="official folder api-bank, or a folder of cases", max_prompt_tokens=8192,
         generate=generate, generate_options={"--levels": levels}, score=score, score_options={},
-        right="correct", group=lambda verdict: f"level-{verdict.get('level')}",
+        right="correct", group=lambda verdict: f"level-{verdict['level']}",
     )
     return report.run(script, arguments)
 

@@ -16,6 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
+from shlex import quote
 
 from evals import bfcl_data, bfcl_multi_turn, bfcl_table, predict, report
 from evals.bfcl_check import Problem, decode, find_fault, reply_kind
@@ -47,6 +48,9 @@ def judge(
         if isinstance(problem, Scenario):
             fault = bfcl_multi_turn.find_fault(problem, output, row.get("skipped", ""))
             error_type, why = fault or (None, "")
+            replies = [reply for turn in output for reply in turn]
+            if replies and all(bfcl_multi_turn.read_calls(reply) is None for reply in replies):
+                unreadable.append(replies[0])
         else:
             calls = decode(output)
             kind, (error_type, why) = reply_kind(output, calls), find_fault(problem, calls) or (None, "")
@@ -83,15 +87,24 @@ def score(args: argparse.Namespace) -> None:
         problems |= {scenario.id: scenario for scenario in load_scenarios()}
     for row in rows:
         if row["id"] not in problems:
-            what = f"{args.data or 'the installed bfcl-eval'} has no case {row['id']!r}"
+            what = f"{args.data} has no case" if args.data else "without --data there is no case"
             advice = "check that --data has all of BFCL, in the right version, v3 or v4"
-            raise ReportError(f"{row['place']}: {what}; {advice}")
+            raise ReportError(f"{row['place']}: {what} {row['id'][:80]!r}; {advice}")
     pairs = [(row, problems[row["id"]]) for row in rows]
     cases, scores = judge(pairs, problems)
     args.out.mkdir(parents=True, exist_ok=True)
     keys = ("id", "valid", "error_type")
     report.write_rows(args.out / "verdicts.jsonl", ({key: case[key] for key in keys} for case in cases))
     report.write_cases(cases, args.out)
+    if args.official_dir:
+        results = []
+        for row, problem in pairs:
+            if isinstance(problem, Scenario):
+                told = bfcl_multi_turn.official_result(problem, row["output"], row.get("skipped", ""))
+            else:
+                told = bfcl_data.official_result(problem, row["output"])
+            results.append((row, problem.category, told))
+        files = bfcl_data.write_official(results, version, args.official_dir, args.model_name)
     categories, sizes, unreadable = scores["categories"], scores["sizes"], scores.pop("unreadable")
     names = (*CATEGORIES, *MULTI_TURN)
     listed = [{"group": "category", "name": name, **categories.get(name, tally(()))} for name in names]
@@ -113,18 +126,11 @@ def score(args: argparse.Namespace) -> None:
         what = f"{skipped} of {len(rows)} prompts were too long ({long}; see --max_prompt_tokens) or refused"
         print(f"{what}; they count as answered without a call, and a dialogue as wrong.")
     if args.official_dir:
-        results = []
-        for row, problem in pairs:
-            if isinstance(problem, Scenario):
-                told = bfcl_multi_turn.official_result(problem, row["output"], row.get("skipped", ""))
-            else:
-                told = bfcl_data.official_result(problem, row["output"])
-            results.append((row, problem.category, told))
-        files = bfcl_data.write_official(results, version, args.official_dir, args.model_name)
         names = ",".join(bfcl_data.file_category(name, version) for name in categories)
         print(
             f"{files} files for BFCL {version}'s own command, which scores them with:\n"
-            f"BFCL_PROJECT_ROOT={args.official_dir.resolve()} bfcl evaluate --model {args.model_name} "
+            f"BFCL_PROJECT_ROOT={quote(str(args.official_dir.resolve()))} bfcl evaluate --model "
+            f"{quote(args.model_name)} "
             f"--test-category {names}{' --partial-eval' if partial else ''}"
         )
 
@@ -152,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
         data_needed=False, max_prompt_tokens=32768, generate=generate,
         generate_options={"--categories": which}, score=score, right="valid",
         score_options={"--official_dir --official-dir": folder, "--model_name --model-name": name},
-        group=lambda verdict: bfcl_data.category_of(verdict["id"]),
+        group=lambda verdict: bfcl_data.KNOWN[bfcl_data.category_of(verdict["id"])],
     )
     return report.run(script, arguments)
 

@@ -129,7 +129,7 @@ evaluate() {
       --out) out=${2:-} ;;
       --categories) parts=("$1" "${2:-}") ;; # of BFCL
       --limit | --max_new_tokens | --batch_size | --prompt_template) options+=("$1" "${2:-}") ;;
-      *) fail "unknown option of eval: $1" "--bfcl DIR, --categories PARTS, --apibank DIR, --out DIR, --limit N or --max_new_tokens N" ;;
+      *) fail "unknown option of eval: $1" "--bfcl DIR, --categories PARTS, --apibank DIR, --out DIR, --limit N, --max_new_tokens N, --batch_size N or --prompt_template FILE" ;;
     esac
     shift 2 || fail "the last option of eval lacks its value" "bash run.sh eval MODEL --limit 20"
   done

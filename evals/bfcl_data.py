@@ -21,6 +21,7 @@ LIVE = (*LIVE_AST, "live_irrelevance", "live_relevance")
 CATEGORIES = (*NON_LIVE, *LIVE)  # named as in v4
 V3_NAMES = {"simple": "simple_python", "java": "simple_java", "javascript": "simple_javascript"}
 MULTI_TURN = tuple(f"multi_turn_{part}" for part in ("base", "miss_func", "miss_param", "long_context"))
+KNOWN = {name: name for name in (*CATEGORIES, *MULTI_TURN)}
 GROUPS = {"single_turn": CATEGORIES, "non_live": NON_LIVE, "live": LIVE, "multi_turn": MULTI_TURN}
 SUITE = "berkeley-function-call-leaderboard"
 DATA_FOLDERS = (".", "bfcl_eval/data", "data", f"{SUITE}/bfcl_eval/data", f"{SUITE}/data")
@@ -43,8 +44,8 @@ def select_categories(names: Iterable[str]) -> set[str]:
     chosen: set[str] = set()
     for name in ",".join(names).split(","):
         name = V3_NAMES.get(name, name)
-        if name not in (*GROUPS, *CATEGORIES, *MULTI_TURN):
-            known = ", ".join((*GROUPS, *CATEGORIES, *MULTI_TURN))
+        if name not in GROUPS and name not in KNOWN:
+            known = ", ".join((*GROUPS, *KNOWN))
             raise ReportError(f"--categories: unknown {name!r}; choose from {known}")
         chosen.update(GROUPS.get(name, (name,)))
     return chosen
@@ -167,6 +168,14 @@ HALVES = re.compile(r"\\u[dD][89abAB]\w\w\\u[dD][c-fC-F]\w\w|(\\u[dD][89a-fA-F]\
 HUGE_NUMBER = re.compile(r"\d{309}")  # beyond the range of floats: the official checker crashes on it
 
 
+def whole_characters(text: str) -> str:
+    """The text with U+FFFD for half surrogate pairs, also for those written as JSON escapes.
+
+    Neither prompts nor the official command's files can have them; no answer does.
+    """
+    return HALVES.sub(lambda found: "\ufffd" if found[1] or found[2] else found[0], text)
+
+
 def official_result(problem: Problem, output: str) -> str:
     """What the official command is told that the model answered: the JSON list of calls as text, or "null".
 
@@ -176,9 +185,7 @@ def official_result(problem: Problem, output: str) -> str:
     calls = decode(output)
     if calls is None:
         return "null"
-    # The official command writes what is wrong as UTF-8, which has no half surrogates. No answer has them.
-    whole = HALVES.sub(lambda found: "\ufffd" if found[1] or found[2] else found[0], find_block(output))
-    text = whole if calls else "[]"
+    text = whole_characters(find_block(output)) if calls else "[]"
     return "null" if "relevance" not in problem.category and HUGE_NUMBER.search(text) else text
 
 

@@ -10,9 +10,12 @@ BFCL_PROJECT_ROOT.
 import os
 import sys
 
-from bfcl_eval.constants.model_config import MODEL_CONFIG_MAPPING, ModelConfig
-from bfcl_eval.model_handler.local_inference.base_oss_handler import OSSHandler
-from overrides import override
+try:
+    from bfcl_eval.constants.model_config import MODEL_CONFIG_MAPPING, ModelConfig
+    from bfcl_eval.model_handler.local_inference.base_oss_handler import OSSHandler
+    from overrides import override
+except ImportError as error:
+    sys.exit(f"evals.bfcl_handler: error: {error}; pip install bfcl-eval soundfile, with all they need")
 
 from evals.bfcl_check import decode
 from evals.bfcl_multi_turn import call_text, is_plain, read_calls

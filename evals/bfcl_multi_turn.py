@@ -25,7 +25,7 @@ from uuid import uuid4
 
 from config import first_line
 from evals.bfcl_check import decode
-from evals.bfcl_data import MULTI_TURN, prompt_tools
+from evals.bfcl_data import MULTI_TURN, prompt_tools, whole_characters
 from evals.report import ReportError, read_objects
 from prompts import END_THINK, PromptError, ToolCall, encode_prompt
 
@@ -83,7 +83,7 @@ def package() -> Package:
             default_prompts.DEFAULT_USER_PROMPT_FOR_ADDITIONAL_FUNCTION_FC,
             default_prompts.MAXIMUM_STEP_LIMIT,
         )
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # it is the user's, and may be of another version
         why = f"BFCL's multi-turn part is played and judged by the package bfcl-eval ({first_line(error)})"
         raise ReportError(f"{why}; {REMEDY}") from None
 
@@ -94,9 +94,13 @@ def load_scenarios(categories: Iterable[str] = MULTI_TURN, limit: int | None = N
     for category in categories:
         name = f"BFCL_v4_{category}.json"
         data = package().data
-        answers = {row["id"]: row["ground_truth"] for _, row in read_objects(data / "possible_answer" / name)}
-        for _, entry in islice(read_objects(data / name), limit):
-            scenarios.append(_scenario(entry, category, answers[entry["id"]]))
+        answers = {row.get("id"): row for _, row in read_objects(data / "possible_answer" / name)}
+        for number, entry in islice(read_objects(data / name), limit):
+            try:
+                scenarios.append(_scenario(entry, category, answers[entry["id"]]["ground_truth"]))
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                what = f"not a scenario of BFCL ({error!r})"
+                raise ReportError(f"{data / name}:{number}: {what}; {REMEDY}") from None
     return scenarios
 
 
@@ -120,7 +124,7 @@ def _tools_of(world: str) -> list[dict]:
 
 def read_calls(text: str) -> list[ToolCall] | None:
     """The calls of a reply, read as everywhere in BFCL; None where no list of calls can be read."""
-    decoded = decode(text)
+    decoded = decode(whole_characters(text))
     if decoded is None:
         return None
     calls = [ToolCall(name, arguments) for call in decoded for name, arguments in call.items()]
@@ -209,7 +213,8 @@ class Dialogue:
         calls = allowed_calls(self.scenario, text)
         message = {"role": "assistant", "content": ""}
         if calls is None:  # past thoughts are not shown, as in training
-            self.messages.append(message | {"content": text.rpartition(END_THINK)[2].strip()})
+            answer = whole_characters(text.rpartition(END_THINK)[2])
+            self.messages.append(message | {"content": answer.strip()})
         else:
             self.messages.append(message | {"calls": read_calls(text)})
         if not calls:
@@ -281,12 +286,11 @@ class Player:
     heartbeat: Callable[[], None] = lambda: None
 
     def answer(self, alive: list[Dialogue]) -> None:
-        """For `play`. A prompt that is too long, for the model too, or refused, ends its dialogue."""
+        """For `play`. A prompt that is too long or refused ends its dialogue."""
         from kernel.decode import Prompt  # here, because both import torch
         from rollout import sample_groups
 
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", inf)
-        limit = min(self.max_prompt_tokens, positions - self.decoding.max_new_tokens)
         asked = {}
         for dialogue in alive:
             try:
@@ -294,11 +298,16 @@ class Player:
             except PromptError as error:
                 dialogue.stop(str(error))
                 continue
-            if len(ids) > limit:
+            if len(ids) > self.max_prompt_tokens:
                 dialogue.input_tokens = len(ids)
                 dialogue.stop(TOO_LONG)
                 continue
+            if len(ids) + self.decoding.max_new_tokens > positions:
+                dialogue.stop(f"prompt and reply are longer than the model's {positions} positions")
+                continue
             asked[dialogue] = Prompt(dialogue.scenario.id, ids, dialogue.seed(self.seed))
+        if not asked:
+            return
         prompts = list(asked.values())
         groups = sample_groups(self.model, self.tokenizer, prompts, self.decoding, heartbeat=self.heartbeat)
         for (dialogue, prompt), group in zip(asked.items(), groups):
@@ -320,7 +329,7 @@ def find_fault(
     if skipped:
         return "multi_turn:inference_error", f"no reply could be asked for in turn {len(outputs)}: {skipped}"
     if len(outputs) != len(scenario.answer):
-        why = f"the dialogue ended in turn {len(outputs)} of {len(scenario.answer)}: too many steps"
+        why = f"the dialogue has {len(outputs)} turns and not {len(scenario.answer)}: too many steps in one"
         return "multi_turn:force_terminated", why
     turns = []
     for replies in outputs:

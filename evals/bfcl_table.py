@@ -69,13 +69,14 @@ def aggregates(categories: dict[str, dict], sizes: dict[str, int]) -> list[dict]
     turns = _equal(*MULTI_TURN)
     v4_overall = _scaled(0.1, non_live) | _scaled(0.1, live_ast) | _scaled(0.1, refusals)
     v4_overall |= _scaled(0.3, turns)
-    zero = "agentic = 0" if any(name in categories for name in MULTI_TURN) else "multi-turn, agentic = 0"
+    tenths = {"non-live": non_live, "live": live_ast, "irrelevance": refusals, "multi-turn": turns}
+    zero = [name for name, weights in tenths.items() if not categories.keys() & weights.keys()]
     rows = [
         ("v3 official", "Non-Live AST Acc", non_live, categories),
         ("v3 official", "Non-Live Overall Acc", v3_non_live, filled),
         ("v3 official", "Live Acc", live, filled),
         ("v3 official", "Overall Acc (multi-turn = 0)", v3_overall, filled),
-        ("v4 official", f"Overall Acc ({zero})", v4_overall, filled),
+        ("v4 official", f"Overall Acc ({', '.join([*zero, 'agentic'])} = 0)", v4_overall, filled),
         ("v4 official", "Non-Live Overall Acc", non_live, filled),
         ("v4 official", "Non-Live AST Acc", non_live, categories),
         ("v4 official", "Non-Live Simple AST", simple, categories),

@@ -18,6 +18,7 @@ from evals import apibank_data, bfcl_data, bfcl_multi_turn
 from evals.apibank_check import apibank_verdict
 from evals.bfcl_check import bfcl_verdict
 from evals.bfcl_multi_turn import Dialogue, Player, Scenario, play
+from evals.predict import progress
 from kernel.decode import Prompt
 from prompts import PromptError, encode_prompt
 from reward import score
@@ -79,7 +80,7 @@ def _by_benchmark(verdict: Callable, case: object, reply: str) -> Verdict:
 
 
 def check_benchmarks(config: Config) -> None:
-    """Raises UserError where a benchmark's folder or package is not there.
+    """Raises ConfigError where a benchmark's folder or package is not there.
 
     A folder's name with one / may be a hub id.
     """
@@ -87,7 +88,10 @@ def check_benchmarks(config: Config) -> None:
         if folder and folder.count("/") != 1 and not Path(folder).exists():
             raise ConfigError(f"{key}: the folder {folder!r} does not exist")
     if config.bfcl_multi_turn:
-        bfcl_multi_turn.package()
+        try:
+            bfcl_multi_turn.package()
+        except UserError as error:
+            raise ConfigError(f"bfcl_multi_turn: {error}") from None
 
 
 def load_benchmarks(
@@ -135,7 +139,9 @@ def load_benchmarks(
     if config.bfcl_multi_turn:
         each = -(-config.bfcl_multi_turn // len(bfcl_data.MULTI_TURN))
         parts = [bfcl_multi_turn.load_scenarios([name], each) for name in bfcl_data.MULTI_TURN]
-        scenarios = list(chain(*zip(*parts)))[: config.bfcl_multi_turn]  # of every part in turn
+        scenarios = list(chain(*zip(*parts)))[: config.bfcl_multi_turn]  # of every part in turn; 800 in all
+        if not quiet:
+            print(f"bfcl_multi_turn: {len(scenarios)} scenarios, played at every evaluation")
         benchmarks["bfcl_multi_turn"] = [JudgedScenario(scenario, template) for scenario in scenarios]
     return benchmarks
 
@@ -182,7 +188,8 @@ def _play(
     limit, beat = MULTI_TURN_TOKENS, ranks.heartbeat
     player = Player(model, tokenizer, template, Decoding.greedy(config), limit, heartbeat=beat)
     dialogues = [Dialogue(case.scenario) for case in cases]
-    for _ in play(dialogues, player.answer, config.rollout_batch_size):
+    played = play(dialogues, player.answer, config.rollout_batch_size)
+    for _ in progress(played, len(dialogues), "bfcl_multi_turn", "dialogues") if ranks.main else played:
         pass
     faults = [bfcl_multi_turn.find_fault(one.scenario, one.outputs, one.skipped) for one in dialogues]
     return [Verdict(fault is None, fault is None) for fault in faults]

@@ -40,11 +40,15 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known before a model is loaded. done: (id, sample as text) of the replies that are there."""
+    """What is known before a model is loaded. done: (id, sample as text) of the replies that are there.
+
+    author: what the replies are made with, for the note beside them.
+    """
 
     tokenizer: Any
     template: str
     done: set[tuple[str, str]]
+    author: dict
 
 
 def generate(args: argparse.Namespace, cases: Sequence[Case | Scenario], benchmark: str) -> None:
@@ -94,6 +98,10 @@ def write_predictions(
     check_vocabulary(tokenizer, model_config(model))
     policy = load_model(model, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     check_tokenizer(tokenizer, prepared.template)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path.with_name(NOTE), json.dumps(prepared.author, indent=1) + "\n")
+    if path.exists():  # a line cut off by a kill is removed, so that appending is safe
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
     began = time.perf_counter()
     todo = [case for case in cases if isinstance(case, Case) and missing[case.id]]
     asked = _encode(todo, missing, path, prepared, sampling)
@@ -128,7 +136,7 @@ def write_predictions(
 
 
 def prepare(model: str, path: Path, template: str, sampling: Sampling, benchmark: str) -> Prepared:
-    """Notes beside `path` what its replies are made with; arguments and errors as of write_predictions.
+    """Compares with what `path` holds; arguments and errors as of write_predictions.
 
     What can be told without the tokenizer comes first: it needs torch, whose import takes seconds.
     """
@@ -146,11 +154,7 @@ def prepare(model: str, path: Path, template: str, sampling: Sampling, benchmark
     template = template or load_template("", tokenizer)
     author |= describe_author(model, template)
     _check_author(path, author)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path.with_name(NOTE), json.dumps(author, indent=1) + "\n")
-    if path.exists():  # a line cut off by a kill is removed, so that appending is safe
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-    return Prepared(tokenizer, template, done)
+    return Prepared(tokenizer, template, done, author)
 
 
 def _encode(
@@ -242,7 +246,9 @@ def _check_author(path: Path, author: dict) -> None:
     changed = [key for key, value in author.items() if value is not None and before.get(key) != value]
     if "max_prompt_tokens" in changed and isinstance(limit := before.get("max_prompt_tokens"), int):
         changed.remove("max_prompt_tokens")
-        changed += ["a larger max_prompt_tokens"] * (limit > author["max_prompt_tokens"])
+        if limit > author["max_prompt_tokens"]:
+            what = f"{path} was made with --max_prompt_tokens {limit}"
+            raise ReportError(f"{what}; give it again, or a larger one, or another --out")
     if changed:
         what = f"another model or other settings ({', '.join(changed)}; see {path.with_name(NOTE)})"
         raise ReportError(f"{path} was made with {what}; give another --out")

@@ -54,7 +54,7 @@ class Script:
     score: Callable[[argparse.Namespace], None]
     score_options: dict[str, dict]
     right: str  # the key of a verdict that says whether the row is right
-    group: Callable[[dict], str]  # a verdict's category, for --diff
+    group: Callable[[dict], str]  # a verdict's category, for --diff; KeyError: of another benchmark
     data_needed: bool = True
 
 
@@ -160,7 +160,8 @@ def read_predictions(path: Path, benchmark: str) -> list[dict]:
     """
     made_for = read_author(path).get("benchmark", benchmark) if path.name in PREDICTIONS else benchmark
     if made_for != benchmark:
-        raise ReportError(f"{path} holds replies to {made_for}, not to {benchmark}; give the right --data")
+        what = f"{path} holds replies to {made_for}, not to {benchmark}"
+        raise ReportError(f"{what}; take the script, --data and --language of these")
     records = list(read_records(path))
     if records and isinstance(records[-1][1], Exception):
         place = f"{path}:{records.pop()[0]}"
@@ -384,7 +385,13 @@ def print_diff(a: str, b: str, show: int, right: str, group: Callable[[dict], st
         what = f"{a} was scored on {data_a}, {b} on {data_b}, where the same ids are other cases"
         raise ReportError(f"--diff: {what}; score both on the same data")
     rows_a, rows_b = read_verdicts(a, right), read_verdicts(b, right)
-    names, fates = {row["id"]: group(row) for row in (*rows_a, *rows_b)}, compare(rows_a, rows_b, right)
+    names = {}
+    for place, rows in ((a, rows_a), (b, rows_b)):
+        try:
+            names |= {row["id"]: group(row) for row in rows}
+        except KeyError:
+            raise ReportError(f"--diff: {place} holds verdicts of another benchmark") from None
+    fates = compare(rows_a, rows_b, right)
     groups = defaultdict(Counter)
     for case, fate in fates.items():
         if None not in fate:

@@ -4,6 +4,7 @@ The worlds and the checker are bfcl-eval's, so these tests are skipped where it 
 """
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from corpus.tiny_model import build_tiny_tokenizer  # noqa: E402
 from evals import bfcl_multi_turn  # noqa: E402
 from evals.bfcl_multi_turn import (  # noqa: E402
     Dialogue,
+    Player,
     allowed_calls,
     find_fault,
     load_scenarios,
@@ -27,7 +29,9 @@ from evals.bfcl_multi_turn import (  # noqa: E402
     play,
     read_calls,
 )
+from model import load_tokenizer  # noqa: E402
 from ops.export import export  # noqa: E402
+from prompts import build_messages  # noqa: E402
 
 NOTHING = reply()
 ALL = {scenario.id: scenario for scenario in load_scenarios()}
@@ -89,6 +93,41 @@ def test_a_step_shows_the_results_and_the_world_remembers():
     assert not [name for name in vars(package().execution) if name.startswith("world_")]
 
 
+def test_half_a_surrogate_pair_does_no_harm():
+    """In a call, in other text and in what a tool says back: no prompt and no official file can have one."""
+    scenario = ALL["multi_turn_base_0"]
+    dialogue = Dialogue(scenario)
+    dialogue.take(reply(("touch", {"file_name": "\ud83d"}), ("echo", {"content": "\ud83d", "\ud83d": 1})))
+    dialogue.take("done \ud83d")
+    "".join(message["content"] for message in build_messages(dialogue.messages, [])).encode()
+    assert "\\ud83d" not in str(official_result(scenario, dialogue.outputs)).lower()
+    assert "\\ufffd" in str(official_result(scenario, dialogue.outputs)).lower()
+    dialogue.stop("")
+
+
+def test_long_context_has_larger_worlds():
+    said = []
+    for name in ("multi_turn_base_0", "multi_turn_long_context_0"):
+        dialogue = Dialogue(ALL[name])
+        dialogue.take(reply(("cd", {"folder": "document"}), ("ls", {"a": True})))
+        said.append(dialogue.messages[-1]["content"])
+        dialogue.stop("")
+    assert len(said[1]) > 2 * len(said[0])
+
+
+def test_a_seed_for_every_place():
+    """Of run, sample, turn and step, and of nothing else."""
+    scenario = ALL["multi_turn_base_0"]
+    first, again, other = Dialogue(scenario), Dialogue(scenario), Dialogue(scenario, 1)
+    assert first.seed(0) == again.seed(0)
+    seeds = [first.seed(0), first.seed(1), other.seed(0)]
+    for text in (reply(("pwd", {})), NOTHING):
+        first.take(text)
+        seeds.append(first.seed(0))
+    assert len(set(seeds)) == 5
+    first.stop("")
+
+
 def test_withheld_tools_come_later():
     dialogue = Dialogue(ALL["multi_turn_miss_func_0"])
     names = lambda: [tool["name"] for tool in dialogue.tools]  # noqa: E731
@@ -114,6 +153,7 @@ def test_a_turn_without_end_ends_the_dialogue():
         ("open", {"file": "{0}", "mode": "w"}),
         ("touch", {"file_name='x') or open('{0}','w') or str(object": "y"}),
         ("_load_scenario", {"scenario": {}}),
+        ("is_empty_execute_response", {"input_list": []}),
         ("pwd.__self__", {}),
         ("kill", {}),
         ("", {}),
@@ -133,11 +173,13 @@ def test_text_of_a_model_is_not_run(call, tmp_path):
     assert file not in json.dumps(official_result(scenario, dialogue.outputs))
 
 
-@pytest.mark.parametrize("number", [10**9, 1e9, -(10**9)])
-def test_no_call_computes_for_hours(number):
+@pytest.mark.parametrize("arguments", [
+    {"base": 7, "exponent": 10**9}, {"base": 7, "exponent": 1e9}, {"base": 7, "exponent": -(10**9)},
+    {"base": 10**19, "exponent": 1000},
+])
+def test_no_call_computes_for_hours(arguments):
     scenario = next(one for one in ALL.values() if "MathAPI" in one.entry["involved_classes"])
-    for call in (("power", {"base": 7, "exponent": number}), ("round_number", {"decimal_places": number})):
-        assert allowed_calls(scenario, reply(call))[0].name != call[0]
+    assert allowed_calls(scenario, reply(("power", arguments)))[0].name != "power"
     assert allowed_calls(scenario, reply(("power", {"base": 7, "exponent": 2})))[0].name == "power"
 
 
@@ -227,7 +269,8 @@ def test_generate_goes_on_scenario_by_scenario_and_score_agrees(model, tmp_path,
     assert [row["id"] for row in verdicts if not row["valid"]] == ["multi_turn_base_1"]
     columns = {row["name"]: row for row in json.loads((tmp_path / "scores.json").read_text())["aggregates"]}
     assert columns["Base"]["accuracy"] == 50 and columns["Multi Turn Acc"]["accuracy"] == 87.5
-    assert columns["Overall Acc (agentic = 0)"]["accuracy"] == pytest.approx(0.3 * 87.5)
+    overall = columns["Overall Acc (non-live, live, irrelevance, agentic = 0)"]
+    assert overall["accuracy"] == pytest.approx(0.3 * 87.5)
     (file,) = (tmp_path / "official").glob("result/*/multi_turn/BFCL_v4_multi_turn_miss_func_result.json")
     told = {row["id"]: row["result"] for row in map(json.loads, file.read_text().splitlines())}
     scenario = ALL["multi_turn_miss_func_0"]
@@ -259,6 +302,26 @@ def test_a_prompt_that_is_too_long_ends_the_dialogue(model, tmp_path, monkeypatc
     assert run("generate", tmp_path, *words, *more) == 0
     turns = rows_of(tmp_path)[-1]["output"]
     assert [len(turn) for turn in turns] == [1] * len(ALL["multi_turn_base_0"].turns)
+    assert run("score", tmp_path, "--predictions", str(tmp_path / "predictions.jsonl")) == 0
+    assert "1 of 1 replies hold no calls that can be read" in capsys.readouterr().out
+
+
+def test_what_no_limit_helps_is_not_asked_again(model, tmp_path):
+    """Prompts beyond the model's positions, and text that would become a control token."""
+    short = shutil.copytree(model, tmp_path / "short")
+    config = json.loads((short / "config.json").read_text())
+    (short / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 3000}))
+    words = ["--model", str(short), "--categories", "multi_turn_base", "--limit", "1"]
+    for _ in range(2):
+        assert run("generate", tmp_path / "o", *words) == 0
+    (row,) = rows_of(tmp_path / "o")
+    assert "3000 positions" in row["skipped"]
+    tokenizer = load_tokenizer(model)
+    unlimited = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: None))
+    dialogue = Dialogue(ALL["multi_turn_base_0"])
+    dialogue.take("<|im_start|>user")
+    Player(unlimited, tokenizer, "{tools}", SimpleNamespace(max_new_tokens=1), 10**6).answer([dialogue])
+    assert dialogue.over and "<|im_start|>" in dialogue.skipped
 
 
 @pytest.mark.parametrize("output", ["text", None, {}, [1], ["text"], [[1]], [["a"], None]])

@@ -182,7 +182,8 @@ def test_errors_are_one_sentence(tmp_path, data_dir, capsys):
     assert main(["score", "--predictions", str(tmp_path / "p.jsonl"), *paths]) == 2
     assert "p.jsonl:2: unknown id 'zzz'; pass the --data" in capsys.readouterr().err
     verdicts = str(write_jsonl(tmp_path / "v.jsonl", [{"id": "a#1", "correct": True}]))
-    assert main(["--diff", verdicts, verdicts]) == 0 and "level-None" in capsys.readouterr().out
+    assert main(["--diff", verdicts, verdicts]) == 2
+    assert f"{verdicts} holds verdicts of another benchmark" in capsys.readouterr().err
     (data_dir / "toolrl_level-3-api_processed.json").unlink()
     assert main(["generate", "--model", "m", *paths]) == 2
     error = capsys.readouterr().err

@@ -119,6 +119,6 @@ def test_multi_turn_scenarios_are_played_on_every_rank(monkeypatch):
     sums = []
     for rank in (0, 1):
         total = lambda values: sums.append(list(values)) or values  # noqa: E731
-        ranks = SimpleNamespace(rank=rank, world=2, sum=total, heartbeat=lambda: None)
+        ranks = SimpleNamespace(rank=rank, world=2, sum=total, heartbeat=lambda: None, main=not rank)
         evaluate(model, TOKENIZER, {"bfcl_multi_turn": cases}, Config(), ranks)
     assert [sum(pair) for pair in zip(*sums)] == [1.0, 2.0, 1.0, 1.0, 5.0]
