@@ -1,4 +1,4 @@
-"""What prepare_speed, reward_speed and bfcl_speed share: processes that are timed, table rows, and the
+"""What prepare_speed, reward_speed, bfcl_speed and agreement share: timed processes, table rows, and the
 machine.
 """
 
