@@ -1,5 +1,6 @@
 """eval_bfcl.py: columns and the paper's table, files in and out, what is asked, and the errors."""
 
+import contextlib
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from bfcl_cases import RIGHT, WRONG, reply, score, write_data, write_jsonl
 
 import eval_bfcl
 from eval_bfcl import main
-from evals import bfcl_data, predict
+from evals import acebench, bfcl_data, predict, report
 from evals.bfcl_table import PAPER, aggregates
 
 SIZES = dict(zip(bfcl_data.CATEGORIES, (400, 100, 50, 200, 200, 200, 240, 258, 1053, 16, 24, 884, 16)))
@@ -163,6 +164,28 @@ def test_another_notation_is_told(tmp_path, capsys):
     score(tmp_path, rows, data)
     told = f"3 of 5 replies hold no calls that can be read, the first one is\n  {hermes!r}"
     assert told in capsys.readouterr().out
+
+
+def test_diff_refuses_verdicts_of_another_benchmark(tmp_path, capsys):
+    """A folder of API-Bank's or ACEBench's `score`, and the reverse."""
+    other = str(write_jsonl(tmp_path / "v.jsonl", [{"id": "en/atom_bool_0", "category": "x", "valid": True}]))
+    ours = str(write_jsonl(tmp_path / "w.jsonl", [{"id": "simple_python_0", "valid": True}]))
+    for script, place in ((main, other), (acebench.main, ours)):
+        assert script(["--diff", place, place]) == 2
+        assert f"{place} holds verdicts of another benchmark" in capsys.readouterr().err
+
+
+def test_official_files_are_there_before_anything_is_printed(tmp_path, monkeypatch):
+    """A reader of the table that has seen enough, like `| head -1`, ends the script."""
+    def closed(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(report, "write_table", closed)
+    data, rows = write_data(tmp_path / "d"), write_jsonl(tmp_path / "p.jsonl", [RIGHT])
+    words = ["--predictions", str(rows), "--data", str(data), "--official_dir", str(tmp_path / "official")]
+    with contextlib.suppress(BrokenPipeError, SystemExit):
+        main(["score", *words, "--out", str(tmp_path / "o")])
+    assert list((tmp_path / "official").rglob("*_result.json"))
 
 
 def test_diff_goes_by_category(tmp_path, capsys):

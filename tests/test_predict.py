@@ -123,7 +123,8 @@ def test_replies_of_other_settings_are_not_mixed(exported, tmp_path):
     variable = {"chat_template_kwargs": "add_generation_prompt: true"}
     others = {"seed": 1}, {"samples": 2}, {"temperature": 0.5}, {"max_prompt_tokens": 499}, variable
     for changed in others:
-        with pytest.raises(UserError, match=rf"other settings \({[*changed][0]}; see|--max_prompt_tokens 500; "):
+        said = rf"other settings \({[*changed][0]}; see|--max_prompt_tokens 500; "
+        with pytest.raises(UserError, match=said):
             predict(exported, CASES, path, **(SAMPLED | changed))
     with pytest.raises(UserError, match="holds replies to BFCL v4, not to API-Bank; give another --out"):
         predict(exported, CASES, path, "API-Bank", **SAMPLED)
