@@ -14,18 +14,52 @@ import distributed.start  # noqa: F401
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 
 from evals import bfcl_data, bfcl_multi_turn, bfcl_table, predict, report
 from evals.bfcl_check import Problem, decode, find_fault, reply_kind
-from evals.bfcl_data import CATEGORIES, HUB_ID, MULTI_TURN
+from evals.bfcl_data import HUB_ID, MULTI_TURN
 from evals.bfcl_multi_turn import Scenario, load_scenarios
 from evals.report import ReportError, tally
 
 MAX_BRACKETS = 300  # of a reply whose calls are written again as JSON; Python refuses about 1,000 levels
 OFFICIAL_MODEL = "Salesforce/xLAM-2-3b-fc-r"  # the official command knows it, and reads a JSON list from it
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A row's verdict. fault: (error type, why in words), None if it is right. came: what reports show of it.
+
+    kind: the kind of a reply, "" of a dialogue. unreadable: calls may be there that cannot be read.
+    """
+
+    fault: tuple[str, str] | None
+    came: object
+    kind: str
+    unreadable: bool
+
+
+def judge_reply(row: dict, problem: Problem) -> Judged:
+    """A text without a tool-call section may hold calls only where one is right."""
+    output, calls = row["output"], decode(row["output"])
+    kind = reply_kind(output, calls)
+    silent = kind == "no_block" and (problem.category in bfcl_table.REFUSALS or "skipped" in row)
+    # JSON nested too deeply to be written again is shown as text.
+    flat = output.count("[") + output.count("{") < MAX_BRACKETS
+    came = calls if flat and kind in ("called", "empty_list") else report.shorten(output)
+    return Judged(find_fault(problem, calls), came, kind, kind in ("no_block", "unparsable") and not silent)
+
+
+def judge_dialogue(row: dict, scenario: Scenario) -> Judged:
+    """A dialogue may hold calls that cannot be read where no reply has one that can."""
+    skipped = row.get("skipped", "")
+    fault = bfcl_multi_turn.find_fault(scenario, row["output"], skipped)
+    read = [bfcl_multi_turn.read_calls(reply) for turn in row["output"] for reply in turn]
+    came = [list(map(report.shorten, turn)) for turn in row["output"]]
+    return Judged(fault, came, "", not skipped and all(calls is None for calls in read))
 
 
 def judge(
@@ -35,39 +69,27 @@ def judge(
 
     cases: per row, in order: id, category, valid, error_type, expected, came, why (see write_cases), "sample"
     if given. scores: "categories" (tally, and "errors": how often each type) for those that ran, "aggregates"
-    and "replies" (see there), "sizes" (cases per category in the data), "unreadable" (outputs whose calls
-    cannot be read; one without a tool-call section only where a call is right).
+    and "replies" (see there), "sizes" (cases per category in the data), "unreadable" (see Judged).
     """
     cases: list[dict] = []
     verdicts: dict[str, list[tuple[str, bool]]] = {}
     kinds: dict[str, list[tuple[str, str]]] = {}
-    errors: dict[str, Counter] = {name: Counter() for name in (*CATEGORIES, *MULTI_TURN)}
+    errors: dict[str, Counter] = {name: Counter() for name in bfcl_data.KNOWN}
     unreadable: list[str] = []
     for row, problem in pairs:
-        output = came = row["output"]
-        if isinstance(problem, Scenario):
-            fault = bfcl_multi_turn.find_fault(problem, output, row.get("skipped", ""))
-            error_type, why = fault or (None, "")
-            replies = [reply for turn in output for reply in turn]
-            if replies and all(bfcl_multi_turn.read_calls(reply) is None for reply in replies):
-                unreadable.append(replies[0])
-        else:
-            calls = decode(output)
-            kind, (error_type, why) = reply_kind(output, calls), find_fault(problem, calls) or (None, "")
-            kinds.setdefault(problem.category, []).append((problem.id, kind))
-            silent = kind == "no_block" and (problem.category in bfcl_table.REFUSALS or "skipped" in row)
-            if kind in ("no_block", "unparsable") and not silent:
-                unreadable.append(output)
-            # JSON nested too deeply to be written again is shown as text.
-            flat = output.count("[") + output.count("{") < MAX_BRACKETS
-            came = calls if flat and kind in ("called", "empty_list") else report.shorten(output)
+        judged = (judge_dialogue if isinstance(problem, Scenario) else judge_reply)(row, problem)
+        error_type, why = judged.fault or (None, "")
         verdicts.setdefault(problem.category, []).append((problem.id, error_type is None))
+        if judged.kind:
+            kinds.setdefault(problem.category, []).append((problem.id, judged.kind))
         if error_type:
             errors[problem.category][error_type] += 1
+        if judged.unreadable:
+            unreadable.append(str(row["output"]))
         case = {
             "id": row["id"], "category": problem.category, "valid": not error_type, "error_type": error_type,
             "expected": "a call" if problem.category == "live_relevance" else problem.answer,
-            "came": came, "why": why,
+            "came": judged.came, "why": why,
         }
         cases.append(case | {"sample": row["sample"]} if "sample" in row else case)
     ran = [name for name in errors if name in verdicts]
@@ -76,6 +98,16 @@ def judge(
     listed, replies = bfcl_table.aggregates(categories, sizes), bfcl_table.reply_rows(kinds)
     scores = {"categories": categories, "aggregates": listed, "replies": replies, "sizes": sizes}
     return cases, scores | {"unreadable": unreadable}
+
+
+def official_results(pairs: Iterable[tuple[dict, Problem | Scenario]]) -> Iterator[tuple[dict, str, object]]:
+    """(row, category, what the official tool is told that came) of (row, case) pairs."""
+    for row, problem in pairs:
+        if isinstance(problem, Scenario):
+            told = bfcl_multi_turn.official_result(problem, row["output"], row.get("skipped", ""))
+        else:
+            told = bfcl_data.official_result(problem, row["output"])
+        yield row, problem.category, told
 
 
 def score(args: argparse.Namespace) -> None:
@@ -97,17 +129,13 @@ def score(args: argparse.Namespace) -> None:
     report.write_rows(args.out / "verdicts.jsonl", ({key: case[key] for key in keys} for case in cases))
     report.write_cases(cases, args.out)
     if args.official_dir:
-        results = []
-        for row, problem in pairs:
-            if isinstance(problem, Scenario):
-                told = bfcl_multi_turn.official_result(problem, row["output"], row.get("skipped", ""))
-            else:
-                told = bfcl_data.official_result(problem, row["output"])
-            results.append((row, problem.category, told))
-        files = bfcl_data.write_official(results, version, args.official_dir, args.model_name)
+        files = bfcl_data.write_official(
+            official_results(pairs), version, args.official_dir, args.model_name
+        )
     categories, sizes, unreadable = scores["categories"], scores["sizes"], scores.pop("unreadable")
-    names = (*CATEGORIES, *MULTI_TURN)
-    listed = [{"group": "category", "name": name, **categories.get(name, tally(()))} for name in names]
+    listed = []
+    for name in bfcl_data.KNOWN:
+        listed.append({"group": "category", "name": name, **categories.get(name, tally(()))})
     columns, source = bfcl_table.PAPER_COLUMNS, bfcl_table.PAPER_SOURCE
     paper = [*bfcl_table.paper_rows(categories, scores["aggregates"]), *bfcl_table.PAPER]
     rows_by_name = [dict(zip(columns, row)) for row in paper]
@@ -129,9 +157,8 @@ def score(args: argparse.Namespace) -> None:
         names = ",".join(bfcl_data.file_category(name, version) for name in categories)
         print(
             f"{files} files for BFCL {version}'s own command, which scores them with:\n"
-            f"BFCL_PROJECT_ROOT={quote(str(args.official_dir.resolve()))} bfcl evaluate --model "
-            f"{quote(args.model_name)} "
-            f"--test-category {names}{' --partial-eval' if partial else ''}"
+            f"BFCL_PROJECT_ROOT={quote(str(args.official_dir.resolve()))} bfcl evaluate "
+            f"--model {quote(args.model_name)} --test-category {names}{' --partial-eval' if partial else ''}"
         )
 
 
