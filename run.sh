@@ -87,7 +87,7 @@ train() {
   fi
 }
 
-run_tests() { # in three parts side by side: drill and benches, other tests of many processes (both wait a lot), the rest
+run_tests() { # in three parts side by side: drill and demo, other tests of many processes (both wait a lot), the rest
   local file drill=() many=() rest=() name jobs status=0
   python -c 'import bfcl_eval' 2>/dev/null || python -m pip install --quiet --no-deps bfcl-eval==2026.3.23 \
     >>.venv/install.log 2>&1 || echo "run.sh: bfcl-eval did not install; the tests of dialogues are skipped"
@@ -95,7 +95,7 @@ run_tests() { # in three parts side by side: drill and benches, other tests of m
   for file in tests/test_*.py tests/gpu/test_*.py; do
     name=${file##*/test_}
     case "${name%.py}" in
-      faults | bench) drill+=("$file") ;;
+      faults | end_to_end) drill+=("$file") ;;
       fsdp | nodes | ranks | checkpoint | distill | grpo) many+=("$file") ;;
       *) rest+=("$file") ;;
     esac

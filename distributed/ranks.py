@@ -210,9 +210,8 @@ def run_script(main: Callable[[list[str]], None]) -> None:
         code = 0
     except UserError as error:
         message = f"error: {error}"
-        # The machine's first process may say the same, some seconds later where the machine is busy.
-        if many and not _first_of_node():
-            _let_torchrun_end_us(15)
+        if many and not _first_of_node():  # the machine's first process may say the same
+            _let_torchrun_end_us(5)
     except (Interrupted, KeyboardInterrupt) as stopped:
         message = (str(stopped) or "interrupted") if _first_of_node() else ""
         # Any other code is a crash to torchrun, which would start the run again.

@@ -97,7 +97,7 @@ ENDS = [  # (error, rank of two, exit code, what it says, pause)
     (ValueError("I/O: No space left on device (os error 28)"), 0, 1, "error: writing failed: No space", 0),
     (PermissionError(13, "Permission denied", "out"), 0, 1, "error: out: Permission denied\n", 0),
     (ConfigError("x"), 0, 1, "error: x\n", 0),
-    (ConfigError("x"), 1, 1, "error: x\n", 15),  # rank 0 said it, or did not fail
+    (ConfigError("x"), 1, 1, "error: x\n", 5),  # rank 0 said it, or did not fail
     (Interrupted("run", 3), 0, 130, "interrupted after step 3, all is saved; to go on: ", 0),
     (Interrupted("run", 3), 1, 130, "", 0),
 ]

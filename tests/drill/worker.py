@@ -200,6 +200,9 @@ class FileEvents:
 
 def run_product(script: str, broken: tuple | Death, arguments: list[str], log: Path) -> None:
     """grpo.py or sft.py as its own command line runs it. broken: fault, step, rank; a death; or nothing."""
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # a fork has those of torchrun's agent
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     rank, events = int(os.environ["RANK"]), None
     if isinstance(broken, Death):
         run = Path(arguments[arguments.index("--run_dir") + 1])
