@@ -33,13 +33,14 @@ OFFICIAL_MODEL = "Salesforce/xLAM-2-3b-fc-r"  # the official command knows it, a
 class Judged:
     """A row's verdict. fault: (error type, why in words), None if it is right. came: what reports show of it.
 
-    kind: the kind of a reply, "" of a dialogue. unreadable: calls may be there that cannot be read.
+    kind: the kind of a reply, "" of a dialogue. unreadable: a text that may hold calls nobody can read, or
+    None.
     """
 
     fault: tuple[str, str] | None
     came: object
     kind: str
-    unreadable: bool
+    unreadable: str | None
 
 
 def judge_reply(row: dict, problem: Problem) -> Judged:
@@ -50,16 +51,18 @@ def judge_reply(row: dict, problem: Problem) -> Judged:
     # JSON nested too deeply to be written again is shown as text.
     flat = output.count("[") + output.count("{") < MAX_BRACKETS
     came = calls if flat and kind in ("called", "empty_list") else report.shorten(output)
-    return Judged(find_fault(problem, calls), came, kind, kind in ("no_block", "unparsable") and not silent)
+    unread = kind in ("no_block", "unparsable") and not silent
+    return Judged(find_fault(problem, calls), came, kind, output if unread else None)
 
 
 def judge_dialogue(row: dict, scenario: Scenario) -> Judged:
     """A dialogue may hold calls that cannot be read where no reply has one that can."""
     skipped = row.get("skipped", "")
     fault = bfcl_multi_turn.find_fault(scenario, row["output"], skipped)
-    read = [bfcl_multi_turn.read_calls(reply) for turn in row["output"] for reply in turn]
+    replies = [reply for turn in row["output"] for reply in turn]
+    unread = not skipped and all(bfcl_multi_turn.read_calls(reply) is None for reply in replies)
     came = [list(map(report.shorten, turn)) for turn in row["output"]]
-    return Judged(fault, came, "", not skipped and all(calls is None for calls in read))
+    return Judged(fault, came, "", "".join(replies[:1]) if unread else None)
 
 
 def judge(
@@ -84,8 +87,8 @@ def judge(
             kinds.setdefault(problem.category, []).append((problem.id, judged.kind))
         if error_type:
             errors[problem.category][error_type] += 1
-        if judged.unreadable:
-            unreadable.append(str(row["output"]))
+        if judged.unreadable is not None:
+            unreadable.append(judged.unreadable)
         case = {
             "id": row["id"], "category": problem.category, "valid": not error_type, "error_type": error_type,
             "expected": "a call" if problem.category == "live_relevance" else problem.answer,
@@ -141,7 +144,8 @@ def score(args: argparse.Namespace) -> None:
     rows_by_name = [dict(zip(columns, row)) for row in paper]
     scores = {"data": version, **scores, "paper": {"source": source, "rows": rows_by_name}}
     report.write_table([*listed, *scores["aggregates"], *scores["replies"]], args.out, scores)
-    print(f"\nBeside the paper's ({source})\n{report.text_table(columns, paper)}")
+    if categories.keys() - set(MULTI_TURN):
+        print(f"\nBeside the paper's ({source})\n{report.text_table(columns, paper)}")
     partial = [name for name, row in categories.items() if row["cases"] < sizes[name]]
     if partial:
         short = ", ".join(f"{name} {categories[name]['cases']} of {sizes[name]}" for name in partial)

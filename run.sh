@@ -95,8 +95,8 @@ run_tests() { # in three parts side by side: drill and demo, other tests of many
   for file in tests/test_*.py tests/gpu/test_*.py; do
     name=${file##*/test_}
     case "${name%.py}" in
-      faults | end_to_end) drill+=("$file") ;;
-      fsdp | nodes | ranks | checkpoint | distill | grpo) many+=("$file") ;;
+      faults | end_to_end | distill) drill+=("$file") ;;
+      fsdp | nodes | ranks | checkpoint | grpo) many+=("$file") ;;
       *) rest+=("$file") ;;
     esac
   done
