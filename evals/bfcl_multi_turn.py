@@ -15,7 +15,6 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import version
 from itertools import islice
 from math import inf
 from pathlib import Path
@@ -59,7 +58,6 @@ class Scenario:
 class Package:
     """What is used of bfcl-eval. execution: the module that runs calls, and keeps the worlds as globals."""
 
-    version: str
     data: Path
     documents: dict[str, str]  # class of a world -> file of its tools
     execution: ModuleType
@@ -77,7 +75,7 @@ def package() -> Package:
         from bfcl_eval.eval_checker.multi_turn_eval import multi_turn_checker, multi_turn_utils
 
         return Package(
-            version("bfcl-eval"), Path(bfcl_eval.__file__).parent / "data",
+            Path(bfcl_eval.__file__).parent / "data",
             executable_backend_config.MULTI_TURN_FUNC_DOC_FILE_MAPPING, multi_turn_utils,
             multi_turn_checker.multi_turn_checker,
             default_prompts.DEFAULT_USER_PROMPT_FOR_ADDITIONAL_FUNCTION_FC,
@@ -133,21 +131,20 @@ def read_calls(text: str) -> list[ToolCall] | None:
     return calls
 
 
-def allowed_calls(scenario: Scenario, text: str) -> list[ToolCall] | None:
+def allowed_calls(scenario: Scenario, calls: Sequence[ToolCall]) -> list[ToolCall]:
     """The calls of a reply as they may be run: what names no tool of these worlds has become NO_TOOL().
 
     The package evaluates calls as Python text, so names, and names of arguments, must be harmless; values are
-    written as literals. None: no calls can be read.
+    written as literals.
     """
-    calls = read_calls(text)
     names = _tool_names(tuple(scenario.entry["involved_classes"]))
     stand_in = ToolCall(NO_TOOL, {})
-    return calls and [call if call.name in names and is_plain(call) else stand_in for call in calls]
+    return [call if call.name in names and is_plain(call) else stand_in for call in calls]
 
 
 def is_plain(call: ToolCall) -> bool:
     """Whether a call is one also as Python text, and not one that computes for hours."""
-    if call.name in dir(builtins) or not all(name.isidentifier() for name in (call.name, *call.arguments)):
+    if hasattr(builtins, call.name) or not all(name.isidentifier() for name in (call.name, *call.arguments)):
         return False
     for key, value in call.arguments.items():
         if type(value) is int and abs(value) > LARGEST:
@@ -210,13 +207,13 @@ class Dialogue:
     def take(self, text: str) -> None:
         """The model's reply: runs its calls and adds their results, or goes on to the next turn."""
         self.outputs[-1].append(text)
-        calls = allowed_calls(self.scenario, text)
+        calls = read_calls(text)
         message = {"role": "assistant", "content": ""}
         if calls is None:  # past thoughts are not shown, as in training
             answer = whole_characters(text.rpartition(END_THINK)[2])
             self.messages.append(message | {"content": answer.strip()})
         else:
-            self.messages.append(message | {"calls": read_calls(text)})
+            self.messages.append(message | {"calls": calls})
         if not calls:
             self._next_turn()
             return
@@ -246,9 +243,9 @@ class Dialogue:
         self.messages += self.scenario.turns[turn]
 
     def _execute(self, calls: Sequence[ToolCall]) -> list[str]:
-        entry = self.scenario.entry
+        entry, allowed = self.scenario.entry, allowed_calls(self.scenario, calls)
         results, _ = package().execution.execute_multi_turn_func_call(
-            [call_text(call) for call in calls], entry["initial_config"], entry["involved_classes"],
+            [call_text(call) for call in allowed], entry["initial_config"], entry["involved_classes"],
             self._owner, entry["id"], long_context="long_context" in self.scenario.category,
         )
         return results
@@ -333,7 +330,7 @@ def find_fault(
         return "multi_turn:force_terminated", why
     turns = []
     for replies in outputs:
-        called = [calls for reply in replies if (calls := allowed_calls(scenario, reply))]
+        called = [allowed_calls(scenario, calls) for calls in map(read_calls, replies) if calls]
         turns.append([[call_text(call) for call in calls] for calls in called])
     owner = f"judged_{uuid4().hex}"
     try:
@@ -353,8 +350,8 @@ def official_result(scenario: Scenario, outputs: list[list[str]], skipped: str =
     turns = []
     for replies in outputs:
         steps = []
-        for reply in replies:
-            calls = allowed_calls(scenario, reply)
-            steps.append("null" if calls is None else json.dumps([call.as_dict() for call in calls]))
+        for calls in map(read_calls, replies):
+            allowed = allowed_calls(scenario, calls or ())
+            steps.append("null" if calls is None else json.dumps([call.as_dict() for call in allowed]))
         turns.append(steps)
     return turns

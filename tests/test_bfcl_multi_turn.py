@@ -31,7 +31,7 @@ from evals.bfcl_multi_turn import (  # noqa: E402
 )
 from model import load_tokenizer  # noqa: E402
 from ops.export import export  # noqa: E402
-from prompts import build_messages  # noqa: E402
+from prompts import ToolCall, build_messages  # noqa: E402
 
 NOTHING = reply()
 ALL = {scenario.id: scenario for scenario in load_scenarios()}
@@ -179,8 +179,8 @@ def test_text_of_a_model_is_not_run(call, tmp_path):
 ])
 def test_no_call_computes_for_hours(arguments):
     scenario = next(one for one in ALL.values() if "MathAPI" in one.entry["involved_classes"])
-    assert allowed_calls(scenario, reply(("power", arguments)))[0].name != "power"
-    assert allowed_calls(scenario, reply(("power", {"base": 7, "exponent": 2})))[0].name == "power"
+    assert allowed_calls(scenario, [ToolCall("power", arguments)])[0].name != "power"
+    assert allowed_calls(scenario, [ToolCall("power", {"base": 7, "exponent": 2})])[0].name == "power"
 
 
 @pytest.mark.parametrize(
