@@ -146,10 +146,7 @@ def score(args: argparse.Namespace) -> None:
     report.write_table([*listed, *scores["aggregates"], *scores["replies"]], args.out, scores)
     if categories.keys() - set(MULTI_TURN):
         print(f"\nBeside the paper's ({source})\n{report.text_table(columns, paper)}")
-    partial = [name for name, row in categories.items() if row["cases"] < sizes[name]]
-    if partial:
-        short = ", ".join(f"{name} {categories[name]['cases']} of {sizes[name]}" for name in partial)
-        print(f"Not all cases were asked: {short}.")
+    partial = report.tell_partial(categories, sizes)
     skipped = sum("skipped" in row for row in rows)
     effect = "They are wrong where a call is right, and right refusals in the irrelevance categories."
     report.tell_unreadable(unreadable, len(rows) - skipped, effect)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import distributed.start  # noqa: F401
 
 import argparse
-import ast
 import re
 import sys
 from collections import Counter
@@ -21,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from corpus.toolace import parse_toolace_calls
 from evals import predict, report
-from evals.bfcl_check import decode
+from evals.bfcl_check import decode, standard
 from evals.report import Case, ReportError, combined, find, read_objects, tally
 from prompts import ToolCall
 
@@ -50,7 +50,6 @@ NESTED = {
     "list(string)": str, "list(enum)": enumerate,
 }
 TRUTH = {"true": True, "false": False}
-PUNCTUATION = str.maketrans("'", '"', " ,./-_*^")
 NUMBERED = re.compile(r"_\d+$")  # several calls of one function in an answer: f_1, f_2
 
 # What the official prompts say beside tools, time and dialogue.
@@ -60,8 +59,6 @@ RULES = {
     "zh": "除非参数说明要求其他格式，参数值请使用用户的原话。用户没有提到的参数不要填写。"
     "请一次给出当前需要的全部调用。",
 }
-WORDS = {"true": "True", "false": "False", "null": "None"}
-JSON_WORD = re.compile(r"(?<=[:=,\[ ])(?:true|false|null)(?=\s*[,\]})])")
 TURN = re.compile(r"^(user|system|assistant|tool): ?", re.MULTILINE)
 WHY = {
     "no_calls": "there is no closed tool-call section with a JSON list of calls",
@@ -90,11 +87,6 @@ class Problem:
 # ------------------------------------------------------------------------------------------------ the verdict
 
 
-def plain(value: Any) -> Any:
-    """A text without punctuation and letter case; any other value as it is."""
-    return value.translate(PUNCTUATION).lower() if isinstance(value, str) else value
-
-
 def truth(value: Any) -> Any:
     """The texts "true" and "false" as truth values; any other value as it is."""
     return TRUTH.get(value, value) if isinstance(value, str) else value
@@ -109,7 +101,7 @@ def same_object(value: Any, gold: Any) -> bool:
         if isinstance(wanted, dict):
             same = same_object(came, wanted)
         else:
-            same = str(plain(wanted)) in str(plain(came))
+            same = str(standard(wanted)) in str(standard(came))
         if not same:
             return False
     return True
@@ -137,9 +129,9 @@ def value_fault(value: Any, gold: Any, details: dict) -> str:
     elif declared is list and inner is dict:
         right = len(value) == len(gold) and all(map(same_object, value, gold))
     elif declared is list:
-        right = list(map(plain, value)) == list(map(plain, gold))
+        right = list(map(standard, value)) == list(map(standard, gold))
     elif declared is str:
-        right = plain(gold) in plain(value)  # Oddity: a longer text is right, and so is any for ""
+        right = standard(gold) in standard(value)  # Oddity: a longer text is right, and so is any for ""
     else:
         right = True  # Oddity: numbers and truth values are not compared
     return "" if right else "wrong_value"
@@ -261,28 +253,16 @@ def choose_parts(names: Iterable[str]) -> list[str]:
 # ------------------------------------------------------------------------------------------------- the prompt
 
 
-def past_calls(text: str) -> list[ToolCall] | None:
-    """The calls of an earlier turn, which the data writes as [name(key=value)]; None for any other text."""
-    python = JSON_WORD.sub(lambda word: WORDS[word[0]], text.strip())
-    try:
-        calls = []
-        for call in ast.parse(python, mode="eval").body.elts:
-            values = {word.arg: ast.literal_eval(word.value) for word in call.keywords}
-            calls.append(ToolCall(ast.unparse(call.func), values))
-        return calls
-    except (SyntaxError, AttributeError, TypeError, ValueError, RecursionError, MemoryError):
-        return None
-
-
 def prompt_case(problem: Problem, language: str) -> Case:
     """What a model is asked: rules and time, then the dialogue; the data's "system" is the assistant."""
     messages = [{"role": "system", "content": f"{RULES[language]} {problem.time}".strip()}]
+    names = [tool["name"] for tool in problem.tools]
     before, *turns = TURN.split(problem.question)
     if before:  # no dialogue
         turns = ["user", problem.question]
     for role, text in zip(turns[::2], turns[1::2]):
         message = {"role": "assistant" if role == "system" else role, "content": text.strip()}
-        if message["role"] == "assistant" and (calls := past_calls(text)):
+        if message["role"] == "assistant" and (calls := parse_toolace_calls(text, names, any_name=True)):
             message |= {"content": "", "calls": calls}
         messages.append(message)
     return Case(problem.id, problem.part, messages, problem.tools)
@@ -345,10 +325,7 @@ def score(args: argparse.Namespace) -> None:
     scores = {"data": f"ACEBench {args.language}", "parts": parts, "table": table, "note": PAPER_NOTE}
     report.write_table(table, args.out, scores)
     print(PAPER_NOTE)
-    sizes = Counter(problem.part for problem in problems.values())
-    if partial := [part for part in PARTS if 0 < parts[part]["cases"] < sizes[part]]:
-        short = ", ".join(f"{part} {parts[part]['cases']} of {sizes[part]}" for part in partial)
-        print(f"Not all cases were asked: {short}.")
+    report.tell_partial(parts, Counter(problem.part for problem in problems.values()))
     asked = [(row["output"], case["reason"]) for row, case in zip(rows, cases) if "skipped" not in row]
     unread = [output for output, reason in asked if reason == "no_calls"]
     report.tell_unreadable(unread, len(asked), "They count as wrong.")

@@ -209,8 +209,10 @@ COLLECTIONS: dict[str, Callable[[str, str | None], Any]] = {
 IGNORED = str.maketrans("", "", " ,./-_*^")
 
 
-def _std(value: Any) -> Any:
-    """A string as it is compared: without IGNORED, in lower case, with one kind of quote."""
+def standard(value: Any) -> Any:
+    """A string as it is compared: without IGNORED, in lower case, with one kind of quote; any other value as
+    it is.
+    """
     # In this order: whether a Greek sigma ends a word depends on the quotes beside it.
     return value.translate(IGNORED).lower().replace("'", '"') if isinstance(value, str) else value
 
@@ -247,7 +249,7 @@ def _dict_error(value: dict, allowed: list) -> str | None:
         faults = (
             "value_error:dict_value" if key in wanted else "value_error:dict_key"
             for key, given in value.items()
-            if key not in wanted or _std(given) not in [_std(choice) for choice in wanted[key]]
+            if key not in wanted or standard(given) not in [standard(choice) for choice in wanted[key]]
         )
         missing = any(key not in value and "" not in choices for key, choices in wanted.items())
         error = "value_error:dict_key" if missing else next(faults, None)
@@ -288,12 +290,12 @@ def _value_error(value: Any, allowed: list, details: dict, language: str) -> str
     if item is dict:
         return _dicts_error(value, allowed)
     if expected is list:
-        given = [_std(element) for element in value]
+        given = [standard(element) for element in value]
         # Oddity: list("") is [], so an optional list may be given as [].
-        same = any(given == [_std(element) for element in wanted] for wanted in allowed)
+        same = any(given == [standard(element) for element in wanted] for wanted in allowed)
         return None if same else "value_error:list/tuple"
     if expected is str and value not in allowed:
-        return None if _std(value) in [_std(choice) for choice in allowed] else "value_error:string"
+        return None if standard(value) in [standard(choice) for choice in allowed] else "value_error:string"
     return None if value in allowed else "value_error:others"
 
 

@@ -195,6 +195,15 @@ def is_reply(row: dict) -> bool:
     return all(isinstance(turn, list) and all(isinstance(reply, str) for reply in turn) for turn in turns)
 
 
+def tell_partial(parts: dict[str, dict], sizes: dict[str, int]) -> list[str]:
+    """Names and tells the parts that ran, but not with all cases of the data. parts: their tallies."""
+    partial = [name for name, part in parts.items() if 0 < part["cases"] < sizes[name]]
+    if partial:
+        short = ", ".join(f"{name} {parts[name]['cases']} of {sizes[name]}" for name in partial)
+        print(f"Not all cases were asked: {short}.")
+    return partial
+
+
 def tell_unreadable(outputs: Sequence[str], asked: int, effect: str) -> None:
     """Warns where more than a tenth of the replies hold no calls that can be read.
 

@@ -59,6 +59,12 @@ VALUES = [
 ]
 
 
+def test_case_is_folded_before_quotes_are_unified():
+    """As officially: a Greek sigma ends a word before a double quote, and not before an apostrophe."""
+    problem = case([tool("book", {"city": TEXT}, ["city"])], {"book": {"city": "ασ'β"}})
+    assert find_fault(problem, reply(("book", {"city": "ΑΣ'Β"}))) == ""
+
+
 @pytest.mark.parametrize("changes, right", VALUES)
 def test_values_are_judged_as_by_the_official_checker(changes, right):
     """Arguments that may be missing are missing but for those that change."""
