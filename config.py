@@ -108,12 +108,14 @@ class Config:
     max_grad_norm: float = _key(1.0, "gradient clipping by global norm; 0: none")
     temperature: float = _key(0.7, "sampling temperature; also divides the logits of every log-prob")
     loss: str = _key("grpo", "row of losses.LOSSES: grpo, dr_grpo, dapo, gspo, cispo, rloo")
-    advantage: str = _key("", "group_std, group_mean or leave_one_out; empty: the loss's")
+    advantage: str = _key("", "group_std, group_mean, leave_one_out, max_rl, egpo; empty: the loss's")
     aggregation: str = _key("", "mean over token, sequence, or a constant length; empty: the loss's")
     clip_eps: float = _key(0.0, "bounds the ratio on both sides: 1 - eps, 1 + eps; 0: the loss's (0.2)")
     clip_eps_high: float = _key(0.0, "another bound above; 0: clip_eps, or the loss's (dapo: 0.28)")
     kl_coef: float = _key(1e-3, "beta: weight of the KL to the frozen start model; 0: no reference")
     kl: str = _key("k3", "row of losses.KLS, the estimate in the loss: k1, k2, k3")
+    reference: str = _key("", "folder or hub id of the model that the KL points at; empty: the start model")
+    correction: str = _key("none", "row of losses.CORRECTIONS against a sampler that differs: tis, icepop")
     reward: str = _key("binary", "row of reward.REWARDS (binary, no_reason, ...) or file.py:function")
     lenient: bool = _key(False, "compare numbers as the tools declare them: 2 equals 2.0 for a number")
     overlong_tokens: int = _key(0, "over the last so many response tokens a reward falls by up to 1 (DAPO)")
@@ -126,6 +128,10 @@ class Config:
     resample_rounds: int = _key(0, "dynamic sampling (DAPO): times such groups give way to other prompts")
     max_prompt_tokens: int = _key(4096, "longer prompts are counted and skipped")
     max_response_tokens: int = _key(8192, "longer completions are cut off and count as truncated")
+    # LoRA
+    lora_rank: int = _key(0, "train low-rank adapters of this rank on frozen weights; 0: train all weights")
+    lora_alpha: float = _key(32.0, "an adapter's output is multiplied by lora_alpha / lora_rank")
+    lora_targets: str = _key("", "linear layers by name, 'q_proj,v_proj'; empty: all of the decoder's")
     # speed, memory, many processes
     rollout_engine: str = _key(
         "shared_prefix", "or generate; continuous_batching (a sample there depends on its whole batch)"
