@@ -316,6 +316,12 @@ def _check(c: Config) -> None:
     for key, values in choices.items():
         if getattr(c, key) not in values:
             raise ConfigError(f"{key} must be {' or '.join(filter(None, values))}, not {getattr(c, key)!r}")
+    if c.lora_rank and not c.lora_alpha:
+        raise ConfigError("lora_alpha must be greater than 0 with lora_rank: it weighs the adapters")
+    if c.lora_targets and not c.lora_rank:
+        raise ConfigError("lora_targets needs lora_rank, the rank of the adapters")
+    if c.lora_rank and c.offload == "reference" and not c.reference:
+        raise ConfigError("offload reference has no use with lora_rank: the policy's base is the reference")
     if c.resume_step and not c.resume:
         raise ConfigError("resume_step needs --resume true")
     if c.clip_eps > 1:

@@ -37,7 +37,7 @@ from distributed.batches import (
     sampler_difference,
     shuffled,
 )
-from distributed.fsdp import full_tensor, gathered_weights, release
+from distributed.fsdp import clip_and_step, gathered_weights, release
 from distributed.ranks import Clock, Ranks, run_script, start_ranks
 from kernel.attention import uses_shared_prefix
 from kernel.decode import Prompt
@@ -109,14 +109,11 @@ def update_policy(
             # the tokens (or completions) of all ranks, so the sum over micro-batches and ranks is the mean.
             loss.backward()
             sums += part
-        bound = config.max_grad_norm or math.inf
-        norm = float(full_tensor(nn.utils.clip_grad_norm_(policy.parameters(), bound)))
-        if math.isfinite(norm):  # the norm is the same on all ranks, so all skip together
-            optimizer.step()
+        norm = clip_and_step(policy, optimizer, config.max_grad_norm, ranks)
+        if math.isfinite(norm):
             norms.append(norm)
         else:
             skipped += 1
-        optimizer.zero_grad(set_to_none=True)
         tokens += update.computed_tokens
     loss_sum, *token_sums = ranks.sum(sums.tolist())
     kl, entropy, low, high = (total / max(1, tokens) for total in token_sums)

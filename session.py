@@ -164,10 +164,9 @@ def start_model(config: Config, inputs: Inputs, ranks: Ranks) -> tuple[str, bool
     "tiny" is built from a config and the training texts, without any download.
     """
     warm = Path(config.run_dir) / "warmup"
-    if (warm / "model").exists():
-        return str(warm / "model"), False
-    if config.model != "tiny":
-        return config.model, config.warmup_steps > 0
+    path = run_dir.start_path(config, Path(config.run_dir))
+    if config.model != "tiny" or (warm / "model").exists():
+        return path, config.warmup_steps > 0 and not (warm / "model").exists()
     if ranks.main and not (warm / "start").exists():
         train = inputs.splits.train
         bare = build_tiny_tokenizer([], 0)  # knows bytes only, but has the chat template
@@ -178,7 +177,7 @@ def start_model(config: Config, inputs: Inputs, ranks: Ranks) -> tuple[str, bool
         with run_dir.atomic_folder(warm / "start") as folder:
             export(prepare_model(model, torch.device("cpu")), tokenizer, folder)
     ranks.gather(None)
-    return str(warm / "start"), config.warmup_steps > 0
+    return path, config.warmup_steps > 0
 
 
 # ------------------------------------------------------------------------------------------------------ a run
@@ -249,9 +248,8 @@ def begin(session: Session, spec: RunSpec) -> Run:
         if spec.reference:
             reference = load_policy(config, spec.path, spec.temperature, ranks, policy)
         check_positions(config, policy.config)
-        optimizer = torch.optim.AdamW(
-            policy.parameters(), lr=spec.lr, weight_decay=0.0, betas=spec.betas, fused=True
-        )
+        trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=spec.lr, weight_decay=0.0, betas=spec.betas, fused=True)
         saver = Saver(spec.folder, ranks, config.keep_checkpoints, config.background_save)
         checkpoint = latest_checkpoint(spec.folder)
         if checkpoint:

@@ -23,7 +23,7 @@ from config import Config, load_config, printable
 from corpus.examples import Example, Tokenized
 from corpus.sources import DataError
 from distributed.batches import batch_for_step, plan_micro_batches
-from distributed.fsdp import full_tensor
+from distributed.fsdp import clip_and_step
 from distributed.ranks import Clock, Ranks, run_script, start_ranks
 from kernel.attention import uses_shared_prefix
 from kernel.packing import pack
@@ -98,11 +98,7 @@ def sft_update(
         part_loss = -logprobs.sum() / total * bool(parts)
         part_loss.backward()
         loss += part_loss.item()
-    bound = config.max_grad_norm or math.inf
-    norm = float(full_tensor(nn.utils.clip_grad_norm_(policy.parameters(), bound)))
-    if math.isfinite(norm):
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    norm = clip_and_step(policy, optimizer, config.max_grad_norm, ranks)
     tokens = total + sum(prompt for prompt, _ in sizes)
     skipped = int(not math.isfinite(norm))
     metrics = {"grad_norm": norm, "updates_skipped_nonfinite": skipped, "num_tokens": tokens}
@@ -155,7 +151,8 @@ def warm_up(session: Session) -> Session:
     if session.ranks.main:
         print(f"warm-up: {config.warmup_steps} steps of SFT, logged in {folder}", flush=True)
     spec = RunSpec(folder, session.path, config.warmup_steps, config.sft_lr, BETAS, warm_up=True)
-    run = begin(session, spec)
+    whole = replace(config, lora_rank=0)  # adapters alone cannot teach a model that knows nothing
+    run = begin(replace(session, config=whole), spec)
     train(run)
     write_model(run.policy, run.tokenizer, folder / "model", config, run.state, {}, session.ranks)
     path = str(folder / "model")

@@ -33,6 +33,7 @@ from corpus.sources import write_atomic
 from distributed.fsdp import weights
 from distributed.ranks import Ranks, first_problem, torchrun_job
 from distributed.weights import config_to_save
+from kernel.lora import ADAPTER, adapters
 
 FORMAT = 1
 FILE_BYTES = 2**30  # the writer builds each file in memory first, so a rank's share is cut into such files
@@ -45,8 +46,10 @@ class CheckpointError(UserError):
 
 
 def checkpoint_tensors(policy: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Weights by name, tied ones once, and AdamW's state as optimizer.KEY.NAME: views of the live storage."""
-    tensors = weights(policy)
+    """What is trained by name, tied weights once, and AdamW's state as optimizer.KEY.NAME: views of the live
+    storage. Of a LoRA run these are its adapters: the weights under them are in the start model's folder.
+    """
+    tensors = {name: tensor.detach() for name, tensor in adapters(policy).items()} or weights(policy)
     for name, parameter in policy.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             # The 0-dim `step` as [1]: safetensors 0.4 makes slices of 0-dim tensors empty (issue 495).
@@ -323,9 +326,14 @@ def _read(folder: Path, tensors: dict[str, Tensor], alone: bool = False) -> None
 
 
 def full_state(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """All weights of a checkpoint as dtype on the CPU, without a process group. Raises CheckpointError."""
+    """What a checkpoint holds besides AdamW's state, on the CPU, without a process group: all weights as dtype,
+    or the adapters in fp32. Raises CheckpointError.
+    """
     shapes = check_files(folder)["tensors"]
     names = [name for name in shapes if not name.startswith(OPTIMIZER)]
-    state = {name: torch.empty(shapes[name], dtype=dtype) for name in names}  # the reader casts as it copies
+    state = {}
+    for name in names:  # the reader casts as it copies
+        own = torch.float32 if name.endswith(ADAPTER) else dtype
+        state[name] = torch.empty(shapes[name], dtype=own)
     _read(folder, state, alone=True)
     return state

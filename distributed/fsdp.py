@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from types import MethodType
 
@@ -33,10 +35,13 @@ from config import Config, ConfigError
 from distributed.ranks import Ranks
 from distributed.weights import allocate, meta_parameters, model_config, skeleton, stream_weights
 from kernel.attention import trim_last_layer, use_attention
+from kernel.lora import ADAPTER, LoraLinear, adapters, adapters_off, add_adapters
+from kernel.packing import Packed
 from model import (
     Capabilities,
     add_hooks,
     compute_dtype,
+    count_parameters,
     find_capabilities,
     response_logprobs,
     token_logprobs,
@@ -70,20 +75,46 @@ def load_policy(
 ) -> nn.Module:
     """Collective. The model to train, or the frozen reference of this policy, sharded as the settings say.
 
-    It has `policy.logprobs(packed)`: model.token_logprobs at its temperature.
+    It has `policy.logprobs(packed)`: model.token_logprobs at its temperature. With lora_rank only adapters are
+    trained: they lie outside FSDP, whole on every rank, and the reference is the policy without them. Raises
+    ConfigError for lora_targets that the model does not have.
     """
     frozen = policy is not None
+    if frozen and config.lora_rank and not config.reference:
+        return Base(policy)
     offload = config.offload == "all" or (frozen and config.offload == "reference")
     model = load_sharded(
-        path, make_mesh(ranks, config.sharding), ranks.device, frozen=frozen, offload=offload,
-        gradient_checkpointing=config.gradient_checkpointing and not frozen,
+        path, make_mesh(ranks, config.sharding), ranks.device, frozen=frozen or config.lora_rank > 0,
+        offload=offload, gradient_checkpointing=config.gradient_checkpointing and not frozen,
         trust_remote_code=config.trust_remote_code, engine=config.rollout_engine,
         capabilities=policy.capabilities if frozen else None,
     )
     model.capabilities = ranks.gather(model.capabilities)[0]  # rounding must not part the ranks
     use_attention(model, "train")
     model.logprobs = partial(token_logprobs, model, temperature=temperature)
+    if config.lora_rank and not frozen:
+        targets = [name.strip() for name in config.lora_targets.split(",") if name.strip()]
+        try:
+            add_adapters(model, config.lora_rank, config.lora_alpha, targets, config.seed, ranks.device)
+        except ValueError as error:
+            raise ConfigError(f"lora_targets: {error}") from None
+        if ranks.main:
+            small, all_ = sum(p.numel() for p in adapters(model).values()), count_parameters(model)
+            share = f"{small / 1e6:.3g} of {all_ / 1e6:.3g} million weights"
+            print(f"LoRA: {share} are trained; a checkpoint takes {12 * small / 1e6:.3g} MB")
     return model
+
+
+@dataclass(frozen=True)
+class Base:
+    """The frozen model that a policy's adapters sit on: the reference of a LoRA run, without a second copy."""
+
+    policy: nn.Module
+
+    def logprobs(self, packed: Packed, entropy: bool = True) -> tuple[Tensor, Tensor]:
+        """As the policy's, with its adapters off."""
+        with adapters_off(self.policy):
+            return self.policy.logprobs(packed, entropy=entropy)
 
 
 def load_sharded(
@@ -94,8 +125,8 @@ def load_sharded(
     """Collective. The causal LM of a folder or hub id, sharded over the mesh; no rank ever holds all of it.
 
     Master weights are fp32 (AdamW at lr 1e-6 rounds away in bf16); on CUDA computation is bf16 and gradients
-    are summed in fp32. frozen: without gradients, and on CUDA stored in bf16: the reference. offload:
-    weights, gradients and optimizer state lie in CPU memory, and AdamW runs there. engine: that rollouts will
+    are summed in fp32. frozen: without gradients, and on CUDA stored in bf16: the reference, and what LoRA's
+    adapters sit on. offload: weights, gradients and optimizer state lie in CPU memory, and AdamW runs there. engine: that rollouts will
     ask for. capabilities: where they are known, those of this reference's policy. Raises ModelError when the
     model cannot be loaded.
     """
@@ -124,7 +155,7 @@ def load_sharded(
             find_capabilities(model, twin, engine)
     # Training mode is noise (dropout, random routers), except where it tells layers to checkpoint.
     for module in model.modules():
-        module.training = not frozen and getattr(module, "gradient_checkpointing", False)
+        module.training = gradient_checkpointing and getattr(module, "gradient_checkpointing", False)
     return model.requires_grad_(not frozen)
 
 
@@ -154,7 +185,7 @@ def release(model: nn.Module) -> None:
 def gathered_weights(model: nn.Module) -> Iterator[nn.Module]:
     """Collective at entry. A twin of the model without hooks, over gathered weights, in the compute dtype.
 
-    The weights are those of this moment and are freed at the end. Ranks may use the twin as often as they
+    Adapters are merged into the gathered weights, which are a copy. The weights are those of this moment and are freed at the end. Ranks may use the twin as often as they
     like, or not at all.
     """
     parts = fsdp_modules(model)
@@ -178,11 +209,37 @@ def _twin(model: nn.Module) -> nn.Module:
     modules = dict(twin.named_modules())
     for name, module in model.named_modules():
         for key, tensor in module._parameters.items():  # ties stay ties: both names hold one tensor
+            if key in ADAPTER:
+                continue
             weight = None if tensor is None else nn.Parameter(tensor.data, requires_grad=False)
             modules[name]._parameters[key] = weight
+        if isinstance(module, LoraLinear):
+            module.weight.data.copy_(module.merged(module.weight.data))
         for key, tensor in module._buffers.items():
             modules[name]._buffers[key] = tensor
     return twin.eval()
+
+
+def clip_and_step(
+    policy: nn.Module, optimizer: torch.optim.Optimizer, bound: float, ranks: Ranks
+) -> float:
+    """Collective. Steps with the gradients that lie in the policy, clipped to a global norm of `bound` (0: not
+    clipped), and clears them. Returns their norm before, the same on all ranks; where it is not finite, all
+    ranks skip the step together.
+
+    FSDP has added up the gradients of what it shards; those of adapters are added up here.
+    """
+    whole = list(adapters(policy).values())
+    if whole and ranks.world > 1:
+        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in whole])
+        dist.all_reduce(flat)
+        for parameter, gradient in zip(whole, flat.split([p.numel() for p in whole])):
+            parameter.grad = gradient.view_as(parameter)
+    norm = float(full_tensor(nn.utils.clip_grad_norm_(policy.parameters(), bound or math.inf)))
+    if math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -196,8 +253,11 @@ def class_name(model: nn.Module) -> str:
 
 
 def weights(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and saved buffers by name, tied ones once: views of the live, sharded storage."""
+    """Parameters and saved buffers by name, tied ones once, without adapters: views of the live, sharded
+    storage.
+    """
     tensors = model.state_dict()  # first: it reshards what a rollout or a forward pass has left unsharded
     own = dict(model.named_parameters())
     tied = [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in own]
-    return {name: tensor.detach() for name, tensor in tensors.items() if name not in tied}
+    left_out = {*tied, *adapters(model)}
+    return {name: tensor.detach() for name, tensor in tensors.items() if name not in left_out}

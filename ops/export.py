@@ -4,6 +4,8 @@ Plain transformers then asks as training did: AutoTokenizer gives the run's toke
 makes the run's own prompt of `tools=` (tool_prompt.jinja).
 
     python -m ops.export runs/demo/step_140 OUT          a checkpoint as a bf16 folder
+
+Of a LoRA run the folder holds the merged model, and in adapter/ the adapter alone as peft and vLLM load it.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.utils import logging as transformers_logging
@@ -27,9 +30,10 @@ from corpus.sources import as_command, file_sha256, folder_above, iter_jsonl
 from distributed.checkpoint import complete_steps, full_state
 from distributed.fsdp import class_name, full_tensor, weights
 from distributed.ranks import Ranks, run_script
-from distributed.weights import config_to_save
+from distributed.weights import allocate, config_to_save, model_config, skeleton, stream_weights
+from kernel.lora import ADAPTER, adapters, add_adapters, lora_layers
 from model import load_tokenizer
-from ops.run_dir import atomic_folder
+from ops.run_dir import atomic_folder, start_path
 from prompts import ToolCall, load_template, render_completion, stop_ids, tool_prompt
 
 BLOCK = Path(__file__).with_name("tool_prompt.jinja")
@@ -93,13 +97,33 @@ After step {step} ({hours:.3g} hours, {flops:.3g} FLOPs):
 
 @torch.no_grad()
 def gather_weights(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Collective. The full weights as dtype on the CPU of rank 0, {} on the others. Gathers one at a time."""
+    """Collective. The full weights as dtype on the CPU of rank 0, {} on the others. Gathers one at a time;
+    adapters are merged.
+    """
     state = {}
+    layers = {f"{name}.weight": layer for name, layer in lora_layers(model).items()}
     for name, tensor in weights(model).items():
         full = full_tensor(tensor.to(dtype) if tensor.is_floating_point() else tensor)
-        if dist.get_rank() == 0:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            full = layers[name].merged(full) if name in layers else full
             state[name] = full.to("cpu", copy=True)  # with one rank it would be the live weight itself
     return state
+
+
+def write_adapter(model: nn.Module, config: Config, base: str, path: Path) -> None:
+    """The adapters alone, in the layout of peft. base: folder or hub id of the model that they sit on."""
+    path.mkdir()
+    state = {}
+    for name, parameter in adapters(model).items():
+        state[f"base_model.model.{name}.weight"] = parameter.detach().to("cpu").contiguous()
+    save_file(state, path / "adapter_model.safetensors", metadata={"format": "pt"})
+    targets = sorted({name.rpartition(".")[2] for name in lora_layers(model)})
+    settings = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": config.lora_rank,
+        "lora_alpha": config.lora_alpha, "target_modules": targets, "lora_dropout": 0.0, "bias": "none",
+        "fan_in_fan_out": False, "inference_mode": True,
+    }
+    (path / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def ask_from_tools(tokenizer, template: str) -> None:
@@ -199,7 +223,21 @@ def write_model(
             git = read_git(Path(config.run_dir))
             card = model_card(config, state, evaluation, git, tool_prompt(tokenizer), loader)
             (folder / "README.md").write_text(card, encoding="utf-8")
+            if adapters(policy):
+                write_adapter(policy, config, start_path(config, Path(config.run_dir)), folder / "adapter")
     ranks.gather(None)
+
+
+def with_adapters(state: dict[str, Tensor], config: Config, base: str) -> nn.Module:
+    """The model of a LoRA run, of its checkpoint's adapters, on the CPU in fp32. Raises ModelError."""
+    model = skeleton(model_config(base, config.trust_remote_code), torch.float32, config.trust_remote_code)
+    allocate(model, torch.device("cpu"), torch.device("cpu"))
+    model.tie_weights()
+    stream_weights(model, base, config.trust_remote_code)
+    targets = {name.split(".")[-2] for name in state}
+    add_adapters(model, config.lora_rank, config.lora_alpha, targets, 0, torch.device("cpu"))
+    model.load_state_dict(state, strict=False)
+    return model
 
 
 def model_card(
@@ -254,6 +292,10 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"export: {source} does not exist; the checkpoints of {run}: {there}")
     full = full_state(source, torch.bfloat16)
     config = load_config(["--config", str(run / "config.yaml")])
+    base, model = start_path(config, run), None
+    if all(name.endswith(ADAPTER) for name in full):
+        model = with_adapters(full, config, base)
+        full = gather_weights(model, torch.float32)
     state = json.loads((source / "state.json").read_text(encoding="utf-8"))["state"]
     last = {}  # a checkpoint may have been copied without the run's other files
     for row in iter_jsonl(run / "log.jsonl", step=int):
@@ -261,11 +303,13 @@ def main(arguments: list[str]) -> None:
     evaluation = {key: value for key, value in last.items() if "/accuracy" in key or "/n" in key}
     git = read_git(run)
     tokenizer = asking_from_tools(load_tokenizer(str(source)), config)
-    model_config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    saved = AutoConfig.from_pretrained(source, trust_remote_code=False)
     with atomic_folder(args.out) as folder:
-        loader = export_model(model_config, full, tokenizer, folder, torch.bfloat16)
+        loader = export_model(saved, full, tokenizer, folder, torch.bfloat16)
         card = model_card(config, state, evaluation, git, tool_prompt(tokenizer), loader)
         (folder / "README.md").write_text(card, encoding="utf-8")
+        if model:
+            write_adapter(model, config, base, folder / "adapter")
     print(f"model: {args.out}")
 
 

@@ -185,6 +185,14 @@ def hash_model(path: str, ranks: Ranks) -> dict:
     return {"start": path, "model": dict(ChainMap(*ranks.gather(own)))}
 
 
+def start_path(config: Config, folder: Path) -> str:
+    """The folder or hub id of the model that the run in this folder starts from, after its warm-up if any."""
+    warm = folder / "warmup"
+    if (warm / "model").exists():
+        return str(warm / "model")
+    return str(warm / "start") if config.model == "tiny" else config.model
+
+
 def identity_of(config: Config, method: str, read: Any, path: str, ranks: Ranks) -> dict:
     """Collective. What a run is: its method ("grpo" or "sft") and settings, and SHA-256 of its inputs and of
     its start model in `path`. read: session.Inputs.
