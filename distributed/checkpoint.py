@@ -326,8 +326,8 @@ def _read(folder: Path, tensors: dict[str, Tensor], alone: bool = False) -> None
 
 
 def full_state(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What a checkpoint holds besides AdamW's state, on the CPU, without a process group: all weights as dtype,
-    or the adapters in fp32. Raises CheckpointError.
+    """What a checkpoint holds besides AdamW's state, on the CPU, without a process group: all weights as
+    dtype, or the adapters in fp32. Raises CheckpointError.
     """
     shapes = check_files(folder)["tensors"]
     names = [name for name in shapes if not name.startswith(OPTIMIZER)]

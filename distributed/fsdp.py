@@ -75,9 +75,9 @@ def load_policy(
 ) -> nn.Module:
     """Collective. The model to train, or the frozen reference of this policy, sharded as the settings say.
 
-    It has `policy.logprobs(packed)`: model.token_logprobs at its temperature. With lora_rank only adapters are
-    trained: they lie outside FSDP, whole on every rank, and the reference is the policy without them. Raises
-    ConfigError for lora_targets that the model does not have.
+    It has `policy.logprobs(packed)`: model.token_logprobs at its temperature. With lora_rank only adapters
+    are trained: they lie outside FSDP, whole on every rank, and the reference is the policy without them.
+    Raises ConfigError for lora_targets that the model does not have.
     """
     frozen = policy is not None
     if frozen and config.lora_rank and not config.reference:
@@ -107,7 +107,7 @@ def load_policy(
 
 @dataclass(frozen=True)
 class Base:
-    """The frozen model that a policy's adapters sit on: the reference of a LoRA run, without a second copy."""
+    """The frozen model that a policy's adapters sit on: the reference of a LoRA run, at no memory."""
 
     policy: nn.Module
 
@@ -126,9 +126,9 @@ def load_sharded(
 
     Master weights are fp32 (AdamW at lr 1e-6 rounds away in bf16); on CUDA computation is bf16 and gradients
     are summed in fp32. frozen: without gradients, and on CUDA stored in bf16: the reference, and what LoRA's
-    adapters sit on. offload: weights, gradients and optimizer state lie in CPU memory, and AdamW runs there. engine: that rollouts will
-    ask for. capabilities: where they are known, those of this reference's policy. Raises ModelError when the
-    model cannot be loaded.
+    adapters sit on. offload: weights, gradients and optimizer state lie in CPU memory, and AdamW runs there.
+    engine: that rollouts will ask for. capabilities: where they are known, those of this reference's policy.
+    Raises ModelError when the model cannot be loaded.
     """
     compute = compute_dtype(device)
     config = model_config(path, trust_remote_code)
@@ -185,8 +185,8 @@ def release(model: nn.Module) -> None:
 def gathered_weights(model: nn.Module) -> Iterator[nn.Module]:
     """Collective at entry. A twin of the model without hooks, over gathered weights, in the compute dtype.
 
-    Adapters are merged into the gathered weights, which are a copy. The weights are those of this moment and are freed at the end. Ranks may use the twin as often as they
-    like, or not at all.
+    Adapters are merged into the gathered weights, which are a copy. The weights are those of this moment and
+    are freed at the end. Ranks may use the twin as often as they like, or not at all.
     """
     parts = fsdp_modules(model)
     for part in parts:
@@ -223,9 +223,8 @@ def _twin(model: nn.Module) -> nn.Module:
 def clip_and_step(
     policy: nn.Module, optimizer: torch.optim.Optimizer, bound: float, ranks: Ranks
 ) -> float:
-    """Collective. Steps with the gradients that lie in the policy, clipped to a global norm of `bound` (0: not
-    clipped), and clears them. Returns their norm before, the same on all ranks; where it is not finite, all
-    ranks skip the step together.
+    """Collective. Steps with the policy's gradients, clipped to a global norm of `bound` (0: not clipped), and
+    clears them. Returns their norm before; where it is not finite, all ranks skip the step together.
 
     FSDP has added up the gradients of what it shards; those of adapters are added up here.
     """
