@@ -223,8 +223,8 @@ def _twin(model: nn.Module) -> nn.Module:
 def clip_and_step(
     policy: nn.Module, optimizer: torch.optim.Optimizer, bound: float, ranks: Ranks
 ) -> float:
-    """Collective. Steps with the policy's gradients, clipped to a global norm of `bound` (0: not clipped), and
-    clears them. Returns their norm before; where it is not finite, all ranks skip the step together.
+    """Collective. Steps with the policy's gradients, clipped to a global norm of `bound` (0: not clipped),
+    and clears them. Returns their norm before; where it is not finite, all ranks skip the step together.
 
     FSDP has added up the gradients of what it shards; those of adapters are added up here.
     """
