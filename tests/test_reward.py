@@ -13,7 +13,7 @@ import data
 from config import UserError
 from evals.reference_reward import REFERENCE
 from prompts import ToolCall, render_completion
-from reward import REWARDS, RewardError, main, reward_function, score
+from reward import REWARDS, RewardError, Variant, main, reward_function, score
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "reward_verdicts.jsonl.gz"
 
@@ -22,7 +22,7 @@ CALL = '{"name": "book", "arguments": {"city": "Oslo", "days": 2}}'
 BLOCK = f"<tool_call>[{CALL}]</tool_call>"
 THINK = "<think>Oslo, two days.</think>"
 GOOD = THINK + BLOCK
-OURS = [name for name in REWARDS if name not in REFERENCE]
+OURS = [name for name, row in REWARDS.items() if isinstance(row, Variant)]
 
 
 def with_calls(listed: str) -> str:
@@ -145,6 +145,7 @@ TABLE = {
     "no_reason": (1.0, 1.0, 0.0, 0.0, 0.0, 0.0),
     "partial_format": (1.0, 0.8, 0.2, 0.2, 0.0, 0.0),
     "partial_names": (1.0, 0.8, 0.4, 0.2, 0.0, 0.0),
+    "none": (0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
 }
 
 
