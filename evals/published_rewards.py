@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 
 from corpus.schema import read_tools, undeclared
 from corpus.strict_json import canonical_json
@@ -115,14 +114,21 @@ def _texts(call: ToolCall) -> dict[str, str]:
 def overlap(completion: str, truth: list[ToolCall], tools: Sequence[dict] | str | None) -> float:
     """-1 for a wrong format, else the graded intersection over union of the calls, in [0, 1].
 
-    The reward of Sim-RL in STAR (arXiv 2602.03022), equations 6 to 10, known to us through public summaries
-    only. The format is the strict one, and each name and argument must be declared by the tools; a tool that
-    takes undeclared arguments takes any. Pairs of calls of the same name are matched one to one, the most
-    similar first. Then the sum of their similarities is divided by the number of calls on both sides, pairs
-    counted once. Equation 9, for replies in words, has no case here: ours are always calls.
+    The reward of Sim-RL in STAR (arXiv 2602.03022), equations 6 to 10, read in its released code (simrl.py of
+    Qwen-Applications/STAR) and, of the paper, in public summaries only. The format is right where thought and
+    calls are as the prompt asks and the tools declare every name and argument. Then each call, in turn, is
+    paired with the most similar right call of its name that is still free. The reward is the sum of the
+    similarities over the number of calls on both sides, a pair counted once; 1 for none on both sides.
 
-    Two texts that differ only in case or in white space between words have similarity 1. So a reply that is
-    not correct can earn 1. Raises ValueError for tools that are missing or broken.
+    Differences to the released code:
+    - Values other than texts are equal by their JSON text, and not by Python's ==, by which true equals 1.
+    - Words are what stands between white space, in any script. The released code takes ASCII letters and
+      digits alone, and their Porter stems.
+    - A tool that takes undeclared arguments takes any.
+    - Equation 9, for replies in words, has no case here: our replies are calls, and `[]` is one without any.
+
+    Two texts that differ only in case, or in the white space between words, have similarity 1. So a reply
+    that is not correct can earn 1. Raises ValueError for tools that are missing or broken.
     """
     if tools is None:
         raise ValueError("overlap needs the tools that were offered: `tools`, or prepare's `tools_json`")
@@ -130,16 +136,14 @@ def overlap(completion: str, truth: list[ToolCall], tools: Sequence[dict] | str 
     parsed = parse_completion(completion)
     if parsed.error is not None or not all(_is_declared(call, offered) for call in parsed.calls):
         return -1.0
-    calls = parsed.calls
-    places = product(range(len(calls)), range(len(truth)))
-    rated = {(i, j): similarity(calls[i], truth[j]) for i, j in places if calls[i].name == truth[j].name}
-    total, ours, gold = 0.0, set(), set()
-    for i, j in sorted(rated, key=rated.get, reverse=True):
-        if i not in ours and j not in gold:
-            total += rated[i, j]
-            ours.add(i)
-            gold.add(j)
-    union = len(calls) + len(truth) - len(ours)
+    total, free = 0.0, list(truth)
+    for call in parsed.calls:
+        rated = [similarity(call, right) if call.name == right.name else -1.0 for right in free]
+        best = max(rated, default=-1.0)
+        if best >= 0.0:
+            total += best
+            del free[rated.index(best)]
+    union = len(parsed.calls) + len(free)
     return total / union if union else 1.0
 
 
