@@ -41,7 +41,8 @@ def toolrl(completion: str, truth: list[ToolCall], tools: object, most: float) -
     multisets of names, and for each right call, in turn, the overlap of its keys and the number of its right
     values in the best call of the same name that is still free. `parts` is what the right calls would earn.
     It is -most where no calls can be read. As in the released code, the two parts are independent: a block of
-    calls in the wrong place earns no format and all of the correctness, and the first block counts.
+    calls in the wrong place earns no format and all of the correctness, and the first block counts. Calls too
+    many cost little: only the overlap of the names sees them.
 
     Differences to the released code:
     - A block holds our JSON list instead of a call per line, with `arguments` instead of `parameters`. White
@@ -121,7 +122,8 @@ def overlap(completion: str, truth: list[ToolCall], tools: Sequence[dict] | str 
     similarities over the number of calls on both sides, a pair counted once; 1 for none on both sides.
 
     Differences to the released code:
-    - Values other than texts are equal by their JSON text, and not by Python's ==, by which true equals 1.
+    - Values other than texts are equal by their JSON text, and not by Python's == or str(), by which true
+      equals 1, and the order of keys inside a value counts.
     - Words are what stands between white space, in any script. The released code takes ASCII letters and
       digits alone, and their Porter stems.
     - A tool that takes undeclared arguments takes any.

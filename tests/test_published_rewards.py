@@ -150,7 +150,7 @@ FORMATS = [  # reply, what toolrl pays for the format and, of 3, for correctness
     (f"{THOUGHT}<tool_call>oops</tool_call></tool_call>", 0, -3, -1),
     ("<think></think><tool_call>oops</tool_call>", 0, -3, -1),
     ("<tool_call>oops</tool_call>", 0, -3, -1),
-    (f"{THOUGHT}{BLOCK[:-5]}", 0, -3, -1),
+    (f"{THOUGHT}{BLOCK.removesuffix('</tool_call>')}", 0, -3, -1),
     (THOUGHT, 0, -3, -1), ("", 0, -3, -1), (None, 0, -3, -1),
 ]
 
