@@ -29,6 +29,7 @@ with modules_beside(Path(__file__)):
     from corpus.schema import lenient_arguments, read_tools, without_nulls
     from corpus.sources import read_records
     from corpus.strict_json import MAX_DEPTH, nested_deeper, strict_json
+    from evals.published_rewards import PUBLISHED, PublishedRow
     from evals.reference_reward import REFERENCE, ReferenceRow, score_as_reference
     from prompts import ToolCall, parse_completion
 
@@ -62,7 +63,7 @@ class Variant:
     names: float = 0.0  # added where the calls are wrong but the multiset of their names is right
 
 
-REWARDS: dict[str, Variant | ReferenceRow] = {
+REWARDS: dict[str, Variant | ReferenceRow | PublishedRow] = {
     # The paper's default. Format alone pays nothing, so it cannot be farmed.
     "binary": Variant(1.0, 0.0, 0.0, 0.0),
     # The paper's ablation: no reasoning required; 0.2 for the reasoning format; 0.2 more for right names.
@@ -71,6 +72,10 @@ REWARDS: dict[str, Variant | ReferenceRow] = {
     "partial_names": Variant(1.0, 0.8, 0.2, 0.0, names=0.2),
     # tool_n1_v0 to v4 and tool_n1_llama: the released reward, holes included. To compare, not to train with.
     **REFERENCE,
+    # toolrl, toolrl_small and overlap: rewards of other papers, beyond [0, 1]. They grade near misses.
+    **PUBLISHED,
+    # For on-policy distillation: only the KL to `--reference` trains.
+    "none": Variant(0.0, 0.0, 0.0, 0.0),
 }
 
 
@@ -123,9 +128,11 @@ def score(
     pays 0. Otherwise raises ValueError for a broken answer or tools, and KeyError for an unknown variant.
     """
     row = REWARDS[variant]
+    if lenient and not isinstance(row, Variant):
+        raise ValueError(f"lenient does not go with {variant}, which compares as its source does")
+    if isinstance(row, PublishedRow):
+        return replace(score(completion, answer), total=row.rule(completion, as_calls(answer), tools))
     if isinstance(row, ReferenceRow):
-        if lenient:
-            raise ValueError(f"lenient does not go with {variant}, which compares as the reference does")
         if not isinstance(answer, str):
             answer = json.dumps([call.as_dict() for call in as_calls(answer)])
         return Reward(**vars(score_as_reference(completion, answer, variant)))
@@ -187,8 +194,8 @@ def reward_function(name: str, lenient: bool = False) -> RewardFunction:
     of {"name", "arguments"} dicts and returns a number or a Reward. Raises RewardError where it cannot be
     used, also later, when it raises or returns anything else.
     """
-    if name in REFERENCE and lenient:
-        raise RewardError(f"reward: {name} compares as the reference does; use another one with lenient")
+    if lenient and not isinstance(REWARDS.get(name, REWARDS["binary"]), Variant):
+        raise RewardError(f"reward: {name} compares as its source does; use another one with lenient")
     if name in REWARDS:
         return lambda completion, answer, tools: score(completion, answer, name, lenient, tools)
     path, colon, attribute = name.rpartition(":")

@@ -18,6 +18,7 @@ FLOORS = [  # from the top; a wing stands for its modules that have no line of t
     {"rollout"},
     {"distributed", "corpus"},
     {"model", "reward"},
+    {"evals.published_rewards"},
     {"losses", "corpus.examples", "corpus.replies", "corpus.schema", "corpus.sources",
      "evals.reference_reward"},
     {"prompts"},

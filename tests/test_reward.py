@@ -11,9 +11,10 @@ import pytest
 
 import data
 from config import UserError
+from evals.published_rewards import PUBLISHED
 from evals.reference_reward import REFERENCE
 from prompts import ToolCall, render_completion
-from reward import REWARDS, RewardError, main, reward_function, score
+from reward import REWARDS, RewardError, Variant, main, reward_function, score
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "reward_verdicts.jsonl.gz"
 
@@ -22,7 +23,7 @@ CALL = '{"name": "book", "arguments": {"city": "Oslo", "days": 2}}'
 BLOCK = f"<tool_call>[{CALL}]</tool_call>"
 THINK = "<think>Oslo, two days.</think>"
 GOOD = THINK + BLOCK
-OURS = [name for name in REWARDS if name not in REFERENCE]
+OURS = [name for name, row in REWARDS.items() if isinstance(row, Variant)]
 
 
 def with_calls(listed: str) -> str:
@@ -145,6 +146,7 @@ TABLE = {
     "no_reason": (1.0, 1.0, 0.0, 0.0, 0.0, 0.0),
     "partial_format": (1.0, 0.8, 0.2, 0.2, 0.0, 0.0),
     "partial_names": (1.0, 0.8, 0.4, 0.2, 0.0, 0.0),
+    "none": (0.0, 0.0, 0.0, 0.0, 0.0, 0.0),
 }
 
 
@@ -235,6 +237,7 @@ def test_any_order_is_right_and_any_single_change_pays_nothing():
 _TAG = r"</?(?:think|tool_call)>"
 _END = r"<\|(?:im_end|endoftext|eot_id|eom_id|end_of_text)\|>"
 FORM = re.compile(rf"(?s)\s*<think>((?:(?!{_TAG}).)+)</think>\s*<tool_call>(.*)</tool_call>\s*(?:{_END})?\s*")
+BOOK = [{"name": "book", "parameters": {"city": {}, "days": {}}}]
 PIECES = [*'[]{}",:\\2- \n\x00\ud800é', "<think>", "</think>", "<tool_call>", "</tool_call>", "<|im_end|>",
           "e9", "NaN", "null", CALL, BLOCK, THINK]
 
@@ -253,6 +256,10 @@ def test_thousands_of_broken_completions():
     for _ in range(5000):
         completion = mutated(GOOD, rng)
         score(completion, ANSWER, "tool_n1_v4")  # does not raise
+        for variant, row in PUBLISHED.items():
+            reward = score(completion, ANSWER, variant, tools=BOOK)
+            assert -3 <= reward.total <= row.right, completion
+            assert reward.total < row.right or reward.correct or variant == "overlap", completion
         for variant, row in TABLE.items():
             reward = score(completion, ANSWER, variant)
             assert reward.total in {*row, 0.0, row[2] - row[3]}, completion
