@@ -75,7 +75,7 @@ def try_prompts(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(config.model, device, engine=config.rollout_engine)
     check_positions(config, model.config)
-    full = REWARDS[config.reward].right if config.reward in REWARDS else 1.0
+    full = REWARDS[config.reward].right if config.reward in REWARDS else 1.0  # a reward of one's own: 1
     decoding = replace(Decoding.training(config), group_size=samples)
     items = sorted(items, key=lambda item: len(item.ids))  # prompts of similar length share a batch
     size = max(1, config.rollout_batch_size // samples)
@@ -135,6 +135,8 @@ def main(arguments: list[str], load_splits: Callable, tokenize_splits: Callable)
     out, journal = options.out, Path(f"{options.out}.tried")
     if config.model == "tiny":
         raise ConfigError("model: tiny is not trained yet; give the folder or hub id of a trained model")
+    if config.reward == "none":
+        raise ConfigError("reward: none pays every reply the same, so nothing can be chosen; take binary")
     if out.exists() and not journal.exists():
         raise ConfigError(f"out: {out} exists, and was not written by distill; give another name")
     reward = reward_function(config.reward, config.lenient)

@@ -111,6 +111,11 @@ class Base:
 
     policy: nn.Module
 
+    @property
+    def capabilities(self) -> Capabilities:
+        """The policy's."""
+        return self.policy.capabilities
+
     def logprobs(self, packed: Packed, entropy: bool = True) -> tuple[Tensor, Tensor]:
         """As the policy's, with its adapters off."""
         with adapters_off(self.policy):

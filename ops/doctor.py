@@ -115,12 +115,13 @@ def check_step(metrics: dict[str, float], s: Start) -> Check:
     seconds = sum(value for key, value in metrics.items() if key.startswith("time/"))
     error = metrics.get("sampling/sampling_logp_difference/mean", 0.0)
     cut = metrics["completions/clipped_ratio"]
+    flat = metrics["frac_reward_zero_std"] == 1 and s.config.reward != "none"
     text = f"{seconds:.3g} s, {peak:.3g} GiB, reward {metrics['reward']:.2f}, {cut:.0%} of replies cut off"
     warm = not s.config.warmup_steps  # else the model knows nothing yet
     return judge("step", f"{text}, log-probs of sampler and trainer {error:.2g} apart", {
         "lower rollout_batch_size or max_tokens_per_micro_batch": peak > MOST_MEMORY * total,
         "most replies do not end: raise max_response_tokens": warm and cut > 0.5,
-        "no prompt has unequal rewards: sft.py first": warm and metrics["frac_reward_zero_std"] == 1,
+        "no prompt has unequal rewards: sft.py first": warm and flat,
     }, {
         "a gradient was not finite: take another start model": metrics["updates_skipped_nonfinite"] > 0,
         "it is not trained as it samples: try --rollout_engine generate": error > SAMPLER_ERROR[device],

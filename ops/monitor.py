@@ -66,7 +66,7 @@ ALARMS = (
           "the model answers without reasoning; check in samples.html that the prompt asks for a thought"),
     Alarm("empty_rate", 0.9, False, "share of completions without a call",
           "does [] answer everything? compare with the data; go on from an earlier checkpoint, lower lr"),
-    Alarm("kl", 1.0, False, "KL to the start model in nats per token",
+    Alarm("kl", 1.0, False, "KL to the reference in nats per token",
           "if the held-out accuracy falls, go on from an earlier checkpoint, lower lr or raise kl_coef"),
     Alarm("nonfinite", 0.0, False, "values that are NaN or infinite, and updates skipped for that",
           "several steps in a row without an update end the run; lower lr"),

@@ -45,7 +45,7 @@ PANELS = (
     ACCURACY,
     Panel("completions: share that is …", PERCENT, {"correct_rate": "right", "format_rate": "well-formed",
                                                     "think_rate": "with a thought", "empty_rate": "no call"}),
-    Panel("KL to the start model", "nats per token", {"kl": "KL"}),
+    Panel("KL to the reference", "nats per token", {"kl": "KL"}),
     Panel("entropy of the policy", "nats per token", {"entropy": "entropy"}),
     Panel("completion length", "tokens", {"completions/mean_length": "mean",
                                           "completions/max_length": "longest"}),
