@@ -78,7 +78,7 @@ def load_policy(
         path, make_mesh(ranks, config.sharding), ranks.device, frozen=frozen, offload=offload,
         gradient_checkpointing=config.gradient_checkpointing and not frozen,
         trust_remote_code=config.trust_remote_code, engine=config.rollout_engine,
-        capabilities=policy.capabilities if frozen else None,
+        capabilities=policy.capabilities if frozen and not config.reference else None,
     )
     model.capabilities = ranks.gather(model.capabilities)[0]  # rounding must not part the ranks
     use_attention(model, "train")

@@ -20,7 +20,7 @@ from distributed.ranks import Ranks, first_problem
 from distributed.weights import model_config, skeleton
 from evals.in_training import check_benchmarks
 from losses import objective_of
-from model import count_parameters
+from model import check_vocabulary, count_parameters, load_tokenizer
 from ops.monitor import tracker_names
 from ops.plan import CONTEXT, GB, Assumptions, shape_of, verdict
 from ops.run_dir import OLD
@@ -77,6 +77,28 @@ def check_names(config: Config) -> None:
     objective_of(config)
     tracker_names(config)
     check_benchmarks(config)
+
+
+def check_reference(config: Config, path: str, tokenizer) -> None:
+    """Raises ConfigError where `reference` cannot read all that the model in `path` may write."""
+    if not config.reference:
+        return
+    code = config.trust_remote_code
+    try:
+        other = load_tokenizer(config.reference, code).get_vocab()
+        models = [model_config(name, code).get_text_config() for name in (path, config.reference)]
+        check_vocabulary(tokenizer, models[1])
+        check_positions(config, models[1])
+    except UserError as error:  # they speak of a model
+        raise ConfigError(f"reference: {str(error).removeprefix('model: ')}") from None
+    vocabulary = tokenizer.get_vocab()
+    if differ := [token for token in vocabulary if other.get(token) != vocabulary[token]]:
+        what = f"{config.reference!r} has not the same id for {differ[0]!r} (and {len(differ) - 1} others)"
+        raise ConfigError(f"reference: {what} as the model; take one with the model's vocabulary")
+    own, rows = (model.vocab_size for model in models)
+    if rows < own:
+        what = f"{config.reference!r} has {rows} embeddings, fewer than the model's {own}"
+        raise ConfigError(f"reference: {what}; take one with at least as many")
 
 
 def check_start(start: Start) -> None:

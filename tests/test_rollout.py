@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 import rollout
 from config import Config
 from corpus.examples import Example
+from corpus.replies import token_texts
 from corpus.tiny_model import build_tiny_tokenizer
 from distributed.batches import Group, prompt_seed
 from kernel import decode as engines
@@ -32,7 +33,6 @@ from rollout import (
     sample_rows,
     score_groups,
     speed_metrics,
-    token_texts,
 )
 
 CPU = torch.device("cpu")
