@@ -158,8 +158,7 @@ def grpo_step(run: Run, step: int) -> tuple[dict[str, float], list[dict]]:
         rewards = shuffled(rewards, config.seed, step)
     name = objective_of(config).advantage
     advantages = ADVANTAGES[name](rewards)  # [P, G]
-    share_prompt = uses_shared_prefix(run.policy) and uses_shared_prefix(run.reference or run.policy)
-    updates = make_updates(everyone, advantages, config, ranks, share_prompt)
+    updates = make_updates(everyone, advantages, config, ranks, uses_shared_prefix(run.policy))
     if run.reference is not None:
         with run.phase("reference"):
             store_logprobs(run.reference, updates, "reference_logprobs")

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from types import MethodType
 
@@ -32,7 +33,7 @@ from torch.distributed.tensor import DTensor
 from config import Config, ConfigError
 from distributed.ranks import Ranks
 from distributed.weights import allocate, meta_parameters, model_config, skeleton, stream_weights
-from kernel.attention import trim_last_layer, use_attention
+from kernel.attention import trim_last_layer, use_attention, uses_shared_prefix
 from model import (
     Capabilities,
     add_hooks,
@@ -81,7 +82,11 @@ def load_policy(
         capabilities=policy.capabilities if frozen and not config.reference else None,
     )
     model.capabilities = ranks.gather(model.capabilities)[0]  # rounding must not part the ranks
-    use_attention(model, "train")
+    both = [model, policy or model]
+    shared = all(map(uses_shared_prefix, both))  # policy and reference see the same rows
+    for one in both:
+        one.capabilities = replace(one.capabilities, shared_prefix=shared)
+        use_attention(one, "train")
     model.logprobs = partial(token_logprobs, model, temperature=temperature)
     return model
 

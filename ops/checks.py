@@ -20,7 +20,7 @@ from distributed.ranks import Ranks, first_problem
 from distributed.weights import model_config, skeleton
 from evals.in_training import check_benchmarks
 from losses import objective_of
-from model import check_vocabulary, count_parameters, load_tokenizer
+from model import count_parameters, load_tokenizer
 from ops.monitor import tracker_names
 from ops.plan import CONTEXT, GB, Assumptions, shape_of, verdict
 from ops.run_dir import OLD
@@ -85,20 +85,19 @@ def check_reference(config: Config, path: str, tokenizer) -> None:
         return
     code = config.trust_remote_code
     try:
-        other = load_tokenizer(config.reference, code).get_vocab()
-        models = [model_config(name, code).get_text_config() for name in (path, config.reference)]
-        check_vocabulary(tokenizer, models[1])
-        check_positions(config, models[1])
+        vocabulary = load_tokenizer(config.reference, code).get_vocab()
+        own, other = (model_config(name, code).get_text_config() for name in (path, config.reference))
+        check_positions(config, other)
     except UserError as error:  # they speak of a model
         raise ConfigError(f"reference: {str(error).removeprefix('model: ')}") from None
-    vocabulary = tokenizer.get_vocab()
-    if differ := [token for token in vocabulary if other.get(token) != vocabulary[token]]:
-        what = f"{config.reference!r} has not the same id for {differ[0]!r} (and {len(differ) - 1} others)"
-        raise ConfigError(f"reference: {what} as the model; take one with the model's vocabulary")
-    own, rows = (model.vocab_size for model in models)
-    if rows < own:
-        what = f"{config.reference!r} has {rows} embeddings, fewer than the model's {own}"
-        raise ConfigError(f"reference: {what}; take one with at least as many")
+    remedy = "take a model with the same vocabulary"
+    for token, number in tokenizer.get_vocab().items():
+        if vocabulary.get(token) != number:
+            what = f"{token!r} is token {number} of the model and {vocabulary.get(token)} of {config.reference!r}"
+            raise ConfigError(f"reference: {what}; {remedy}")
+    if other.vocab_size < own.vocab_size:
+        what = f"{config.reference!r} has {other.vocab_size} embeddings, the model {own.vocab_size}"
+        raise ConfigError(f"reference: {what}; {remedy}, and at least as many")
 
 
 def check_start(start: Start) -> None:
