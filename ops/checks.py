@@ -93,7 +93,7 @@ def check_reference(config: Config, path: str, tokenizer) -> None:
     remedy = "take a model with the same vocabulary"
     for token, number in tokenizer.get_vocab().items():
         if vocabulary.get(token) != number:
-            what = f"{token!r} is token {number} of the model and {vocabulary.get(token)} of {config.reference!r}"
+            what = f"{token!r} is token {number} of the model and {vocabulary.get(token)} of the reference"
             raise ConfigError(f"reference: {what}; {remedy}")
     if other.vocab_size < own.vocab_size:
         what = f"{config.reference!r} has {other.vocab_size} embeddings, the model {own.vocab_size}"
