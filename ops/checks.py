@@ -204,15 +204,11 @@ def check_schedule(s: Start) -> Check:
     cases, skipped = sum(map(len, s.tokenized.held_out.values())), count - len(train)
     text = f"{s.steps:,} steps of {config.prompts_per_step:,} prompts, {cases:,} held-out cases, "
     text += ", ".join(f"{n:,} {kind}" for kind, n in kinds.most_common())
-    skips = bool(config.skip_zero_variance or config.resample_rounds)
     return judge("schedule", f"{text}; {skipped:,} prompts are too long or refused", {
         "raise max_prompt_tokens, or see above which are refused": skipped > 0.01 * count,
         "[] is right too often, and may be all that is learnt": kinds["none"] > MOST_EMPTY * len(train),
         "nothing shows whether it learns: set test_share or test_data": not cases,
         f"lower prompts_per_step to {len(train)}: a step repeats": config.prompts_per_step > len(train),
-    }, {
-        "reward none makes all rewards equal: turn skip_zero_variance and resample_rounds off":
-            config.reward == "none" and skips,
     })
 
 

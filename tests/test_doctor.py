@@ -127,8 +127,6 @@ DEEP = json.loads("[" * 70 + "]" * 70)  # nested deeper than the parser reads: i
      lambda s: with_train(s, [replace(one, answer=[]) for one in s.splits.train])),
     ("schedule", "warning", "test_share", lambda s: replace(s, tokenized=Splits(s.tokenized.train, {}))),
     ("schedule", "warning", "prompts_per_step to 60", lambda s: with_config(s, prompts_per_step=64)),
-    ("schedule", "problem", "turn skip_zero_variance",
-     lambda s: with_config(s, reward="none", resample_rounds=1)),
     ("examples", "warning", "of 61 right replies 1 are too long", lambda s: with_answer(s, "w " * 200)),
     ("examples", "problem", "look at bad", lambda s: with_answer(s, DEEP)),
     ("examples", "warning", "silence can be learnt", pays_silence),
