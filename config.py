@@ -346,6 +346,8 @@ def _check(c: Config) -> None:
             f"prompts_per_step ({c.prompts_per_step}) must be a multiple of "
             f"minibatch_prompts ({c.minibatch_prompts})"
         )
+    if c.reference and not c.kl_coef:
+        raise ConfigError("reference is the model that the KL points at: it needs kl_coef above 0")
     if c.overlong_tokens > c.max_response_tokens:
         raise ConfigError(
             f"overlong_tokens ({c.overlong_tokens}) must be at most "

@@ -41,7 +41,7 @@ from distributed.fsdp import clip_and_step, gathered_weights, release
 from distributed.ranks import Clock, Ranks, run_script, start_ranks
 from kernel.attention import uses_shared_prefix
 from kernel.decode import Prompt
-from losses import ADVANTAGES, AGGREGATIONS, KLS, learning_rate, objective_of, policy_loss
+from losses import ADVANTAGES, AGGREGATIONS, CORRECTIONS, KLS, TERMS, learning_rate, objective_of, policy_loss
 from model import count_parameters
 from rollout import Decoding, Work, rollout_metrics, sample_groups, sample_rows, score_groups, speed_metrics
 from session import Run, RunSpec, begin, close, evaluate_if_missing, finish_step, open_session, start_step
@@ -66,7 +66,13 @@ def micro_batch_loss(
     counts = micro.packed.counts  # tokens per completion
     if micro.old_logprobs is None:  # the first pass of the only update: the policy still is the sampler
         micro.old_logprobs = logprobs.detach()
-    surrogate, ratio = policy_loss(logprobs, micro.old_logprobs, micro.advantages, counts, objective)
+        micro.old_entropy = entropy
+    advantages = micro.advantages
+    if term := TERMS.get(objective.advantage):
+        advantages = advantages + term(advantages, micro.old_entropy, counts, micro.thoughts)
+    surrogate, ratio = policy_loss(logprobs, micro.old_logprobs, advantages, counts, objective)
+    trainer_to_sampler = (micro.old_logprobs - micro.sampler_logprobs).exp()
+    surrogate = surrogate * CORRECTIONS[config.correction](trainer_to_sampler)
     kl = torch.zeros_like(surrogate)
     if micro.reference_logprobs is not None:
         kl = KLS[config.kl](logprobs, micro.reference_logprobs)
@@ -74,19 +80,24 @@ def micro_batch_loss(
     weights = weigh(counts, update.total_tokens, update.total_completions, config.max_response_tokens)
     loss = (surrogate + config.kl_coef * kl) * weights.repeat_interleave(counts)
     with torch.no_grad():
-        low = (ratio < 1 - objective.clip_low) & (micro.advantages < 0)
-        high = (ratio > 1 + objective.clip_high) & (micro.advantages > 0)
+        low = (ratio < 1 - objective.clip_low) & (advantages < 0)
+        high = (ratio > 1 + objective.clip_high) & (advantages > 0)
         sums = torch.stack([x.double().sum() for x in (loss, kl, entropy, low, high)])
     # a bad part counts as skipped and must not blot the log
     return loss.sum(), sums.nan_to_num(0.0, 0.0, 0.0).cpu()
 
 
 @torch.no_grad()
-def store_logprobs(model: nn.Module, updates: Sequence[Update], name: str) -> None:
-    """Collective. Fills in what stays fixed in the updates. name: old_logprobs or reference_logprobs."""
+def store_logprobs(model: nn.Module, updates: Sequence[Update], name: str, entropy: bool = False) -> None:
+    """Collective. Fills in what stays fixed in the updates. name: old_logprobs, with `entropy` old_entropy
+    too, or reference_logprobs.
+    """
     for update in updates:
         for micro in update.micros:
-            setattr(micro, name, model.logprobs(micro.packed, entropy=False)[0])
+            logprobs, entropies = model.logprobs(micro.packed, entropy=entropy)
+            setattr(micro, name, logprobs)
+            if entropy:
+                micro.old_entropy = entropies
 
 
 def update_policy(
@@ -142,7 +153,8 @@ def grpo_step(run: Run, step: int) -> tuple[dict[str, float], list[dict]]:
     rewards = reward_table(everyone)  # [P, G]
     if config.shuffle_rewards:
         rewards = shuffled(rewards, config.seed, step)
-    advantages = ADVANTAGES[objective_of(config).advantage](rewards)  # [P, G]
+    name = objective_of(config).advantage
+    advantages = ADVANTAGES[name](rewards)  # [P, G]
     updates = make_updates(everyone, advantages, config, ranks, uses_shared_prefix(run.policy))
     if run.reference is not None:
         with run.phase("reference"):
@@ -150,11 +162,11 @@ def grpo_step(run: Run, step: int) -> tuple[dict[str, float], list[dict]]:
             release(run.reference)
     if len(updates) > 1:  # with one update, micro_batch_loss stores them in the first pass
         with run.phase("old_logprobs"):
-            store_logprobs(run.policy, updates, "old_logprobs")
+            store_logprobs(run.policy, updates, "old_logprobs", entropy=name in TERMS)
     with run.phase("update"):
         metrics.update(update_policy(run.policy, run.optimizer, updates, config, ranks))
     with run.phase("metrics"):
-        metrics.update(sampler_difference(updates, ranks))
+        metrics.update(sampler_difference(updates, ranks, config.correction))
         own = advantages[list(places)].tolist()
         rows = sample_rows(step, groups, own, run.tokenizer, config.log_samples, ranks)
         trained = sum(micro.packed.ids.numel() for update in updates for micro in update.micros)
@@ -181,11 +193,9 @@ def sample_and_score(run: Run, step: int, places: Sequence[int], indices: Sequen
 
 def resample_flat(run: Run, step: int, groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
     """Collective. Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2): groups whose rewards are all equal
-    give their place to other prompts, at most resample_rounds times -> the groups, and those that were given
-    up.
+    give their place to other prompts, at most resample_rounds times -> the groups, and those given up.
 
-    Which prompt comes next depends on seed, step, place and round alone, so neither ranks nor a resume change
-    it.
+    Which prompt comes next depends on seed, step, place and round alone, not on ranks or a resume.
     """
     config = run.config
     groups, given_up = list(groups), []

@@ -1,5 +1,5 @@
-"""Every formula of the objective, as tables: advantages, losses, estimates of the KL, and what the mean is
-over. And the learning rate.
+"""Every formula of the objective, as tables: advantages, losses, estimates of the KL, corrections for the
+sampler, and what the mean is over. And the learning rate.
 
 A row of LOSSES is a published loss without its KL, whose weight is `--kl_coef` (DAPO and Dr. GRPO have none).
 `--loss NAME` takes a row, `--advantage`, `--aggregation`, `--clip_eps` and `--clip_eps_high` change one part
@@ -23,9 +23,8 @@ from config import Config, ConfigError
 
 def group_mean(rewards: Tensor) -> Tensor:
     """reward - mean of the group; exactly 0 if all are equal. Dr. GRPO (arXiv 2503.20783), section 3.2."""
-    flat = rewards.amax(1, keepdim=True) == rewards.amin(
-        1, keepdim=True
-    )  # seven times 0.1 has another mean than 0.1
+    # seven times 0.1 has another mean than 0.1
+    flat = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
     return torch.where(flat, 0.0, rewards - rewards.mean(1, keepdim=True))
 
 
@@ -44,18 +43,44 @@ def leave_one_out(rewards: Tensor) -> Tensor:
     return group_mean(rewards) * (group_size / (group_size - 1))
 
 
+def max_rl(rewards: Tensor) -> Tensor:
+    """(reward - mean) / mean inside each group: rare success weighs most. MaxRL (arXiv 2602.02710).
+
+    For rewards of at least 0. It is 0 where the mean is not above 0: to divide would turn the signs.
+    """
+    mean = rewards.mean(1, keepdim=True)
+    return torch.where(mean > 0, group_mean(rewards) / mean, 0.0)
+
+
 ADVANTAGES: dict[str, Callable[[Tensor], Tensor]] = {
     "group_std": group_std,
     "group_mean": group_mean,
     "leave_one_out": leave_one_out,
+    "max_rl": max_rl,
+    "egpo": group_std,  # and its row of TERMS
 }
+
+
+def thought_entropy(advantages: Tensor, entropy: Tensor, counts: Tensor, thoughts: Tensor) -> Tensor:
+    """0.4 clip(H, -|A| / 2, |A| / 2), with H the mean entropy over the tokens of the completion's thought.
+
+    EGPO (FunRL, arXiv 2508.05118); read in public summaries of the paper, not in the paper itself.
+    """
+    ends = counts.cumsum(0) - counts + thoughts  # of the thoughts, as places in [N]
+    inside = torch.arange(len(entropy), device=entropy.device) < ends.repeat_interleave(counts)
+    mean = per_completion(entropy * inside, counts) / thoughts.clamp(min=1)
+    bound = advantages.abs() / 2
+    return 0.4 * mean.repeat_interleave(counts).clamp(-bound, bound)
+
+
+# what is added to an advantage [N], given it, the sampling policy's entropy [N], and the number of tokens of
+# each completion [R] and of its thought [R]
+TERMS: dict[str, Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]] = {"egpo": thought_entropy}
 
 # ------------------------------------------------------------- KL to the reference per token: [N], [N] -> [N]
 # With tokens drawn from the policy, as at a batch's first update: which mean the value has, and which mean
-# its gradient has
-# when it stands in a loss, are two questions (Schulman, http://joschu.net/blog/kl-approx.html, answers the
-# first).
-# tests/test_losses.py checks both against the exact KL of a small vocabulary.
+# its gradient has when it stands in a loss, are two questions (http://joschu.net/blog/kl-approx.html, by
+# Schulman, answers the first). tests/test_losses.py checks both against the exact KL of a small vocabulary.
 
 
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -75,17 +100,28 @@ def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
-    """exp(d) - d - 1 with d = log ref - log policy: the mean is KL(policy || ref); never negative, low
-    variance.
+    """exp(d) - d - 1, d = log ref - log policy: the mean is KL(policy || ref); never negative, low variance.
 
-    In a loss, the mean of its gradient is that of the other direction, KL(ref || policy). The paper uses it
-    so.
+    In a loss, the mean of its gradient is that of the other direction, KL(ref || policy), as in the paper.
     """
     difference = ref_logprobs - logprobs
     return difference.exp() - difference - 1
 
 
 KLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
+
+# -------------------------------------------- corrections for a sampler that differs, per token: [N] -> [N]
+# trainer / sampler, the probabilities of one policy in both -> the weight of the token in the loss, KL left
+# out. Kernels and precision part them, which biases the gradient.
+
+CORRECTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": torch.ones_like,
+    # truncated importance sampling (Yao et al. 2025, "Your efficient RL framework secretly brings you
+    # off-policy RL training"), per token and with the cap of TRL and verl
+    "tis": lambda ratio: ratio.clamp(max=2.0),
+    # outside of the band a token teaches nothing: IcePop (Ling team, arXiv 2510.18855)
+    "icepop": lambda ratio: ratio.where((ratio >= 0.5) & (ratio <= 5.0), 0.0),
+}
 
 # ----------------------------------------------------------------------------------------------------- losses
 
@@ -125,7 +161,7 @@ LOSSES: dict[str, Objective] = {
 def objective_of(config: Config) -> Objective:
     """The row of LOSSES that the settings choose and change. Raises ConfigError for unknown names."""
     tables = {"loss": LOSSES, "advantage": ADVANTAGES, "aggregation": AGGREGATIONS, "kl": KLS}
-    for key, table in (tables | {"lr_schedule": SCHEDULES}).items():
+    for key, table in (tables | {"correction": CORRECTIONS, "lr_schedule": SCHEDULES}).items():
         name = getattr(config, key)
         if name not in table and (name or key not in ("advantage", "aggregation")):
             raise ConfigError(f"{key} must be one of {', '.join(table)}, not {name!r}")

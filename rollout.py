@@ -16,11 +16,13 @@ from tqdm import tqdm
 
 from config import Config
 from corpus.examples import Tokenized, example_kind
+from corpus.replies import shortened, thought_tokens, token_texts
 from distributed.batches import Group
 from distributed.ranks import Ranks
 from kernel.attention import use_attention
 from kernel.decode import Prompt, rows_that_fit
 from kernel.hf_engines import ENGINES, EngineError
+from losses import TERMS, objective_of
 from model import ModelError, autocast
 from prompts import build_messages, decode_reply, parse_completion, prefilled_reply, stop_ids
 from reward import RewardFunction
@@ -32,7 +34,7 @@ PEAK_TFLOPS = {"H100": 989, "H200": 989, "GH200": 989, "H800": 989, "A100": 312,
 @dataclass(frozen=True)
 class Decoding:
     """How prompts are answered. temperature: 0 is greedy. batch_size: sequences decoded at once; on CUDA
-    fewer where their K/V do not fit. engine: a key of ENGINES.
+    fewer where their K/V do not fit. engine: a key of ENGINES. thoughts: whether Group.thoughts are counted.
     """
 
     group_size: int
@@ -40,19 +42,20 @@ class Decoding:
     max_new_tokens: int
     batch_size: int
     engine: str = "shared_prefix"
+    thoughts: bool = False
 
     @classmethod
     def training(cls, config: Config) -> Decoding:
         """As the settings say."""
         return cls(
             config.group_size, config.temperature, config.max_response_tokens, config.rollout_batch_size,
-            config.rollout_engine,
+            config.rollout_engine, objective_of(config).advantage in TERMS,
         )
 
     @classmethod
     def greedy(cls, config: Config) -> Decoding:
         """One greedy reply: for evaluation during training."""
-        return replace(cls.training(config), group_size=1, temperature=0.0)
+        return replace(cls.training(config), group_size=1, temperature=0.0, thoughts=False)
 
 
 def sample_groups(
@@ -98,10 +101,12 @@ def sample_groups(
                 for k, i in enumerate(ahead):
                     own = rows[k * copies : (k + 1) * copies] * (decoding.group_size // copies)
                     responses = [ids for ids, _ in own]
+                    texts = [decode_reply(tokenizer, ids, stops) for ids in responses]
+                    replies = zip(responses, texts) if decoding.thoughts else ()
                     groups[i] = Group(
-                        prompts[i], responses, [logprobs for _, logprobs in own],
-                        texts=[decode_reply(tokenizer, ids, stops) for ids in responses],
+                        prompts[i], responses, [logprobs for _, logprobs in own], texts,
                         truncated=[ids[-1] not in stops for ids in responses],
+                        thoughts=[thought_tokens(tokenizer, ids, text) for ids, text in replies],
                     )
                 bar.update(len(batch))
                 heartbeat()
@@ -192,54 +197,16 @@ def sample_rows(
             "step": step, "prompt_id": group.prompt.id, "completion": group.texts[g],
             "reward": group.rewards[g].total, "reason": group.rewards[g].reason,
             "advantage": round(advantages[p][g], 4), "truncated": group.truncated[g],
-            "kind": example_kind(group.example), "query": cut(query, QUERY_CHARACTERS),
+            "kind": example_kind(group.example), "query": shortened(query, QUERY_CHARACTERS),
             "answer": [call.as_dict() for call in group.example.answer],
             "tokens": tokens, "logprobs": [round(x, 3) for x in group.logprobs[g]],
         }
         if g == 0:
-            turns = [(role, cut(text, TURN_CHARACTERS)) for role, text in said if text]
+            turns = [(role, shortened(text, TURN_CHARACTERS)) for role, text in said if text]
             row |= {"tools": group.example.tools, "begun": prefilled_reply(tokenizer)}
             row["turns"] = turns if len(turns) > 1 else []
         rows.append(row)
     return [row for part in ranks.gather(rows) for row in part]
-
-
-def cut(text: str, limit: int) -> str:
-    """The text, or its start and an ellipsis."""
-    return text[:limit] + "…" * (len(text) > limit)
-
-
-def token_texts(tokenizer, responses: Sequence[list[int]]) -> list[list[str]]:
-    """The tokens of each response as texts that, joined, are the whole response as it decodes, its end token
-    included. A character whose bytes lie in several tokens stands at the last of them, and the others are "".
-    """
-    first = stop_ids(tokenizer)[:1]
-
-    def decode(ids: Sequence[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    def later(ids: Sequence[int]) -> str:  # some tokenizers take the space from the first token of a text
-        return decode([*first, *ids])[len(decode(first)) :]
-
-    alone = {i: later([i]) for i in set().union(*responses)}
-    rows = []
-    for ids in responses:
-        texts: list[str] = []
-        start = 0
-        for end, token in enumerate(ids, 1):
-            broken = "\ufffd" in alone[token] and end < len(ids)  # bytes of a character that is not complete
-            if broken and end - start > 8:  # no character has so many: noise, which would take quadratic time
-                continue
-            if start == 0:
-                part = decode(ids[:end])
-            else:
-                part = alone[token] if end - start == 1 else later(ids[start:end])
-            if not (broken and part.endswith("\ufffd")):
-                texts += [""] * (end - start - 1) + [part]
-                start = end
-        whole = decode(ids)
-        rows.append(texts if "".join(texts) == whole else [whole] + [""] * (len(ids) - 1))
-    return rows
 
 
 @dataclass(frozen=True)

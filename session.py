@@ -31,7 +31,7 @@ from evals.in_training import JudgedPrompt, evaluate, held_out_prompts, load_ben
 from kernel.attention import attention_backend
 from model import check_vocabulary, load_tokenizer, prepare_model
 from ops import run_dir
-from ops.checks import Start, check_names, check_start
+from ops.checks import Start, check_names, check_reference, check_start
 from ops.export import ask_from_tools, export, write_model
 from ops.monitor import Monitor, attempt, close_monitor, open_monitor, show
 from ops.plot import headline, summarize, was_evaluated
@@ -110,6 +110,7 @@ def read_prompts(config: Config, path: str, inputs: Inputs, quiet: bool) -> Inpu
     ask_from_tools(tokenizer, inputs.template)
     check_tokenizer(tokenizer, inputs.template)
     check_vocabulary(tokenizer, model_config(path, config.trust_remote_code))
+    check_reference(config, path, tokenizer)
     tokenized = tokenize_splits(inputs.splits, tokenizer, inputs.template, config, quiet=quiet)
     sets = {name: held_out_prompts(examples) for name, examples in tokenized.held_out.items()}
     sets.update(load_benchmarks(config, tokenizer, inputs.template, quiet=quiet))
@@ -243,10 +244,10 @@ def begin(session: Session, spec: RunSpec) -> Run:
     state = {"method": method, "step": 0, "flops": 0.0, "seconds": 0.0}
     with run_dir.replacing(session.folder, ranks):
         policy = load_policy(config, spec.path, spec.temperature, ranks)
-        # The reference is always the model that training started from, also after a resume.
+        # By default the reference is the model that training started from, also after a resume.
         reference = None
         if spec.reference:
-            reference = load_policy(config, spec.path, spec.temperature, ranks, policy)
+            reference = load_policy(config, config.reference or spec.path, spec.temperature, ranks, policy)
         check_positions(config, policy.config)
         trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=spec.lr, weight_decay=0.0, betas=spec.betas, fused=True)

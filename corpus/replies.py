@@ -1,12 +1,16 @@
-"""A reply as text, also where a trainer or a server has taken it apart into thought, text and calls."""
+"""A reply as text, also where a trainer or a server has taken it apart into thought, text and calls; and what
+its tokens are as texts.
+"""
 
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
+from collections.abc import Sequence
 from typing import Any
 
 from corpus.schema import decoded
-from prompts import CALL, END_CALL, END_THINK, THINK
+from prompts import CALL, END_CALL, END_THINK, THINK, stop_ids
 
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 LABELS = ("id", "index", "type")  # of a call in OpenAI's layout
@@ -75,3 +79,59 @@ def _call(function: dict) -> dict:
         return function | {"arguments": decoded(arguments, "arguments")}
     except ValueError:
         return function  # the model wrote no JSON
+
+
+# ------------------------------------------------------------------------------------------- tokens and texts
+
+
+def shortened(text: str, limit: int) -> str:
+    """The text, or its start and an ellipsis."""
+    return text[:limit] + "…" * (len(text) > limit)
+
+
+def token_texts(tokenizer, responses: Sequence[list[int]]) -> list[list[str]]:
+    """The tokens of each response as texts that, joined, are the whole response as it decodes, its end token
+    included. A character whose bytes lie in several tokens stands at the last of them, and the others are "".
+    """
+    first = stop_ids(tokenizer)[:1]
+
+    def decode(ids: Sequence[int]) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def later(ids: Sequence[int]) -> str:  # some tokenizers take the space from the first token of a text
+        return decode([*first, *ids])[len(decode(first)) :]
+
+    alone = {i: later([i]) for i in set().union(*responses)}
+    rows = []
+    for ids in responses:
+        texts: list[str] = []
+        start = 0
+        for end, token in enumerate(ids, 1):
+            broken = "\ufffd" in alone[token] and end < len(ids)  # bytes of a character that is not complete
+            if broken and end - start > 8:  # no character has so many: noise, which would take quadratic time
+                continue
+            if start == 0:
+                part = decode(ids[:end])
+            else:
+                part = alone[token] if end - start == 1 else later(ids[start:end])
+            if not (broken and part.endswith("\ufffd")):
+                texts += [""] * (end - start - 1) + [part]
+                start = end
+        whole = decode(ids)
+        rows.append(texts if "".join(texts) == whole else [whole] + [""] * (len(ids) - 1))
+    return rows
+
+
+def thought_tokens(tokenizer, ids: list[int], text: str) -> int:
+    """How many of the reply's first tokens reach to the end of its `</think>`; 0 without a closed thought.
+
+    text: the whole reply, with what the prompt has begun of it (prompts.decode_reply).
+    """
+    if not text.lstrip().startswith(THINK) or END_THINK not in text:
+        return 0
+
+    def closed(end: int) -> bool:
+        said = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        return END_THINK in said
+
+    return bisect_left(range(len(ids)), True, key=closed)

@@ -20,6 +20,7 @@ from corpus.examples import Example
 from distributed.ranks import Ranks
 from kernel.decode import Prompt
 from kernel.packing import Packed, micro_batches, pack
+from losses import CORRECTIONS
 from reward import Reward
 
 
@@ -29,7 +30,7 @@ class Group:
 
     logprobs: the sampler's own, per response token, at the sampling temperature: a diagnostic, because the
     trainer computes its own. place: position in the step's batch, P more after each resampling. rewards:
-    [G], once they are scored.
+    [G], once they are scored. thoughts: [G] tokens up to the end of each thought, where a loss asks for them.
     """
 
     prompt: Prompt
@@ -40,6 +41,7 @@ class Group:
     place: int = 0
     example: Example | None = None
     rewards: tuple[Reward, ...] = ()
+    thoughts: Sequence[int] = ()
 
     @property
     def tokens(self) -> int:
@@ -103,10 +105,10 @@ def reward_table(groups: Sequence[Group]) -> Tensor:
 
 @dataclass
 class MicroBatch:
-    """Packed groups with what the loss needs per response token: all [N].
+    """Packed groups with what the loss needs per response token: all [N], but thoughts [R].
 
-    old_logprobs: of the policy that sampled; where there is one update per rollout batch, its first pass
-    stores them.
+    old_logprobs, old_entropy: of the policy that sampled; where there is one update per rollout batch, its
+    first pass stores them. thoughts: as in Group.
     reference_logprobs is None where kl_coef is 0. idle: it only keeps this rank in step with ranks that have
     more micro-batches; no loss sees it.
     """
@@ -114,7 +116,9 @@ class MicroBatch:
     packed: Packed
     advantages: Tensor
     sampler_logprobs: Tensor
+    thoughts: Tensor | None = None
     old_logprobs: Tensor | None = None
+    old_entropy: Tensor | None = None
     reference_logprobs: Tensor | None = None
     idle: bool = False
 
@@ -197,7 +201,8 @@ def _without_truncated(group: Group, advantages: Tensor) -> tuple[Group, Tensor]
     """
     ended = [k for k, truncated in enumerate(group.truncated) if not truncated]
     responses, logprobs = ([rows[k] for k in ended] for rows in (group.responses, group.logprobs))
-    return replace(group, responses=responses, logprobs=logprobs), advantages[ended]
+    thoughts = [group.thoughts[k] for k in ended if group.thoughts]
+    return replace(group, responses=responses, logprobs=logprobs, thoughts=thoughts), advantages[ended]
 
 
 def _micro_batch(
@@ -207,12 +212,14 @@ def _micro_batch(
     responses = [(group.prompt.ids, group.responses[part]) for group, _, part in parts]
     packed = pack(responses, ranks.device, share_prompt)
     per_response = torch.cat([advantages[part] for _, advantages, part in parts]).to(ranks.device)
-    sampled = []
+    sampled, thoughts = [], []
     for group, _, part in parts:
+        thoughts += group.thoughts[part]
         for row in group.logprobs[part]:
             sampled += row
-    sampler_logprobs = torch.tensor(sampled, device=ranks.device)
-    return MicroBatch(packed, per_response.repeat_interleave(packed.counts), sampler_logprobs)
+    advantages = per_response.repeat_interleave(packed.counts)
+    sampler_logprobs, thoughts = (torch.tensor(values, device=ranks.device) for values in (sampled, thoughts))
+    return MicroBatch(packed, advantages, sampler_logprobs, thoughts)
 
 
 def _idle(ranks: Ranks, share_prompt: bool) -> MicroBatch:
@@ -221,18 +228,26 @@ def _idle(ranks: Ranks, share_prompt: bool) -> MicroBatch:
     return MicroBatch(pack([([0], [[0]])], ranks.device, share_prompt), nothing, nothing, idle=True)
 
 
-def sampler_difference(updates: Sequence[Update], ranks: Ranks) -> dict[str, float]:
+def sampler_difference(updates: Sequence[Update], ranks: Ranks, correction: str = "none") -> dict[str, float]:
     """Collective. |sampler - trainer| log-prob, of the policy that sampled: it finds bugs. Empty without any
-    update.
+    update. And what a correction makes of it: the mean of its weights, and the share that it has bounded.
     """
-    total, count, most = 0.0, 0, 0.0
+    sums, most = torch.zeros(4, dtype=torch.float64), 0.0
     for micro in (micro for update in updates for micro in update.micros):
         if not micro.idle:
-            difference = (micro.old_logprobs - micro.sampler_logprobs).abs().double()
-            total += difference.sum().item()
-            count += len(difference)
-            most = max(most, difference.max().item())
-    total, count = ranks.sum([total, float(count)])
+            difference = micro.old_logprobs - micro.sampler_logprobs
+            ratio = difference.exp()
+            weights = CORRECTIONS[correction](ratio)
+            parts = (difference.abs(), weights, weights != ratio, torch.ones_like(ratio))
+            sums += torch.stack([part.double().sum() for part in parts]).cpu()
+            most = max(most, difference.abs().max().item())
+    total, weight, bounded, count = ranks.sum(sums.tolist())
     most = max(ranks.gather(most))
+    if not count:
+        return {}
     name = "sampling/sampling_logp_difference"
-    return {f"{name}/mean": total / count, f"{name}/max": most} if count else {}
+    metrics = {f"{name}/mean": total / count, f"{name}/max": most}
+    if correction != "none":
+        name = "sampling/importance_sampling_ratio"
+        metrics |= {f"{name}/mean": weight / count, f"{name}/bounded": bounded / count}
+    return metrics

@@ -13,7 +13,7 @@ import copy
 import math
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MethodType
 
@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 from config import Config, ConfigError
 from distributed.ranks import Ranks
 from distributed.weights import allocate, meta_parameters, model_config, skeleton, stream_weights
-from kernel.attention import trim_last_layer, use_attention
+from kernel.attention import trim_last_layer, use_attention, uses_shared_prefix
 from kernel.lora import ADAPTER, LoraLinear, adapters, adapters_off, add_adapters
 from kernel.packing import Packed
 from model import (
@@ -87,10 +87,14 @@ def load_policy(
         path, make_mesh(ranks, config.sharding), ranks.device, frozen=frozen or config.lora_rank > 0,
         offload=offload, gradient_checkpointing=config.gradient_checkpointing and not frozen,
         trust_remote_code=config.trust_remote_code, engine=config.rollout_engine,
-        capabilities=policy.capabilities if frozen else None,
+        capabilities=policy.capabilities if frozen and not config.reference else None,
     )
     model.capabilities = ranks.gather(model.capabilities)[0]  # rounding must not part the ranks
-    use_attention(model, "train")
+    both = [model, policy or model]
+    shared = all(map(uses_shared_prefix, both))  # policy and reference see the same rows
+    for one in both:
+        one.capabilities = replace(one.capabilities, shared_prefix=shared)
+        use_attention(one, "train")
     model.logprobs = partial(token_logprobs, model, temperature=temperature)
     if config.lora_rank and not frozen:
         targets = [name.strip() for name in config.lora_targets.split(",") if name.strip()]
@@ -99,8 +103,8 @@ def load_policy(
         except ValueError as error:
             raise ConfigError(f"lora_targets: {error}") from None
         if ranks.main:
-            small, all_ = sum(p.numel() for p in adapters(model).values()), count_parameters(model)
-            share = f"{small / 1e6:.3g} of {all_ / 1e6:.3g} million weights"
+            small, total = sum(p.numel() for p in adapters(model).values()), count_parameters(model)
+            share = f"{small / 1e6:.3g} of {total / 1e6:.3g} million weights"
             print(f"LoRA: {share} are trained; a checkpoint takes {12 * small / 1e6:.3g} MB")
     return model
 

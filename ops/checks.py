@@ -20,7 +20,7 @@ from distributed.ranks import Ranks, first_problem
 from distributed.weights import model_config, skeleton
 from evals.in_training import check_benchmarks
 from losses import objective_of
-from model import count_parameters
+from model import count_parameters, load_tokenizer
 from ops.monitor import tracker_names
 from ops.plan import CONTEXT, GB, Assumptions, shape_of, verdict
 from ops.run_dir import OLD
@@ -77,6 +77,27 @@ def check_names(config: Config) -> None:
     objective_of(config)
     tracker_names(config)
     check_benchmarks(config)
+
+
+def check_reference(config: Config, path: str, tokenizer) -> None:
+    """Raises ConfigError where `reference` cannot read all that the model in `path` may write."""
+    if not config.reference:
+        return
+    code = config.trust_remote_code
+    try:
+        vocabulary = load_tokenizer(config.reference, code).get_vocab()
+        own, other = (model_config(name, code).get_text_config() for name in (path, config.reference))
+        check_positions(config, other)
+    except UserError as error:  # they speak of a model
+        raise ConfigError(f"reference: {str(error).removeprefix('model: ')}") from None
+    remedy = "take a model with the same vocabulary"
+    for token, number in tokenizer.get_vocab().items():
+        if vocabulary.get(token) != number:
+            what = f"{token!r} is token {number} of the model and {vocabulary.get(token)} of the reference"
+            raise ConfigError(f"reference: {what}; {remedy}")
+    if other.vocab_size < own.vocab_size:
+        what = f"{config.reference!r} has {other.vocab_size} embeddings, the model {own.vocab_size}"
+        raise ConfigError(f"reference: {what}; {remedy}, and at least as many")
 
 
 def check_start(start: Start) -> None:

@@ -88,6 +88,8 @@ def alarms(record: dict, active: frozenset[str], config: Config) -> tuple[list[s
     variant = REWARDS.get(config.reward)
     if variant and variant.right_no_think == variant.right:  # the reward does not ask for a thought
         values["think_rate"] = math.nan
+    if config.reference:  # it may be far away, and the run is to come near
+        values["kl"] = math.nan
     for alarm in ALARMS:
         value = values.get(alarm.key, math.nan)
         limit = alarm.threshold

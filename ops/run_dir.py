@@ -59,7 +59,7 @@ def open_run(config: Config, ranks: Ranks) -> Path:
 # Files may lie elsewhere: their content counts (describe_inputs).
 FIXED_KEYS = (
     "test_share data_from data_to seed prompts_per_step group_size minibatch_prompts temperature loss "
-    "advantage aggregation kl reward lenient shuffle_rewards skip_zero_variance mask_truncated "
+    "advantage aggregation kl correction reward lenient shuffle_rewards skip_zero_variance mask_truncated "
     "resample_rounds max_prompt_tokens max_response_tokens num_iterations overlong_tokens eval_cases "
     "warmup_steps sft_batch sft_reason synthetic_flaws synthetic_thoughts synthetic_train "
     "chat_template_kwargs"
@@ -208,6 +208,9 @@ def identity_of(config: Config, method: str, read: Any, path: str, ranks: Ranks)
         "prompts as token ids": _digest(array("q", item.ids).tobytes() for item in read.tokenized.train),
         "the reward's file": file_sha256(Path(file).expanduser()) if file else "",
     }
+    if config.reference:
+        files = hash_model(config.reference, ranks)["model"]
+        inputs |= {f"the reference's {name}": sha for name, sha in files.items()}
     run = {"method": method, "settings": settings_of(config), "inputs": inputs}
     return run | hash_model(path, ranks)
 
@@ -319,7 +322,7 @@ def _overwriting(path: Path, config: Config) -> str:
         return f"run_dir: {path} exists; add {hint}--overwrite true to replace it, or another --run_dir"
     if not ((path / "config.yaml").exists() and (path / "git.txt").exists()):
         return f"run_dir: {path} is not a run directory, so it is not overwritten; delete it yourself"
-    for key in ("model", "data", "test_data", "prompt_template", "reward", "bfcl", "apibank"):
+    for key in ("model", "reference", "data", "test_data", "prompt_template", "reward", "bfcl", "apibank"):
         for name in getattr(config, key).split(","):
             file = Path(name.rpartition(":")[0] if key == "reward" else name.strip()).expanduser().resolve()
             if path.resolve() in file.parents:

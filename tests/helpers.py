@@ -161,7 +161,8 @@ def random_groups(seed: int = 0) -> list[Group]:
         responses = [draw(2 + (5 * i + 3 * k) % 7) for k in range(3)]
         logprobs = [[0.0] * len(response) for response in responses]
         prompt = Prompt(f"p{i}", draw(3 + 2 * i))
-        groups.append(Group(prompt, responses, logprobs, ["", "", ""], [False] * 3, place=i))
+        thoughts = [0, 1, len(responses[2])]
+        groups.append(Group(prompt, responses, logprobs, ["", "", ""], [False] * 3, i, thoughts=thoughts))
     return groups
 
 

@@ -138,7 +138,7 @@ def computed(models, updates: list[Update], config: Config) -> tuple[list[dict],
     policy, reference = models
     store_logprobs(reference, updates, "reference_logprobs")
     if len(updates) > 1:
-        store_logprobs(policy, updates, "old_logprobs")
+        store_logprobs(policy, updates, "old_logprobs", entropy=config.advantage == "egpo")
     recorder = Recorder(policy)
     metrics = update_policy(policy, recorder, updates, config, Alone(0, 1, CPU))
     return recorder.seen, metrics
@@ -150,12 +150,13 @@ SUMS = ("loss", "kl", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean")
 
 @pytest.mark.parametrize("world", [2, 3, 7])
 @pytest.mark.parametrize("tokens", [1, 10**6])
-def test_the_gradients_of_all_ranks_add_up_to_that_of_one(models, world, tokens):
+@pytest.mark.parametrize("rows", [{}, {"advantage": "egpo", "correction": "tis"}])
+def test_the_gradients_of_all_ranks_add_up_to_that_of_one(models, world, tokens, rows):
     """Two updates of two prompts each; 7 ranks have 2 prompts to share, so most only keep in step. A mean
     over each rank's own tokens, or over ranks, would be another gradient.
     """
-    config = settings_of(kl_coef=0.3, minibatch_prompts=2, max_tokens_per_micro_batch=tokens)
-    whole = settings_of(kl_coef=0.3, minibatch_prompts=2)
+    config = settings_of(kl_coef=0.3, minibatch_prompts=2, max_tokens_per_micro_batch=tokens, **rows)
+    whole = settings_of(kl_coef=0.3, minibatch_prompts=2, **rows)
     (expected, log), parts = computed(models, *plans(1, whole), whole), plans(world, config)
     ranks = [computed(models, updates, config) for updates in parts]
     for update in range(2):

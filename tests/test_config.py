@@ -75,6 +75,7 @@ REFUSED = {
     "--num_iterations 0": "num_iterations must be greater than 0",
     "--overlong_tokens 9 --max_response_tokens 8": "(9) must be at most max_response_tokens (8)",
     "--skip_zero_variance some": "skip_zero_variance must be rest or all, not 'some'",
+    "--reference model --kl_coef 0": "reference is the model that the KL points at: it needs kl_coef above 0",
     "--sharding hybrid": "sharding must be full or hsdp",
 }
 

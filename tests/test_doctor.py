@@ -21,7 +21,7 @@ from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
 from data import load_splits, tokenize_splits
 from distributed.ranks import Ranks
 from ops import checks, doctor
-from ops.checks import Start, check_start, examine
+from ops.checks import Start, check_reference, check_start, examine
 from ops.export import export
 from ops.run_dir import OLD
 from prompts import ToolCall, load_template, render_prompt
@@ -156,6 +156,36 @@ def test_another_rank_differs(healthy, seen, theirs, said):
     found = checks.check_processes(replace(healthy, ranks=two))
     assert found.status == "problem" and said in found.remedy
     assert checks.check_processes(replace(healthy, ranks=fake_ranks(world=2))).status == "ok"
+
+
+@pytest.fixture(scope="module")
+def references(healthy, tmp_path_factory) -> dict[str, str]:
+    """Models that may be a reference of the healthy start's, or not."""
+    folder = tmp_path_factory.mktemp("references")
+    larger = build_tiny_model(healthy.tokenizer, 16, 1, 1)
+    larger.resize_token_embeddings(len(healthy.tokenizer) + 8)
+    export(larger, healthy.tokenizer, folder / "larger")
+    short = build_tiny_model(healthy.tokenizer, 16, 1, 1)
+    short.config.max_position_embeddings = 64
+    export(short, healthy.tokenizer, folder / "short")
+    other = build_tiny_tokenizer(["others use other words"] * 3, 300)
+    export(build_tiny_model(other, 16, 1, 1), other, folder / "other")
+    return {path.name: str(path) for path in folder.iterdir()} | {"same": healthy.path, "gone": "./gone"}
+
+
+@pytest.mark.parametrize("model, reference, said", [
+    ("same", "same", ""), ("same", "larger", ""), ("larger", "same", "embeddings, the model"),
+    ("same", "other", "of the model and"), ("same", "short", "64 positions"),
+    ("same", "gone", "'./gone' does not exist"),
+])
+def test_a_reference_reads_all_that_the_model_may_write(healthy, references, model, reference, said):
+    """Ids are handed over as they are: of another vocabulary they would be other words, or none."""
+    config = replace(healthy.config, reference=references[reference])
+    given = config, references[model], healthy.tokenizer
+    if not said:
+        return check_reference(*given)
+    with pytest.raises(ConfigError, match=f"^reference: .*{said}"):
+        check_reference(*given)
 
 
 def test_a_disk_without_room(healthy, monkeypatch):

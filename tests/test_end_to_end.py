@@ -108,6 +108,18 @@ def test_a_reward_of_ones_own_is_what_is_learnt(function, settings, tmp_path):
     assert rise(run_here(grpo.main, own), settings) < RISE / 2
 
 
+def test_without_any_reward_the_policy_learns_from_its_reference(healthy, settings, tmp_path):
+    """On-policy distillation: all groups are flat, and the KL to the trained model is all that there is."""
+    (tmp_path / "own.py").write_text(OWN_REWARDS)
+    changes = dict(reward=f"{tmp_path / 'own.py'}:constant", kl="k2", kl_coef=1.0)
+    changes |= {"reference": healthy / "model", "run_dir": tmp_path / "run"}
+    run_dir = run_here(grpo.main, settings | changes)
+    log = read_jsonl(run_dir / "log.jsonl")[1:]
+    assert all(row["frac_reward_zero_std"] == 1 and row["updates"] == 1 for row in log)
+    assert sum(row["kl"] for row in log[-5:]) < 0.3 * sum(row["kl"] for row in log[:5])
+    assert rise(run_dir, settings) > RISE
+
+
 def test_a_broken_reward_of_ones_own_stops_before_anything_is_made(settings, tmp_path):
     (tmp_path / "own.py").write_text("def f(completion): return 1")
     with pytest.raises(reward.RewardError, match="own.py:f raised TypeError"):

@@ -27,6 +27,9 @@ import grpo
 import session
 from config import UserError
 from corpus.sources import read_jsonl
+from corpus.tiny_model import build_tiny_model
+from model import load_tokenizer
+from ops.export import export
 
 SINGLE = [sys.executable, "grpo.py"]
 DOUBLE = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "grpo.py"]
@@ -175,6 +178,36 @@ def test_a_run_with_a_penalty_for_length_and_two_passes(settings, tmp_path):
     for sample in samples:
         right = sample["reason"] == "correct"
         assert sample["reward"] == pytest.approx(right - len(sample["tokens"]) / 40)
+
+
+def test_a_run_with_other_rows_of_the_tables(settings, straight, tmp_path):
+    """Thoughts are counted where a loss asks for them, and their entropy is part of what is learnt."""
+    rows = {"advantage": "egpo", "correction": "tis", "run_dir": tmp_path / "run"}
+    run_dir = train_here(settings | rows)
+    log, plain = (read_jsonl(folder / "log.jsonl")[1:] for folder in (run_dir, straight))
+    assert all(row["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4) for row in log)
+    assert all(row["sampling/importance_sampling_ratio/bounded"] == 0 for row in log)
+    same = [abs(row["grad_norm"] - other["grad_norm"]) < 1e-6 for row, other in zip(log, plain)]
+    assert log[0]["reward"] == plain[0]["reward"] and not all(same)
+
+
+def test_a_reference_of_ones_own(settings, tmp_path):
+    """Of another shape, and not able to take packed groups; a resume notices that it has changed."""
+    tokenizer = load_tokenizer(str(settings["model"]))
+    model = build_tiny_model(tokenizer, 16, 3, seed=1)
+    model.config.layer_types = ["sliding_attention", "full_attention", "full_attention"]
+    model.config.sliding_window, model.config.use_sliding_window = 16, True
+    export(model, tokenizer, tmp_path / "reference")
+    own = settings | dict(reference=tmp_path / "reference", run_dir=tmp_path / "run", steps=1)
+    with pytest.warns(UserWarning, match="sliding_attention"):
+        train_here(own)
+    assert read_jsonl(tmp_path / "run" / "log.jsonl")[-1]["kl"] > 0.1
+    weights = tmp_path / "reference" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(UserError, match="the reference's model.safetensors.*--accept_changes true"):
+        train_here(own | {"steps": 2, "resume": "true"})
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(settings, tmp_path):

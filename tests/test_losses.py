@@ -16,9 +16,11 @@ from kernel.packing import pack
 from losses import (
     ADVANTAGES,
     AGGREGATIONS,
+    CORRECTIONS,
     KLS,
     LOSSES,
     SCHEDULES,
+    TERMS,
     Objective,
     group_mean,
     group_std,
@@ -27,6 +29,7 @@ from losses import (
     kl_k3,
     learning_rate,
     leave_one_out,
+    max_rl,
     objective_of,
     policy_loss,
 )
@@ -35,14 +38,46 @@ CPU = torch.device("cpu")
 
 def test_advantages_against_a_slow_loop():
     rewards = torch.rand(5, 4, generator=torch.Generator().manual_seed(0))
-    for row, scaled, centred, left_out in zip(
-        *(x.tolist() for x in (rewards, group_std(rewards), group_mean(rewards), leave_one_out(rewards)))
-    ):
+    functions = (torch.clone, group_std, group_mean, leave_one_out, max_rl)
+    for row, scaled, centred, left_out, relative in zip(*(f(rewards).tolist() for f in functions)):
         mean = sum(row) / 4
         std = math.sqrt(sum((x - mean) ** 2 for x in row) / 3)  # n - 1
         assert scaled == pytest.approx([(x - mean) / (std + 1e-6) for x in row], rel=1e-4)
         assert centred == pytest.approx([x - mean for x in row], abs=1e-6)
         assert left_out == pytest.approx([x - (sum(row) - x) / 3 for x in row], abs=1e-6)
+        assert relative == pytest.approx([(x - mean) / mean for x in row], abs=1e-5)
+
+
+def test_max_rl_turns_no_sign():
+    """Rewards may be negative: to divide by their mean would teach what is worst."""
+    below, zero = max_rl(torch.tensor([[-3.0, -1.0, 0.0], [-1.0, 0.0, 1.0]]))
+    assert torch.equal(below, torch.zeros(3)) and torch.equal(zero, torch.zeros(3))
+
+
+def test_the_entropy_of_thoughts_against_a_slow_loop():
+    """Thoughts of 2 of 3 tokens, of none, of all 2 and of 1 of 4; |A| / 2 bounds some of them."""
+    counts, thoughts = [3, 1, 2, 4], [2, 0, 2, 1]
+    entropy = torch.rand(10, generator=torch.Generator().manual_seed(0)).tolist()
+    for scale in (0.0, 0.1, -0.9, 20.0):
+        expected, start = [], 0
+        for count, thought in zip(counts, thoughts):
+            own = entropy[start : start + thought]
+            mean = sum(own) / len(own) if own else 0.0
+            expected += [0.4 * min(mean, abs(scale) / 2)] * count
+            start += count
+        given = torch.full((10,), scale), torch.tensor(entropy), torch.tensor(counts), torch.tensor(thoughts)
+        assert TERMS["egpo"](*given).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_what_a_correction_weighs():
+    """By the ratio of a token's probabilities in trainer and sampler."""
+    ratio = torch.tensor([0.0, 0.49, 0.5, 1.0, 2.0, 2.1, 5.0, 5.1, math.inf])
+    found = {name: weigh(ratio).tolist() for name, weigh in CORRECTIONS.items()}
+    assert found == {
+        "none": [1.0] * 9,
+        "tis": ratio[:5].tolist() + [2.0] * 4,
+        "icepop": [0.0, 0.0, 0.5, 1.0, 2.0, ratio[5].item(), 5.0, 0.0, 0.0],
+    }
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
@@ -277,7 +312,7 @@ def test_settings_change_one_part_of_a_row():
     assert other == Objective("group_mean", "sequence_mean", "clipped", "constant", 3e-4, 0.5)
 
 
-@pytest.mark.parametrize("key", ["loss", "advantage", "aggregation", "kl", "lr_schedule"])
+@pytest.mark.parametrize("key", ["loss", "advantage", "aggregation", "kl", "correction", "lr_schedule"])
 def test_an_unknown_name_is_refused_with_the_known_ones(key):
     with pytest.raises(ConfigError, match=f"{key} must be one of .*, not 'grop'"):
         objective_of(settings_of(**{key: "grop"}))

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 import rollout
 from config import Config
 from corpus.examples import Example
+from corpus.replies import token_texts
 from corpus.tiny_model import build_tiny_tokenizer
 from distributed.batches import Group, prompt_seed
 from kernel import decode as engines
@@ -32,7 +33,6 @@ from rollout import (
     sample_rows,
     score_groups,
     speed_metrics,
-    token_texts,
 )
 
 CPU = torch.device("cpu")
@@ -223,6 +223,30 @@ def test_token_texts_of_noise(tokenizer, monkeypatch):
     for ids, texts in zip(rows, token_texts(tokenizer, rows)):
         assert len(texts) == len(ids) and "".join(texts) == decode(ids)
     assert sum(decoded) < 5 * sum(map(len, rows))
+
+
+@pytest.mark.parametrize("begun", ["", "<think>\n"])
+@pytest.mark.parametrize("spelt", [False, True])
+def test_thoughts_are_counted_in_tokens(model, monkeypatch, begun, spelt):
+    """Up to the end of the closing tag, one token or several, also where the prompt begins the thought."""
+    tokenizer = build_tiny_tokenizer(["weather in Paris"], 300)
+    tokenizer.chat_template = tokenizer.chat_template.replace("assistant\n", f"assistant\n{begun}")
+    texts = ["<think>é 東</think>[] </think>", "<think></think>", "<think>not closed", "so: <think>x</think>"]
+    rows, expected = [], []
+    for text in texts:
+        said = text.removeprefix("<think>") if begun else text
+        ids = []
+        for part in said if spelt else [said]:
+            ids += tokenizer.encode(part, add_special_tokens=False)
+        rows.append(([*ids, stop_ids(tokenizer)[0]], [0.0] * (len(ids) + 1)))
+        ends = [k for k in range(len(ids) + 1) if tokenizer.decode(ids[:k]).endswith("</think>")]
+        expected.append(ends[0] if ends and (begun or said.startswith("<think>")) else 0)
+    monkeypatch.setitem(rollout.ENGINES, "shared_prefix", lambda *_: rows)
+    asked = model, tokenizer, [Prompt("p", [1], 0)]
+    for thoughts in (True, False):
+        (group,) = sample_groups(*asked, Decoding(4, 1.0, 50, 8, thoughts=thoughts))
+        assert group.thoughts == (expected if thoughts else [])
+    assert expected[0] > 1 + 7 * spelt and expected[1] > 0 == expected[2] and bool(expected[3]) == bool(begun)
 
 
 def groups_of(tokenizer, replies: list[list[str]]) -> list[Group]:

@@ -141,7 +141,7 @@ def test_a_folder_that_is_no_run_is_never_deleted(tmp_path):
     assert "not a run directory" in refused(tmp_path, overwrite=True)
 
 
-@pytest.mark.parametrize("key", "model data test_data prompt_template reward bfcl apibank".split())
+@pytest.mark.parametrize("key", "model reference data test_data prompt_template reward bfcl apibank".split())
 def test_what_a_run_needs_is_not_overwritten_by_it(run, key):
     inside = run / "model" / "file.py"
     inside.parent.mkdir()

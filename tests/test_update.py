@@ -19,6 +19,7 @@ from helpers import (
 import grpo
 from distributed.batches import Group, make_updates, sampler_difference
 from grpo import store_logprobs, update_policy
+from kernel.attention import use_attention, uses_shared_prefix
 from kernel.decode import Prompt
 from kernel.packing import pack
 from losses import AGGREGATIONS, kl_k3
@@ -194,11 +195,13 @@ def test_how_far_sampler_and_trainer_are_apart_is_known_also_with_one_update(pol
 class Descent(Recorder):
     """Keeps each gradient and follows it."""
 
+    rate = 0.1
+
     def step(self) -> None:
         super().step()
         with torch.no_grad():
             for p in self.policy.parameters():
-                p -= 0.1 * p.grad
+                p -= self.rate * p.grad
 
 
 @pytest.mark.parametrize("prompts", [4, 2])
@@ -224,6 +227,99 @@ def test_a_batch_is_gone_through_again_with_the_log_probs_of_its_sampler(policy,
     assert any(not torch.equal(descent.seen[first][name], descent.seen[0][name]) for name in descent.seen[0])
     once = updated(tiny_policy(), settings_of(minibatch_prompts=prompts), ranks)[1]
     assert metrics["entropy"] == pytest.approx(once["entropy"], rel=0.05), "a mean over both passes"
+
+
+def peaked(seed: int = 0):
+    """A random model that is surer of some tokens than of others."""
+    policy, generator = tiny_policy(seed), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for weight in policy.parameters():
+            weight += 0.3 * torch.randn(weight.shape, generator=generator)
+    return policy
+
+
+def slow_passes(groups: list[Group], advantages: torch.Tensor, config, reference) -> list[dict]:
+    """The gradients of two passes over a batch that Descent follows: the definition, token by token. Policy,
+    advantages and corrections are those of the policy that sampled.
+    """
+    before, now, gradients, share = peaked(), peaked(), [], uses_shared_prefix(reference)
+    parts = [slice(k, k + config.minibatch_prompts) for k in range(0, 4, config.minibatch_prompts)]
+    for part in 2 * parts:
+        losses = []
+        for group, row in zip(groups[part], advantages[part].tolist()):
+            if config.skip_zero_variance and not any(row):
+                continue
+            for k, (ids, A) in enumerate(zip(group.responses, row)):
+                if config.mask_truncated and group.truncated[k]:
+                    continue
+                packed, thought = pack([(group.prompt.ids, [ids])], CPU), group.thoughts[k]
+                old, entropy = (one.tolist() for one in before.logprobs(packed))
+                if config.advantage == "egpo" and thought:
+                    A += 0.4 * max(-abs(A) / 2, min(abs(A) / 2, sum(entropy[:thought]) / thought))
+                ref = reference.logprobs(pack([(group.prompt.ids, [ids])], CPU, share))[0].tolist()
+                for t, new in enumerate(now.logprobs(packed)[0]):
+                    ratio, mismatch = (new - old[t]).exp(), math.exp(old[t] - group.logprobs[k][t])
+                    weight = {
+                        "none": 1.0, "tis": min(mismatch, 2.0),
+                        "icepop": mismatch if 0.5 <= mismatch <= 5 else 0.0,
+                    }[config.correction]
+                    surrogate = -torch.minimum(ratio * A, ratio.clamp(0.8, 1.2) * A)
+                    losses.append(weight * surrogate + config.kl_coef * kl_k3(new, torch.tensor(ref[t])))
+        torch.stack(losses).mean().backward()
+        gradients.append({name: p.grad.clone() for name, p in now.named_parameters()})
+        with torch.no_grad():
+            for p in now.parameters():
+                p -= 1e-3 * p.grad
+        now.zero_grad()
+    return gradients
+
+
+@pytest.mark.parametrize("rows", [
+    {"advantage": "egpo"}, {"correction": "tis"}, {"advantage": "egpo", "correction": "icepop"},
+], ids=lambda rows: "-".join(rows.values()))
+@pytest.mark.parametrize("share_prompt, changes", [
+    (True, {}), (False, {"minibatch_prompts": 2}), (True, {"max_tokens_per_micro_batch": 1}),
+    (False, {"mask_truncated": True}), (True, {"skip_zero_variance": "rest", "minibatch_prompts": 2}),
+])
+def test_what_stays_fixed_is_of_the_policy_that_sampled(reference, ranks, rows, share_prompt, changes):
+    """Entropy of the thoughts and difference to the sampler, in both passes over a batch, with one update and
+    with several, and however the completions are packed.
+    """
+    config = settings_of(kl_coef=0.1, num_iterations=2, **rows, **changes)
+    advantages = ADVANTAGES * torch.tensor([20.0, 1.0, 1.0, 5.0])[:, None]  # some above 2 H, others below
+    policy, generator = peaked(), torch.Generator().manual_seed(0)
+    for model in (policy, reference):
+        model.capabilities = replace(model.capabilities, shared_prefix=share_prompt)
+        use_attention(model, "train")
+    groups = []
+    for group in random_groups():
+        logprobs = []
+        for ids in group.responses:
+            own = policy.logprobs(pack([(group.prompt.ids, [ids])], CPU, share_prompt))[0].detach()
+            logprobs.append((own + torch.randn(len(ids), generator=generator)).tolist())
+        groups.append(replace(group, logprobs=logprobs, truncated=[False, True, False]))
+    updates = make_updates(groups, advantages, config, ranks, share_prompt)
+    store_logprobs(reference, updates, "reference_logprobs")
+    if len(updates) > 1:
+        store_logprobs(policy, updates, "old_logprobs", entropy=config.advantage == "egpo")
+    descent = Descent(policy)
+    descent.rate = 1e-3
+    update_policy(policy, descent, updates, config, ranks)
+    expected = slow_passes(groups, advantages, config, reference)
+    assert len(descent.seen) == len(expected) == 2 * len(updates)
+    for found, gradient in zip(descent.seen, expected):
+        assert_same_gradients(found, gradient, 1e-4)
+    metrics = sampler_difference(updates, ranks, config.correction)
+    name = "sampling/importance_sampling_ratio"
+    if config.correction == "none":
+        assert not any(key.startswith(name) for key in metrics)
+        return
+    ratios = torch.cat([(m.old_logprobs - m.sampler_logprobs).exp() for u in updates for m in u.micros])
+    bound = ratios > 2 if config.correction == "tis" else (ratios < 0.5) | (ratios > 5)
+    weights = ratios.clamp(max=2) if config.correction == "tis" else ratios * ~bound
+    assert 0 < metrics[f"{name}/bounded"] < 1
+    assert metrics[f"{name}/bounded"] == pytest.approx(bound.float().mean().item())
+    assert metrics[f"{name}/mean"] == pytest.approx(weights.mean().item())
 
 
 def test_an_update_without_any_group_left_changes_nothing(policy, ranks):
