@@ -323,8 +323,8 @@ def _check(c: Config) -> None:
     if c.lora_rank and c.offload == "reference" and not c.reference:
         raise ConfigError("offload reference has no use with lora_rank: the policy's base is the reference")
     if c.reward == "none" and not (c.kl_coef and not c.skip_zero_variance and not c.resample_rounds):
-        raise ConfigError("reward none leaves the KL alone to train: it needs kl_coef above 0, no "
-                          "skip_zero_variance and no resample_rounds")
+        also = "kl_coef above 0, no skip_zero_variance and no resample_rounds"
+        raise ConfigError(f"reward: none leaves the KL alone to train; it needs {also}")
     if c.resume_step and not c.resume:
         raise ConfigError("resume_step needs --resume true")
     if c.clip_eps > 1:

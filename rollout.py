@@ -223,8 +223,8 @@ class Work:
 def speed_metrics(work: Work, config: Config, ranks: Ranks) -> dict[str, float]:
     """Collective. Tokens, FLOPs and memory of one step; rates are over all ranks and this rank's seconds.
 
-    FLOPs: 2 per parameter and token forward, 4 backward, attention left out. A rollout is one forward, the
-    reference another, each pass of an update three.
+    FLOPs: 2 per parameter and token forward, 4 backward (2 where LoRA freezes the weights: no gradient of
+    theirs), attention and adapters left out. A rollout is one forward, the reference another.
     """
     own = [
         sum(group.tokens for group in work.groups), sum(group.tokens for group in work.given_up),
@@ -234,7 +234,8 @@ def speed_metrics(work: Work, config: Config, ranks: Ranks) -> dict[str, float]:
     kept, dropped, new, trained, given_up, total = ranks.sum(map(float, own))
     seconds = work.seconds
     iterations = config.num_iterations
-    passes = 6 * iterations + 2 * (config.kl_coef > 0)
+    of_update = iterations * (4 if config.lora_rank else 6)
+    passes = of_update + 2 * (config.kl_coef > 0)
     passes += 2 * (config.minibatch_prompts < config.prompts_per_step)
     metrics = {
         "num_tokens": kept,
@@ -254,6 +255,6 @@ def speed_metrics(work: Work, config: Config, ranks: Ranks) -> dict[str, float]:
     name = torch.cuda.get_device_name()
     peak = next((tera for part, tera in PEAK_TFLOPS.items() if part in name), None)
     if peak:  # model FLOPs utilisation of the update: what is recomputed for checkpointing does not count
-        flops = 6 * iterations * work.parameters * work.trained_tokens
+        flops = of_update * work.parameters * work.trained_tokens
         metrics["update/mfu"] = flops / seconds["update"] / (peak * 1e12)
     return metrics

@@ -130,9 +130,8 @@ def train(run: Run, budget: float = 0.0) -> None:
             batch = [imitations[i] for i in indices]
             with run.phase("update"):
                 metrics = sft_update(run.policy, run.optimizer, batch, config, run.ranks)
-            # Forward and backward: 6 FLOPs per parameter and token. Attention is left out, here and in
-            # grpo.py.
-            flops = 6 * count_parameters(run.policy) * metrics["num_tokens"]
+            # Forward and backward, as rollout.speed_metrics counts them.
+            flops = (4 if run.config.lora_rank else 6) * count_parameters(run.policy) * metrics["num_tokens"]
             state.update(step=step, flops=state["flops"] + flops)
             finish_step(run, {"learning_rate": lr, **metrics}, last=progress(run, budget) >= 1)
             bar.update()
