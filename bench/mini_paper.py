@@ -220,7 +220,6 @@ def draw(labels: dict[str, str], seeds: Sequence[int], out: Path) -> Path:
             values = [outcome(out, name, seed)[f"{split}/correct_rate"] for seed in seeds]
             mean, half = interval(values)
             axis.plot(values, [place + 0.18] * len(values), "o", color="C0", alpha=0.55, markersize=5)
-            half = 0 if math.isnan(half) else half
             axis.errorbar(mean, place - 0.12, xerr=half, fmt="s", color="black", capsize=4)
         label = "right calls: seeds, mean, 95 % interval"
         axis.set(title=f"{split.replace('_', '-')} cases", xlabel=label, xlim=(0, 1))
@@ -247,7 +246,8 @@ def main() -> None:
     make_parts, first = COMPARISONS[args.what]
     many = args.seeds or (8 if args.what == "seeds" else 5)
     parts = make_parts(args.steps, args.warmup_steps)
-    parts = {n: replace(part, options=f"{part.options} {shlex.join(settings)}") for n, part in parts.items()}
+    for name, part in parts.items():
+        parts[name] = replace(part, options=shlex.join([*part.options.split(), *settings]))
     seeds = {name: range(first, first + (args.controls if name in CONTROLS else many)) for name in parts}
     out = (args.out / recipe(parts)).resolve()
     out.mkdir(parents=True, exist_ok=True)
