@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -71,3 +72,22 @@ def test_a_toy_comparison_of_seeds_and_controls_runs(tmp_path):
     toy = "--seeds 1 --steps 2 --warmup_steps 4 --jobs 2".split()
     few = "--eval_cases 4 --synthetic_train 40 --prompts_per_step 4 --minibatch_prompts 4".split()
     assert "shuffled_rewards, 1 seed" in run("mini_paper", "seeds", *toy, "--out", tmp_path, *few)
+
+
+def test_a_finished_grid_is_not_run_again_and_its_differences_are_paired_by_seed(tmp_path, monkeypatch):
+    """The logs are made up. Seeds differ, but in each one condition is 0.5 above the baseline."""
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    from mini_paper import SPLITS, grid_parts, recipe
+
+    parts = grid_parts(3, 4)
+    for name, seed in product(parts, (401, 402)):
+        right = (seed - 400) / 10 + 0.5 * (name == "overlap_egpo")
+        logged = {f"{split}/{key}": right for key in ("correct_rate", "accuracy") for split in SPLITS}
+        folder = tmp_path / recipe(parts) / f"{name}_{seed}"
+        folder.mkdir(parents=True)
+        (folder / "log.jsonl").write_text(json.dumps({"flops": 1e9, **logged}))
+        (folder / "summary.json").write_text('{"held_out/n": 150, "strict/n": 50}')
+    shown = run("mini_paper", "grid", *"--seeds 2 --steps 3 --warmup_steps 4 --out".split(), tmp_path)
+    cells = next(line for line in shown.splitlines() if line.startswith("| overlap × egpo")).split(" | ")
+    assert cells[1:6] == ["0.650 ± 0.635"] * 2 + ["+0.500 ± 0.000"] * 2 + ["0.650"]
+    assert (folder.parent / "mini_paper.png").exists() and not [*folder.parent.glob("*.log")]
