@@ -17,10 +17,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
 from config import Config, ConfigError, load_config
 from corpus.tiny_model import LAYERS, VOCABULARY, tiny_config
+from distributed.fsdp import decoder_layers
 from distributed.ranks import run_script
 from distributed.weights import model_config, skeleton
 from kernel.decode import BLOCK, PLANNED_TOKENS, PREFILL_TOKENS
@@ -62,7 +64,8 @@ class Assumptions:
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a decoder-only transformer. parameters, of_layer (one decoder layer): numbers of weights, tied
-    ones once. qk_norm: queries and keys are normed (Qwen3). kv_bytes: keys and values of a token.
+    ones once. adapters: those of LoRA at rank 1. qk_norm: queries and keys are normed (Qwen3). kv_bytes: keys
+    and values of a token.
     """
 
     layers: int
@@ -74,6 +77,7 @@ class Shape:
     vocab: int
     parameters: int
     of_layer: int
+    adapters: int
     qk_norm: bool
     kv_bytes: int
 
@@ -95,10 +99,17 @@ def start_config(config: Config) -> PreTrainedConfig:
     return model_config(model, config.trust_remote_code)
 
 
-def shape_of(model: PreTrainedConfig, trust_remote_code: bool = False) -> Shape:
+def adapter_weights(model: nn.Module, targets: str) -> int:
+    """Numbers in LoRA's adapters per rank: inputs and outputs of every linear layer that gets one."""
+    linear = {name: x for name, x in decoder_layers(model).named_modules() if isinstance(x, nn.Linear)}
+    names = [name for name in linear if not targets or name.rpartition(".")[2] in targets.split(",")]
+    return sum(linear[name].in_features + linear[name].out_features for name in names)
+
+
+def shape_of(model: PreTrainedConfig, config: Config) -> Shape:
     """The sizes in a model's config; weights have no memory. Raises ConfigError."""
     try:
-        empty = skeleton(model, torch.float32, trust_remote_code)
+        empty = skeleton(model, torch.float32, config.trust_remote_code)
         model = model.get_text_config()
         layer, heads = empty.get_decoder().layers[0], model.num_attention_heads
         size = getattr(model, "head_dim", None) or model.hidden_size // heads
@@ -106,7 +117,7 @@ def shape_of(model: PreTrainedConfig, trust_remote_code: bool = False) -> Shape:
             model.num_hidden_layers, model.hidden_size, layer.mlp.down_proj.in_features,  # not in an MoE
             heads, model.num_key_value_heads, size, model.vocab_size,
             sum(p.numel() for p in empty.parameters()), sum(p.numel() for p in layer.parameters()),
-            hasattr(layer.self_attn, "q_norm"),
+            adapter_weights(empty, config.lora_targets), hasattr(layer.self_attn, "q_norm"),
             2 * BF16 * model.num_hidden_layers * model.num_key_value_heads * size,
         )
     except (ValueError, AttributeError, KeyError):
@@ -129,9 +140,11 @@ def update_bytes(config: Config, shape: Shape, a: Assumptions) -> dict[str, floa
     """What an update holds besides its state, when the LM head or a layer is in its backward.
 
     FSDP2 keeps embeddings and head gathered, has one layer at work, the next one gathered and another
-    arriving, and reduces a layer's gradients in fp32 while the next layer's are computed.
+    arriving, and reduces a layer's gradients in fp32 while the next layer's are computed. Frozen weights have
+    no gradients; a linear layer keeps its input for them or for its adapter, whose output comes on top.
     """
     copies, group = config.group_size, a.prompt_tokens + config.group_size * a.response_tokens
+    lora = config.lora_rank > 0
     # A prompt + response above the budget stands alone, and long ones will come.
     tokens = max(config.max_tokens_per_micro_batch, config.max_prompt_tokens + config.max_response_tokens)
     keys = tokens + tokens * copies * a.prompt_tokens / group
@@ -143,9 +156,12 @@ def update_bytes(config: Config, shape: Shape, a: Assumptions) -> dict[str, floa
     chunk = min(CHUNK_LOGITS // shape.vocab, replies)  # tokens whose logits kernel/head.py holds at a time
     kept += FP32 * chunk * shape.vocab * (chunk == replies)  # a single chunk is kept
     head = stream + BF16 * replies * shape.hidden + FP32 * chunk * shape.hidden
-    head += (BF16 + FP32) * shape.vocab * (chunk + shape.hidden)  # gradients of logits and weight, rounded
-    layer = 3 * stream + BF16 * tokens * shape.intermediate + of_layer * config.gradient_checkpointing
-    layer += BF16 * (shape.vocab * shape.hidden + shape.of_layer) + 2 * FP32 * shape.of_layer  # unsharded
+    # gradients of logits and weight, rounded
+    head += (BF16 + FP32) * shape.vocab * (chunk + shape.hidden * (not lora))
+    layer = 3 * stream + (1 + lora) * BF16 * tokens * shape.intermediate
+    layer += of_layer * config.gradient_checkpointing
+    if not lora:  # unsharded
+        layer += BF16 * (shape.vocab * shape.hidden + shape.of_layer) + 2 * FP32 * shape.of_layer
     gathered = BF16 * shape.of_layer
     return {
         "embeddings and head, bf16": BF16 * (shape.parameters - shape.layers * shape.of_layer),
@@ -165,13 +181,17 @@ def cache_bytes(shape: Shape, groups: float, copies: int, prompt: int, response:
 def estimate(config: Config, shape: Shape, a: Assumptions) -> tuple[dict[str, dict[str, float]], int]:
     """Bytes per GPU by moment (update, rollout) and part; how many sequences are decoded at once."""
     own = shape.parameters / (min(a.gpus, a.gpus_per_node) if config.sharding == "hsdp" else a.gpus)
-    always, gradients = {"CUDA and NCCL": CONTEXT}, {}
-    if config.offload != "all":
-        always |= {"weights, fp32": FP32 * own, "AdamW": 2 * FP32 * own}
-        gradients = {"gradients, fp32": FP32 * own}
-    if config.kl_coef and not config.offload:
+    lora, always, gradients = config.lora_rank > 0, {"CUDA and NCCL": CONTEXT}, {}
+    if lora and config.offload != "all":
+        always["frozen weights, bf16"] = BF16 * own
+    if lora or config.offload != "all":  # adapters are whole on every GPU
+        trained = config.lora_rank * shape.adapters if lora else own
+        always |= {"adapters, fp32" if lora else "weights, fp32": FP32 * trained, "AdamW": 2 * FP32 * trained}
+        gradients = {"gradients, fp32": FP32 * trained}
+    if config.kl_coef and not config.offload and (config.reference or not lora):  # or the adapters are off
         always["reference, bf16"] = BF16 * own
-    # The rollout: as many sequences as kernel.decode.rows_that_fit has room for.
+    # The rollout: as many sequences as kernel.decode.rows_that_fit has room for. LoRA's adapters are merged
+    # into the gathered weights, one at a time: what that needs is free again before the first prompt.
     copies, prompt, policy = config.group_size, a.prompt_tokens, BF16 * shape.parameters
     length = prompt / copies + min(config.max_response_tokens, PLANNED_TOKENS)
     free = ENGINE_SHARE * (a.gpu_memory * GB - sum(always.values()) - policy)
@@ -211,6 +231,8 @@ def verdict(config: Config, shape: Shape, a: Assumptions) -> str:
         if peak(replace(config, **dict(changes)), shape, a) <= room:
             ways.append("set " + ", ".join(f"{key} {str(value).lower()}" for key, value in changes))
             break
+    if not config.lora_rank and peak(replace(config, lora_rank=32), shape, a) <= room:
+        ways.append("set lora_rank 32")
     more = (2 * a.gpus, 4 * a.gpus, 8 * a.gpus)
     enough = [gpus for gpus in more if peak(config, shape, replace(a, gpus=gpus)) <= room]
     ways += [f"take {gpus} GPUs" for gpus in enough[:1]]
@@ -238,8 +260,9 @@ def step(config: Config, shape: Shape, a: Assumptions) -> dict[str, tuple[float,
         "decode": sampled * (of_replies + logits),
         "reference": forward * (config.kl_coef > 0),
         "old_logprobs": forward * (updates > 1),
-        # the backward is two forwards; the head's chunks are computed again
-        "update": config.num_iterations * (3 * forward + again),
+        # The backward is two forwards (frozen: one, with adapters and half the attention's backward left
+        # out: 2 % at rank 32); the head's chunks are computed again.
+        "update": config.num_iterations * ((2 if config.lora_rank else 3) * forward + again),
     }
     seconds = {name: count / (a.gpu_tflops * 1e12 * EFFICIENCY) for name, count in flops.items()}
     batches = math.ceil(sampled * copies / estimate(config, shape, a)[1])
@@ -260,9 +283,11 @@ def report(config: Config, shape: Shape, a: Assumptions) -> str:
     lines.append(f"{'sum':<28}{sum(update.values()) / GB:10.1f}{sum(rollout.values()) / GB:10.1f}")
     lines.append(verdict(config, shape, a))
     lines.append(f"\n{rows} sequences are decoded at once; K/V: {shape.kv_bytes / 1024:g} KiB per token")
-    lines.append(f"disk: {3 * FP32 * shape.parameters / GB:.0f} GB a checkpoint")
+    sizes = (3 * FP32 * (config.lora_rank * shape.adapters or shape.parameters), FP32 * shape.parameters)
+    lines.append("disk: {:.3g} GB a checkpoint, {:.3g} GB the final model".format(*(n / GB for n in sizes)))
     if config.offload == "all":
-        lines.append(f"CPU memory: {18 * shape.parameters / GB:.0f} GB over all machines")
+        each = BF16 if config.lora_rank else 18
+        lines.append(f"CPU memory: {each * shape.parameters / GB:.0f} GB over all machines")
     lines.append(f"\n{'phase of a step':<28}{'PFLOP':>10}{'seconds':>10}  per GPU")
     for name, (flops, seconds) in step(config, shape, a).items():
         lines.append(f"{name:<28}{flops / 1e15:10.1f}{seconds:10.1f}")
@@ -286,7 +311,7 @@ def main(arguments: list[str]) -> None:
     config = load_config(rest)
     options.prompt_tokens = min(options.prompt_tokens, config.max_prompt_tokens)
     options.response_tokens = min(options.response_tokens, config.max_response_tokens)
-    shape = shape_of(start_config(config), config.trust_remote_code)
+    shape = shape_of(start_config(config), config)
     print(report(config, shape, Assumptions(**vars(options))))
 
 

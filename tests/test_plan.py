@@ -32,7 +32,7 @@ def sizes(hidden, intermediate, layers, heads, kv_heads, vocabulary):
 
 SIZES = sizes(256, 1376, 8, 8, 2, 2048)  # the MLP as wide for its hidden size as that of Qwen2.5-7B
 LARGE = {size: start_config(Config(model=f"Qwen/Qwen2.5-{size}-Instruct")) for size in ("7B", "14B")}
-SHAPES, SMALL = {name: shape_of(config) for name, config in LARGE.items()}, shape_of(Qwen2Config(**SIZES))
+SHAPES, SMALL = {name: shape_of(config, Config()) for name, config in LARGE.items()}, shape_of(Qwen2Config(**SIZES), Config())
 PROMPT, RESPONSE, COPIES, GROUPS = 200, 40, 4, 3
 REPLIES, TOKENS = GROUPS * COPIES * RESPONSE, GROUPS * (PROMPT + COPIES * RESPONSE)
 MICRO_BATCH = pack([(list(range(PROMPT)), [[7] * RESPONSE] * COPIES)] * GROUPS, torch.device("cpu"))
@@ -88,7 +88,7 @@ def test_activations_are_what_autograd_keeps(kind, kv_heads, checkpointing):
     for parameter in model.parameters():
         storages.pop(parameter.untyped_storage().data_ptr(), None)
     config = replace(PACKED, gradient_checkpointing=checkpointing)
-    expected = plan.update_bytes(config, shape_of(model.config), ONE_GPU)["activations"]
+    expected = plan.update_bytes(config, shape_of(model.config, config), ONE_GPU)["activations"]
     assert sum(storage.nbytes() for storage in storages.values()) == pytest.approx(expected, rel=0.1)
 
 
@@ -153,7 +153,7 @@ def test_every_config_of_ours_is_planned_without_a_network(monkeypatch):
     for path in Path(__file__).parents[1].glob("configs/**/*.yaml"):
         config = load_config(["--config", str(path)])
         size = re.search(r"[\d.]+B|tiny|$", config.model)[0] or "7B"
-        assert shape_of(start_config(config)).parameters / 1e9 == pytest.approx(published[size], abs=5e-4)
+        assert shape_of(start_config(config), config).parameters / 1e9 == pytest.approx(published[size], abs=5e-4)
 
 
 @pytest.mark.parametrize("name, changes, a, advice", [
