@@ -208,9 +208,10 @@ def check_disk(s: Start) -> Check:
     """Room for the checkpoints that are kept, the best one, and the one that is being written."""
     model = model_config(s.path, s.config.trust_remote_code)
     model = skeleton(model, torch.float32, s.config.trust_remote_code)
-    adapters = s.config.lora_rank * adapter_weights(model, s.config.lora_targets)
-    size = 12 * (adapters or count_parameters(model)) / GB  # with AdamW's moments
-    run_dir = Path(s.config.run_dir)
+    trained = count_parameters(model)
+    if s.config.lora_rank:
+        trained = s.config.lora_rank * adapter_weights(model, s.config.lora_targets)
+    size, run_dir = 12 * trained / GB, Path(s.config.run_dir)  # with AdamW's moments
     replaced = [*run_dir.glob("step_*/*"), *run_dir.glob(f"{OLD}/**/*")]
     saved = sum(file.stat().st_size for file in replaced)
     free, needed = (shutil.disk_usage(run_dir).free + saved) / GB, (s.config.keep_checkpoints + 2) * size
