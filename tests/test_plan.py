@@ -58,8 +58,8 @@ def small_model(dtype=torch.float32, checkpointing=False, kind=Qwen2Config, rank
 
 @pytest.mark.parametrize("rank", [0, 4])
 def test_state_is_what_fsdp_and_adamw_hold(rank):
-    """fp32 weights, gradients and two moments, of which a single process holds everything. With LoRA only those
-    of the adapters, and the frozen weights in bf16.
+    """fp32 weights, gradients and two moments, of which a single process holds everything. With LoRA those of
+    the adapters, and the frozen weights in bf16.
     """
     start_ranks(5.0)
     try:
@@ -86,7 +86,8 @@ def test_state_is_what_fsdp_and_adamw_hold(rank):
 
 
 @pytest.mark.parametrize("kind, kv_heads, checkpointing, rank", [
-    (Qwen2Config, 2, True, 0), (Qwen2Config, 8, False, 0), (Qwen3Config, 2, False, 0), (Qwen2Config, 2, False, 4),
+    (Qwen2Config, 2, True, 0), (Qwen2Config, 8, False, 0), (Qwen3Config, 2, False, 0),
+    (Qwen2Config, 2, False, 4),
 ])
 def test_activations_are_what_autograd_keeps(kind, kv_heads, checkpointing, rank):
     """Distinct storages saved in a packed forward pass, weights left out."""
@@ -168,7 +169,9 @@ def test_a_backward_makes_no_gradients_of_frozen_weights(rank, forwards):
     assert flops["update"][0] / flops["reference"][0] == pytest.approx(forwards + 1, rel=0.01)
 
 
-@pytest.mark.parametrize("name, adapters, gigabytes", [("7B", 80_740_352, 52.0), ("14B", 137_625_600, 70.5)])
+@pytest.mark.parametrize("name, adapters, gigabytes", [
+    ("7B", 80_740_352, [35.7, 52.0]), ("14B", 137_625_600, [59.2, 70.5]),
+])
 def test_lora_on_one_gpu(name, adapters, gigabytes):
     """By hand: rank x (inputs + outputs) of seven linear layers, 28 or 48 times; frozen weights once in bf16,
     which are the reference too, and beside them the copy that the rollout gathers.
@@ -181,7 +184,8 @@ def test_lora_on_one_gpu(name, adapters, gigabytes):
     assert moments["rollout"]["whole policy, bf16"] == frozen
     sizes = [moments["update"][key] for key in ("trained weights, fp32", "gradients, fp32", "AdamW")]
     assert sizes == [4 * adapters, 4 * adapters, 8 * adapters]
-    assert verdict(config, shape, one).startswith(f"fits: {gigabytes} of 80 GB")
+    assert [sum(parts.values()) / GB for parts in moments.values()] == pytest.approx(gigabytes, abs=0.05)
+    assert verdict(config, shape, one).startswith("fits")
     other = estimate(replace(config, reference="elsewhere"), shape, one)[0]["update"]
     assert other["frozen weights, bf16"] == 2 * frozen
     queries = shape_of(LARGE[name], replace(config, lora_targets="q_proj, o_proj"))
