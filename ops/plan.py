@@ -276,8 +276,7 @@ def report(config: Config, shape: Shape, a: Assumptions) -> str:
     lines.append(f"{'sum':<28}{sum(update.values()) / GB:10.1f}{sum(rollout.values()) / GB:10.1f}")
     lines.append(verdict(config, shape, a))
     lines.append(f"\n{rows} sequences are decoded at once; K/V: {shape.kv_bytes / 1024:g} KiB per token")
-    disk = 3 * FP32 * (config.lora_rank * shape.adapters or shape.parameters)  # with AdamW's moments
-    lines.append(f"disk: {disk / GB:.3g} GB a checkpoint")
+    lines.append(f"disk: {12 * (config.lora_rank * shape.adapters or shape.parameters) / GB:.3g} GB a checkpoint")
     cpu = (BF16 if config.lora_rank else 18) * shape.parameters / GB
     lines += [f"CPU memory: {cpu:.0f} GB over all machines"] * (config.offload == "all")
     lines.append(f"\n{'phase of a step':<28}{'PFLOP':>10}{'seconds':>10}  per GPU")

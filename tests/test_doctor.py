@@ -160,7 +160,7 @@ def test_another_rank_differs(healthy, seen, theirs, said):
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_disk_without_room(healthy, monkeypatch, tmp_path, rank):
-    """Not one checkpoint fits: a problem. Not all that are kept: a warning. LoRA's is that of the adapters."""
+    """Not one checkpoint fits: a problem. Not all that are kept: a warning. LoRA saves adapters alone."""
     healthy = replace(healthy, config=replace(healthy.config, run_dir=str(tmp_path), lora_rank=rank))
     model = build_tiny_model(healthy.tokenizer, 16, 1, 0)
     linear = [module for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)]
