@@ -276,16 +276,16 @@ def report(config: Config, shape: Shape, a: Assumptions) -> str:
     lines.append(f"{'sum':<28}{sum(update.values()) / GB:10.1f}{sum(rollout.values()) / GB:10.1f}")
     lines.append(verdict(config, shape, a))
     lines.append(f"\n{rows} sequences are decoded at once; K/V: {shape.kv_bytes / 1024:g} KiB per token")
-    lines.append(f"disk: {12 * (config.lora_rank * shape.adapters or shape.parameters) / GB:.3g} GB a checkpoint")
+    trained = config.lora_rank * shape.adapters or shape.parameters
+    lines.append(f"disk: {3 * FP32 * trained / GB:.3g} GB a checkpoint")  # with AdamW's moments
     cpu = (BF16 if config.lora_rank else 18) * shape.parameters / GB
     lines += [f"CPU memory: {cpu:.0f} GB over all machines"] * (config.offload == "all")
     lines.append(f"\n{'phase of a step':<28}{'PFLOP':>10}{'seconds':>10}  per GPU")
     for name, (flops, seconds) in step(config, shape, a).items():
         lines.append(f"{name:<28}{flops / 1e15:10.1f}{seconds:10.1f}")
-    for more in (replace(a, gpus=gpus) for gpus in sorted({a.gpus, 64, 512})):
-        seconds = sum(seconds for _, seconds in step(config, shape, more).values())
-        gpus, gigabytes = f"a step on {more.gpus} GPUs", peak(config, shape, more) / GB
-        lines.append(f"{gpus:<38}{seconds:10.1f}  with {gigabytes:.0f} GB each")
+    for b in (replace(a, gpus=gpus) for gpus in sorted({a.gpus, 64, 512})):
+        seconds, most = sum(seconds for _, seconds in step(config, shape, b).values()), peak(config, shape, b)
+        lines.append(f"a step on {f'{b.gpus} GPUs':<28}{seconds:10.1f}  with {most / GB:.0f} GB each")
     return "\n".join(lines)
 
 
