@@ -22,7 +22,7 @@ from evals.in_training import check_benchmarks
 from losses import objective_of
 from model import count_parameters, load_tokenizer
 from ops.monitor import tracker_names
-from ops.plan import CONTEXT, GB, Assumptions, shape_of, verdict
+from ops.plan import CONTEXT, GB, Assumptions, adapter_weights, shape_of, verdict
 from ops.run_dir import OLD
 from prompts import check_tokenizer, decode_reply, encode_reply, render_completion, render_prompt, stop_ids
 from reward import REWARDS, RewardFunction
@@ -228,8 +228,11 @@ def check_model(s: Start) -> Check:
 def check_disk(s: Start) -> Check:
     """Room for the checkpoints that are kept, the best one, and the one that is being written."""
     model = model_config(s.path, s.config.trust_remote_code)
-    weights = count_parameters(skeleton(model, torch.float32, s.config.trust_remote_code))
-    size, run_dir = 12 * weights / GB, Path(s.config.run_dir)  # with AdamW's moments
+    model = skeleton(model, torch.float32, s.config.trust_remote_code)
+    trained = count_parameters(model)
+    if s.config.lora_rank:
+        trained = s.config.lora_rank * adapter_weights(model, s.config.lora_targets)
+    size, run_dir = 12 * trained / GB, Path(s.config.run_dir)  # with AdamW's moments
     replaced = [*run_dir.glob("step_*/*"), *run_dir.glob(f"{OLD}/**/*")]
     saved = sum(file.stat().st_size for file in replaced)
     free, needed = (shutil.disk_usage(run_dir).free + saved) / GB, (s.config.keep_checkpoints + 2) * size
@@ -246,7 +249,7 @@ def check_memory(s: Start) -> Check:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     assumed = Assumptions(gpus=s.ranks.world, gpus_per_node=local, gpu_memory=free / GB)
     try:
-        shape = shape_of(model_config(s.path, s.config.trust_remote_code), s.config.trust_remote_code)
+        shape = shape_of(model_config(s.path, s.config.trust_remote_code), s.config)
     except ConfigError as error:
         return Check("memory", "ok", f"not estimated: {error}")
     said, _, remedy = verdict(s.config, shape, assumed).partition("; ")

@@ -10,7 +10,6 @@ roofline; network, offloading, launches, rewards and evaluations come on top. GB
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import itertools
 import math
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from distributed.ranks import run_script
 from distributed.weights import model_config, skeleton
 from kernel.decode import BLOCK, PLANNED_TOKENS, PREFILL_TOKENS
 from kernel.head import CHUNK_LOGITS
+from kernel.lora import adapters, add_adapters
 
 GB = 1e9
 BF16, FP32 = 2, 4
@@ -62,7 +62,7 @@ class Assumptions:
 @dataclass(frozen=True)
 class Shape:
     """Sizes of a decoder-only transformer. parameters, of_layer (one decoder layer): numbers of weights, tied
-    ones once. qk_norm: queries and keys are normed (Qwen3). kv_bytes: keys and values of a token.
+    ones once. adapters: those of LoRA at rank 1. qk_norm: of queries and keys (Qwen3). kv_bytes: of a token.
     """
 
     layers: int
@@ -74,6 +74,7 @@ class Shape:
     vocab: int
     parameters: int
     of_layer: int
+    adapters: int
     qk_norm: bool
     kv_bytes: int
 
@@ -95,22 +96,32 @@ def start_config(config: Config) -> PreTrainedConfig:
     return model_config(model, config.trust_remote_code)
 
 
-def shape_of(model: PreTrainedConfig, trust_remote_code: bool = False) -> Shape:
+def adapter_weights(model: torch.nn.Module, targets: str) -> int:
+    """Weights of LoRA's adapters of rank 1, which this puts on a skeleton. Raises ConfigError."""
+    try:
+        add_adapters(model, 1, 1.0, targets.replace(",", " ").split(), 0, torch.device("meta"))
+    except ValueError as error:
+        raise ConfigError(f"lora_targets: {error}") from None
+    return sum(parameter.numel() for parameter in adapters(model).values())
+
+
+def shape_of(model: PreTrainedConfig, config: Config) -> Shape:
     """The sizes in a model's config; weights have no memory. Raises ConfigError."""
     try:
-        empty = skeleton(model, torch.float32, trust_remote_code)
+        empty = skeleton(model, torch.float32, config.trust_remote_code)
         model = model.get_text_config()
         layer, heads = empty.get_decoder().layers[0], model.num_attention_heads
         size = getattr(model, "head_dim", None) or model.hidden_size // heads
-        return Shape(
+        shape = Shape(
             model.num_hidden_layers, model.hidden_size, layer.mlp.down_proj.in_features,  # not in an MoE
             heads, model.num_key_value_heads, size, model.vocab_size,
             sum(p.numel() for p in empty.parameters()), sum(p.numel() for p in layer.parameters()),
-            hasattr(layer.self_attn, "q_norm"),
+            0, hasattr(layer.self_attn, "q_norm"),
             2 * BF16 * model.num_hidden_layers * model.num_key_value_heads * size,
         )
     except (ValueError, AttributeError, KeyError):
         raise ConfigError(f"plan: {model.model_type} is not a dense model like Qwen2, Qwen3, Llama") from None
+    return replace(shape, adapters=adapter_weights(empty, config.lora_targets))
 
 
 def layer_activations(shape: Shape, tokens: float, keys: float) -> float:
@@ -143,9 +154,13 @@ def update_bytes(config: Config, shape: Shape, a: Assumptions) -> dict[str, floa
     chunk = min(CHUNK_LOGITS // shape.vocab, replies)  # tokens whose logits kernel/head.py holds at a time
     kept += FP32 * chunk * shape.vocab * (chunk == replies)  # a single chunk is kept
     head = stream + BF16 * replies * shape.hidden + FP32 * chunk * shape.hidden
-    head += (BF16 + FP32) * shape.vocab * (chunk + shape.hidden)  # gradients of logits and weight, rounded
+    head += (BF16 + FP32) * shape.vocab * chunk  # gradients of logits, rounded
     layer = 3 * stream + BF16 * tokens * shape.intermediate + of_layer * config.gradient_checkpointing
-    layer += BF16 * (shape.vocab * shape.hidden + shape.of_layer) + 2 * FP32 * shape.of_layer  # unsharded
+    if config.lora_rank:
+        layer += BF16 * tokens * shape.intermediate  # an adapter's output, beside its layer's
+    else:  # gradients of weights, unsharded
+        head += (BF16 + FP32) * shape.vocab * shape.hidden
+        layer += BF16 * (shape.vocab * shape.hidden + shape.of_layer) + 2 * FP32 * shape.of_layer
     gathered = BF16 * shape.of_layer
     return {
         "embeddings and head, bf16": BF16 * (shape.parameters - shape.layers * shape.of_layer),
@@ -164,13 +179,13 @@ def cache_bytes(shape: Shape, groups: float, copies: int, prompt: int, response:
 
 def estimate(config: Config, shape: Shape, a: Assumptions) -> tuple[dict[str, dict[str, float]], int]:
     """Bytes per GPU by moment (update, rollout) and part; how many sequences are decoded at once."""
-    own = shape.parameters / (min(a.gpus, a.gpus_per_node) if config.sharding == "hsdp" else a.gpus)
-    always, gradients = {"CUDA and NCCL": CONTEXT}, {}
-    if config.offload != "all":
-        always |= {"weights, fp32": FP32 * own, "AdamW": 2 * FP32 * own}
-        gradients = {"gradients, fp32": FP32 * own}
-    if config.kl_coef and not config.offload:
-        always["reference, bf16"] = BF16 * own
+    shards = min(a.gpus, a.gpus_per_node) if config.sharding == "hsdp" else a.gpus
+    lora, own = config.lora_rank > 0, (config.offload != "all") * shape.parameters / shards
+    trained = config.lora_rank * shape.adapters if lora else own  # adapters are whole on every GPU
+    # Without a --reference, the weights under the adapters are the reference.
+    reference = config.kl_coef > 0 and not config.offload and (config.reference != "" or not lora)
+    always = {"CUDA and NCCL": CONTEXT, "frozen weights, bf16": (lora + reference) * BF16 * own}
+    always |= {"trained weights, fp32": FP32 * trained, "AdamW": 2 * FP32 * trained}
     # The rollout: as many sequences as kernel.decode.rows_that_fit has room for.
     copies, prompt, policy = config.group_size, a.prompt_tokens, BF16 * shape.parameters
     length = prompt / copies + min(config.max_response_tokens, PLANNED_TOKENS)
@@ -186,7 +201,7 @@ def estimate(config: Config, shape: Shape, a: Assumptions) -> tuple[dict[str, di
         "keys and values": max(longest, cache_bytes(shape, groups, copies, prompt, a.response_tokens)),
         "prefill or sampling": max(prefill, SAMPLING * groups * copies * shape.vocab),
     }
-    update = always | gradients | update_bytes(config, shape, a)
+    update = always | {"gradients, fp32": FP32 * trained} | update_bytes(config, shape, a)
     return {"update": update, "rollout": always | rollout}, groups * copies
 
 
@@ -211,9 +226,10 @@ def verdict(config: Config, shape: Shape, a: Assumptions) -> str:
         if peak(replace(config, **dict(changes)), shape, a) <= room:
             ways.append("set " + ", ".join(f"{key} {str(value).lower()}" for key, value in changes))
             break
-    more = (2 * a.gpus, 4 * a.gpus, 8 * a.gpus)
-    enough = [gpus for gpus in more if peak(config, shape, replace(a, gpus=gpus)) <= room]
-    ways += [f"take {gpus} GPUs" for gpus in enough[:1]]
+    if not config.lora_rank and peak(replace(config, lora_rank=32), shape, a) <= room:
+        ways.append("set lora_rank 32")
+    enough = [n for n in (2, 4, 8) if peak(config, shape, replace(a, gpus=n * a.gpus)) <= room]
+    ways += [f"take {n * a.gpus} GPUs" for n in enough[:1]]
     return f"does not fit: {need}; {' or '.join(ways) or 'take larger GPUs or a smaller model'}"
 
 
@@ -238,8 +254,8 @@ def step(config: Config, shape: Shape, a: Assumptions) -> dict[str, tuple[float,
         "decode": sampled * (of_replies + logits),
         "reference": forward * (config.kl_coef > 0),
         "old_logprobs": forward * (updates > 1),
-        # the backward is two forwards; the head's chunks are computed again
-        "update": config.num_iterations * (3 * forward + again),
+        # A backward is two forwards, or one if frozen (adapters are left out); the head's chunks come again.
+        "update": config.num_iterations * ((2 if config.lora_rank else 3) * forward + again),
     }
     seconds = {name: count / (a.gpu_tflops * 1e12 * EFFICIENCY) for name, count in flops.items()}
     batches = math.ceil(sampled * copies / estimate(config, shape, a)[1])
@@ -260,16 +276,16 @@ def report(config: Config, shape: Shape, a: Assumptions) -> str:
     lines.append(f"{'sum':<28}{sum(update.values()) / GB:10.1f}{sum(rollout.values()) / GB:10.1f}")
     lines.append(verdict(config, shape, a))
     lines.append(f"\n{rows} sequences are decoded at once; K/V: {shape.kv_bytes / 1024:g} KiB per token")
-    lines.append(f"disk: {3 * FP32 * shape.parameters / GB:.0f} GB a checkpoint")
-    if config.offload == "all":
-        lines.append(f"CPU memory: {18 * shape.parameters / GB:.0f} GB over all machines")
+    trained = config.lora_rank * shape.adapters or shape.parameters
+    lines.append(f"disk: {3 * FP32 * trained / GB:.3g} GB a checkpoint")  # with AdamW's moments
+    cpu = (BF16 if config.lora_rank else 18) * shape.parameters / GB
+    lines += [f"CPU memory: {cpu:.0f} GB over all machines"] * (config.offload == "all")
     lines.append(f"\n{'phase of a step':<28}{'PFLOP':>10}{'seconds':>10}  per GPU")
     for name, (flops, seconds) in step(config, shape, a).items():
         lines.append(f"{name:<28}{flops / 1e15:10.1f}{seconds:10.1f}")
-    for more in (replace(a, gpus=gpus) for gpus in sorted({a.gpus, 64, 512})):
-        seconds = sum(seconds for _, seconds in step(config, shape, more).values())
-        size = peak(config, shape, more) / GB
-        lines.append(f"{f'a step on {more.gpus} GPUs':<38}{seconds:10.1f}  with {size:.0f} GB each")
+    for b in (replace(a, gpus=gpus) for gpus in sorted({a.gpus, 64, 512})):
+        seconds, most = sum(seconds for _, seconds in step(config, shape, b).values()), peak(config, shape, b)
+        lines.append(f"a step on {f'{b.gpus} GPUs':<28}{seconds:10.1f}  with {most / GB:.0f} GB each")
     return "\n".join(lines)
 
 
@@ -277,16 +293,15 @@ def main(arguments: list[str]) -> None:
     """Prints the plan of the run that the settings describe. Raises ConfigError or ModelError."""
     more = "All other options are settings; python grpo.py --help lists them."
     parser = argparse.ArgumentParser("ops.plan", None, Assumptions.__doc__, more, allow_abbrev=False)
-    for f in dataclasses.fields(Assumptions):
-        note = f"default: {f.default}"
-        parser.add_argument(f"--{f.name}", type=type(f.default), default=f.default, help=note)
+    for name, value in vars(Assumptions()).items():
+        parser.add_argument(f"--{name}", type=type(value), default=value, help=f"default: {value}")
     options, rest = parser.parse_known_args(arguments)
     if wrong := [name for name, value in vars(options).items() if not 0 < value < math.inf]:
         parser.error(f"--{wrong[0]} must be greater than 0, and finite")
     config = load_config(rest)
     options.prompt_tokens = min(options.prompt_tokens, config.max_prompt_tokens)
     options.response_tokens = min(options.response_tokens, config.max_response_tokens)
-    shape = shape_of(start_config(config), config.trust_remote_code)
+    shape = shape_of(start_config(config), config)
     print(report(config, shape, Assumptions(**vars(options))))
 
 

@@ -28,13 +28,14 @@ DIFFERS = {  # what each file may set otherwise than default.yaml
     "backbone_llama3_8b": {"model": "meta-llama/Meta-Llama-3-8B-Instruct", "max_response_tokens": 4096},
 }
 TRACES = {"data": "traces.jsonl", "test_share": 0.0}
+SFT = {"epochs": 20.0, "lora_rank": 8, "lora_alpha": 16.0}
 RECIPES = {  # on the examples with distilled traces; RL takes the half that SFT leaves
     "rl_100": {},
     "rl_50": {"data_to": 0.5},
-    "sft_reason_100": {"epochs": 20.0},
-    "sft_reason_50": {"epochs": 20.0, "data_to": 0.5},
-    "sft_no_reason_100": {"epochs": 20.0, "sft_reason": False},
-    "sft_no_reason_50": {"epochs": 20.0, "sft_reason": False, "data_to": 0.5},
+    "sft_reason_100": SFT,
+    "sft_reason_50": SFT | {"data_to": 0.5},
+    "sft_no_reason_100": SFT | {"sft_reason": False},
+    "sft_no_reason_50": SFT | {"sft_reason": False, "data_to": 0.5},
     "sft_reason_50_rl_50": {"data_from": 0.5, "model": "runs/ablations/sft_reason_50/model"},
 }
 DIFFERS |= {name: TRACES | settings for name, settings in RECIPES.items()}

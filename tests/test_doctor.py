@@ -188,9 +188,14 @@ def test_a_reference_reads_all_that_the_model_may_write(healthy, references, mod
         check_reference(*given)
 
 
-def test_a_disk_without_room(healthy, monkeypatch):
-    """Not one checkpoint fits: a problem. Not all that are kept: a warning."""
-    size = 12 * build_tiny_model(healthy.tokenizer, 16, 1, 0).num_parameters()
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_disk_without_room(healthy, monkeypatch, tmp_path, rank):
+    """Not one checkpoint fits: a problem. Not all that are kept: a warning. LoRA saves adapters alone."""
+    healthy = replace(healthy, config=replace(healthy.config, run_dir=str(tmp_path), lora_rank=rank))
+    model = build_tiny_model(healthy.tokenizer, 16, 1, 0)
+    linear = [module for module in model.model.layers.modules() if isinstance(module, torch.nn.Linear)]
+    adapters = rank * sum(module.in_features + module.out_features for module in linear)
+    size = 12 * (adapters or model.num_parameters())
     for share, status in ((0.9, "problem"), (1.1, "warning"), (4.1, "ok")):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, share=share: SimpleNamespace(free=share * size))
         assert checks.check_disk(healthy).status == status, share
