@@ -97,9 +97,9 @@ def load_policy(
         use_attention(one, "train")
     model.logprobs = partial(token_logprobs, model, temperature=temperature)
     if config.lora_rank and not frozen:
-        targets = [name.strip() for name in config.lora_targets.split(",") if name.strip()]
+        how = (config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
         try:
-            add_adapters(model, config.lora_rank, config.lora_alpha, targets, config.seed, ranks.device)
+            add_adapters(model, *how, ranks.device)
         except ValueError as error:
             raise ConfigError(f"lora_targets: {error}") from None
         if ranks.main:

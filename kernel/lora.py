@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -46,13 +46,14 @@ class LoraLinear(nn.Linear):
 
 
 def add_adapters(
-    model: nn.Module, rank: int, alpha: float, targets: Sequence[str], seed: int, device: torch.device
+    model: nn.Module, rank: int, alpha: float, targets: str, seed: int, device: torch.device
 ) -> None:
     """Freezes the model and puts an adapter on each of its linear layers but the LM head.
 
-    targets: the last parts of their names, such as q_proj; empty: all. The same seed gives the same adapters,
-    on every rank. Raises ValueError, which names what there is, for a target that no layer has.
+    targets: the last parts of their names, "q_proj,v_proj"; empty: all. The same seed gives the same
+    adapters, on every rank. Raises ValueError, which names what there is, for a target that no layer has.
     """
+    wanted = set(targets.replace(",", " ").split())
     model.requires_grad_(False)
     head = model.get_output_embeddings()
     layers = {}
@@ -60,11 +61,13 @@ def add_adapters(
         if type(module) is nn.Linear and module is not head:  # a subclass may do anything with its weight
             layers[name] = module
     there = {name.rpartition(".")[2] for name in layers}
-    if wrong := set(targets) - there:
+    if not there:  # GPT-2 has Conv1D
+        raise ValueError("the model has no layers of the type nn.Linear; train all its weights")
+    if wrong := wanted - there:
         raise ValueError(f"no linear layer is called {min(wrong)}; there are {', '.join(sorted(there))}")
     draw = torch.Generator().manual_seed(seed)
     for name, layer in layers.items():
-        if targets and name.rpartition(".")[2] not in targets:
+        if wanted and name.rpartition(".")[2] not in wanted:
             continue
         bound = 1 / math.sqrt(layer.in_features)
         a = torch.empty(rank, layer.in_features).uniform_(-bound, bound, generator=draw)

@@ -234,8 +234,8 @@ def with_adapters(state: dict[str, Tensor], config: Config, base: str) -> nn.Mod
     allocate(model, torch.device("cpu"), torch.device("cpu"))
     model.tie_weights()
     stream_weights(model, base, config.trust_remote_code)
-    targets = {name.split(".")[-2] for name in state}
-    add_adapters(model, config.lora_rank, config.lora_alpha, targets, 0, torch.device("cpu"))
+    how = (config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
+    add_adapters(model, *how, torch.device("cpu"))
     model.load_state_dict(state, strict=False)
     return model
 

@@ -99,7 +99,7 @@ def start_config(config: Config) -> PreTrainedConfig:
 def adapter_weights(model: torch.nn.Module, targets: str) -> int:
     """Weights of LoRA's adapters of rank 1, which this puts on a skeleton. Raises ConfigError."""
     try:
-        add_adapters(model, 1, 1.0, targets.replace(",", " ").split(), 0, torch.device("meta"))
+        add_adapters(model, 1, 1.0, targets, 0, torch.device("meta"))
     except ValueError as error:
         raise ConfigError(f"lora_targets: {error}") from None
     return sum(parameter.numel() for parameter in adapters(model).values())
