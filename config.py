@@ -277,7 +277,7 @@ def check_model(path: str) -> None:
         raise ConfigError(f"model: {path!r} holds a LoRA adapter; merge it into its base first")
     looks_local = path.startswith((".", "/", "~")) or path.count("/") != 1
     if looks_local and not Path(path).is_dir():
-        raise ConfigError(f"model: the folder {path!r} does not exist; give a folder, a hub id or tiny")
+        raise ConfigError(f"model: the folder {path!r} does not exist; give a folder or a hub id")
 
 
 def check_positions(config: Config, model: Any) -> None:

@@ -248,6 +248,7 @@ def task(tmp_path_factory) -> dict[str, object]:
 
 BAD = {
     "a missing model folder": ({"model": "{tmp}/no-model"}, "no-model' does not exist"),
+    "a missing reference": ({"reference": "{tmp}/no-model"}, "reference: the folder"),
     "a wrong key": ({"group_sise": 8}, "unknown setting 'group_sise'; did you mean 'group_size'?"),
     "an empty data file": ({"data": "{tmp}/empty.jsonl"}, "empty.jsonl is empty"),
     "a data file that is no data": ({"data": "{tmp}/prose.jsonl"}, "prose.jsonl"),

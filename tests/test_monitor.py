@@ -68,10 +68,12 @@ def test_an_alarm_speaks_when_it_begins_and_when_it_ends_and_not_in_between(key,
     assert said[1][0].startswith("ALARM at step 2: ") and said[5][0].startswith("alarm over at step 6: ")
 
 
-def test_the_alarm_about_thoughts_is_off_where_the_reward_does_not_ask_for_one():
-    for reward, speaks in (("binary", True), ("no_reason", False)):
-        config = dataclasses.replace(CONFIG, reward=reward)
-        assert bool(said_in([0.1], "think_rate", config)[0]) == speaks
+def test_an_alarm_is_off_where_the_settings_ask_for_what_it_warns_of():
+    """A reward that pays without a thought, and a reference that may be far away at first."""
+    cases = ("think_rate", 0.1, {"reward": "no_reason"}), ("kl", 1.1, {"reference": "teacher"})
+    for key, value, changes in cases:
+        said = [said_in([value], key, dataclasses.replace(CONFIG, **some))[0] for some in ({}, changes)]
+        assert said[0] and not said[1]
 
 
 def test_the_line_of_a_step_fits_a_hundred_columns():
