@@ -52,7 +52,7 @@ def small_model(dtype=torch.float32, checkpointing=False, kind=Qwen2Config, rank
     model = AutoModelForCausalLM.from_config(kind(**SIZES | changes))
     model = prepare_model(model, torch.device("cpu"), checkpointing).train().to(dtype)
     if rank:
-        add_adapters(model, rank, 8.0, [], 0, torch.device("cpu"))
+        add_adapters(model, rank, 8.0, "", 0, torch.device("cpu"))
     return model
 
 
@@ -68,7 +68,7 @@ def test_state_is_what_fsdp_and_adamw_hold(rank):
         for part in (*model.model.layers, model):
             fully_shard(part)
         if rank:
-            add_adapters(model, rank, 8.0, [], 0, torch.device("cpu"))
+            add_adapters(model, rank, 8.0, "", 0, torch.device("cpu"))
         frozen = [p for p in model.parameters() if not p.requires_grad]
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained)
