@@ -1,7 +1,7 @@
 """Checkpoints of a sharded run: saved by all ranks, verified, and loaded on any number of them.
 
     run_dir/latest                 the name of the newest complete checkpoint, for people and scripts
-    run_dir/step_N/shard-*         safetensors: every rank's shards of the weights and of AdamW's state
+    run_dir/step_N/shard-*         safetensors: what is trained (all weights, or the adapters), AdamW's state
     run_dir/step_N/state.json      step, seconds, flops, best score
     run_dir/step_N/config.json     and the tokenizer, so that an export needs nothing else
     run_dir/step_N/manifest.json   size and sha256 of every other file, shape of every tensor; written last

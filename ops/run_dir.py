@@ -62,7 +62,7 @@ FIXED_KEYS = (
     "advantage aggregation kl correction reward lenient shuffle_rewards skip_zero_variance mask_truncated "
     "resample_rounds max_prompt_tokens max_response_tokens num_iterations overlong_tokens eval_cases "
     "warmup_steps sft_batch sft_reason synthetic_flaws synthetic_thoughts synthetic_train "
-    "chat_template_kwargs"
+    "chat_template_kwargs lora_rank lora_alpha lora_targets"
 ).split()
 # Whoever starts from a run's config.yaml must not delete or continue that run by accident.
 SWITCHES = {"resume": False, "overwrite": False, "resume_step": 0, "accept_changes": False}

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import grpo
 import sft
-from config import Config, ConfigError, load_config
+from config import Config, ConfigError, UserError, load_config
 from corpus.sources import read_jsonl
 from distributed import fsdp
 from distributed.checkpoint import check_files
@@ -199,6 +199,8 @@ def test_a_checkpoint_holds_adapters_alone_and_a_resume_is_exact(straight, setti
     assert size < 12 * sum(tensor.numel() for tensor in trained.values()) + 50_000
     resumed = settings | {"run_dir": tmp_path / "run"}
     run_here(grpo.main, resumed | {"steps": 20})
+    with pytest.raises(UserError, match="other ones of these: lora_alpha;"):
+        run_here(grpo.main, resumed | {"resume": "true", "lora_alpha": 4})
     run_here(grpo.main, resumed | {"resume": "true"})
     own, whole = weights(tmp_path / "run"), weights(straight)
     assert all(torch.equal(own[name], whole[name]) for name in whole)
