@@ -112,7 +112,7 @@ class Config:
     aggregation: str = _key("", "mean over token, sequence, or a constant length; empty: the loss's")
     clip_eps: float = _key(0.0, "bounds the ratio on both sides: 1 - eps, 1 + eps; 0: the loss's (0.2)")
     clip_eps_high: float = _key(0.0, "another bound above; 0: clip_eps, or the loss's (dapo: 0.28)")
-    kl_coef: float = _key(1e-3, "beta: weight of the KL to the frozen start model; 0: no reference")
+    kl_coef: float = _key(1e-3, "beta: weight of the KL to the frozen reference; 0: no reference")
     kl: str = _key("k3", "row of losses.KLS, the estimate in the loss: k1, k2, k3")
     reference: str = _key("", "folder or hub id of the model that the KL points at; empty: the start model")
     correction: str = _key("none", "row of losses.CORRECTIONS against a sampler that differs: tis, icepop")
@@ -322,8 +322,9 @@ def _check(c: Config) -> None:
         raise ConfigError("lora_targets needs lora_rank, the rank of the adapters")
     if c.lora_rank and c.offload == "reference" and not c.reference:
         raise ConfigError("offload reference has no use with lora_rank: the policy's base is the reference")
-    if c.reward == "none" and not (c.kl_coef and not c.skip_zero_variance and not c.resample_rounds):
-        also = "kl_coef above 0, no skip_zero_variance and no resample_rounds"
+    others = ("skip_zero_variance", "resample_rounds", "overlong_tokens")  # they ask for unequal rewards
+    if c.reward == "none" and (not c.kl_coef or c.kl == "k1" or any(getattr(c, key) for key in others)):
+        also = f"kl_coef above 0, kl k2 or k3, and none of {', '.join(others)}"
         raise ConfigError(f"reward: none leaves the KL alone to train; it needs {also}")
     if c.resume_step and not c.resume:
         raise ConfigError("resume_step needs --resume true")

@@ -122,7 +122,8 @@ def score(
 
     completion: the model's reply, any string; nothing in it can raise. answer: ToolCalls or {"name",
     "arguments"} dicts; order does not matter, [] means that no call is right. variant: a key of REWARDS.
-    lenient: numbers are compared by what `tools` declare, so that 2 equals 2.0 where a number is asked for.
+    lenient: numbers are compared by what `tools` declare, so that 2 equals 2.0 where a number is asked for;
+    `overlap` needs `tools` too.
 
     For the tool_n1 variants the answer may also be JSON text, which the reference reads itself; a broken one
     pays 0. Otherwise raises ValueError for a broken answer or tools, and KeyError for an unknown variant.
@@ -244,8 +245,8 @@ def trl_reward(
 ) -> list[float]:
     """A reward function for TRL's GRPOTrainer. Completions are texts or messages, see corpus.replies.
 
-    `ground_truth` and, for lenient, `tools_json` are columns that `python data.py prepare --layouts trl`
-    writes. Raises ValueError for broken ones, and for a completion that cannot be put together.
+    `ground_truth` and, for lenient and overlap, `tools_json` are columns that `python data.py prepare
+    --layouts trl` writes. Raises ValueError for broken ones, or a completion that cannot be put together.
     """
     tools = columns.get("tools") or columns.get("tools_json") or [None] * len(completions)
     return [
@@ -259,7 +260,8 @@ def compute_score(
     variant: str = "binary", lenient: bool = False,
 ) -> float:
     """verl's interface (custom_reward_function.path=reward.py, name=compute_score). Ground truth and, for
-    lenient, tools are those of `python data.py prepare --layouts verl`. Raises ValueError for broken ones.
+    lenient and overlap, tools are those of `python data.py prepare --layouts verl`. Raises ValueError for
+    broken ones.
     """
     extra = extra_info or {}
     tools = extra.get("tools") or extra.get("tools_json")

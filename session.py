@@ -188,8 +188,8 @@ def start_model(config: Config, inputs: Inputs, ranks: Ranks) -> tuple[str, bool
 class RunSpec:
     """How a Run is built on a session. folder: where checkpoints, log and samples go. path: the start model.
 
-    temperature: divides the logits of every log-prob. reference: whether a frozen copy of the start model is
-    kept.
+    temperature: divides the logits of every log-prob. reference: whether the KL's reference is
+    loaded.
     """
 
     folder: Path

@@ -142,7 +142,7 @@ def train(run: Run, budget: float = 0.0) -> None:
 def warm_up(session: Session) -> Session:
     """Collective. `warmup_steps` of SFT on the session's examples -> the session with the new model.
 
-    That model, run_dir/warmup/model, is both the first policy and the frozen reference.
+    That model, run_dir/warmup/model, is the first policy and, by default, the frozen reference.
     """
     config = session.config
     folder = Path(config.run_dir) / "warmup"
@@ -161,7 +161,7 @@ def warm_up(session: Session) -> Session:
 
 def main(arguments: list[str]) -> None:
     """Collective. Fine-tunes `model` on `data`; writes run_dir/model, log.jsonl and summary.json."""
-    config = load_config(arguments)
+    config = replace(load_config(arguments), reference="")  # only GRPO has one
     ranks = start_ranks(config.timeout_minutes)
     with Clock(ranks.watchdog)("set-up"):
         session = open_session(config, ranks, "sft")

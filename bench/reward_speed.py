@@ -28,6 +28,7 @@ CALLS = [
     ToolCall("get_forecast", {"city": "San Francisco", "days": 3, "units": "metric", "details": ["wind"]}),
     ToolCall("search_hotels", {"city": "San Francisco", "max_price": 150.5, "parking": True, "stars": 4}),
 ]
+TOOLS = [{"name": call.name, "parameters": {key: {} for key in call.arguments}} for call in CALLS]
 THOUGHT = "The user wants the weather in San Francisco for three days and a hotel under 150.50 with parking. "
 GOOD = render_completion(CALLS, (THOUGHT * 9)[: 600 - len(render_completion(CALLS, "x")) + 1])
 BASES = (GOOD, render_completion(CALLS, "so"))  # in the second, nearly every mutation meets the calls
@@ -71,7 +72,7 @@ def measure_speed(rounds: int = 7, items: int = 4000) -> None:
         for name in REWARDS:
             start = time.perf_counter()
             for _ in range(items):
-                score(GOOD, CALLS, name)
+                score(GOOD, CALLS, name, tools=TOOLS)
             seconds[name].append(time.perf_counter() - start)
     print(f"\ncompletions of {len(GOOD)} characters per second, one core")
     for name, times in seconds.items():
@@ -111,7 +112,7 @@ def fuzz(count: int, seed: int) -> None:
     for _ in tqdm(range(count), desc="fuzz", unit=" items", disable=None):
         text = mutated(rng.choice(BASES), rng)
         start = time.perf_counter()
-        totals = {name: score(text, CALLS, name).total for name in variants}
+        totals = {name: score(text, CALLS, name, tools=TOOLS).total for name in variants}
         slowest = max(slowest, (time.perf_counter() - start, text))
         paid.update(name for name in variants if totals[name] == REWARDS[name].right)
     print(f"\nfuzz: {count:,} mutated completions, seed {seed}, by {len(variants)} variants: no exception")

@@ -300,7 +300,8 @@ def load_checkpoint(folder: Path, policy: nn.Module, optimizer: Optimizer, ranks
     tensors = checkpoint_tensors(policy, optimizer)
     here = {name: list(tensor.shape) for name, tensor in tensors.items()}
     if wrong := [name for name in saved.keys() | here.keys() if saved.get(name) != here.get(name)]:
-        raise CheckpointError(f"{folder} is of another model: see {min(wrong)}; choose the run's own model")
+        remedy = "choose the run's own model, lora_rank and lora_targets"
+        raise CheckpointError(f"{folder} is of another model: see {min(wrong)}; {remedy}")
     _read(folder, tensors)
 
 

@@ -101,11 +101,11 @@ def load_policy(
         try:
             add_adapters(model, *how, ranks.device)
         except ValueError as error:
-            raise ConfigError(f"lora_targets: {error}") from None
+            raise ConfigError(str(error)) from None
         if ranks.main:
             small, total = sum(p.numel() for p in adapters(model).values()), count_parameters(model)
-            share = f"{small / 1e6:.3g} of {total / 1e6:.3g} million weights"
-            print(f"LoRA: {share} are trained; a checkpoint takes {12 * small / 1e6:.3g} MB")
+            size = f"{12 * small / 1e6:,.2f} MB"  # with AdamW's two moments
+            print(f"LoRA: {small:,} of {total:,} weights are trained; a checkpoint takes {size}")
     return model
 
 
@@ -114,11 +114,6 @@ class Base:
     """The frozen model that a policy's adapters sit on: the reference of a LoRA run, at no memory."""
 
     policy: nn.Module
-
-    @property
-    def capabilities(self) -> Capabilities:
-        """The policy's."""
-        return self.policy.capabilities
 
     def logprobs(self, packed: Packed, entropy: bool = True) -> tuple[Tensor, Tensor]:
         """As the policy's, with its adapters off."""

@@ -62,9 +62,10 @@ def add_adapters(
             layers[name] = module
     there = {name.rpartition(".")[2] for name in layers}
     if not there:  # GPT-2 has Conv1D
-        raise ValueError("the model has no layers of the type nn.Linear; train all its weights")
+        raise ValueError("lora_rank: the model has no layers of the type nn.Linear; train all its weights")
     if wrong := wanted - there:
-        raise ValueError(f"no linear layer is called {min(wrong)}; there are {', '.join(sorted(there))}")
+        names = ", ".join(sorted(there))
+        raise ValueError(f"lora_targets: no linear layer is called {min(wrong)}; there are {names}")
     draw = torch.Generator().manual_seed(seed)
     for name, layer in layers.items():
         if wanted and name.rpartition(".")[2] not in wanted:

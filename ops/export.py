@@ -30,7 +30,7 @@ from corpus.sources import as_command, file_sha256, folder_above, iter_jsonl
 from distributed.checkpoint import complete_steps, full_state
 from distributed.fsdp import class_name, full_tensor, weights
 from distributed.ranks import Ranks, run_script
-from distributed.weights import allocate, config_to_save, model_config, skeleton, stream_weights
+from distributed.weights import allocate, config_to_save, model_config, skeleton, stream_weights, weight_files
 from kernel.lora import ADAPTER, adapters, add_adapters, lora_layers
 from model import load_tokenizer
 from ops.run_dir import atomic_folder, start_path
@@ -229,8 +229,10 @@ def write_model(
 
 
 def with_adapters(state: dict[str, Tensor], config: Config, base: str) -> nn.Module:
-    """The model of a LoRA run, of its checkpoint's adapters, on the CPU in fp32. Raises ModelError."""
-    model = skeleton(model_config(base, config.trust_remote_code), torch.float32, config.trust_remote_code)
+    """The model of a LoRA run, of its checkpoint's adapters, on the CPU. Raises ModelError."""
+    saved = model_config(base, config.trust_remote_code)
+    dtype = saved.dtype if isinstance(saved.dtype, torch.dtype) else torch.float32  # as the files have it
+    model = skeleton(saved, dtype, config.trust_remote_code)
     allocate(model, torch.device("cpu"), torch.device("cpu"))
     model.tie_weights()
     stream_weights(model, base, config.trust_remote_code)
@@ -292,11 +294,17 @@ def main(arguments: list[str]) -> None:
         raise ConfigError(f"export: {source} does not exist; the checkpoints of {run}: {there}")
     full = full_state(source, torch.bfloat16)
     config = load_config(["--config", str(run / "config.yaml")])
+    state = json.loads((source / "state.json").read_text(encoding="utf-8"))["state"]
     base, model = start_path(config, run), None
     if all(name.endswith(ADAPTER) for name in full):
+        before = state["run"]  # config.yaml may be of a later resume
+        own = {key: before["settings"][key] for key in ("lora_rank", "lora_alpha", "lora_targets")}
+        config = dataclasses.replace(config, **own)
+        for file in weight_files(base):
+            if file_sha256(file) != before["model"].get(file.name):
+                raise ConfigError(f"export: {file} is not what {source} was trained on; put it back")
         model = with_adapters(full, config, base)
-        full = gather_weights(model, torch.float32)
-    state = json.loads((source / "state.json").read_text(encoding="utf-8"))["state"]
+        full = gather_weights(model, next(iter(weights(model).values())).dtype)
     last = {}  # a checkpoint may have been copied without the run's other files
     for row in iter_jsonl(run / "log.jsonl", step=int):
         last = row if row["step"] == state["step"] else last

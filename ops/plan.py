@@ -101,7 +101,7 @@ def adapter_weights(model: torch.nn.Module, targets: str) -> int:
     try:
         add_adapters(model, 1, 1.0, targets, 0, torch.device("meta"))
     except ValueError as error:
-        raise ConfigError(f"lora_targets: {error}") from None
+        raise ConfigError(str(error)) from None
     return sum(parameter.numel() for parameter in adapters(model).values())
 
 
@@ -226,8 +226,8 @@ def verdict(config: Config, shape: Shape, a: Assumptions) -> str:
         if peak(replace(config, **dict(changes)), shape, a) <= room:
             ways.append("set " + ", ".join(f"{key} {str(value).lower()}" for key, value in changes))
             break
-    if not config.lora_rank and peak(replace(config, lora_rank=32), shape, a) <= room:
-        ways.append("set lora_rank 32")
+    if not config.lora_rank and peak(replace(config, lora_rank=32, offload=""), shape, a) <= room:
+        ways.append("set lora_rank 32" + (" without offload" if config.offload else ""))
     enough = [n for n in (2, 4, 8) if peak(config, shape, replace(a, gpus=n * a.gpus)) <= room]
     ways += [f"take {n * a.gpus} GPUs" for n in enough[:1]]
     return f"does not fit: {need}; {' or '.join(ways) or 'take larger GPUs or a smaller model'}"

@@ -1,14 +1,15 @@
 """LoRA: adapters on frozen weights, on 1 and 2 ranks, from the first gradient to the exported folder."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import CPU, run_here, warmed_up_task, weights
-from safetensors.torch import load_file
-from test_checkpoint import in_ranks
+from safetensors.torch import load_file, save_file
+from test_checkpoint import TOKENIZER, in_ranks
 from test_fsdp import GROUPS, IDLE, build_models
 from test_grpo import DOUBLE, samples_by_step, start
 from torch.func import functional_call
@@ -17,10 +18,10 @@ from transformers import AutoModelForCausalLM
 
 import grpo
 import sft
-from config import Config, ConfigError, UserError, load_config
+from config import Config, ConfigError, UserError
 from corpus.sources import read_jsonl
 from distributed import fsdp
-from distributed.checkpoint import check_files
+from distributed.checkpoint import Saver, check_files, checkpoint_tensors, load_checkpoint
 from distributed.fsdp import clip_and_step, gathered_weights, load_policy
 from distributed.ranks import Ranks
 from distributed.weights import load_model
@@ -139,6 +140,31 @@ def test_on_ranks(world, tmp_path):
     in_ranks(world, run_checks, tmp_path)
 
 
+def save_adapters(ranks: Ranks, folder: Path) -> None:
+    policy = build(ranks, folder)
+    optimizer = torch.optim.AdamW(adapters(policy).values(), fused=True)
+    policy.logprobs(pack(GROUPS, CPU))[0].sum().backward()
+    clip_and_step(policy, optimizer, 0.0, ranks)
+    Saver(folder / "run", ranks, 1).save({"step": 1}, policy, TOKENIZER, optimizer)
+    save_file(checkpoint_tensors(policy, optimizer), folder / f"saved_{ranks.rank}")
+
+
+def read_adapters(ranks: Ranks, folder: Path) -> None:
+    policy = load_policy(LORA, str(folder / "qwen2"), 0.7, ranks)
+    optimizer = torch.optim.AdamW(adapters(policy).values(), fused=True)
+    load_checkpoint(folder / "run" / "step_1", policy, optimizer, ranks)
+    saved = load_file(folder / "saved_0")
+    tensors = checkpoint_tensors(policy, optimizer)
+    assert tensors.keys() == saved.keys() and all(torch.equal(tensors[name], saved[name]) for name in saved)
+
+
+@pytest.mark.parametrize("worlds", [(1, 2), (2, 1)])
+def test_another_number_of_ranks_reads_a_checkpoint(worlds, tmp_path):
+    build_models(tmp_path)
+    for world, scenario in zip(worlds, (save_adapters, read_adapters)):
+        in_ranks(world, scenario, tmp_path)
+
+
 def test_16_bit_weights_are_merged_in_fp32(ranks, tmp_path):
     """One rounding, of the sum: a product that is rounded before it is added is another number."""
     build_models(tmp_path)
@@ -155,19 +181,6 @@ def test_the_targets_alone_get_adapters(ranks, tmp_path):
     assert len(lora_layers(build(ranks, tmp_path))) == 2 * 7, "all but the LM head"
     with pytest.raises(ConfigError, match="lora_targets: no linear layer is called gate; "):
         build(ranks, tmp_path, replace(LORA, lora_targets="gate"))
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        ("--lora_rank 4 --lora_alpha 0", "lora_alpha must be greater than 0"),
-        ("--lora_targets q_proj", "lora_targets needs lora_rank"),
-        ("--lora_rank 4 --offload reference", "offload reference has no use with lora_rank"),
-    ],
-)
-def test_settings_that_do_not_go_together(words, sentence):
-    with pytest.raises(ConfigError, match=sentence):
-        load_config(words.split())
 
 
 # ------------------------------------------------------------------------------------------------- whole runs
@@ -224,7 +237,12 @@ def test_what_is_exported_is_the_model_that_was_trained(straight, settings, tmp_
     for name in changed:
         a, b = (state[f"base_model.model.{name[:-7]}.lora_{part}.weight"] for part in "AB")
         assert_close(merged[name], base[name] + 2 * b @ a, atol=1e-6, rtol=0)
-    run_here(lambda _: export_main([str(straight / "step_25"), str(tmp_path / "out")]), {"run_dir": straight})
+    later = tmp_path / "later"  # a resume with another alpha has rewritten the run's settings
+    shutil.copytree(straight, later, ignore=shutil.ignore_patterns("model"))
+    text = (later / "config.yaml").read_text()
+    (later / "config.yaml").write_text(text.replace("lora_alpha: 8.0", "lora_alpha: 99.0"))
+    assert "99.0" in (later / "config.yaml").read_text()
+    run_here(lambda _: export_main([str(later / "step_25"), str(tmp_path / "out")]), {"run_dir": later})
     again = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
