@@ -2,7 +2,7 @@
 
     python bench/mini_paper.py seeds        8 seeds, then lr 0 and shuffled rewards; 20 minutes on 2 cores
     python bench/mini_paper.py ablations    rewards, SFT, RL, and SFT then RL, 5 seeds; 45 minutes on 2 cores
-    python bench/mini_paper.py grid         rewards x advantages, 5 seeds; 50 minutes on 2 cores
+    python bench/mini_paper.py grid         rewards x advantages, 5 seeds; 55 minutes on 2 cores
     … --seeds 1 --steps 4 --warmup_steps 60 --eval_cases 8     does everything work?
 
 ablations and grid: all conditions of a seed start from one warmed-up model, half of whose demonstrations
