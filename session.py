@@ -146,7 +146,8 @@ def open_session(config: Config, ranks: Ranks, method: str, examined: bool = Fal
             if ranks.main:
                 print(f"nothing is left to do: {checkpoint[0].name} was the last; see {folder / 'model'}")
             return replace(session, finished=True)
-        run_dir.write_start(folder, identity, ranks)
+        if not checkpoint:  # of a resume once its checkpoint is loaded: till then it may be refused
+            run_dir.write_start(folder, identity, ranks)
         if not checkpoint and (earlier := latest_checkpoint(folder / "warmup")):
             session.began -= earlier[1]["seconds"]
         session.monitor = open_monitor(config, folder, checkpoint[1]["step"] if checkpoint else 0, ranks)
@@ -165,9 +166,10 @@ def start_model(config: Config, inputs: Inputs, ranks: Ranks) -> tuple[str, bool
     "tiny" is built from a config and the training texts, without any download.
     """
     warm = Path(config.run_dir) / "warmup"
-    path = run_dir.start_path(config, Path(config.run_dir))
-    if config.model != "tiny" or (warm / "model").exists():
-        return path, config.warmup_steps > 0 and not (warm / "model").exists()
+    if (warm / "model").exists():
+        return str(warm / "model"), False
+    if config.model != "tiny":
+        return config.model, config.warmup_steps > 0
     if ranks.main and not (warm / "start").exists():
         train = inputs.splits.train
         bare = build_tiny_tokenizer([], 0)  # knows bytes only, but has the chat template
@@ -178,7 +180,7 @@ def start_model(config: Config, inputs: Inputs, ranks: Ranks) -> tuple[str, bool
         with run_dir.atomic_folder(warm / "start") as folder:
             export(prepare_model(model, torch.device("cpu")), tokenizer, folder)
     ranks.gather(None)
-    return path, config.warmup_steps > 0
+    return str(warm / "start"), config.warmup_steps > 0
 
 
 # ------------------------------------------------------------------------------------------------------ a run
@@ -188,8 +190,7 @@ def start_model(config: Config, inputs: Inputs, ranks: Ranks) -> tuple[str, bool
 class RunSpec:
     """How a Run is built on a session. folder: where checkpoints, log and samples go. path: the start model.
 
-    temperature: divides the logits of every log-prob. reference: whether the KL's reference is
-    loaded.
+    temperature: divides the logits of every log-prob. reference: whether the KL's is loaded.
     """
 
     folder: Path
@@ -257,6 +258,8 @@ def begin(session: Session, spec: RunSpec) -> Run:
             state = checkpoint[1]
             load_checkpoint(checkpoint[0], policy, optimizer, ranks)
     run_dir.let_go(session.folder, ranks)
+    if checkpoint:
+        run_dir.write_start(session.folder, session.identity, ranks)
     if config.resume and ranks.main and not spec.warm_up:
         print(f"going on from {checkpoint[0].name if checkpoint else 'the start: no step is saved'}")
     state["run"] = session.identity

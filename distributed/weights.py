@@ -43,6 +43,10 @@ def load_model(
 def model_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The config of a folder or hub id. Raises ModelError, also for weights that cannot be trained."""
     check_model(path)
+    manifest = Path(path) / "manifest.json"  # of a checkpoint of ours
+    if manifest.is_file() and ".lora_A" in manifest.read_text("utf-8", "replace"):
+        remedy = f"python -m ops.export {path} OUT merges them"
+        raise ModelError(f"model: {path!r} holds LoRA's adapters; {remedy}")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from transformers.utils import logging as transformers_logging
 
 import prompts
-from config import Config, ConfigError, load_config
+from config import Config, ConfigError, check_model, load_config
 from corpus.sources import as_command, file_sha256, folder_above, iter_jsonl
 from distributed.checkpoint import complete_steps, full_state
 from distributed.fsdp import class_name, full_tensor, weights
@@ -33,7 +33,7 @@ from distributed.ranks import Ranks, run_script
 from distributed.weights import allocate, config_to_save, model_config, skeleton, stream_weights, weight_files
 from kernel.lora import ADAPTER, adapters, add_adapters, lora_layers
 from model import load_tokenizer
-from ops.run_dir import atomic_folder, start_path
+from ops.run_dir import atomic_folder, start_of
 from prompts import ToolCall, load_template, render_completion, stop_ids, tool_prompt
 
 BLOCK = Path(__file__).with_name("tool_prompt.jinja")
@@ -224,7 +224,7 @@ def write_model(
             card = model_card(config, state, evaluation, git, tool_prompt(tokenizer), loader)
             (folder / "README.md").write_text(card, encoding="utf-8")
             if adapters(policy):
-                write_adapter(policy, config, start_path(config, Path(config.run_dir)), folder / "adapter")
+                write_adapter(policy, config, state["run"]["start"], folder / "adapter")
     ranks.gather(None)
 
 
@@ -295,9 +295,11 @@ def main(arguments: list[str]) -> None:
     full = full_state(source, torch.bfloat16)
     config = load_config(["--config", str(run / "config.yaml")])
     state = json.loads((source / "state.json").read_text(encoding="utf-8"))["state"]
-    base, model = start_path(config, run), None
+    model = None
     if all(name.endswith(ADAPTER) for name in full):
         before = state["run"]  # config.yaml may be of a later resume
+        base = start_of(before, run)
+        check_model(base)
         own = {key: before["settings"][key] for key in ("lora_rank", "lora_alpha", "lora_targets")}
         config = dataclasses.replace(config, **own)
         for file in weight_files(base):

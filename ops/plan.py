@@ -61,8 +61,9 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a decoder-only transformer. parameters, of_layer (one decoder layer): numbers of weights, tied
-    ones once. adapters: those of LoRA at rank 1. qk_norm: of queries and keys (Qwen3). kv_bytes: of a token.
+    """Sizes of a decoder-only transformer. parameters, of_layer (one decoder layer), adapters (LoRA's at rank
+    1), reference (the KL's): numbers of weights, tied ones once. qk_norm: of queries and keys (Qwen3).
+    kv_bytes: of a token.
     """
 
     layers: int
@@ -75,6 +76,7 @@ class Shape:
     parameters: int
     of_layer: int
     adapters: int
+    reference: int
     qk_norm: bool
     kv_bytes: int
 
@@ -116,12 +118,16 @@ def shape_of(model: PreTrainedConfig, config: Config) -> Shape:
             model.num_hidden_layers, model.hidden_size, layer.mlp.down_proj.in_features,  # not in an MoE
             heads, model.num_key_value_heads, size, model.vocab_size,
             sum(p.numel() for p in empty.parameters()), sum(p.numel() for p in layer.parameters()),
-            0, hasattr(layer.self_attn, "q_norm"),
+            0, 0, hasattr(layer.self_attn, "q_norm"),
             2 * BF16 * model.num_hidden_layers * model.num_key_value_heads * size,
         )
     except (ValueError, AttributeError, KeyError):
         raise ConfigError(f"plan: {model.model_type} is not a dense model like Qwen2, Qwen3, Llama") from None
-    return replace(shape, adapters=adapter_weights(empty, config.lora_targets))
+    reference = shape.parameters
+    if config.reference:
+        other = start_config(replace(config, model=config.reference))
+        reference = skeleton(other, torch.float32, config.trust_remote_code).num_parameters()
+    return replace(shape, reference=reference, adapters=adapter_weights(empty, config.lora_targets))
 
 
 def layer_activations(shape: Shape, tokens: float, keys: float) -> float:
@@ -184,7 +190,8 @@ def estimate(config: Config, shape: Shape, a: Assumptions) -> tuple[dict[str, di
     trained = config.lora_rank * shape.adapters if lora else own  # adapters are whole on every GPU
     # Without a --reference, the weights under the adapters are the reference.
     reference = config.kl_coef > 0 and not config.offload and (config.reference != "" or not lora)
-    always = {"CUDA and NCCL": CONTEXT, "frozen weights, bf16": (lora + reference) * BF16 * own}
+    frozen = lora * own + reference * shape.reference / shards
+    always = {"CUDA and NCCL": CONTEXT, "frozen weights, bf16": BF16 * frozen}
     always |= {"trained weights, fp32": FP32 * trained, "AdamW": 2 * FP32 * trained}
     # The rollout: as many sequences as kernel.decode.rows_that_fit has room for.
     copies, prompt, policy = config.group_size, a.prompt_tokens, BF16 * shape.parameters
@@ -252,7 +259,7 @@ def step(config: Config, shape: Shape, a: Assumptions) -> dict[str, tuple[float,
     flops = {
         "prefill": sampled * (of_prompt + head),
         "decode": sampled * (of_replies + logits),
-        "reference": forward * (config.kl_coef > 0),
+        "reference": forward * (config.kl_coef > 0) * shape.reference / shape.parameters,
         "old_logprobs": forward * (updates > 1),
         # A backward is two forwards, or one if frozen (adapters are left out); the head's chunks come again.
         "update": config.num_iterations * ((2 if config.lora_rank else 3) * forward + again),

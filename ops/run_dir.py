@@ -185,12 +185,12 @@ def hash_model(path: str, ranks: Ranks) -> dict:
     return {"start": path, "model": dict(ChainMap(*ranks.gather(own)))}
 
 
-def start_path(config: Config, folder: Path) -> str:
-    """The folder or hub id of the model that the run in this folder starts from, after its warm-up if any."""
-    warm = folder / "warmup"
-    if (warm / "model").exists():
-        return str(warm / "model")
-    return str(warm / "start") if config.model == "tiny" else config.model
+def start_of(run: dict, folder: Path) -> str:
+    """The model that a run started from, as its checkpoints have it in state["run"], now that the run is in
+    this folder.
+    """
+    start, home = Path(run["start"]), run["settings"]["run_dir"]
+    return str(folder / start.relative_to(home)) if start.is_relative_to(home) else run["start"]
 
 
 def identity_of(config: Config, method: str, read: Any, path: str, ranks: Ranks) -> dict:
@@ -274,9 +274,9 @@ def _compare(path: Path, config: Config, now: dict) -> str:
     before = state["run"]
     if before["method"] != now["method"]:
         return f"run_dir: {path} is a run of {before['method']}.py; go on with that script"
-    start, home = Path(before["start"]), before["settings"]["run_dir"]
-    if found and start.is_relative_to(home) and not (path / start.relative_to(home)).exists():
-        return f"run_dir: {path / start.relative_to(home)}, which this run started from, is gone; put it back"
+    start = start_of(before, path)
+    if found and Path(start).is_relative_to(path) and not Path(start).exists():
+        return f"run_dir: {start}, which this run started from, is gone; put it back"
     # a setting that is newer than the run had its default then
     settings = dataclasses.asdict(Config()) | before["settings"]
     free = {

@@ -1,6 +1,7 @@
 """LoRA: adapters on frozen weights, on 1 and 2 ranks, from the first gradient to the exported folder."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,17 +22,24 @@ import sft
 from config import Config, ConfigError, UserError
 from corpus.sources import read_jsonl
 from distributed import fsdp
-from distributed.checkpoint import Saver, check_files, checkpoint_tensors, load_checkpoint
+from distributed.checkpoint import (
+    CheckpointError,
+    Saver,
+    check_files,
+    checkpoint_tensors,
+    load_checkpoint,
+)
 from distributed.fsdp import clip_and_step, gathered_weights, load_policy
 from distributed.ranks import Ranks
-from distributed.weights import load_model
+from distributed.weights import load_model, model_config
 from kernel.attention import use_attention
 from kernel.lora import adapters, lora_layers
 from kernel.packing import pack
-from model import token_logprobs
+from model import ModelError, token_logprobs
 from ops.export import gather_weights
 from ops.export import main as export_main
 
+GO_ON = {"resume": "true", "steps": 25}
 LORA = Config(lora_rank=3, lora_alpha=7.0, gradient_checkpointing=False)
 
 
@@ -214,7 +222,9 @@ def test_a_checkpoint_holds_adapters_alone_and_a_resume_is_exact(straight, setti
     run_here(grpo.main, resumed | {"steps": 20})
     with pytest.raises(UserError, match="lora_alpha 8.0 -> 4.0"):
         run_here(grpo.main, resumed | {"resume": "true", "lora_alpha": 4})
-    run_here(grpo.main, resumed | {"resume": "true"})
+    with pytest.raises(CheckpointError, match="choose the run's own model, lora_rank and lora_targets"):
+        run_here(grpo.main, resumed | {"resume": "true", "accept_changes": "true", "lora_rank": 2})
+    run_here(grpo.main, {"config": tmp_path / "run" / "config.yaml", "run_dir": tmp_path / "run"} | GO_ON)
     own, whole = weights(tmp_path / "run"), weights(straight)
     assert all(torch.equal(own[name], whole[name]) for name in whole)
 
@@ -237,16 +247,21 @@ def test_what_is_exported_is_the_model_that_was_trained(straight, settings, tmp_
     for name in changed:
         a, b = (state[f"base_model.model.{name[:-7]}.lora_{part}.weight"] for part in "AB")
         assert_close(merged[name], base[name] + 2 * b @ a, atol=1e-6, rtol=0)
-    later = tmp_path / "later"  # a resume with another alpha has rewritten the run's settings
+    later = tmp_path / "later"  # a resume with another alpha and model has rewritten the run's settings
     shutil.copytree(straight, later, ignore=shutil.ignore_patterns("model"))
     text = (later / "config.yaml").read_text()
-    (later / "config.yaml").write_text(text.replace("lora_alpha: 8.0", "lora_alpha: 99.0"))
-    assert "99.0" in (later / "config.yaml").read_text()
+    (later / "config.yaml").write_text(re.sub("(lora_alpha|model): .*", r"\1: 99.0", text))
+    assert (later / "config.yaml").read_text().count("99.0") == 2
     run_here(lambda _: export_main([str(later / "step_25"), str(tmp_path / "out")]), {"run_dir": later})
     again = load_file(tmp_path / "out" / "adapter" / "adapter_model.safetensors")
     assert again.keys() == state.keys() and all(torch.equal(again[name], state[name]) for name in state)
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(tensor, merged[name].bfloat16())
+
+
+def test_a_checkpoint_of_adapters_is_no_model(straight):
+    with pytest.raises(ModelError, match="step_25' holds LoRA's adapters; python -m ops.export"):
+        model_config(str(straight / "step_25"))
 
 
 def test_peft_loads_the_adapter(straight, settings):

@@ -169,6 +169,17 @@ def test_a_backward_makes_no_gradients_of_frozen_weights(rank, forwards):
     assert flops["update"][0] / flops["reference"][0] == pytest.approx(forwards + 1, rel=0.01)
 
 
+def test_a_larger_reference_counts_at_its_size():
+    words = ["--config", str(ROOT / "configs/qwen2.5-0.5b.yaml"), "--reference", "Qwen/Qwen2.5-7B-Instruct"]
+    config = load_config(words)
+    shape = shape_of(start_config(config), config)
+    assert shape.reference == SHAPES["7B"].parameters > 10 * shape.parameters
+    frozen = estimate(config, shape, Assumptions(gpus=2))[0]["update"]["frozen weights, bf16"]
+    assert frozen == 2 * shape.reference / 2
+    forward, reference = (step(config, shape, ONE_GPU)[name][0] for name in ("old_logprobs", "reference"))
+    assert reference / forward == pytest.approx(shape.reference / shape.parameters)
+
+
 @pytest.mark.parametrize("name, adapters, gigabytes", [
     ("7B", 80_740_352, [35.7, 52.0]), ("14B", 137_625_600, [59.2, 70.5]),
 ])
