@@ -12,7 +12,6 @@ from helpers import CPU, run_here, warmed_up_task, weights
 from safetensors.torch import load_file, save_file
 from test_checkpoint import TOKENIZER, in_ranks
 from test_fsdp import GROUPS, IDLE, build_models
-from test_grpo import DOUBLE, samples_by_step, start
 from torch.func import functional_call
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
@@ -227,13 +226,6 @@ def test_a_checkpoint_holds_adapters_alone_and_a_resume_is_exact(straight, setti
     run_here(grpo.main, {"config": tmp_path / "run" / "config.yaml", "run_dir": tmp_path / "run"} | GO_ON)
     own, whole = weights(tmp_path / "run"), weights(straight)
     assert all(torch.equal(own[name], whole[name]) for name in whole)
-
-
-def test_two_processes_do_what_one_does(straight, settings, tmp_path):
-    done = start(DOUBLE, settings | {"run_dir": tmp_path / "two", "steps": 3})
-    assert done.returncode == 0, done.stderr
-    two, one = samples_by_step(tmp_path / "two"), samples_by_step(straight)
-    assert all(two[step] == one[step] for step in (1, 2, 3))
 
 
 def test_what_is_exported_is_the_model_that_was_trained(straight, settings, tmp_path):
