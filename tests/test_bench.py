@@ -43,7 +43,7 @@ def test_scaling_compares_one_process_and_two():
 
 def test_the_speeds_are_measured():
     assert "| records per second |" in run("prepare_speed", "--xlam", 30, "--toolace", 10, "--repeats", 1)
-    assert "no exception" in run("reward_speed", "--fuzz", 20)
+    assert "no exception" in run("reward_speed", "--items", 40, "--fuzz", 20)
     if not GOLDEN.exists():
         pytest.skip("the data in ../shared is absent")
     assert "golden rows |" in run("bfcl_speed", "--golden", GOLDEN, "--data", BFCL, "--repeats", 1)
