@@ -13,7 +13,7 @@ import re
 
 from corpus.dialogues import Turn, answer_of
 from corpus.examples import Example, Unusable
-from corpus.rules import Rules, check_arguments, check_tools, decode
+from corpus.rules import Rules, check_arguments, decode
 from corpus.schema import read_calls
 from prompts import ToolCall, parse_completion, render_completion
 
@@ -22,6 +22,7 @@ _TOOL = re.compile(
     r"(\d+)\. Name: (?>(.*?)\nDescription: )(.*?)\nParameters: (\{[^\n]*\})\s*(?=\d+\. Name: |\*\*|\Z)",
     re.DOTALL,
 )
+_NUMBERED = re.compile(r"^\d+\. Name: ", re.MULTILINE)
 _SECTION = re.compile(
     r"<(user|think|tool_call|response|obs)>(.*?)</\1>\s*(?=<(?:user|think|tool_call|response|obs)>|\Z)",
     re.DOTALL,
@@ -61,8 +62,8 @@ def read_row(instruction: str, history: str, output: str, rid: str, rules: Rules
 
 
 def _read_tools(instruction: str) -> list[dict]:
-    """The tools of the numbered list; its numbers tell whether one of them could not be read."""
-    first = re.search(r"^1\. Name: ", instruction, re.MULTILINE)
+    """The tools of the numbered list. Its numbers tell where one could not be read."""
+    first = _NUMBERED.search(instruction)
     at = first.start() if first else len(instruction)
     tools = []
     while match := _TOOL.match(instruction, at):
@@ -72,10 +73,10 @@ def _read_tools(instruction: str) -> list[dict]:
         parameters = decode(text, f"parameters of tool {number}")
         tools.append({"name": name, "description": description, "parameters": parameters})
         at = match.end()
-    if not tools or instruction[at:].lstrip()[:1].isdigit():
+    if not tools or _NUMBERED.search(instruction, at):
         what = "Name, Description and a JSON object of Parameters, each at the start of a line"
         raise Unusable("no_tools", f"tool {len(tools) + 1} of the numbered list is not {what}")
-    return check_tools(tools)
+    return tools
 
 
 def _read_history(history: str) -> list[Turn]:
