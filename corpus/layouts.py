@@ -89,7 +89,7 @@ def _from_toolrl(
 
 def _from_verl(record: dict, rid: str, line: int, rules: Rules) -> Iterator[Example | Dropped]:
     """A row of verl_row, or of ToolRL's RL files, whose thought is the same sentence in every row."""
-    extra, reward = record.get("extra_info"), record["reward_model"]
+    extra, reward = record.get("extra_info"), record.get("reward_model")
     if isinstance(extra, dict) and isinstance(reward, dict) and {"instruction", "input"} <= extra.keys():
         row = extra | {"output": reward.get("ground_truth")}
         yield from _from_toolrl(row, rid, line, rules, imitate=False)

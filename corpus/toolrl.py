@@ -19,10 +19,10 @@ from prompts import ToolCall, parse_completion, render_completion
 
 # Names, descriptions and texts may hold anything, so only what follows says where they end.
 _TOOL = re.compile(
-    r"(\d+)\. Name: (?>(.*?)\nDescription: )(.*?)\nParameters: (\{[^\n]*\})\s*(?=\d+\. Name: |\*\*|\Z)",
+    r"(\d+)\. Name: (?>(.*?)\nDescription: )(.*?)\nParameters: (\{[^\n]*\})\s*"
+    r"(?=\d+\. Name: |\*\*Steps for Each Turn\*\*|\Z)",
     re.DOTALL,
 )
-_NUMBERED = re.compile(r"^\d+\. Name: ", re.MULTILINE)
 _SECTION = re.compile(
     r"<(user|think|tool_call|response|obs)>(.*?)</\1>\s*(?=<(?:user|think|tool_call|response|obs)>|\Z)",
     re.DOTALL,
@@ -30,7 +30,7 @@ _SECTION = re.compile(
 _HISTORY = "**Dialogue Records History**"
 # The thought ends at the first closing tag. Two blocks of calls are no JSON, and so are refused.
 _REPLY = re.compile(
-    r"\s*(?:<think>(?>(.*?)</think>)\s*)?(?:<tool_call>(.*)</tool_call>\s*)?(?:<response>(.*)</response>\s*)?",
+    r"(?:<think>(?>(.*?)</think>)\s*)?(?:<tool_call>(.*)</tool_call>\s*)?(?:<response>(.*+)(?<=</response>))?",
     re.DOTALL,
 )
 ROLES = {"user": "user", "response": "assistant", "obs": "tool"}
@@ -45,15 +45,15 @@ def read_row(instruction: str, history: str, output: str, rid: str, rules: Rules
     """
     tools = _read_tools(instruction)
     turns = _read_history(history)
-    reply = _REPLY.fullmatch(output)
+    reply = _REPLY.fullmatch(output.strip())
     if not reply or reply[2] is reply[3] is None:
         detail = "the output is not one thought and one block of calls, or a response"
         raise Unusable("unparsable_calls", f"{detail}: {output[:80]!r}")
-    thought, block, text = (part and part.strip() for part in reply.groups())
+    thought, block, text = (part and part.removesuffix("</response>").strip() for part in reply.groups())
     if block is None and not rules.no_call_turns:
         raise Unusable("no_calls", "the output is a response without calls")
-    calls = None if block is None else _read_calls(block)
-    answer = answer_of([*turns, Turn("assistant", text or "", calls)], len(turns), len(turns) + 1, tools)
+    last = Turn("assistant", text or "", None if block is None else _read_calls(block))
+    answer = answer_of([*turns, last], len(turns), len(turns) + 1, tools)
     check_arguments(answer, tools, rules)
     demonstration = render_completion(answer, thought or "")
     good = imitate and parse_completion(demonstration).error is None
@@ -63,7 +63,7 @@ def read_row(instruction: str, history: str, output: str, rid: str, rules: Rules
 
 def _read_tools(instruction: str) -> list[dict]:
     """The tools of the numbered list. Its numbers tell where one could not be read."""
-    first = _NUMBERED.search(instruction)
+    first = re.search(r"^1\. Name: ", instruction, re.MULTILINE)
     at = first.start() if first else len(instruction)
     tools = []
     while match := _TOOL.match(instruction, at):
@@ -73,7 +73,7 @@ def _read_tools(instruction: str) -> list[dict]:
         parameters = decode(text, f"parameters of tool {number}")
         tools.append({"name": name, "description": description, "parameters": parameters})
         at = match.end()
-    if not tools or _NUMBERED.search(instruction, at):
+    if not tools or instruction[at : at + 1].isdigit():
         what = "Name, Description and a JSON object of Parameters, each at the start of a line"
         raise Unusable("no_tools", f"tool {len(tools) + 1} of the numbered list is not {what}")
     return tools
