@@ -209,7 +209,7 @@ def steps(
         if turns[at].called or (rules.no_call_turns and turns[at].role == "assistant"):
             stepless = False
             try:
-                answer = _answer_of(turns, at, end, tools)
+                answer = answer_of(turns, at, end, tools)
                 check_arguments(answer, tools, rules)
                 yield Example(step, source, list(messages), tools, answer)
             except Unusable as error:  # only this step: it is context of the later ones all the same
@@ -222,7 +222,7 @@ def steps(
         raise Unusable("no_calls", "no turn of the conversation is a call")
 
 
-def _answer_of(turns: list[Turn], at: int, end: int, tools: list[dict]) -> list[ToolCall]:
+def answer_of(turns: list[Turn], at: int, end: int, tools: list[dict]) -> list[ToolCall]:
     """The calls of turns `at` to before `end`, or [] for a text that shows that no call was right.
 
     Such a text answers a user or results and says something. Not so one after which the assistant goes on by

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -13,6 +15,10 @@ from corpus.strict_json import MAX_DEPTH, nested_deeper
 from prompts import ToolCall
 
 KINDS = ("single", "choice", "parallel", "none")
+PUNCTUATION = re.compile(r"[^\w\s]|_")
+# Unicode's form NFKC sorts the marks of a character, in quadratic time; 30 are its own limit (UAX 15).
+MANY_MARKS = re.compile(r"([^\w\s]{30})[^\w\s]+")
+UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")  # Japanese and Chinese: no spaces between words
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,23 @@ def example_kind(example: Example) -> str:
 def record_of(example: Example) -> str:
     """The record that a step belongs to."""
     return example.record or example.id
+
+
+def normalise(text: str) -> list[str]:
+    """Lower-case words without punctuation; a Chinese or Japanese character is a word."""
+    if not text.isascii():
+        text = UNSPACED.sub(r" \g<0> ", unicodedata.normalize("NFKC", MANY_MARKS.sub(r"\1", text)))
+    return PUNCTUATION.sub("", text.lower()).split()
+
+
+def user_messages(messages: Iterable[dict]) -> tuple[str, ...]:
+    """The contents of the user's messages."""
+    return tuple(message.get("content") or "" for message in messages if message["role"] == "user")
+
+
+def queries_of(example: Example) -> tuple[str, ...]:
+    """What the user says, normalised, one text a message."""
+    return tuple(" ".join(normalise(text)) for text in user_messages(example.messages))
 
 
 def hold_out(records: Iterable[str], share: float, seed: int) -> set[str]:

@@ -17,6 +17,7 @@ from corpus.examples import Dropped, Example, Unusable, hashes_of, to_json
 from corpus.rules import STRICT, Rules, check_arguments, check_calls, check_prompt, check_tools, decode
 from corpus.schema import are_filled, without_nulls
 from corpus.sources import DataError, find_files, is_columns, read_files, written_beside
+from corpus.toolrl import read_row
 from prompts import build_messages
 
 
@@ -79,13 +80,31 @@ def _from_trl(record: dict, rid: str, line: int, rules: Rules) -> Iterator[Examp
     yield from _from_ours(columns | {"answer": columns["ground_truth"]}, rid, line, rules)
 
 
+def _from_toolrl(
+    record: dict, rid: str, line: int, rules: Rules, imitate: bool = True
+) -> Iterator[Example | Dropped]:
+    _require(record, instruction=str, input=str, output=str)
+    yield read_row(record["instruction"], record["input"], record["output"], rid, rules, imitate)
+
+
+def _from_verl(record: dict, rid: str, line: int, rules: Rules) -> Iterator[Example | Dropped]:
+    """A row of verl_row, or of ToolRL's RL files, whose thought is the same sentence in every row."""
+    extra, reward = record.get("extra_info"), record.get("reward_model")
+    if isinstance(extra, dict) and isinstance(reward, dict) and {"instruction", "input"} <= extra.keys():
+        row = extra | {"output": reward.get("ground_truth")}
+        yield from _from_toolrl(row, rid, line, rules, imitate=False)
+    else:
+        yield from _from_trl(record, rid, line, rules)
+
+
 LAYOUTS = {  # keys that tell a layout, and its reader
     "xlam": ({"query", "tools", "answers"}, _from_xlam),
     "toolace": ({"conversations"}, partial(_from_dialogue, "conversations", "toolace")),
     "examples": ({"messages", "answer"}, _from_ours),
     "openai": ({"messages"}, partial(_from_dialogue, "messages", "openai")),
     "trl": ({"prompt", "ground_truth"}, _from_trl),
-    "verl": ({"prompt", "reward_model"}, _from_trl),
+    "verl": ({"prompt", "reward_model"}, _from_verl),
+    "toolrl": ({"instruction", "input", "output"}, _from_toolrl),
 }
 
 

@@ -8,8 +8,6 @@ Queries are compared one user message at a time, so that a long dialogue is foun
 from __future__ import annotations
 
 import argparse
-import re
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from config import printable
-from corpus.examples import Example, record_of
+from corpus.examples import Example, normalise, record_of, user_messages
 from corpus.layouts import load_examples, write_examples
 from corpus.sources import append_jsonl
 from evals.apibank_data import load_cases
@@ -29,10 +27,6 @@ from evals.bfcl_data import load_problems
 NGRAM, MIN_WORDS = 13, 8
 KINDS = ("identical", "ngram", "tool")  # of matches
 SHOWN = 20  # matches printed of each kind
-PUNCTUATION = re.compile(r"[^\w\s]|_")
-# Unicode's form NFKC sorts the marks of a character, in quadratic time; 30 are its own limit (UAX 15).
-MANY_MARKS = re.compile(r"([^\w\s]{30})[^\w\s]+")
-UNSPACED = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]")  # Japanese and Chinese: no spaces between words
 
 
 @dataclass(frozen=True)
@@ -54,17 +48,6 @@ class Match:
     kind: str  # one of KINDS
     cases: list[str]  # ids
     text: str  # what is shared, normalised: the message, its first shared n-gram, or the tool's name
-
-
-def normalise(text: str) -> list[str]:
-    """Lower-case words without punctuation; a Chinese or Japanese character is a word."""
-    if not text.isascii():
-        text = UNSPACED.sub(r" \g<0> ", unicodedata.normalize("NFKC", MANY_MARKS.sub(r"\1", text)))
-    return PUNCTUATION.sub("", text.lower()).split()
-
-
-def _user_messages(messages: Iterable[dict]) -> tuple[str, ...]:
-    return tuple(message.get("content") or "" for message in messages if message["role"] == "user")
 
 
 def _names(tools: Iterable[dict]) -> tuple[str, ...]:
@@ -100,7 +83,7 @@ def overlap(examples: Iterable[Example], cases: Iterable[HeldOutCase]) -> list[M
             index.setdefault(feature, {})[case.id] = None
     matches: list[Match] = []
     for position, example in enumerate(examples):
-        queries, found = _user_messages(example.messages), set()
+        queries, found = user_messages(example.messages), set()
         for kind, text in _features(queries, _names(example.tools), held_out=False):
             # One n-gram per case is enough, and none where a message is identical.
             ids = [name for name in index.get((kind, text), ()) if kind != "ngram" or name not in found]
@@ -129,9 +112,9 @@ def load_held_out(test: str = "", bfcl: str = "", apibank: str = "") -> list[Hel
     cases = []
     for one in load_examples(test)[0] if test else ():
         names = _names(one.tools)
-        cases.append(HeldOutCase(f"test {one.id}", "test", _user_messages(one.messages), names))
+        cases.append(HeldOutCase(f"test {one.id}", "test", user_messages(one.messages), names))
     for one in load_problems(bfcl).values() if bfcl else ():
-        cases.append(HeldOutCase(one.id, one.category, _user_messages(one.messages), _names(one.functions)))
+        cases.append(HeldOutCase(one.id, one.category, user_messages(one.messages), _names(one.functions)))
     for one in load_cases(apibank).values() if apibank else ():
         queries = tuple(turn["text"] for turn in one.history if turn["role"] == "User")
         cases.append(HeldOutCase(one.id, f"level-{one.level}", queries, tuple(one.shown or [one.gold.name])))

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from config import Config, printable
 from corpus.augment import irrelevant_examples, masked_examples
 from corpus.dialogues import is_single_turn
-from corpus.examples import KINDS, Dropped, Example, Unusable, example_kind, split_records, unseen
+from corpus.examples import KINDS, Dropped, Example, Unusable, example_kind, queries_of, split_records, unseen
 from corpus.layouts import load_examples, read_examples, trl_row, verl_row, write_examples, write_rows
 from corpus.rules import KEEPABLE, Rules
 from corpus.sources import DataError, file_sha256, find_files, folder_above
@@ -46,6 +46,7 @@ TABLE = {
     "other": ("other files",),
 }
 Measure = Callable[[Example], int]
+Asked = tuple[str, ...]  # by examples.queries_of
 
 
 @dataclass
@@ -100,6 +101,19 @@ def weigh(examples: Iterable[Example], length_of: Measure, line: int) -> tuple[d
     return lengths, dropped
 
 
+def length_of_new(
+    example: Example, length_of: Measure, file: str, before: dict[Asked, str], asked: dict[Asked, str]
+) -> int:
+    """Its length. Raises Unusable where the user says the same as in `before`. It is added to `asked`."""
+    said = queries_of(example)
+    if any(said) and (first := before.get(said)):
+        what = "capitals and punctuation aside, the user says the same as in"
+        raise Unusable("near_duplicate", f"{what} {first}")
+    length = length_of(example)
+    asked.setdefault(said, f"{example.id} of {file}")
+    return length
+
+
 def describe(examples: list[Example], lengths: dict[str, int], unit: str) -> dict:
     """The statistics of one or more examples, as statistics.json has them. unit: "tokens" or "characters"."""
     kinds = Counter(example_kind(example) for example in examples)
@@ -137,7 +151,12 @@ def sift(inputs: list[Input], args: argparse.Namespace, length_of: Measure, fold
     made = Prepared({"train": []}, {}, [])
     rules = Rules(args.keep, args.no_call_turns)
     seen: dict[bytes, str] = {}
+    asked: dict[Asked, str] = {}  # -> the first example, and its file
     for one in inputs:
+        # Only those of other files: the steps of a conversation may share what the user says.
+        before = {} if "near_duplicate" in args.keep else dict(asked)
+        file = Path(one.given).name
+        measure = partial(length_of_new, length_of=length_of, file=file, before=before, asked=asked)
         source = one.given
         if source == "synthetic":
             source = folder / source
@@ -147,7 +166,7 @@ def sift(inputs: list[Input], args: argparse.Namespace, length_of: Measure, fold
             row = "xlam" if read.layout == "xlam" else "other"
             if read.layout == "toolace":
                 row = "toolace_single" if is_single_turn(read.record) else "toolace_multi"
-            lengths, unfit = weigh(read.examples, length_of, read.line)
+            lengths, unfit = weigh(read.examples, measure, read.line)
             one.records[row] += 1
             one.examples[row] += len(lengths)
             one.dropped.update(drop.reason for drop in read.dropped + unfit)
@@ -208,10 +227,12 @@ def main(arguments: list[str], load_tokenizer: Callable) -> None:
     template = load_template(args.prompt_template)
     tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else None
     inputs = []
-    for kind, layout in (("xlam", "xlam"), ("toolace", "toolace"), ("data", None)):
-        files = filter(None, ",".join(getattr(args, kind)).split(","))  # as --data of grpo.py
-        for number, given in enumerate(files, 1):
-            inputs.append(Input(kind if number == 1 else f"{kind}{number}", layout, given))
+    counts: Counter = Counter()
+    for kind, files in args.inputs:
+        for given in filter(None, files.split(",")):  # as --data of grpo.py
+            counts[kind] += 1
+            label = kind if counts[kind] == 1 else f"{kind}{counts[kind]}"
+            inputs.append(Input(label, None if kind == "data" else kind, given))
     out = Path(args.out)
     if any((out / name).exists() for name in OUTPUTS) and not args.overwrite:
         raise DataError(f"{out} holds a prepared set already; choose another --out or add --overwrite")
@@ -289,10 +310,13 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     """The options of `prepare`."""
     parser = argparse.ArgumentParser(prog="python data.py prepare", description=__doc__.splitlines()[0])
     add = parser.add_argument
-    files = {"nargs": "+", "action": "extend", "default": [], "metavar": "FILE"}
-    add("--xlam", **files, help="xLAM's JSON, or Salesforce/xlam-function-calling-60k on the hub (gated)")
-    add("--toolace", **files, help="ToolACE's data.json, or Team-ACE/ToolACE on the hub")
-    add("--data", **files, help='further files, of any layout; or "synthetic": the demo\'s')
+    for kind, what in (
+        ("xlam", "xLAM's JSON, or Salesforce/xlam-function-calling-60k on the hub (gated)"),
+        ("toolace", "ToolACE's data.json, or Team-ACE/ToolACE on the hub"),
+        ("data", 'further files, of any layout; or "synthetic": the demo\'s'),
+    ):  # one list, because the order of the files counts: repeated examples are dropped from the later ones
+        files = {"nargs": "+", "action": "extend", "default": [], "metavar": "FILE", "dest": "inputs"}
+        add(f"--{kind}", **files, type=lambda given, kind=kind: (kind, given), help=what)
     add("--out", required=True, help="folder for train.jsonl, test.jsonl, dropped.jsonl and two summaries")
     add("--overwrite", action="store_true", help="replace the prepared set in it")
     add("--test_share", type=share, default=0.1, help="share of the records held out (default: %(default)s)")
@@ -306,7 +330,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--prompt_template", default="", metavar="F", help="file with a {tools} slot; default: our own")
     add("--layouts", default="", help="more layouts to write: trl, verl or trl,verl; default: none")
     args = parser.parse_args(arguments)
-    if not args.xlam + args.toolace + args.data:
+    if not args.inputs:
         parser.error("no input; give --xlam FILE, --toolace FILE, --data FILE or several of them")
     for key, known in (("keep", KEEPABLE), ("layouts", ("trl", "verl"))):
         chosen = tuple(filter(None, getattr(args, key).split(",")))

@@ -13,7 +13,9 @@ from corpus.examples import Example, Unusable
 from prompts import ToolCall
 
 # Reasons that Rules.keep may name.
-KEEPABLE = ("missing_argument", "undeclared_argument", "wrong_type", "not_in_enum", "contradiction")
+KEEPABLE = (
+    "missing_argument", "undeclared_argument", "wrong_type", "not_in_enum", "contradiction", "near_duplicate"
+)
 
 BESIDE = 80  # characters around a tool's name in which brackets, "=" or "parameter:" mean arguments
 MENTIONS = 1000  # of a tool in one text that are looked at

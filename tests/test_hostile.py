@@ -14,7 +14,8 @@ from bfcl_cases import problem
 from corpus import dialogues, schema, toolace
 from corpus.examples import Unusable
 from corpus.overlap import normalise
-from corpus.rules import names_call
+from corpus.rules import STRICT, names_call
+from corpus.toolrl import read_row
 from evals import apibank_check, apibank_data, bfcl_check
 from prompts import ToolCall
 from reward import REWARDS, decode_answer, score
@@ -23,7 +24,8 @@ SIZE, SECONDS = 100_000, 30
 UNITS = r"""~ \ " ' [ ] ( ) { } < , : = - a 1 [] [[1], [{ [{"a":1}, {"a": '\ \" [a( f(x= f(x=1), a=1, a:1,
 1~ f~ {a: add( new~int[]{ put("a",~ new~Array([ new~HashMap< new~HashMap<>()~{{~put("a",~ new~ArrayList<>()~{{
 ``` new~ArrayList<>(Arrays.asList( List[ <tools> <user> <think> </think> <tool_call> </tool_call>
-<tool_response> </tool_response> <tool_call>[]</tool_call> <tool_call></tool_call><obs>"""
+<tool_response> </tool_response> <tool_call>[]</tool_call> <tool_call></tool_call><obs>
+</tool_call><response></response> </user><obs>"""
 UNITS = ["\n", "\0", "\ud800", "\u0663", "日", *(unit.replace("~", " ") for unit in UNITS.split())]
 HALVES = [("[", "]"), ("{", "}"), ("a", " "), (" ", "a"), (":", "a"), ("\u0300", "\u0316"), ('[{"a":', "1,")]
 
@@ -53,6 +55,13 @@ def dialogue(text):
     apibank_data.with_dialogue(apibank_data.GoldCall("level-3#0", 3, None, {}, {}, [], []), [item])
 
 
+def toolrl(text):
+    listed = "1. Name: f\nDescription: \nParameters: {}"
+    for parts in ((text, "", ""), (listed, text, ""), (listed, "", text)):
+        with suppress(Unusable):
+            read_row(*parts, "1", STRICT, True)
+
+
 API = {"f": {"input_parameters": {"x": {"type": "str"}}, "required": []}}
 GOLD = apibank_data.GoldCall("1", 1, ToolCall("f", {"x": "a"}), {"x": "a"}, API, ["f"], [])
 CALL = '<think>a</think><tool_call>[{"name": "f", "arguments": {"x": %s}}]</tool_call>'
@@ -68,6 +77,7 @@ PARSERS = {  # function, the errors that it documents, texts around the hostile 
     "toolace": (partial(toolace.parse_toolace_calls, tool_names="fa"), (), "%s", "[f(%s)]", "[f(x=[%s])]"),
     "literals": (toolace.read_literals, (ValueError, SyntaxError, RecursionError), "%s", "['%s']"),
     "tools": (schema.read_tools, [ValueError], "%s", '[{"name": "f", "parameters": {"x": %s}}]'),
+    "toolrl": (toolrl, (), "%s", "<user>%s", "<tool_call>%s", "1. Name: f\nDescription: %s\nParameters: {}"),
     "listed tools": (dialogues.find_tools, (), "%s%s%s", "<tools>%s</tools>"),
     "turns": (turns, [Unusable], "%s", "<tool_response>%s</tool_response>"),
     "mentions": (partial(names_call, tools=TOOLS), (), "%s%s%s"),

@@ -90,6 +90,22 @@ def test_ids_of_several_files_never_meet(tmp_path):
     assert row["detail"].endswith("as xlam2-1 of b.json")
 
 
+def test_near_duplicates_are_dropped_from_the_later_file(tmp_path):
+    """Not from the same: the steps of a conversation share what the user says."""
+    a = save(tmp_path / "a.json", numbered(1), numbered(2, query="add 1"), numbered(3, query="?"))
+    b = save(tmp_path / "b.json", numbered(4, query="ADD, 1!"), numbered(5), numbered(6, query="!"))
+    for options, lost, first in (
+        (("--data", a, "--xlam", b), ["xlam-4"], "data-1 of a.json"),
+        (("--xlam", b, "--data", a), ["data-1", "data-2"], "xlam-4 of b.json"),
+        (("--xlam", b, "--data", a, "--keep", "near_duplicate"), [], ""),
+    ):
+        files = run(tmp_path / "out", *options, "--test_share", 0, "--overwrite")
+        assert [row["id"] for row in files["dropped.jsonl"]] == lost
+        assert len(files["train.jsonl"]) == 6 - len(lost)
+        for row in files["dropped.jsonl"]:
+            assert row["reason"] == "near_duplicate" and row["detail"].endswith(first)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 def test_training_on_the_raw_files_holds_out_the_same_records(sources, tmp_path, seed):
     """One split for all: else a model trained on raw files has seen what the prepared test file asks."""
