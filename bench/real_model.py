@@ -4,9 +4,9 @@
 
 All conditions learn from the same prompts: SFT imitates their bare calls or their demonstrations, RL goes on
 from the SFT with reasoning and is rewarded on them. After each: reward on held-out records, BFCL, API-Bank.
-OUT has a folder for every stage, beside it NAME.log and NAME.json with its commands; RESULTS.md, results.json,
-real_model.png and samples.md. Finished stages are not done again, interrupted ones go on. Other --key value
-pairs are settings of every training.
+OUT has a folder, NAME.log and NAME.json for every stage, and RESULTS.md, results.json, real_model.png and
+samples.md. Finished stages are not done again, interrupted ones go on. Other --key value pairs are settings
+of every training.
 """
 
 from __future__ import annotations
@@ -23,39 +23,35 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import asdict, dataclass
-from math import sqrt
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import fmean
 
-from timing import ROOT, code, machine
+from timing import ROOT, code
 from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))
-from config import Config, UserError, load_config, run_command  # noqa: E402
-from corpus.examples import Example, example_kind, unseen  # noqa: E402
+from real_model_report import pass_figures, report  # noqa: E402
+
+from config import Config, UserError, check_model, load_config, run_command  # noqa: E402
+from corpus.examples import example_kind, unseen  # noqa: E402
 from corpus.layouts import load_examples, write_examples  # noqa: E402
-from corpus.sources import file_sha256, find_files, read_jsonl, write_atomic  # noqa: E402
-from evals.bfcl_data import category_of  # noqa: E402
-from evals.bfcl_table import AST, REFUSALS  # noqa: E402
-from evals.predict import Sampling, write_predictions  # noqa: E402
-from evals.report import Case, Z, compare, mcnemar, shorten, tally  # noqa: E402
-from prompts import END_THINK, THINK, load_template, render_calls  # noqa: E402
+from corpus.sources import file_sha256, find_files, write_atomic  # noqa: E402
+from evals import predict  # noqa: E402
+from evals.report import Case, Script, read_predictions, write_rows  # noqa: E402
+from evals.report import run as run_evaluation  # noqa: E402
+from prompts import END_THINK, THINK, load_template  # noqa: E402
 from reward import score  # noqa: E402
 
-CONDITIONS = {"start": "start model", "sft_no_reason": "SFT, bare calls", "sft_reason": "SFT with reasoning",
-              "rl": "SFT with reasoning, then RL"}
-PAIRS = (("sft_reason", "rl"), ("sft_no_reason", "sft_reason"))  # compared case by case
-RIGHT = {"held_out": "right", "bfcl": "valid", "apibank": "correct"}  # the key of a verdict
-NAMES = {"held_out": "held-out reward", "bfcl": "BFCL", "apibank": "API-Bank level 1"}
 SAMPLES, PASS_PROMPTS = 8, 64  # of pass8
 ENOUGH_MIXED = 0.1  # share of prompts with right and wrong samples, below which RL pays for the format first
 SENTENCE_END = re.compile(r"(?<!\d)\.(?=\s)|[!?](?=\s)|\n")  # not the point of "1. "
-RL_KEYS = ("reward", "format_rate", "frac_reward_zero_std", "entropy", "kl", "completions/mean_length")
+API_BANK = 4  # cases of API-Bank for each of a BFCL category, where --limit is given
+SCRIPT = "bench/real_model.py"
 # Settings that change no result, so that stages made with others are not refused.
 FREE = ("run_dir resume overwrite log_samples trackers save_every keep_checkpoints background_save "
         "rollout_batch_size max_tokens_per_micro_batch gradient_checkpointing timeout_minutes").split()
@@ -73,7 +69,7 @@ class Stage:
 STAGES = {
     "data": Stage((), "held_out.jsonl"),
     "sft_reason": Stage(("data",), "summary.json"),
-    "pass8": Stage(("sft_reason",), "predictions.jsonl"),
+    "pass8": Stage(("sft_reason",), "verdicts.jsonl"),
     "rl_format": Stage(("pass8",), "summary.json"),
     "rl": Stage(("sft_reason", "rl_format"), "summary.json"),
     "sft_no_reason": Stage(("data",), "summary.json"),
@@ -84,90 +80,98 @@ STAGES = {
 }
 
 
-@dataclass(frozen=True)
-class Setup:
-    """What was asked for. words: those of the settings. config: of every training, without ours."""
-
-    args: argparse.Namespace
-    words: list[str]
-    config: Config
+# ----------------------------------------------------------------------------------------- stages as commands
 
 
-# ------------------------------------------------------------------------------------------ stages as commands
-
-
-def commands_of(name: str, setup: Setup) -> list[list[str]]:
+def commands_of(name: str, args: Namespace) -> list[list[str]]:
     """The commands of a stage whose needs are done, each a script with its arguments."""
-    args, config, out = setup.args, setup.config, setup.args.out
-    folder, data = out / name, out / "data"
-    asked = ["--prompt_template", config.prompt_template, "--seed", args.seed]
-    asked += ["--max_prompt_tokens", args.eval_prompt_tokens, "--max_new_tokens", config.max_response_tokens]
-    asked += ["--batch_size", args.eval_batch, "--chat_template_kwargs", config.chat_template_kwargs]
-    sft = out / "sft_reason/model"
+    out = args.out
     if name == "data":
-        given = ["--data", *args.data.split(","), "--out", data, "--overwrite", "--no_call_turns"]
-        given += ["--test_share", 0.25, "--seed", args.seed, "--prompt_template", config.prompt_template]
-        given += ["--tokenizer", args.model, "--max_prompt_tokens", config.max_prompt_tokens]
-        against = ["--bfcl", args.bfcl, "--apibank", args.apibank, "--write", data / "clean.jsonl"]
-        chosen = ["--tokenizer", args.model, "--thought_tokens", args.thought_tokens, "--seed", args.seed]
-        listed = [["data.py", "prepare", *given]]
-        listed += [["data.py", "overlap", data / "train.jsonl", *against, ">", data / "overlap.txt"]]
-        listed += [["bench/real_model.py", "select", data, *chosen]]
+        listed = data_commands(args)
     elif name == "pass8":
-        sampled = ["--samples", SAMPLES, "--temperature", config.temperature]
-        examples = data / "pass8.jsonl"
-        listed = [["bench/real_model.py", "ask", examples, "--model", sft, "--out", folder, *asked, *sampled]]
+        sampled = ["--samples", SAMPLES, "--temperature", args.settings.temperature]
+        examples, model = out / "data/pass8.jsonl", out / "sft_reason/model"
+        listed = evaluation(SCRIPT, args, examples, model, out / name, sampled)
     elif name.startswith("eval_"):
-        condition = name.removeprefix("eval_")
+        condition, few = name.removeprefix("eval_"), args.limit
         model = args.model if condition == "start" else out / condition / "model"
-        examples = data / "held_out.jsonl"
-        listed = [["bench/real_model.py", "ask", examples, "--model", model, "--out", folder / "held_out", *asked]]
-        for script, place, factor, more in (
-            ("bfcl", args.bfcl, 1, []), ("apibank", args.apibank, 4, ["--levels", 1])
-        ):
-            few = ["--limit", factor * args.limit] if args.limit else []
-            where = ["--data", place, "--out", folder / script]
-            listed += [[f"eval_{script}.py", "generate", "--model", model, *where, *asked, *few, *more]]
-            predictions = folder / script / "predictions.jsonl"
-            listed += [[f"eval_{script}.py", "score", "--predictions", predictions, *where]]
+        bfcl = ["--limit", few] if few else []
+        apibank = ["--levels", 1, *(["--limit", API_BANK * few] if few else [])]
+        listed = evaluation(SCRIPT, args, out / "data/held_out.jsonl", model, out / name / "held_out", [])
+        listed += evaluation("eval_bfcl.py", args, args.bfcl, model, out / name / "bfcl", bfcl)
+        listed += evaluation("eval_apibank.py", args, args.apibank, model, out / name / "apibank", apibank)
     elif name.startswith("sft"):
-        ours = ["--model", args.model, "--sft_reason", name == "sft_reason", "--steps", 0, "--epochs", args.epochs]
-        listed = [training("sft.py", setup, folder, ours)]
+        reason = ["--sft_reason", name == "sft_reason", "--steps", 0, "--epochs", args.epochs]
+        listed = [training("sft.py", name, args, args.model, reason)]
     else:
-        first = args.steps // 2 if format_first(pass_figures(out)["mixed"]) else 0
-        ours = ["--model", sft, "--steps", first, "--reward", "partial_format"]
-        if name == "rl":
-            ours = ["--model", out / "rl_format/model" if first else sft, "--steps", args.steps - first]
-            ours += ["--reward", "binary", *(["--reference", sft] if first and config.kl_coef else [])]
-        listed = [training("grpo.py", setup, folder, ours)] if first or name == "rl" else []
+        sft, formatted = out / "sft_reason/model", out / "rl_format/model"
+        first = args.steps // 2 if pass_figures(out)["mixed"] < ENOUGH_MIXED else 0
+        more = ["--reward", "binary", "--steps", args.steps - first]
+        if name == "rl_format":
+            more = ["--reward", "partial_format", "--steps", first]
+        elif first and args.settings.kl_coef:
+            more += ["--reference", sft]
+        start = formatted if first and name == "rl" else sft
+        listed = [training("grpo.py", name, args, start, more)] if first or name == "rl" else []
     return [[str(word) for word in command] for command in listed]
 
 
-def training(script: str, setup: Setup, folder: Path, ours: Sequence) -> list:
+def data_commands(args: Namespace) -> list[list]:
+    """Prepared records, those that no benchmark has, and what is learnt from and held out of them."""
+    config, data = args.settings, args.out / "data"
+    given = ["--data", *args.data.split(","), "--out", data, "--overwrite", "--no_call_turns"]
+    given += ["--test_share", 0.25, "--seed", args.seed, "--prompt_template", config.prompt_template]
+    given += ["--tokenizer", args.model, "--max_prompt_tokens", config.max_prompt_tokens]
+    against = ["--bfcl", args.bfcl, "--apibank", args.apibank, "--write", data / "clean.jsonl"]
+    return [
+        ["data.py", "prepare", *given],
+        ["data.py", "overlap", data / "train.jsonl", *against, ">", data / "overlap.txt"],
+        [SCRIPT, "select", data, args.model, args.thought_tokens, args.seed],
+    ]
+
+
+def evaluation(
+    script: str, args: Namespace, data: str | Path, model: str | Path, folder: Path, more: list
+) -> list[list]:
+    """The commands for the replies of a model, greedy unless `more` says otherwise, and their verdicts."""
+    config, where = args.settings, ["--data", data, "--out", folder]
+    asked = ["--prompt_template", config.prompt_template]
+    asked += ["--chat_template_kwargs", config.chat_template_kwargs]
+    asked += ["--seed", args.seed, "--batch_size", args.eval_batch]
+    asked += ["--max_prompt_tokens", args.eval_prompt_tokens, "--max_new_tokens", config.max_response_tokens]
+    return [
+        [script, "generate", "--model", model, *where, *asked, *more],
+        [script, "score", "--predictions", folder / "predictions.jsonl", *where],
+    ]
+
+
+def training(script: str, name: str, args: Namespace, model: str | Path, more: list) -> list:
     """The command of a run; one that was interrupted goes on. Without held-out data nothing is evaluated."""
+    folder = args.out / name
     again = "--resume" if any(folder.glob("step_*/manifest.json")) else "--overwrite"
-    fixed = ["--data", setup.args.out / "data/demonstrated.jsonl", "--test_data", "", "--test_share", 0]
-    fixed += ["--seed", setup.args.seed, "--run_dir", folder, again, "true"]
-    return [script, *setup.words, *fixed, *ours]
+    data = ["--data", args.out / "data/demonstrated.jsonl", "--test_data", "", "--test_share", 0]
+    run = ["--seed", args.seed, "--run_dir", folder, again, "true"]
+    return [script, *args.words, "--model", model, *data, *run, *more]
 
 
-def recipe(name: str, commands: list[list[str]], setup: Setup) -> dict:
+def recipe(name: str, commands: list[list[str]], args: Namespace) -> dict:
     """All that decides what a stage gives, wherever OUT lies: another recipe is another stage."""
     made = {"code": hashlib.sha256(code()).hexdigest()[:8]}
-    made["prompt"] = hashlib.sha256(load_template(setup.config.prompt_template).encode()).hexdigest()[:8]
+    template = load_template(args.settings.prompt_template)
+    made["prompt"] = hashlib.sha256(template.encode()).hexdigest()[:8]
     for script, *words in commands:
         if script in ("sft.py", "grpo.py"):
             settings = asdict(load_config(words))
             changed = {key: one for key, one in settings.items() if one != getattr(Config(), key)}
             made["settings"] = {key: one for key, one in changed.items() if key not in FREE}
         else:
-            words = shlex.join(words).replace(f"--batch_size {setup.args.eval_batch} ", "")
-            made[f"{script} {words.split()[0]}"] = words
+            shown = re.sub(r" --batch_size \d+", "", shlex.join(words))
+            made.setdefault(f"{script} {words[0]}", []).append(shown)
     if name == "data":
-        made["data"] = [file_sha256(*find_files(path)) for path in setup.args.data.split(",")]
-        made["model"] = [file_sha256(path) for path in sorted(Path(setup.args.model).glob("*.safetensors"))]
-    made["needs"] = {need: read_record(setup.args.out, need)["finished"] for need in STAGES[name].needs}
-    return json.loads(json.dumps(made).replace(str(setup.args.out), "OUT"))
+        made["data"] = [file_sha256(*find_files(path)) for path in args.data.split(",")]
+        made["model"] = [file_sha256(path) for path in sorted(Path(args.model).glob("*.safetensors"))]
+    made["needs"] = {need: read_record(args.out, need)["finished"] for need in STAGES[name].needs}
+    return json.loads(json.dumps(made).replace(str(args.out), "OUT"))
 
 
 def read_record(out: Path, name: str) -> dict:
@@ -179,84 +183,103 @@ def read_record(out: Path, name: str) -> dict:
 def finished(out: Path, name: str) -> bool:
     """Whether a stage is done: its record says so, of what its needs gave last, and its product is there."""
     record = read_record(out, name)
-    if not record.get("finished") or (record["commands"] and not (out / name / STAGES[name].product).exists()):
+    product = out / name / STAGES[name].product
+    if not record.get("finished") or (record["commands"] and not product.exists()):
         return False
     needs = record["recipe"]["needs"].items()
     return all(read_record(out, need).get("finished") == stamp for need, stamp in needs)
 
 
-def check_recipe(name: str, setup: Setup) -> list[list[str]]:
-    """The commands of a stage. Raises UserError where its folder was made from something else."""
-    out = setup.args.out
-    before = read_record(out, name).get("recipe") if (out / name).exists() else None
-    commands = commands_of(name, setup)
-    if before is not None:
-        now = recipe(name, commands, setup)
-        if setup.args.accept_code:
-            before = before | {"code": now["code"]}
-        if changed := sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key)):
-            what = f"{out / name} was made with another {' and '.join(changed)}"
-            advice = "add --accept_code to keep it" if changed == ["code"] else "undo that"
-            raise UserError(f"{what}; {advice}, delete this folder to do it again, or give another --out")
-    return commands
-
-
-def run_stage(name: str, setup: Setup, commands: list[list[str]], children: dict) -> None:
-    """Runs a stage's commands in a process of its own. Raises UserError if it fails."""
-    out = setup.args.out
+def check_recipe(name: str, args: Namespace) -> dict:
+    """The record that a stage begins with. Raises UserError where its folder was made from something else."""
+    out = args.out
+    commands = commands_of(name, args)
     past = read_record(out, name) if (out / name).exists() else {}
-    record = {"recipe": recipe(name, commands, setup), "commands": commands, "finished": None}
-    record["seconds"] = past.get("seconds", 0.0)
-    write_atomic(out / f"{name}.json", json.dumps(record, indent=1) + "\n")
-    began = time.perf_counter()
-    if commands:
-        threads = str(max(1, (os.cpu_count() or 1) // setup.args.jobs))
-        command = [sys.executable, __file__, "chain", out / f"{name}.json"]
+    now = recipe(name, commands, args)
+    before = past.get("recipe", now)
+    if args.accept_code:
+        before = before | {"code": now["code"]}
+    if changed := sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key)):
+        what = f"{out / name} was made with another {', '.join(changed)}"
+        advice = "add --accept_code to keep it" if changed == ["code"] else "undo that"
+        raise UserError(f"{what}; {advice}, delete this folder to do it again, or give another --out")
+    return {"recipe": now, "commands": commands, "finished": None, "seconds": past.get("seconds", 0.0)}
+
+
+def run_stage(name: str, args: Namespace, record: dict, children: dict) -> None:
+    """Runs a stage's commands in a process of its own. Raises UserError if it fails."""
+    out, began = args.out, time.perf_counter()
+    path = out / f"{name}.json"
+    write_atomic(path, json.dumps(record, indent=1) + "\n")
+    if record["commands"]:
+        threads = max(1, (os.cpu_count() or 1) // args.jobs)
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         with (out / f"{name}.log").open("a") as log:
-            environment = {"OMP_NUM_THREADS": threads, **os.environ}
+            command = [sys.executable, __file__, "chain", str(path)]
             children[name] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
             failed = children[name].wait()
         record["seconds"] += time.perf_counter() - began
         if failed:
-            write_atomic(out / f"{name}.json", json.dumps(record, indent=1) + "\n")
+            write_atomic(path, json.dumps(record, indent=1) + "\n")
             raise UserError(f"{name} ended with code {failed}; see {out / name}.log")
     record["finished"] = time.strftime("%Y-%m-%d %H:%M:%S")
-    write_atomic(out / f"{name}.json", json.dumps(record, indent=1) + "\n")
+    write_atomic(path, json.dumps(record, indent=1) + "\n")
+    tqdm.write(f"{name}: {record['seconds']:.0f} s")
 
 
-def run_all(setup: Setup) -> None:
-    """Runs what is missing, so many stages at a time; the report follows. Raises UserError for failures."""
-    out, jobs = setup.args.out, setup.args.jobs
+def check_all(args: Namespace) -> None:
+    """Raises UserError where a folder in OUT was made from something else, before the first stage."""
+    for name, stage in STAGES.items():
+        missing = [need for need in stage.needs if not finished(args.out, need)]
+        if not missing:
+            check_recipe(name, args)
+        elif (args.out / name).exists():
+            what = f"{args.out / name} was made from an earlier {missing[0]}"
+            raise UserError(f"{what}, which has to be done again; delete this folder, too")
+
+
+def run_all(args: Namespace) -> None:
+    """Runs what is missing, so many stages at a time, and reports after each. Raises UserError for failures,
+    once nothing is left that can run.
+    """
+    out, jobs = args.out, args.jobs
     todo = [name for name in STAGES if not finished(out, name)]
-    for name in STAGES:
-        stale = [need for need in STAGES[name].needs if need in todo]
-        if stale and (out / name).exists():
-            raise UserError(f"{out / name} was made from a {stale[0]} that is gone; delete this folder, too")
-        if not stale:
-            check_recipe(name, setup)
     running, children, failures = {}, {}, []
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(STAGES), initial=len(STAGES) - len(todo)) as bar:
+    bar = tqdm(total=len(STAGES), initial=len(STAGES) - len(todo), disable=None)
+    with ThreadPoolExecutor(jobs) as pool, bar:
         try:
-            while todo or running:
+            while True:
                 ready = [name for name in todo if all(finished(out, need) for need in STAGES[name].needs)]
                 for name in ready[: jobs - len(running)]:
                     todo.remove(name)
-                    commands = check_recipe(name, setup)
-                    running[pool.submit(run_stage, name, setup, commands, children)] = name
-                bar.set_description(" + ".join(running.values()) or "done")
-                if not running:
-                    break  # what is left needs a stage that failed
+                    record = check_recipe(name, args)
+                    running[pool.submit(run_stage, name, args, record, children)] = name
+                if not running:  # what is left needs a stage that failed
+                    break
+                bar.set_description(" + ".join(running.values()))
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    name = running.pop(future)
+                    running.pop(future)
                     failures += [str(error)] if (error := future.exception()) else []
                     bar.update()
-                    report(setup)
+                    tell(args)
         except BaseException:
             for child in children.values():
                 child.terminate()  # trainings save and stop
             raise
     if failures:
         raise UserError("; ".join(failures))
+
+
+def tell(args: Namespace, picture: bool = False) -> str:
+    """The report of what is finished."""
+    out = args.out
+    records = {name: read_record(out, name) for name in STAGES}
+    used = {key: value for key, value in asdict(args.settings).items() if value != getattr(Config(), key)}
+    options = {key: str(value) for key, value in vars(args).items() if key not in ("words", "settings")}
+    about = {"seconds": {name: round(one.get("seconds", 0)) for name, one in records.items()}}
+    about["code"] = {name: one.get("recipe", {}).get("code") for name, one in records.items()}
+    done = [name for name in STAGES if finished(out, name)]
+    return report(out, done, about | {"settings": used | options}, picture)
 
 
 def chain(path: str) -> None:
@@ -274,7 +297,7 @@ def chain(path: str) -> None:
                     raise
 
 
-# ------------------------------------------------------------------------------------- commands of this script
+# ------------------------------------------------------------------------------------ commands of this script
 
 
 def cut_thought(reply: str, limit: int, count: Callable[[str], int]) -> str | None:
@@ -292,273 +315,74 @@ def cut_thought(reply: str, limit: int, count: Callable[[str], int]) -> str | No
 
 
 def select(words: Sequence[str]) -> None:
-    """`select FOLDER …`: demonstrated.jsonl to learn from, held_out.jsonl, pass8.jsonl and sizes.json."""
-    parser = argparse.ArgumentParser(prog="real_model.py select")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--tokenizer", required=True)
-    parser.add_argument("--thought_tokens", type=int)
-    parser.add_argument("--seed", type=int)
-    args = parser.parse_args(words)
-    from model import load_tokenizer
+    """`select FOLDER TOKENIZER THOUGHT_TOKENS SEED`: what is learnt from (demonstrated.jsonl), a few of these
+    (pass8.jsonl), what is held out (held_out.jsonl), and sizes.json.
+    """
+    from model import load_tokenizer  # imports torch
 
-    tokenizer = load_tokenizer(args.tokenizer)
-    test = args.folder / "test.jsonl"
-    clean, _ = load_examples(args.folder / "clean.jsonl")
+    folder, limit, seed = Path(words[0]), int(words[2]), words[3]
+    tokenizer = load_tokenizer(words[1])
+
+    def count(text: str) -> int:
+        """Its tokens."""
+        return len(tokenizer.encode(text, add_special_tokens=False))
+
+    test = folder / "test.jsonl"
+    clean, _ = load_examples(folder / "clean.jsonl")
     told = [example for example in clean if example.demonstrations]
     held_out = load_examples(test)[0] if test.exists() else []
     held_out += unseen([example for example in clean if not example.demonstrations], told)
-    train, changed, lost = [], 0, 0
+    train, counts = [], Counter()
     for example in told:
-        cut = [
-            cut_thought(text, args.thought_tokens, lambda part: len(tokenizer.encode(part)))
-            for text in example.demonstrations
-        ]
+        cut = [cut_thought(text, limit, count) for text in example.demonstrations]
         kept = tuple(filter(None, cut))
-        lost += len(cut) - len(kept)
-        changed += sum(text not in example.demonstrations for text in kept)
-        train += [Example(**{**vars(example), "demonstrations": kept})] if kept else []
+        counts["demonstrations left out"] += len(cut) - len(kept)
+        counts["demonstrations cut"] += sum(text not in example.demonstrations for text in kept)
+        counts["demonstrations"] += len(kept)
+        rewards = [score(text, example.answer).total for text in kept]
+        counts["demonstrations with reward 1"] += rewards.count(1)
+        train += [replace(example, demonstrations=kept)] if kept else []
     if not train or not held_out:
         what = "no example with a demonstration" if held_out else "no held-out example"
-        raise UserError(f"{args.folder}: {what} is left; give more --data, or a larger --thought_tokens")
-    few = random.Random(f"{args.seed}/pass8").sample(train, min(PASS_PROMPTS, len(train)))
-    sizes = {"demonstrations cut": changed, "demonstrations left out": lost}
-    shown = [(text, example.answer) for example in train for text in example.demonstrations]
-    sizes["demonstrations with reward 1"] = f"{sum(score(*one).total == 1 for one in shown)} of {len(shown)}"
-    for name, examples in (("demonstrated", train), ("pass8", few), ("held_out", held_out)):
+        raise UserError(f"{folder}: {what} is left; give more --data, or a larger --thought_tokens")
+    few = random.Random(f"{seed}/pass8").sample(train, min(PASS_PROMPTS, len(train)))
+    chosen = {"demonstrated": train, "pass8": few, "held_out": held_out}  # the last one says: all is done
+    sizes = dict(counts)
+    for name, examples in chosen.items():
         kinds, sources = Counter(map(example_kind, examples)), Counter(one.source for one in examples)
         sizes[name] = {"examples": len(examples), **kinds, **sources}
     print(json.dumps(sizes, indent=1))
-    (args.folder / "sizes.json").write_text(json.dumps(sizes, indent=1) + "\n")
-    for name, examples in (("demonstrated", train), ("pass8", few), ("held_out", held_out)):
-        write_examples(args.folder / f"{name}.jsonl", examples)
+    write_atomic(folder / "sizes.json", json.dumps(sizes, indent=1) + "\n")
+    for name, examples in chosen.items():
+        write_examples(folder / f"{name}.jsonl", examples)
 
 
-def ask(words: Sequence[str]) -> None:
-    """`ask EXAMPLES --model M --out FOLDER …`: a model's replies to examples; resumes."""
-    parser = argparse.ArgumentParser(prog="real_model.py ask")
-    parser.add_argument("examples", type=Path)
-    for name, default in (("model", ""), ("out", ""), ("prompt_template", ""), ("chat_template_kwargs", ""),
-                          ("seed", 0), ("samples", 1), ("temperature", 0.0), ("batch_size", 32),
-                          ("max_prompt_tokens", 4096), ("max_new_tokens", 1024)):
-        parser.add_argument(f"--{name}", type=type(default), default=default)
-    given = vars(parser.parse_args(words))
-    place, model, path = given.pop("examples"), given.pop("model"), Path(given.pop("out")) / "predictions.jsonl"
-    template = given.pop("prompt_template") and load_template(words[words.index("--prompt_template") + 1])
-    cases = [Case(one.id, example_kind(one), one.messages, one.tools) for one in load_examples(place)[0]]
-    write_predictions(model, cases, path, template, Sampling(**given), f"{place.stem} of real_model.py")
+def generate(args: Namespace) -> None:
+    """`generate --data EXAMPLES --model M --out FOLDER …`: replies to examples, as eval_bfcl.py has them."""
+    cases = [Case(one.id, example_kind(one), one.messages, one.tools) for one in load_examples(args.data)[0]]
+    predict.generate(args, cases, f"{Path(args.data).stem} of {SCRIPT}")
 
 
-# ---------------------------------------------------------------------------------------------------- figures
-
-
-def judged(examples: Path, predictions: Path) -> list[dict]:
-    """The replies to examples, each with the parts of its binary reward."""
-    answers = {example.id: example.answer for example in load_examples(examples)[0]}
-    rows = []
-    for row in read_jsonl(predictions):
+def judge(args: Namespace) -> None:
+    """`score --data EXAMPLES --predictions FILE --out FOLDER`: the binary reward of every reply."""
+    answers = {example.id: example.answer for example in load_examples(args.data)[0]}
+    verdicts = []
+    for row in read_predictions(args.predictions, f"{Path(args.data).stem} of {SCRIPT}"):
         reward = score(row["output"], answers[row["id"]])
-        rows.append(row | vars(reward) | {"right": reward.total == 1})
-    return rows
-
-
-def pass_figures(out: Path) -> dict:
-    """What the samples of pass8 show: shares of its prompts, and the mean reward."""
-    groups: dict[str, list[bool]] = {}
-    for row in judged(out / "data/pass8.jsonl", out / "pass8/predictions.jsonl"):
-        groups.setdefault(row["id"], []).append(row["right"])
-    n = len(groups)
-    return {
-        "prompts": n, "pass": sum(map(any, groups.values())) / n,
-        "mixed": sum(any(group) and not all(group) for group in groups.values()) / n,
-        "reward": fmean(map(fmean, groups.values())),
-    }
-
-
-def format_first(mixed: float) -> bool:
-    """Whether too few prompts have right and wrong samples, which are all that the binary reward teaches."""
-    return mixed < ENOUGH_MIXED
-
-
-def paired(fates: Sequence[tuple[bool, bool]]) -> dict:
-    """B against A on the same cases: fixed, broken, McNemar's p, and B - A in percent with its 95 % interval.
-
-    Wald's interval for paired shares (Agresti, Categorical Data Analysis, 2002, section 10.1.1).
-    """
-    n, fixed, broken = len(fates), fates.count((False, True)), fates.count((True, False))
-    difference = (fixed - broken) / n
-    half = Z * sqrt(fixed + broken - (fixed - broken) ** 2 / n) / n
-    bounds = {"low": 100 * (difference - half), "high": 100 * (difference + half)}
-    return {"n": n, "fixed": fixed, "broken": broken, "p": mcnemar(broken, fixed),
-            "difference": 100 * difference, **bounds}
-
-
-def verdicts_of(out: Path, condition: str) -> dict[str, list[dict]]:
-    """The verdicts on a condition's replies, by test."""
-    folder = out / f"eval_{condition}"
-    rows = {name: read_jsonl(folder / name / "verdicts.jsonl") for name in ("bfcl", "apibank")}
-    return {"held_out": judged(out / "data/held_out.jsonl", folder / "held_out/predictions.jsonl"), **rows}
-
-
-def figures(folder: Path, verdicts: dict[str, list[dict]]) -> dict:
-    """All of a condition's row in the table."""
-    asked, called = verdicts["held_out"], verdicts["bfcl"]
-    found = {name: tally((row["id"], row[key]) for row in verdicts[name]) for name, key in RIGHT.items()}
-    for name, parts in (("AST", AST), ("irrelevance", REFUSALS)):
-        found[name] = tally((row["id"], row["valid"]) for row in called if category_of(row["id"]) in parts)
-    for name in ("correct", "format_ok"):
-        found[name] = 100 * fmean(row[name] for row in asked)
-    found["tokens"] = fmean(row["output_tokens"] for row in asked)
-    listed = json.loads((folder / "bfcl/scores.json").read_text(encoding="utf-8"))["replies"]
-    found["over_calling"] = next(row for row in listed if row["name"].startswith("over-calling"))
-    found["reasons"] = Counter(row["reason"] for row in asked if not row["right"])
-    for name in RIGHT:
-        found[f"{name}_skipped"] = sum("skipped" in r for r in read_jsonl(folder / name / "predictions.jsonl"))
-    return found
-
-
-def results(setup: Setup, verdicts: dict[str, dict[str, list[dict]]]) -> dict:
-    """All figures of what is finished."""
-    out = setup.args.out
-    rows = {name: figures(out / f"eval_{name}", one) for name, one in verdicts.items()}
-    found = {"conditions": rows, "comparisons": {}, "rl": {}}
-    for a, b in (pair for pair in PAIRS if verdicts.keys() >= set(pair)):
-        for name, key in RIGHT.items():
-            fates = list(compare(verdicts[a][name], verdicts[b][name], key).values())
-            found["comparisons"][f"{CONDITIONS[b]} − {CONDITIONS[a]}, {NAMES[name]}"] = paired(fates)
-    if finished(out, "data"):
-        found["data"] = json.loads((out / "data/sizes.json").read_text())
-        found["overlap"] = (out / "data/overlap.txt").read_text(encoding="utf-8").splitlines()[-1]
-    if finished(out, "pass8"):
-        found["pass8"] = pass_figures(out)
-    for part, log in rl_logs(out).items():
-        for key in (key for key in RL_KEYS if key in log[-1]):
-            found["rl"][f"{part}, {key}"] = [fmean(row[key] for row in side) for side in (log[:10], log[-10:])]
-    found["seconds"] = {name: round(read_record(out, name).get("seconds", 0)) for name in STAGES}
-    found["code"] = {name: read_record(out, name).get("recipe", {}).get("code") for name in STAGES}
-    used = {key: one for key, one in asdict(setup.config).items() if one != getattr(Config(), key)}
-    return found | {"settings": {key: str(one) for key, one in vars(setup.args).items()} | used, "machine": machine()}
-
-
-def rl_logs(out: Path) -> dict[str, list[dict]]:
-    """The steps of the RL runs so far, by folder; without those that have none."""
-    logs = {}
-    for name in ("rl_format", "rl"):
-        if (out / name / "log.jsonl").exists():
-            logs[name] = [row for row in read_jsonl(out / name / "log.jsonl") if "reward" in row]
-    return {name: log for name, log in logs.items() if log}
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
-
-
-def shown(part: dict) -> str:
-    """A tally's percentage with its interval and n."""
-    return f"{part['accuracy']:.1f} ({part['low']:.1f} – {part['high']:.1f}), n = {part['n']}"
-
-
-def markdown(found: dict) -> str:
-    """RESULTS.md."""
-    rows, head = [], ["condition", *NAMES.values(), "held-out: calls right", "format", "tokens per reply"]
-    for name, one in found["conditions"].items():
-        cells = [CONDITIONS[name], *(shown(one[test]) for test in NAMES)]
-        cells += [f"{one[key]:.1f}" for key in ("correct", "format_ok", "tokens")]
-        rows.append([*cells, *(shown(one[key]) for key in ("AST", "irrelevance", "over_calling"))])
-    text = "Percent, with 95 % intervals. Over-calling: a call where none fits.\n\n"
-    text += table([*head, "BFCL AST", "BFCL irrelevance", "over-calling"], rows)
-    pairs = []
-    for name, one in found["comparisons"].items():
-        difference = f"{one['difference']:+.1f} ({one['low']:+.1f} – {one['high']:+.1f})"
-        pairs.append([name, one["n"], difference, one["fixed"], one["broken"], f"{one['p']:.3g}"])
-    text += "\n" + table(["difference", "n", "points", "fixed", "broken", "McNemar p"], pairs)
-    conditions = found["conditions"].values()
-    reasons = sorted(set().union(*(one["reasons"] for one in conditions)))
-    listed = [[name, *(one["reasons"].get(name, 0) for one in conditions)] for name in reasons]
-    text += "\n" + table(["wrong held-out replies", *map(CONDITIONS.get, found["conditions"])], listed)
-    steps = [[name, *(f"{one:.3f}" for one in both)] for name, both in found["rl"].items()]
-    text += "\n" + table(["RL", "first 10 steps", "last 10 steps"], steps)
-    if one := found.get("pass8"):
-        text += f"\npass@{SAMPLES} of the SFT with reasoning on {one['prompts']} training prompts: "
-        text += f"{one['pass']:.1%}; with right and wrong samples: {one['mixed']:.1%}; mean reward {one['reward']:.3f}\n"
-    skipped = {name: {test: one[f"{test}_skipped"] for test in NAMES} for name, one in found["conditions"].items()}
-    for name in ("data", "overlap", "seconds", "code", "settings", "machine"):
-        text += f"\n{name}: {found.get(name, 'not there yet')}\n"
-    return text + f"\nprompts too long or refused, which count as empty replies: {skipped}\n"
-
-
-def samples(out: Path, verdicts: dict[str, dict[str, list[dict]]]) -> str:
-    """samples.md: three held-out prompts on whose replies the conditions' verdicts differ, two where not."""
-    replies = {name: {row["id"]: row for row in one["held_out"]} for name, one in verdicts.items()}
-    left, text = {True: 3, False: 2}, ""
-    for example in load_examples(out / "data/held_out.jsonl")[0] if replies else ():
-        rows = {name: one[example.id] for name, one in replies.items()}
-        differ = len({row["right"] for row in rows.values()}) > 1
-        if left[differ]:
-            left[differ] -= 1
-            tools = ", ".join(tool["name"] for tool in example.tools)
-            text += f"\n## {example.id}\n\nTools: {tools}\n\n{quoted(example.messages[-1]['content'])}"
-            text += f"\nRight:\n\n{quoted(render_calls(example.answer))}"
-            for name, row in rows.items():
-                text += f"\n{CONDITIONS[name]}: {row['reason']}\n\n{quoted(row['output'])}"
-    return text
-
-
-def quoted(text: str) -> str:
-    """A text as an indented block of Markdown, its middle cut out if it is long."""
-    return "".join(f"    {line}\n" for line in shorten(text, 2000).splitlines() or [""])
-
-
-def draw(found: dict, out: Path) -> None:
-    """real_model.png: the reward of RL by step; the tests by condition."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
-    done = 0
-    for name, log in rl_logs(out).items():
-        values, steps = [row["reward"] for row in log], [done + row["step"] for row in log]
-        means = [fmean(values[max(0, i - 9) : i + 1]) for i in range(len(values))]
-        (line,) = left.plot(steps, means, label=f"{name}, mean of 10 steps")
-        left.plot(steps, values, ".", color=line.get_color(), alpha=0.4)
-        done = steps[-1]
-        left.legend()
-    left.set(title="RL: reward of its samples", xlabel="step", ylim=(0, 1))
-    for place, (name, one) in enumerate(found["conditions"].items()):
-        parts = [one[test] for test in NAMES]
-        heights = [part["accuracy"] for part in parts]
-        errors = [[part["accuracy"] - part["low"] for part in parts], [part["high"] - part["accuracy"] for part in parts]]
-        places = [test + 0.2 * place for test in range(len(NAMES))]
-        right.bar(places, heights, 0.18, yerr=errors, capsize=3, label=CONDITIONS[name])
-    right.set_xticks([test + 0.3 for test in range(len(NAMES))], NAMES.values())
-    right.set(title="greedy, with 95 % intervals", ylabel="percent")
-    right.legend()
-    figure.savefig(out / "real_model.png", dpi=110)
-    pyplot.close(figure)
-
-
-def report(setup: Setup) -> str:
-    """Writes RESULTS.md, results.json, samples.md and the picture of what is finished; returns the text."""
-    out = setup.args.out
-    verdicts = {name: verdicts_of(out, name) for name in CONDITIONS if finished(out, f"eval_{name}")}
-    found = results(setup, verdicts)
-    write_atomic(out / "results.json", json.dumps(found, indent=1) + "\n")
-    write_atomic(out / "RESULTS.md", text := markdown(found))
-    write_atomic(out / "samples.md", samples(out, verdicts))
-    draw(found, out)
-    return text
+        verdicts.append(row | vars(reward) | {"right": reward.total == 1})
+    write_rows(args.out / "verdicts.jsonl", verdicts)
 
 
 def main(arguments: list[str]) -> None:
     """Runs what is missing, and reports. Raises UserError."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if arguments[:1] in (["chain"], ["select"], ["ask"]):
-        if arguments[0] == "chain":
-            return chain(arguments[1])
-        return {"select": select, "ask": ask}[arguments[0]](arguments[1:])
+    if arguments[:1] == ["chain"]:
+        return chain(arguments[1])
+    if arguments[:1] == ["select"]:
+        return select(arguments[1:])
+    if arguments[:1] in (["generate"], ["score"]):
+        own = Script("real_model", "examples", 4096, generate, {}, judge, {}, "right", str)
+        sys.exit(run_evaluation(own, arguments))
     about = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(description=__doc__, **about)
     add = parser.add_argument
@@ -574,19 +398,20 @@ def main(arguments: list[str]) -> None:
     add("--thought_tokens", type=int, default=0, help="thoughts are cut to whole sentences within N; 0: not")
     add("--epochs", type=float, default=1.0, help="of both SFT (default: %(default)s)")
     add("--steps", type=int, default=50, help="of RL (default: %(default)s)")
-    add("--eval_prompt_tokens", type=int, default=4096, help="longer test prompts are skipped (default: %(default)s)")
-    add("--eval_batch", type=int, default=32, help="replies decoded at once in tests (default: %(default)s)")
+    add("--eval_prompt_tokens", type=int, default=4096, help="of tests' prompts (default: %(default)s)")
+    add("--eval_batch", type=int, default=32, help="tests' replies at once (default: %(default)s)")
     add("--accept_code", action="store_true", help="go on with stages that other code of ours has made")
     args, words = parser.parse_known_args(arguments)
-    words = ["--config", args.config, *words]
-    config = load_config(words)  # a mistake shows before the first stage
-    args.model = args.model or config.model
+    args.words = ["--config", args.config, *words]
+    args.settings = load_config(args.words)  # a mistake shows before the first stage
+    args.model = args.model or args.settings.model
+    check_model(args.model)
     args.out.mkdir(parents=True, exist_ok=True)
-    setup = Setup(args, words, config)
+    check_all(args)
     try:
-        run_all(setup)
+        run_all(args)
     finally:
-        print(f"{report(setup)}\nall of it: {args.out}")
+        print(f"{tell(args, picture=True)}all of it: {args.out}")
 
 
 if __name__ == "__main__":
