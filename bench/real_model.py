@@ -126,7 +126,7 @@ def data_commands(args: Namespace) -> list[list]:
     return [
         ["data.py", "prepare", *given],
         ["data.py", "overlap", data / "train.jsonl", *against, ">", data / "overlap.txt"],
-        [SCRIPT, "select", data, args.model, args.thought_tokens, args.seed],
+        [SCRIPT, "select", data, args.model, args.thought_tokens, args.held_out, args.seed],
     ]
 
 
@@ -315,13 +315,13 @@ def cut_thought(reply: str, limit: int, count: Callable[[str], int]) -> str | No
 
 
 def select(words: Sequence[str]) -> None:
-    """`select FOLDER TOKENIZER THOUGHT_TOKENS SEED`: what is learnt from (demonstrated.jsonl), a few of these
-    (pass8.jsonl), what is held out (held_out.jsonl), and sizes.json.
+    """`select FOLDER TOKENIZER THOUGHT_TOKENS HELD_OUT SEED`: what is learnt from
+    (demonstrated.jsonl), a few of these (pass8.jsonl), what is held out (held_out.jsonl), and sizes.json.
     """
     from model import load_tokenizer  # imports torch
 
-    folder, limit, seed = Path(words[0]), int(words[2]), words[3]
-    tokenizer = load_tokenizer(words[1])
+    folder, tokenizer, seed = Path(words[0]), load_tokenizer(words[1]), words[4]
+    limit, most = map(int, words[2:4])
 
     def count(text: str) -> int:
         """Its tokens."""
@@ -346,6 +346,8 @@ def select(words: Sequence[str]) -> None:
         what = "no example with a demonstration" if held_out else "no held-out example"
         raise UserError(f"{folder}: {what} is left; give more --data, or a larger --thought_tokens")
     few = random.Random(f"{seed}/pass8").sample(train, min(PASS_PROMPTS, len(train)))
+    if most:
+        held_out = random.Random(f"{seed}/held_out").sample(held_out, min(most, len(held_out)))
     chosen = {"demonstrated": train, "pass8": few, "held_out": held_out}  # the last one says: all is done
     sizes = dict(counts)
     for name, examples in chosen.items():
@@ -395,6 +397,7 @@ def main(arguments: list[str]) -> None:
     add("--seed", type=int, default=0, help="of all stages (default: %(default)s)")
     add("--jobs", type=int, default=1, help="stages at a time (default: %(default)s)")
     add("--limit", type=int, default=0, help="N cases of every BFCL category, 4 N of API-Bank; 0: all")
+    add("--held_out", type=int, default=0, help="N held-out examples, chosen by seed; 0: all")
     add("--thought_tokens", type=int, default=0, help="thoughts are cut to whole sentences within N; 0: not")
     add("--epochs", type=float, default=1.0, help="of both SFT (default: %(default)s)")
     add("--steps", type=int, default=50, help="of RL (default: %(default)s)")
