@@ -15,7 +15,6 @@ import argparse
 import hashlib
 import json
 import os
-import random
 import re
 import runpy
 import shlex
@@ -24,34 +23,24 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections import Counter
-from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import nullcontext, redirect_stdout
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from timing import ROOT, code
 from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))
+from real_model_own import SAMPLES, SCRIPT, evaluate, select  # noqa: E402
 from real_model_report import pass_figures, report  # noqa: E402
 
 from config import Config, UserError, check_model, load_config, run_command  # noqa: E402
-from corpus.examples import example_kind, unseen  # noqa: E402
-from corpus.layouts import load_examples, write_examples  # noqa: E402
 from corpus.sources import file_sha256, find_files, write_atomic  # noqa: E402
-from evals import predict  # noqa: E402
-from evals.report import Case, Script, read_predictions, write_rows  # noqa: E402
-from evals.report import run as run_evaluation  # noqa: E402
-from prompts import END_THINK, THINK, load_template  # noqa: E402
-from reward import score  # noqa: E402
+from prompts import load_template  # noqa: E402
 
-SAMPLES, PASS_PROMPTS = 8, 64  # of pass8
 ENOUGH_MIXED = 0.1  # share of prompts with right and wrong samples, below which RL pays for the format first
-SENTENCE_END = re.compile(r"(?<!\d)\.(?=\s)|[!?](?=\s)|\n")  # not the point of "1. "
 API_BANK = 4  # cases of API-Bank for each of a BFCL category, where --limit is given
-SCRIPT = "bench/real_model.py"
 # Settings that change no result, so that stages made with others are not refused.
 FREE = ("run_dir resume overwrite log_samples trackers save_every keep_checkpoints background_save "
         "rollout_batch_size max_tokens_per_micro_batch gradient_checkpointing timeout_minutes").split()
@@ -200,7 +189,7 @@ def check_recipe(name: str, args: Namespace) -> dict:
     if args.accept_code:
         before = before | {"code": now["code"]}
     if changed := sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key)):
-        what = f"{out / name} was made with another {', '.join(changed)}"
+        what = f"{out / name} was made with other inputs ({', '.join(changed)})"
         advice = "add --accept_code to keep it" if changed == ["code"] else "undo that"
         raise UserError(f"{what}; {advice}, delete this folder to do it again, or give another --out")
     return {"recipe": now, "commands": commands, "finished": None, "seconds": past.get("seconds", 0.0)}
@@ -297,84 +286,6 @@ def chain(path: str) -> None:
                     raise
 
 
-# ------------------------------------------------------------------------------------ commands of this script
-
-
-def cut_thought(reply: str, limit: int, count: Callable[[str], int]) -> str | None:
-    """The reply, its thought cut behind the last sentence that ends within `limit` tokens (0: whole).
-
-    count: text -> its tokens. None where no sentence fits; a reply without a thought stays.
-    """
-    before, opened, rest = reply.partition(THINK)
-    thought, closed, after = rest.partition(END_THINK)
-    if not limit or not closed or count(thought) <= limit:
-        return reply
-    starts = [thought[: end.end()].rstrip() for end in SENTENCE_END.finditer(thought)]
-    fitting = [start for start in starts if start.strip() and count(start) <= limit]
-    return before + opened + fitting[-1] + closed + after if fitting else None
-
-
-def select(words: Sequence[str]) -> None:
-    """`select FOLDER TOKENIZER THOUGHT_TOKENS HELD_OUT SEED`: what is learnt from
-    (demonstrated.jsonl), a few of these (pass8.jsonl), what is held out (held_out.jsonl), and sizes.json.
-    """
-    from model import load_tokenizer  # imports torch
-
-    folder, tokenizer, seed = Path(words[0]), load_tokenizer(words[1]), words[4]
-    limit, most = map(int, words[2:4])
-
-    def count(text: str) -> int:
-        """Its tokens."""
-        return len(tokenizer.encode(text, add_special_tokens=False))
-
-    test = folder / "test.jsonl"
-    clean, _ = load_examples(folder / "clean.jsonl")
-    told = [example for example in clean if example.demonstrations]
-    held_out = load_examples(test)[0] if test.exists() else []
-    held_out += unseen([example for example in clean if not example.demonstrations], told)
-    train, counts = [], Counter()
-    for example in told:
-        cut = [cut_thought(text, limit, count) for text in example.demonstrations]
-        kept = tuple(filter(None, cut))
-        counts["demonstrations left out"] += len(cut) - len(kept)
-        counts["demonstrations cut"] += sum(text not in example.demonstrations for text in kept)
-        counts["demonstrations"] += len(kept)
-        rewards = [score(text, example.answer).total for text in kept]
-        counts["demonstrations with reward 1"] += rewards.count(1)
-        train += [replace(example, demonstrations=kept)] if kept else []
-    if not train or not held_out:
-        what = "no example with a demonstration" if held_out else "no held-out example"
-        raise UserError(f"{folder}: {what} is left; give more --data, or a larger --thought_tokens")
-    few = random.Random(f"{seed}/pass8").sample(train, min(PASS_PROMPTS, len(train)))
-    if most:
-        held_out = random.Random(f"{seed}/held_out").sample(held_out, min(most, len(held_out)))
-    chosen = {"demonstrated": train, "pass8": few, "held_out": held_out}  # the last one says: all is done
-    sizes = dict(counts)
-    for name, examples in chosen.items():
-        kinds, sources = Counter(map(example_kind, examples)), Counter(one.source for one in examples)
-        sizes[name] = {"examples": len(examples), **kinds, **sources}
-    print(json.dumps(sizes, indent=1))
-    write_atomic(folder / "sizes.json", json.dumps(sizes, indent=1) + "\n")
-    for name, examples in chosen.items():
-        write_examples(folder / f"{name}.jsonl", examples)
-
-
-def generate(args: Namespace) -> None:
-    """`generate --data EXAMPLES --model M --out FOLDER …`: replies to examples, as eval_bfcl.py has them."""
-    cases = [Case(one.id, example_kind(one), one.messages, one.tools) for one in load_examples(args.data)[0]]
-    predict.generate(args, cases, f"{Path(args.data).stem} of {SCRIPT}")
-
-
-def judge(args: Namespace) -> None:
-    """`score --data EXAMPLES --predictions FILE --out FOLDER`: the binary reward of every reply."""
-    answers = {example.id: example.answer for example in load_examples(args.data)[0]}
-    verdicts = []
-    for row in read_predictions(args.predictions, f"{Path(args.data).stem} of {SCRIPT}"):
-        reward = score(row["output"], answers[row["id"]])
-        verdicts.append(row | vars(reward) | {"right": reward.total == 1})
-    write_rows(args.out / "verdicts.jsonl", verdicts)
-
-
 def main(arguments: list[str]) -> None:
     """Runs what is missing, and reports. Raises UserError."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -383,8 +294,7 @@ def main(arguments: list[str]) -> None:
     if arguments[:1] == ["select"]:
         return select(arguments[1:])
     if arguments[:1] in (["generate"], ["score"]):
-        own = Script("real_model", "examples", 4096, generate, {}, judge, {}, "right", str)
-        sys.exit(run_evaluation(own, arguments))
+        sys.exit(evaluate(arguments))
     about = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(description=__doc__, **about)
     add = parser.add_argument

@@ -88,10 +88,9 @@ def results(out: Path, done: Sequence[str], verdicts: dict[str, dict[str, list[d
     if "pass8" in done:
         found["pass8"] = pass_figures(out)
     for part, log in rl_logs(out).items():
-        for key in (key for key in RL_KEYS if key in log[-1]):
-            found["rl"][f"{part}: {key}"] = [
-                fmean(row[key] for row in side) for side in (log[:WINDOW], log[-WINDOW:])
-            ]
+        for key in RL_KEYS:
+            if values := [row[key] for row in log if row.get(key) is not None]:
+                found["rl"][f"{part}: {key}"] = [fmean(values[:WINDOW]), fmean(values[-WINDOW:])]
     return found
 
 
@@ -147,7 +146,7 @@ def samples(out: Path, verdicts: dict[str, dict[str, list[dict]]]) -> str:
         if left[differ]:
             left[differ] -= 1
             text += f"## {example.id}\n\nTools: {', '.join(tool['name'] for tool in example.tools)}\n\n"
-            text += block(example.messages[-1]["content"])
+            text += block(example.messages[-1]["content"] or "")
             text += f"Right:\n\n{block(render_calls(example.answer))}"
             for name, row in rows.items():
                 text += f"{CONDITIONS[name]}: {row['reason']}\n\n{block(row['output'])}"

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,9 +59,10 @@ def table_row(name: str, values: Sequence[float], form: str) -> str:
     return f"| {name} | {' | '.join(format(value, form) for value in row)} |"
 
 
-def code() -> bytes:
-    """All code of ours that decides a result: without ops, bench and tests."""
-    return b"".join(path.read_bytes() for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("[cdek]*/*.py")]))
+def code(*more: str) -> bytes:
+    """All code of ours that decides a result (without ops, bench and tests), and files of more patterns."""
+    patterns = ("*.py", "[cdek]*/*.py", *more)
+    return b"".join(path.read_bytes() for path in sorted(chain(*map(ROOT.glob, patterns))))
 
 
 def machine() -> str:

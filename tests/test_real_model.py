@@ -20,6 +20,7 @@ from prompts import render_completion
 
 sys.path.append(str(ROOT / "bench"))
 import real_model  # noqa: E402
+from real_model_own import cut_thought  # noqa: E402
 from real_model_report import paired  # noqa: E402
 
 SHARED = ROOT / "../shared/data"
@@ -28,13 +29,13 @@ SHARED = ROOT / "../shared/data"
 def test_a_thought_is_cut_behind_the_last_sentence_that_fits():
     def cut(limit):
         thought = "<think>One two. Is it 3.5? 1. Yes it is now</think><tool_call>[]</tool_call>"
-        return real_model.cut_thought(thought, limit, lambda text: len(text.split()))
+        return cut_thought(thought, limit, lambda text: len(text.split()))
 
     assert cut(0) == cut(10) and "now</think>" in cut(0)
     assert cut(9) == cut(5) == "<think>One two. Is it 3.5?</think><tool_call>[]</tool_call>"
     assert cut(4) == "<think>One two.</think><tool_call>[]</tool_call>"
     assert cut(1) is None
-    assert real_model.cut_thought("<tool_call>[]</tool_call>", 1, len) == "<tool_call>[]</tool_call>"
+    assert cut_thought("<tool_call>[]</tool_call>", 1, len) == "<tool_call>[]</tool_call>"
 
 
 def test_a_paired_difference_has_an_interval_of_its_own():
@@ -141,7 +142,7 @@ def test_every_stage_runs_once_and_what_is_deleted_again(records, monkeypatch):
     assert (out / "eval_start/held_out/predictions.jsonl").read_text() == replies
     assert json.loads((out / "results.json").read_text())["conditions"] == found["conditions"]
 
-    with pytest.raises(UserError, match="rl_format was made with another settings"):
+    with pytest.raises(UserError, match=r"rl_format was made with other inputs \(settings\)"):
         real_model.main([*words, "--steps", "4"])
     assert json.loads((out / "results.json").read_text())["settings"]["steps"] == "2"
     shutil.rmtree(out / "sft_no_reason")
