@@ -1,6 +1,4 @@
-"""What prepare_speed, reward_speed, bfcl_speed and agreement share: timed processes, table rows, and the
-machine.
-"""
+"""What several scripts share: timed processes, table rows, our code as bytes, and the machine."""
 
 import argparse
 import os
@@ -13,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,6 +57,12 @@ def table_row(name: str, values: Sequence[float], form: str) -> str:
     """A row of a Markdown table: minimum, median, maximum."""
     row = (min(values), statistics.median(values), max(values))
     return f"| {name} | {' | '.join(format(value, form) for value in row)} |"
+
+
+def code(*more: str) -> bytes:
+    """All code of ours that decides a result (without ops, bench and tests), and files of more patterns."""
+    patterns = ("*.py", "[cdek]*/*.py", *more)
+    return b"".join(path.read_bytes() for path in sorted(chain(*map(ROOT.glob, patterns))))
 
 
 def machine() -> str:
