@@ -34,8 +34,9 @@ EFFICIENCY = 0.45  # share of the peak that matrix products reach
 ENGINE_SHARE = 0.8  # of the free memory that kernel.decode.rows_that_fit gives to sequences
 SAMPLING = 26  # bytes per logit in kernel.decode.choose: bf16, two in fp32, two in fp64
 CONFIGS = Path(__file__).parents[1] / "configs"
-# The paper's models, for a plan without a network: hidden and MLP size, layers, heads, K/V heads, vocabulary.
+# The models of configs/, for a plan offline: hidden and MLP size, layers, heads, K/V heads, vocabulary.
 KNOWN = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": (576, 1536, 30, 9, 3, 49152),
     "Qwen/Qwen2.5-0.5B-Instruct": (896, 4864, 24, 14, 2, 151936),
     "Qwen/Qwen2.5-1.5B-Instruct": (1536, 8960, 28, 12, 2, 151936),
     "Qwen/Qwen2.5-3B-Instruct": (2048, 11008, 36, 16, 2, 151936),
@@ -93,7 +94,7 @@ def start_config(config: Config) -> PreTrainedConfig:
         hidden, mlp, layers, heads, kv_heads, vocab = KNOWN[model]
         return (Qwen2Config if model.startswith("Qwen/") else LlamaConfig)(
             hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=kv_heads, vocab_size=vocab, tie_word_embeddings=vocab == 151936,  # below 7B
+            num_key_value_heads=kv_heads, vocab_size=vocab, tie_word_embeddings=hidden < 3000,  # below 7B
         )
     return model_config(model, config.trust_remote_code)
 

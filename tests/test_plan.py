@@ -217,11 +217,12 @@ def test_known_models_on_8_gpus(name, billions, kib, update, rollout):
 
 def test_every_config_of_ours_is_planned_without_a_network(monkeypatch):
     """Its sizes come from a table, with the parameters that are published; one asks for a run's own model."""
-    published = {"0.5B": 0.494, "1.5B": 1.544, "3B": 3.086, "7B": 7.616, "14B": 14.77, "8B": 8.03, "tiny": 0}
+    published = {"0.5B": 0.494, "1.5B": 1.544, "3B": 3.086, "7B": 7.616, "14B": 14.77, "8B": 8.03}
+    published |= {"135M": 0.1345, "tiny": 0}
     monkeypatch.setattr("ops.plan.model_config", lambda *given: pytest.fail(f"asked the hub for {given}"))
     for path in ROOT.glob("configs/**/*.yaml"):
         config = load_config(["--config", str(path)])
-        size = re.search(r"[\d.]+B|tiny|$", config.model)[0] or "7B"
+        size = re.search(r"[\d.]+[BM]|tiny|$", config.model)[0] or "7B"
         parameters = shape_of(start_config(config), config).parameters
         assert parameters / 1e9 == pytest.approx(published[size], abs=5e-4)
 
