@@ -1,6 +1,4 @@
-"""What prepare_speed, reward_speed, bfcl_speed and agreement share: timed processes, table rows, and the
-machine.
-"""
+"""What several scripts share: timed processes, table rows, our code as bytes, and the machine."""
 
 import argparse
 import os
@@ -58,6 +56,11 @@ def table_row(name: str, values: Sequence[float], form: str) -> str:
     """A row of a Markdown table: minimum, median, maximum."""
     row = (min(values), statistics.median(values), max(values))
     return f"| {name} | {' | '.join(format(value, form) for value in row)} |"
+
+
+def code() -> bytes:
+    """All code of ours that decides a result: without ops, bench and tests."""
+    return b"".join(path.read_bytes() for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("[cdek]*/*.py")]))
 
 
 def machine() -> str:

@@ -1,0 +1,421 @@
+"""The paper's argument with a real language model: SFT without and with reasoning, then RL, on real records.
+
+    python bench/real_model.py --model FOLDER --data FILE[,FILE] --bfcl DIR --apibank DIR --jobs 2
+
+All conditions learn from the same prompts: SFT imitates their bare calls or their demonstrations, RL goes on
+from the SFT with reasoning and is rewarded on them. After each: reward on held-out records, BFCL, API-Bank.
+OUT has a folder, NAME.log and NAME.json for every stage, and RESULTS.md, results.json, real_model.png and
+samples.md. Finished stages are not done again, interrupted ones go on. Other --key value pairs are settings
+of every training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import re
+import runpy
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from timing import ROOT, code
+from tqdm import tqdm
+
+sys.path.insert(0, str(ROOT))
+from real_model_report import pass_figures, report  # noqa: E402
+
+from config import Config, UserError, check_model, load_config, run_command  # noqa: E402
+from corpus.examples import example_kind, unseen  # noqa: E402
+from corpus.layouts import load_examples, write_examples  # noqa: E402
+from corpus.sources import file_sha256, find_files, write_atomic  # noqa: E402
+from evals import predict  # noqa: E402
+from evals.report import Case, Script, read_predictions, write_rows  # noqa: E402
+from evals.report import run as run_evaluation  # noqa: E402
+from prompts import END_THINK, THINK, load_template  # noqa: E402
+from reward import score  # noqa: E402
+
+SAMPLES, PASS_PROMPTS = 8, 64  # of pass8
+ENOUGH_MIXED = 0.1  # share of prompts with right and wrong samples, below which RL pays for the format first
+SENTENCE_END = re.compile(r"(?<!\d)\.(?=\s)|[!?](?=\s)|\n")  # not the point of "1. "
+API_BANK = 4  # cases of API-Bank for each of a BFCL category, where --limit is given
+SCRIPT = "bench/real_model.py"
+# Settings that change no result, so that stages made with others are not refused.
+FREE = ("run_dir resume overwrite log_samples trackers save_every keep_checkpoints background_save "
+        "rollout_batch_size max_tokens_per_micro_batch gradient_checkpointing timeout_minutes").split()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """needs: the stages before it. product: the file of its folder that is written last."""
+
+    needs: tuple[str, ...]
+    product: str
+
+
+# The first that can start is started: the chain to RL never waits for an evaluation.
+STAGES = {
+    "data": Stage((), "held_out.jsonl"),
+    "sft_reason": Stage(("data",), "summary.json"),
+    "pass8": Stage(("sft_reason",), "verdicts.jsonl"),
+    "rl_format": Stage(("pass8",), "summary.json"),
+    "rl": Stage(("sft_reason", "rl_format"), "summary.json"),
+    "sft_no_reason": Stage(("data",), "summary.json"),
+    "eval_sft_reason": Stage(("sft_reason",), "apibank/scores.json"),
+    "eval_rl": Stage(("rl",), "apibank/scores.json"),
+    "eval_sft_no_reason": Stage(("sft_no_reason",), "apibank/scores.json"),
+    "eval_start": Stage(("data",), "apibank/scores.json"),
+}
+
+
+# ----------------------------------------------------------------------------------------- stages as commands
+
+
+def commands_of(name: str, args: Namespace) -> list[list[str]]:
+    """The commands of a stage whose needs are done, each a script with its arguments."""
+    out = args.out
+    if name == "data":
+        listed = data_commands(args)
+    elif name == "pass8":
+        sampled = ["--samples", SAMPLES, "--temperature", args.settings.temperature]
+        examples, model = out / "data/pass8.jsonl", out / "sft_reason/model"
+        listed = evaluation(SCRIPT, args, examples, model, out / name, sampled)
+    elif name.startswith("eval_"):
+        condition, few = name.removeprefix("eval_"), args.limit
+        model = args.model if condition == "start" else out / condition / "model"
+        bfcl = ["--limit", few] if few else []
+        apibank = ["--levels", 1, *(["--limit", API_BANK * few] if few else [])]
+        listed = evaluation(SCRIPT, args, out / "data/held_out.jsonl", model, out / name / "held_out", [])
+        listed += evaluation("eval_bfcl.py", args, args.bfcl, model, out / name / "bfcl", bfcl)
+        listed += evaluation("eval_apibank.py", args, args.apibank, model, out / name / "apibank", apibank)
+    elif name.startswith("sft"):
+        reason = ["--sft_reason", name == "sft_reason", "--steps", 0, "--epochs", args.epochs]
+        listed = [training("sft.py", name, args, args.model, reason)]
+    else:
+        sft, formatted = out / "sft_reason/model", out / "rl_format/model"
+        first = args.steps // 2 if pass_figures(out)["mixed"] < ENOUGH_MIXED else 0
+        more = ["--reward", "binary", "--steps", args.steps - first]
+        if name == "rl_format":
+            more = ["--reward", "partial_format", "--steps", first]
+        elif first and args.settings.kl_coef:
+            more += ["--reference", sft]
+        start = formatted if first and name == "rl" else sft
+        listed = [training("grpo.py", name, args, start, more)] if first or name == "rl" else []
+    return [[str(word) for word in command] for command in listed]
+
+
+def data_commands(args: Namespace) -> list[list]:
+    """Prepared records, those that no benchmark has, and what is learnt from and held out of them."""
+    config, data = args.settings, args.out / "data"
+    given = ["--data", *args.data.split(","), "--out", data, "--overwrite", "--no_call_turns"]
+    given += ["--test_share", 0.25, "--seed", args.seed, "--prompt_template", config.prompt_template]
+    given += ["--tokenizer", args.model, "--max_prompt_tokens", config.max_prompt_tokens]
+    against = ["--bfcl", args.bfcl, "--apibank", args.apibank, "--write", data / "clean.jsonl"]
+    return [
+        ["data.py", "prepare", *given],
+        ["data.py", "overlap", data / "train.jsonl", *against, ">", data / "overlap.txt"],
+        [SCRIPT, "select", data, args.model, args.thought_tokens, args.held_out, args.seed],
+    ]
+
+
+def evaluation(
+    script: str, args: Namespace, data: str | Path, model: str | Path, folder: Path, more: list
+) -> list[list]:
+    """The commands for the replies of a model, greedy unless `more` says otherwise, and their verdicts."""
+    config, where = args.settings, ["--data", data, "--out", folder]
+    asked = ["--prompt_template", config.prompt_template]
+    asked += ["--chat_template_kwargs", config.chat_template_kwargs]
+    asked += ["--seed", args.seed, "--batch_size", args.eval_batch]
+    asked += ["--max_prompt_tokens", args.eval_prompt_tokens, "--max_new_tokens", config.max_response_tokens]
+    return [
+        [script, "generate", "--model", model, *where, *asked, *more],
+        [script, "score", "--predictions", folder / "predictions.jsonl", *where],
+    ]
+
+
+def training(script: str, name: str, args: Namespace, model: str | Path, more: list) -> list:
+    """The command of a run; one that was interrupted goes on. Without held-out data nothing is evaluated."""
+    folder = args.out / name
+    again = "--resume" if any(folder.glob("step_*/manifest.json")) else "--overwrite"
+    data = ["--data", args.out / "data/demonstrated.jsonl", "--test_data", "", "--test_share", 0]
+    run = ["--seed", args.seed, "--run_dir", folder, again, "true"]
+    return [script, *args.words, "--model", model, *data, *run, *more]
+
+
+def recipe(name: str, commands: list[list[str]], args: Namespace) -> dict:
+    """All that decides what a stage gives, wherever OUT lies: another recipe is another stage."""
+    made = {"code": hashlib.sha256(code()).hexdigest()[:8]}
+    template = load_template(args.settings.prompt_template)
+    made["prompt"] = hashlib.sha256(template.encode()).hexdigest()[:8]
+    for script, *words in commands:
+        if script in ("sft.py", "grpo.py"):
+            settings = asdict(load_config(words))
+            changed = {key: one for key, one in settings.items() if one != getattr(Config(), key)}
+            made["settings"] = {key: one for key, one in changed.items() if key not in FREE}
+        else:
+            shown = re.sub(r" --batch_size \d+", "", shlex.join(words))
+            made.setdefault(f"{script} {words[0]}", []).append(shown)
+    if name == "data":
+        made["data"] = [file_sha256(*find_files(path)) for path in args.data.split(",")]
+        made["model"] = [file_sha256(path) for path in sorted(Path(args.model).glob("*.safetensors"))]
+    made["needs"] = {need: read_record(args.out, need)["finished"] for need in STAGES[name].needs}
+    return json.loads(json.dumps(made).replace(str(args.out), "OUT"))
+
+
+def read_record(out: Path, name: str) -> dict:
+    """What is known of a stage: recipe, commands, seconds so far, and when it was finished; {} before it."""
+    path = out / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def finished(out: Path, name: str) -> bool:
+    """Whether a stage is done: its record says so, of what its needs gave last, and its product is there."""
+    record = read_record(out, name)
+    product = out / name / STAGES[name].product
+    if not record.get("finished") or (record["commands"] and not product.exists()):
+        return False
+    needs = record["recipe"]["needs"].items()
+    return all(read_record(out, need).get("finished") == stamp for need, stamp in needs)
+
+
+def check_recipe(name: str, args: Namespace) -> dict:
+    """The record that a stage begins with. Raises UserError where its folder was made from something else."""
+    out = args.out
+    commands = commands_of(name, args)
+    past = read_record(out, name) if (out / name).exists() else {}
+    now = recipe(name, commands, args)
+    before = past.get("recipe", now)
+    if args.accept_code:
+        before = before | {"code": now["code"]}
+    if changed := sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key)):
+        what = f"{out / name} was made with another {', '.join(changed)}"
+        advice = "add --accept_code to keep it" if changed == ["code"] else "undo that"
+        raise UserError(f"{what}; {advice}, delete this folder to do it again, or give another --out")
+    return {"recipe": now, "commands": commands, "finished": None, "seconds": past.get("seconds", 0.0)}
+
+
+def run_stage(name: str, args: Namespace, record: dict, children: dict) -> None:
+    """Runs a stage's commands in a process of its own. Raises UserError if it fails."""
+    out, began = args.out, time.perf_counter()
+    path = out / f"{name}.json"
+    write_atomic(path, json.dumps(record, indent=1) + "\n")
+    if record["commands"]:
+        threads = max(1, (os.cpu_count() or 1) // args.jobs)
+        environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
+        with (out / f"{name}.log").open("a") as log:
+            command = [sys.executable, __file__, "chain", str(path)]
+            children[name] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            failed = children[name].wait()
+        record["seconds"] += time.perf_counter() - began
+        if failed:
+            write_atomic(path, json.dumps(record, indent=1) + "\n")
+            raise UserError(f"{name} ended with code {failed}; see {out / name}.log")
+    record["finished"] = time.strftime("%Y-%m-%d %H:%M:%S")
+    write_atomic(path, json.dumps(record, indent=1) + "\n")
+    tqdm.write(f"{name}: {record['seconds']:.0f} s")
+
+
+def check_all(args: Namespace) -> None:
+    """Raises UserError where a folder in OUT was made from something else, before the first stage."""
+    for name, stage in STAGES.items():
+        missing = [need for need in stage.needs if not finished(args.out, need)]
+        if not missing:
+            check_recipe(name, args)
+        elif (args.out / name).exists():
+            what = f"{args.out / name} was made from an earlier {missing[0]}"
+            raise UserError(f"{what}, which has to be done again; delete this folder, too")
+
+
+def run_all(args: Namespace) -> None:
+    """Runs what is missing, so many stages at a time, and reports after each. Raises UserError for failures,
+    once nothing is left that can run.
+    """
+    out, jobs = args.out, args.jobs
+    todo = [name for name in STAGES if not finished(out, name)]
+    running, children, failures = {}, {}, []
+    bar = tqdm(total=len(STAGES), initial=len(STAGES) - len(todo), disable=None)
+    with ThreadPoolExecutor(jobs) as pool, bar:
+        try:
+            while True:
+                ready = [name for name in todo if all(finished(out, need) for need in STAGES[name].needs)]
+                for name in ready[: jobs - len(running)]:
+                    todo.remove(name)
+                    record = check_recipe(name, args)
+                    running[pool.submit(run_stage, name, args, record, children)] = name
+                if not running:  # what is left needs a stage that failed
+                    break
+                bar.set_description(" + ".join(running.values()))
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    running.pop(future)
+                    failures += [str(error)] if (error := future.exception()) else []
+                    bar.update()
+                    tell(args)
+        except BaseException:
+            for child in children.values():
+                child.terminate()  # trainings save and stop
+            raise
+    if failures:
+        raise UserError("; ".join(failures))
+
+
+def tell(args: Namespace, picture: bool = False) -> str:
+    """The report of what is finished."""
+    out = args.out
+    records = {name: read_record(out, name) for name in STAGES}
+    used = {key: value for key, value in asdict(args.settings).items() if value != getattr(Config(), key)}
+    options = {key: str(value) for key, value in vars(args).items() if key not in ("words", "settings")}
+    about = {"seconds": {name: round(one.get("seconds", 0)) for name, one in records.items()}}
+    about["code"] = {name: one.get("recipe", {}).get("code") for name, one in records.items()}
+    done = [name for name in STAGES if finished(out, name)]
+    return report(out, done, about | {"settings": used | options}, picture)
+
+
+def chain(path: str) -> None:
+    """The commands of a stage's record, one after the other in this process: torch is imported once."""
+    for script, *words in json.loads(Path(path).read_text(encoding="utf-8"))["commands"]:
+        said = shlex.join([script, *words]).replace("'>'", ">")
+        print(f"$ python {said}", flush=True)
+        words, target = (words[:-2], words[-1]) if words[-2:-1] == [">"] else (words, "")
+        sys.argv = [script, *words]
+        with open(target, "w") if target else nullcontext(sys.stdout) as stdout, redirect_stdout(stdout):
+            try:
+                runpy.run_path(str(ROOT / script), run_name="__main__")
+            except SystemExit as ended:
+                if ended.code:
+                    raise
+
+
+# ------------------------------------------------------------------------------------ commands of this script
+
+
+def cut_thought(reply: str, limit: int, count: Callable[[str], int]) -> str | None:
+    """The reply, its thought cut behind the last sentence that ends within `limit` tokens (0: whole).
+
+    count: text -> its tokens. None where no sentence fits; a reply without a thought stays.
+    """
+    before, opened, rest = reply.partition(THINK)
+    thought, closed, after = rest.partition(END_THINK)
+    if not limit or not closed or count(thought) <= limit:
+        return reply
+    starts = [thought[: end.end()].rstrip() for end in SENTENCE_END.finditer(thought)]
+    fitting = [start for start in starts if start.strip() and count(start) <= limit]
+    return before + opened + fitting[-1] + closed + after if fitting else None
+
+
+def select(words: Sequence[str]) -> None:
+    """`select FOLDER TOKENIZER THOUGHT_TOKENS HELD_OUT SEED`: what is learnt from
+    (demonstrated.jsonl), a few of these (pass8.jsonl), what is held out (held_out.jsonl), and sizes.json.
+    """
+    from model import load_tokenizer  # imports torch
+
+    folder, tokenizer, seed = Path(words[0]), load_tokenizer(words[1]), words[4]
+    limit, most = map(int, words[2:4])
+
+    def count(text: str) -> int:
+        """Its tokens."""
+        return len(tokenizer.encode(text, add_special_tokens=False))
+
+    test = folder / "test.jsonl"
+    clean, _ = load_examples(folder / "clean.jsonl")
+    told = [example for example in clean if example.demonstrations]
+    held_out = load_examples(test)[0] if test.exists() else []
+    held_out += unseen([example for example in clean if not example.demonstrations], told)
+    train, counts = [], Counter()
+    for example in told:
+        cut = [cut_thought(text, limit, count) for text in example.demonstrations]
+        kept = tuple(filter(None, cut))
+        counts["demonstrations left out"] += len(cut) - len(kept)
+        counts["demonstrations cut"] += sum(text not in example.demonstrations for text in kept)
+        counts["demonstrations"] += len(kept)
+        rewards = [score(text, example.answer).total for text in kept]
+        counts["demonstrations with reward 1"] += rewards.count(1)
+        train += [replace(example, demonstrations=kept)] if kept else []
+    if not train or not held_out:
+        what = "no example with a demonstration" if held_out else "no held-out example"
+        raise UserError(f"{folder}: {what} is left; give more --data, or a larger --thought_tokens")
+    few = random.Random(f"{seed}/pass8").sample(train, min(PASS_PROMPTS, len(train)))
+    if most:
+        held_out = random.Random(f"{seed}/held_out").sample(held_out, min(most, len(held_out)))
+    chosen = {"demonstrated": train, "pass8": few, "held_out": held_out}  # the last one says: all is done
+    sizes = dict(counts)
+    for name, examples in chosen.items():
+        kinds, sources = Counter(map(example_kind, examples)), Counter(one.source for one in examples)
+        sizes[name] = {"examples": len(examples), **kinds, **sources}
+    print(json.dumps(sizes, indent=1))
+    write_atomic(folder / "sizes.json", json.dumps(sizes, indent=1) + "\n")
+    for name, examples in chosen.items():
+        write_examples(folder / f"{name}.jsonl", examples)
+
+
+def generate(args: Namespace) -> None:
+    """`generate --data EXAMPLES --model M --out FOLDER …`: replies to examples, as eval_bfcl.py has them."""
+    cases = [Case(one.id, example_kind(one), one.messages, one.tools) for one in load_examples(args.data)[0]]
+    predict.generate(args, cases, f"{Path(args.data).stem} of {SCRIPT}")
+
+
+def judge(args: Namespace) -> None:
+    """`score --data EXAMPLES --predictions FILE --out FOLDER`: the binary reward of every reply."""
+    answers = {example.id: example.answer for example in load_examples(args.data)[0]}
+    verdicts = []
+    for row in read_predictions(args.predictions, f"{Path(args.data).stem} of {SCRIPT}"):
+        reward = score(row["output"], answers[row["id"]])
+        verdicts.append(row | vars(reward) | {"right": reward.total == 1})
+    write_rows(args.out / "verdicts.jsonl", verdicts)
+
+
+def main(arguments: list[str]) -> None:
+    """Runs what is missing, and reports. Raises UserError."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if arguments[:1] == ["chain"]:
+        return chain(arguments[1])
+    if arguments[:1] == ["select"]:
+        return select(arguments[1:])
+    if arguments[:1] in (["generate"], ["score"]):
+        own = Script("real_model", "examples", 4096, generate, {}, judge, {}, "right", str)
+        sys.exit(run_evaluation(own, arguments))
+    about = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(description=__doc__, **about)
+    add = parser.add_argument
+    add("--model", default="", help="folder or hub id of the start model (default: the config's)")
+    add("--data", required=True, help="files of records, comma-separated, some with demonstrations")
+    add("--bfcl", required=True, help="folder with BFCL_v4_*.json")
+    add("--apibank", required=True, help="folder of API-Bank, as eval_apibank.py reads it")
+    add("--out", type=Path, default=Path("runs/real_model"), help="(default: %(default)s)")
+    add("--config", default="configs/smollm2-135m.yaml", help="of all trainings (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of all stages (default: %(default)s)")
+    add("--jobs", type=int, default=1, help="stages at a time (default: %(default)s)")
+    add("--limit", type=int, default=0, help="N cases of every BFCL category, 4 N of API-Bank; 0: all")
+    add("--held_out", type=int, default=0, help="N held-out examples, chosen by seed; 0: all")
+    add("--thought_tokens", type=int, default=0, help="thoughts are cut to whole sentences within N; 0: not")
+    add("--epochs", type=float, default=1.0, help="of both SFT (default: %(default)s)")
+    add("--steps", type=int, default=50, help="of RL (default: %(default)s)")
+    add("--eval_prompt_tokens", type=int, default=4096, help="of tests' prompts (default: %(default)s)")
+    add("--eval_batch", type=int, default=32, help="tests' replies at once (default: %(default)s)")
+    add("--accept_code", action="store_true", help="go on with stages that other code of ours has made")
+    args, words = parser.parse_known_args(arguments)
+    args.words = ["--config", args.config, *words]
+    args.settings = load_config(args.words)  # a mistake shows before the first stage
+    args.model = args.model or args.settings.model
+    check_model(args.model)
+    args.out.mkdir(parents=True, exist_ok=True)
+    check_all(args)
+    try:
+        run_all(args)
+    finally:
+        print(f"{tell(args, picture=True)}all of it: {args.out}")
+
+
+if __name__ == "__main__":
+    run_command(main)
