@@ -115,7 +115,7 @@ def data_commands(args: Namespace) -> list[list]:
     return [
         ["data.py", "prepare", *given],
         ["data.py", "overlap", data / "train.jsonl", *against, ">", data / "overlap.txt"],
-        [SCRIPT, "select", data, args.model, args.thought_tokens, args.held_out, args.seed],
+        [SCRIPT, "select", data, args.model, args.thought_tokens, args.seed],
     ]
 
 
@@ -126,7 +126,7 @@ def evaluation(
     config, where = args.settings, ["--data", data, "--out", folder]
     asked = ["--prompt_template", config.prompt_template]
     asked += ["--chat_template_kwargs", config.chat_template_kwargs]
-    asked += ["--seed", args.seed, "--batch_size", args.eval_batch]
+    asked += ["--seed", args.seed, "--batch_size", config.rollout_batch_size]
     asked += ["--max_prompt_tokens", args.eval_prompt_tokens, "--max_new_tokens", config.max_response_tokens]
     return [
         [script, "generate", "--model", model, *where, *asked, *more],
@@ -307,12 +307,10 @@ def main(arguments: list[str]) -> None:
     add("--seed", type=int, default=0, help="of all stages (default: %(default)s)")
     add("--jobs", type=int, default=1, help="stages at a time (default: %(default)s)")
     add("--limit", type=int, default=0, help="N cases of every BFCL category, 4 N of API-Bank; 0: all")
-    add("--held_out", type=int, default=0, help="N held-out examples, chosen by seed; 0: all")
     add("--thought_tokens", type=int, default=0, help="thoughts are cut to whole sentences within N; 0: not")
     add("--epochs", type=float, default=1.0, help="of both SFT (default: %(default)s)")
     add("--steps", type=int, default=50, help="of RL (default: %(default)s)")
     add("--eval_prompt_tokens", type=int, default=4096, help="of tests' prompts (default: %(default)s)")
-    add("--eval_batch", type=int, default=32, help="tests' replies at once (default: %(default)s)")
     add("--accept_code", action="store_true", help="go on with stages that other code of ours has made")
     args, words = parser.parse_known_args(arguments)
     args.words = ["--config", args.config, *words]

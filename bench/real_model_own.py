@@ -42,13 +42,12 @@ def cut_thought(reply: str, limit: int, count: Callable[[str], int]) -> str | No
 
 
 def select(words: Sequence[str]) -> None:
-    """`select FOLDER TOKENIZER THOUGHT_TOKENS HELD_OUT SEED`: what is learnt from
-    (demonstrated.jsonl), a few of these (pass8.jsonl), what is held out (held_out.jsonl), and sizes.json.
+    """`select FOLDER TOKENIZER THOUGHT_TOKENS SEED`: what is learnt from (demonstrated.jsonl), a few of these
+    (pass8.jsonl), what is held out (held_out.jsonl), and sizes.json.
     """
     from model import load_tokenizer  # imports torch
 
-    folder, tokenizer, seed = Path(words[0]), load_tokenizer(words[1]), words[4]
-    limit, most = map(int, words[2:4])
+    folder, tokenizer, limit, seed = Path(words[0]), load_tokenizer(words[1]), int(words[2]), words[3]
 
     def count(text: str) -> int:
         """Its tokens."""
@@ -73,8 +72,6 @@ def select(words: Sequence[str]) -> None:
         what = "no example with a demonstration" if held_out else "no held-out example"
         raise UserError(f"{folder}: {what} is left; give more --data, or a larger --thought_tokens")
     few = random.Random(f"{seed}/pass8").sample(train, min(PASS_PROMPTS, len(train)))
-    if most:
-        held_out = random.Random(f"{seed}/held_out").sample(held_out, min(most, len(held_out)))
     chosen = {"demonstrated": train, "pass8": few, "held_out": held_out}  # the last one says: all is done
     sizes = dict(counts)
     for name, examples in chosen.items():

@@ -21,8 +21,12 @@ from prompts import render_calls
 CONDITIONS = {"start": "start model", "sft_no_reason": "SFT, bare calls", "sft_reason": "SFT with reasoning",
               "rl": "SFT with reasoning, then RL"}
 PAIRS = (("sft_reason", "rl"), ("sft_no_reason", "sft_reason"))  # compared case by case
-TESTS = {"held_out": "held-out reward", "bfcl": "BFCL", "apibank": "API-Bank level 1"}
-RIGHT = {"held_out": "right", "bfcl": "valid", "apibank": "correct"}  # the key of a verdict
+TESTS = {"held_out": "held-out", "bfcl": "BFCL", "apibank": "API-Bank"}
+# What is compared -> the test, and the key of its verdicts.
+FIGURES = {
+    "held-out reward": ("held_out", "right"), "held-out calls": ("held_out", "correct"),
+    "BFCL": ("bfcl", "valid"), "API-Bank level 1": ("apibank", "correct"),
+}
 RL_KEYS = ("reward", "format_rate", "frac_reward_zero_std", "entropy", "kl", "completions/mean_length")
 WINDOW = 10  # steps
 
@@ -52,13 +56,14 @@ def paired(fates: Sequence[tuple[bool, bool]]) -> dict[str, float]:
 def condition_figures(folder: Path, verdicts: dict[str, list[dict]]) -> dict:
     """A condition's row in the table, the reasons of its wrong held-out replies, and its skipped prompts."""
     asked = verdicts["held_out"]
-    found = {name: tally((row["id"], row[key]) for row in verdicts[name]) for name, key in RIGHT.items()}
+    found: dict = {}
+    for label, (name, key) in FIGURES.items():
+        found[label] = tally((row["id"], row[key]) for row in verdicts[name])
     for name, parts in (("AST", AST), ("irrelevance", REFUSALS)):
         own = [row for row in verdicts["bfcl"] if category_of(row["id"]) in parts]
         found[name] = tally((row["id"], row["valid"]) for row in own)
     listed = json.loads((folder / "bfcl/scores.json").read_text(encoding="utf-8"))["replies"]
     found["over-calling"] = next(row for row in listed if row["name"].startswith("over-calling"))
-    found["calls right"] = 100 * fmean(row["correct"] for row in asked)
     found["format"] = 100 * fmean(row["format_ok"] for row in asked)
     found["tokens"] = fmean(row["output_tokens"] for row in asked)
     found["reasons"] = Counter(row["reason"] for row in asked if not row["right"])
@@ -79,9 +84,9 @@ def results(out: Path, done: Sequence[str], verdicts: dict[str, dict[str, list[d
     rows = {name: condition_figures(out / f"eval_{name}", one) for name, one in verdicts.items()}
     found = {"conditions": rows, "comparisons": {}, "rl": {}}
     for a, b in (pair for pair in PAIRS if verdicts.keys() >= set(pair)):
-        for name, key in RIGHT.items():
+        for label, (name, key) in FIGURES.items():
             fates = list(compare(verdicts[a][name], verdicts[b][name], key).values())
-            found["comparisons"][f"{TESTS[name]}: {CONDITIONS[b]} − {CONDITIONS[a]}"] = paired(fates)
+            found["comparisons"][f"{label}: {CONDITIONS[b]} − {CONDITIONS[a]}"] = paired(fates)
     if "data" in done:
         found["data"] = json.loads((out / "data/sizes.json").read_text(encoding="utf-8"))
         found["overlap"] = (out / "data/overlap.txt").read_text(encoding="utf-8").splitlines()[-1]
@@ -112,12 +117,14 @@ def markdown(found: dict) -> str:
     """RESULTS.md."""
     conditions = found["conditions"]
     names = list(map(CONDITIONS.get, conditions))
-    tallies = {**TESTS, "AST": "BFCL AST", "irrelevance": "BFCL irrelevance", "over-calling": "over-calling"}
-    plain = {"calls right": "held-out: calls right", "format": "format", "tokens": "tokens per reply"}
+    tallies = {**{label: label for label in FIGURES}, "AST": "BFCL AST", "irrelevance": "BFCL irrelevance"}
+    tallies["over-calling"] = "over-calling"
+    plain = {"format": "format", "tokens": "tokens per reply"}
     rows = []
     for name, one in zip(names, conditions.values()):
         rows.append([name, *(shown(one[key]) for key in tallies), *(f"{one[key]:.1f}" for key in plain)])
-    text = "Percent, with 95 % intervals; over-calling: a call where none fits.\n\n"
+    text = "Percent, with 95 % intervals. The reward asks for a thought, which bare calls lack: compare these by "
+    text += "held-out calls. Over-calling: a call where none fits.\n\n"
     text += table(["condition", *tallies.values(), *plain.values()], rows)
     rows = []
     for name, one in found["comparisons"].items():
@@ -175,12 +182,12 @@ def draw(found: dict, out: Path) -> None:
         before = steps[-1]
     left.set(title="reward of RL's samples", xlabel="step", ylim=(0, 1))
     for place, (name, one) in enumerate(found["conditions"].items()):
-        parts = [one[test] for test in TESTS]
+        parts = [one[label] for label in FIGURES]
         heights = [part["accuracy"] for part in parts]
         below, above = ([abs(part[key] - part["accuracy"]) for part in parts] for key in ("low", "high"))
         places = [test + 0.2 * place for test in range(len(parts))]
         right.bar(places, heights, 0.18, yerr=[below, above], capsize=3, label=CONDITIONS[name])
-    right.set_xticks([test + 0.3 for test in range(len(TESTS))], TESTS.values())
+    right.set_xticks([test + 0.3 for test in range(len(FIGURES))], FIGURES)
     right.set(title="greedy replies that are right, 95 % intervals", ylabel="percent")
     for axis in (left, right):
         if axis.get_legend_handles_labels()[0]:

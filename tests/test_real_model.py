@@ -21,7 +21,7 @@ from prompts import render_completion
 sys.path.append(str(ROOT / "bench"))
 import real_model  # noqa: E402
 from real_model_own import cut_thought  # noqa: E402
-from real_model_report import paired  # noqa: E402
+from real_model_report import FIGURES, paired  # noqa: E402
 
 SHARED = ROOT / "../shared/data"
 
@@ -127,8 +127,8 @@ def test_every_stage_runs_once_and_what_is_deleted_again(records, monkeypatch):
     found = json.loads((out / "results.json").read_text())
     assert list(found["conditions"]) == ["start", "sft_no_reason", "sft_reason", "rl"]
     for one in found["conditions"].values():
-        assert [one[test]["n"] for test in ("held_out", "bfcl", "apibank")] == [4, 13, 4]
-    assert len(found["comparisons"]) == 6 and found["pass8"]["prompts"] == 6
+        assert [one[test]["n"] for test in FIGURES] == [4, 4, 13, 4]
+    assert len(found["comparisons"]) == 8 and found["pass8"]["prompts"] == 6
     assert all((out / name).stat().st_size for name in ("RESULTS.md", "real_model.png", "rl/samples.html"))
 
     before = {name: real_model.read_record(out, name) for name in real_model.STAGES}
