@@ -44,6 +44,13 @@ API_BANK = 4  # cases of API-Bank for each of a BFCL category, where --limit is 
 # Settings that change no result, so that stages made with others are not refused.
 FREE = ("run_dir resume overwrite log_samples trackers save_every keep_checkpoints background_save "
         "rollout_batch_size max_tokens_per_micro_batch gradient_checkpointing timeout_minutes").split()
+UNREAD = {  # by one of the scripts
+    "sft.py": ("prompts_per_step group_size minibatch_prompts num_iterations lr lr_warmup_steps lr_schedule "
+               "temperature loss advantage aggregation clip_eps clip_eps_high kl_coef kl reference "
+               "correction reward lenient overlong_tokens shuffle_rewards skip_zero_variance "
+               "mask_truncated resample_rounds rollout_engine").split(),
+    "grpo.py": ["sft_batch", "sft_lr", "sft_reason", "sft_flops"],
+}
 
 
 @dataclass(frozen=True)
@@ -149,10 +156,11 @@ def recipe(name: str, commands: list[list[str]], args: Namespace) -> dict:
     template = load_template(args.settings.prompt_template)
     made["prompt"] = hashlib.sha256(template.encode()).hexdigest()[:8]
     for script, *words in commands:
-        if script in ("sft.py", "grpo.py"):
+        if script in UNREAD:
             settings = asdict(load_config(words))
             changed = {key: one for key, one in settings.items() if one != getattr(Config(), key)}
-            made["settings"] = {key: one for key, one in changed.items() if key not in FREE}
+            free = FREE + UNREAD[script]
+            made["settings"] = {key: one for key, one in changed.items() if key not in free}
         else:
             shown = re.sub(r" --batch_size \d+", "", shlex.join(words))
             made.setdefault(f"{script} {words[0]}", []).append(shown)

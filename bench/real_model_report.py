@@ -123,8 +123,8 @@ def markdown(found: dict) -> str:
     rows = []
     for name, one in zip(names, conditions.values()):
         rows.append([name, *(shown(one[key]) for key in tallies), *(f"{one[key]:.1f}" for key in plain)])
-    text = "Percent, with 95 % intervals. The reward asks for a thought, which bare calls lack: compare these by "
-    text += "held-out calls. Over-calling: a call where none fits.\n\n"
+    text = "Percent, with 95 % intervals. The reward asks for a thought, which bare calls lack: compare "
+    text += "these by held-out calls. Over-calling: a call where none fits.\n\n"
     text += table(["condition", *tallies.values(), *plain.values()], rows)
     rows = []
     for name, one in found["comparisons"].items():

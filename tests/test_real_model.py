@@ -143,7 +143,7 @@ def test_every_stage_runs_once_and_what_is_deleted_again(records, monkeypatch):
     assert json.loads((out / "results.json").read_text())["conditions"] == found["conditions"]
 
     with pytest.raises(UserError, match=r"rl_format was made with other inputs \(settings\)"):
-        real_model.main([*words, "--steps", "4"])
+        real_model.main([*words, "--steps", "4"])  # the SFT stages read no such setting
     assert json.loads((out / "results.json").read_text())["settings"]["steps"] == "2"
     shutil.rmtree(out / "sft_no_reason")
     with pytest.raises(UserError, match="eval_sft_no_reason was made from an earlier sft_no_reason"):
