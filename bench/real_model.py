@@ -6,7 +6,7 @@ All conditions learn from the same prompts: SFT imitates their bare calls or the
 from the SFT with reasoning and is rewarded on them. After each: reward on held-out records, BFCL, API-Bank.
 OUT has a folder, NAME.log and NAME.json for every stage, and RESULTS.md, results.json, real_model.png and
 samples.md. Finished stages are not done again, interrupted ones go on. Other --key value pairs are settings
-of every training.
+of every training: seed of all stages, epochs of SFT, steps of RL.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import sys
 import time
 from argparse import Namespace
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,13 +36,16 @@ from real_model_report import pass_figures, report  # noqa: E402
 
 from config import Config, UserError, check_model, load_config, run_command  # noqa: E402
 from corpus.sources import file_sha256, find_files, write_atomic  # noqa: E402
+from evals.report import at_least  # noqa: E402
 from prompts import load_template  # noqa: E402
 
 ENOUGH_MIXED = 0.1  # share of prompts with right and wrong samples, below which RL pays for the format first
 API_BANK = 4  # cases of API-Bank for each of a BFCL category, where --limit is given
 # Settings that change no result, so that stages made with others are not refused.
 FREE = ("run_dir resume overwrite log_samples trackers save_every keep_checkpoints background_save "
-        "rollout_batch_size max_tokens_per_micro_batch gradient_checkpointing timeout_minutes").split()
+        "rollout_batch_size max_tokens_per_micro_batch gradient_checkpointing sharding offload "
+        "timeout_minutes eval_every eval_cases trust_remote_code").split()
+OURS = "data test_data test_share run_dir resume overwrite sft_reason reward reference".split()  # set here
 UNREAD = {  # by one of the scripts
     "sft.py": ("prompts_per_step group_size minibatch_prompts num_iterations lr lr_warmup_steps lr_schedule "
                "temperature loss advantage aggregation clip_eps clip_eps_high kl_coef kl reference "
@@ -55,24 +57,25 @@ UNREAD = {  # by one of the scripts
 
 @dataclass(frozen=True)
 class Stage:
-    """needs: the stages before it. product: the file of its folder that is written last."""
+    """needs: the stages before it. products: files of its folder that are there when it is done."""
 
     needs: tuple[str, ...]
-    product: str
+    products: tuple[str, ...]
 
 
+TRAINED, TESTED = ("summary.json",), ("held_out/verdicts.jsonl", "bfcl/scores.json", "apibank/scores.json")
 # The first that can start is started: the chain to RL never waits for an evaluation.
 STAGES = {
-    "data": Stage((), "held_out.jsonl"),
-    "sft_reason": Stage(("data",), "summary.json"),
-    "pass8": Stage(("sft_reason",), "verdicts.jsonl"),
-    "rl_format": Stage(("pass8",), "summary.json"),
-    "rl": Stage(("sft_reason", "rl_format"), "summary.json"),
-    "sft_no_reason": Stage(("data",), "summary.json"),
-    "eval_sft_reason": Stage(("sft_reason",), "apibank/scores.json"),
-    "eval_rl": Stage(("rl",), "apibank/scores.json"),
-    "eval_sft_no_reason": Stage(("sft_no_reason",), "apibank/scores.json"),
-    "eval_start": Stage(("data",), "apibank/scores.json"),
+    "data": Stage((), ("demonstrated.jsonl", "pass8.jsonl", "held_out.jsonl", "sizes.json")),
+    "sft_reason": Stage(("data",), TRAINED),
+    "pass8": Stage(("sft_reason",), ("verdicts.jsonl",)),
+    "rl_format": Stage(("pass8",), TRAINED),
+    "rl": Stage(("sft_reason", "rl_format"), TRAINED),
+    "sft_no_reason": Stage(("data",), TRAINED),
+    "eval_sft_reason": Stage(("sft_reason",), TESTED),
+    "eval_rl": Stage(("rl",), TESTED),
+    "eval_sft_no_reason": Stage(("sft_no_reason",), TESTED),
+    "eval_start": Stage(("data",), TESTED),
 }
 
 
@@ -97,12 +100,13 @@ def commands_of(name: str, args: Namespace) -> list[list[str]]:
         listed += evaluation("eval_bfcl.py", args, args.bfcl, model, out / name / "bfcl", bfcl)
         listed += evaluation("eval_apibank.py", args, args.apibank, model, out / name / "apibank", apibank)
     elif name.startswith("sft"):
-        reason = ["--sft_reason", name == "sft_reason", "--steps", 0, "--epochs", args.epochs]
+        reason = ["--sft_reason", name == "sft_reason", "--steps", 0]  # epochs count
         listed = [training("sft.py", name, args, args.model, reason)]
     else:
         sft, formatted = out / "sft_reason/model", out / "rl_format/model"
-        first = args.steps // 2 if pass_figures(out)["mixed"] < ENOUGH_MIXED else 0
-        more = ["--reward", "binary", "--steps", args.steps - first]
+        steps = args.settings.steps
+        first = steps // 2 if pass_figures(out)["mixed"] < ENOUGH_MIXED else 0
+        more = ["--reward", "binary", "--steps", steps - first]
         if name == "rl_format":
             more = ["--reward", "partial_format", "--steps", first]
         elif first and args.settings.kl_coef:
@@ -116,13 +120,13 @@ def data_commands(args: Namespace) -> list[list]:
     """Prepared records, those that no benchmark has, and what is learnt from and held out of them."""
     config, data = args.settings, args.out / "data"
     given = ["--data", *args.data.split(","), "--out", data, "--overwrite", "--no_call_turns"]
-    given += ["--test_share", 0.25, "--seed", args.seed, "--prompt_template", config.prompt_template]
+    given += ["--test_share", 0.25, "--seed", config.seed, "--prompt_template", config.prompt_template]
     given += ["--tokenizer", args.model, "--max_prompt_tokens", config.max_prompt_tokens]
     against = ["--bfcl", args.bfcl, "--apibank", args.apibank, "--write", data / "clean.jsonl"]
     return [
         ["data.py", "prepare", *given],
-        ["data.py", "overlap", data / "train.jsonl", *against, ">", data / "overlap.txt"],
-        [SCRIPT, "select", data, args.model, args.thought_tokens, args.seed],
+        ["data.py", "overlap", data / "train.jsonl", *against],
+        [SCRIPT, "select", data, args.model, args.thought_tokens, config.seed],
     ]
 
 
@@ -133,7 +137,7 @@ def evaluation(
     config, where = args.settings, ["--data", data, "--out", folder]
     asked = ["--prompt_template", config.prompt_template]
     asked += ["--chat_template_kwargs", config.chat_template_kwargs]
-    asked += ["--seed", args.seed, "--batch_size", config.rollout_batch_size]
+    asked += ["--seed", config.seed, "--batch_size", config.rollout_batch_size]
     asked += ["--max_prompt_tokens", args.eval_prompt_tokens, "--max_new_tokens", config.max_response_tokens]
     return [
         [script, "generate", "--model", model, *where, *asked, *more],
@@ -146,13 +150,12 @@ def training(script: str, name: str, args: Namespace, model: str | Path, more: l
     folder = args.out / name
     again = "--resume" if any(folder.glob("step_*/manifest.json")) else "--overwrite"
     data = ["--data", args.out / "data/demonstrated.jsonl", "--test_data", "", "--test_share", 0]
-    run = ["--seed", args.seed, "--run_dir", folder, again, "true"]
-    return [script, *args.words, "--model", model, *data, *run, *more]
+    return [script, *args.words, "--model", model, *data, "--run_dir", folder, again, "true", *more]
 
 
 def recipe(name: str, commands: list[list[str]], args: Namespace) -> dict:
     """All that decides what a stage gives, wherever OUT lies: another recipe is another stage."""
-    made = {"code": hashlib.sha256(code()).hexdigest()[:8]}
+    made = {"code": hashlib.sha256(code("bench/real_model_own.py")).hexdigest()[:8]}
     template = load_template(args.settings.prompt_template)
     made["prompt"] = hashlib.sha256(template.encode()).hexdigest()[:8]
     for script, *words in commands:
@@ -178,20 +181,21 @@ def read_record(out: Path, name: str) -> dict:
 
 
 def finished(out: Path, name: str) -> bool:
-    """Whether a stage is done: its record says so, of what its needs gave last, and its product is there."""
-    record = read_record(out, name)
-    product = out / name / STAGES[name].product
-    if not record.get("finished") or (record["commands"] and not product.exists()):
+    """Whether a stage is done: it and its needs say so, and what it made is there."""
+    record, stage = read_record(out, name), STAGES[name]
+    if not record.get("finished") or not all(finished(out, need) for need in stage.needs):
         return False
-    needs = record["recipe"]["needs"].items()
-    return all(read_record(out, need).get("finished") == stamp for need, stamp in needs)
+    stamps = record["recipe"]["needs"].items()
+    there = not record["commands"] or all((out / name / product).exists() for product in stage.products)
+    return there and all(read_record(out, need)["finished"] == stamp for need, stamp in stamps)
 
 
 def check_recipe(name: str, args: Namespace) -> dict:
     """The record that a stage begins with. Raises UserError where its folder was made from something else."""
     out = args.out
     commands = commands_of(name, args)
-    past = read_record(out, name) if (out / name).exists() else {}
+    kept = (out / name).exists() and (name != "data" or finished(out, name))  # data begins anew anyway
+    past = read_record(out, name) if kept else {}
     now = recipe(name, commands, args)
     before = past.get("recipe", now)
     if args.accept_code:
@@ -218,7 +222,8 @@ def run_stage(name: str, args: Namespace, record: dict, children: dict) -> None:
         record["seconds"] += time.perf_counter() - began
         if failed:
             write_atomic(path, json.dumps(record, indent=1) + "\n")
-            raise UserError(f"{name} ended with code {failed}; see {out / name}.log")
+            last = (out / f"{name}.log").read_text(errors="replace").strip().splitlines()[-1:]
+            raise UserError(f"{name} ended with code {failed}; see {out / name}.log: {''.join(last)}")
     record["finished"] = time.strftime("%Y-%m-%d %H:%M:%S")
     write_atomic(path, json.dumps(record, indent=1) + "\n")
     tqdm.write(f"{name}: {record['seconds']:.0f} s")
@@ -226,13 +231,15 @@ def run_stage(name: str, args: Namespace, record: dict, children: dict) -> None:
 
 def check_all(args: Namespace) -> None:
     """Raises UserError where a folder in OUT was made from something else, before the first stage."""
+    stale = []
     for name, stage in STAGES.items():
-        missing = [need for need in stage.needs if not finished(args.out, need)]
-        if not missing:
+        if all(finished(args.out, need) for need in stage.needs):
             check_recipe(name, args)
         elif (args.out / name).exists():
-            what = f"{args.out / name} was made from an earlier {missing[0]}"
-            raise UserError(f"{what}, which has to be done again; delete this folder, too")
+            stale.append(str(args.out / name))
+    if stale:
+        what = "made from a stage that has to be done again"
+        raise UserError(f"{', '.join(stale)}: {what}; delete these folders, too")
 
 
 def run_all(args: Namespace) -> None:
@@ -271,7 +278,8 @@ def tell(args: Namespace, picture: bool = False) -> str:
     """The report of what is finished."""
     out = args.out
     records = {name: read_record(out, name) for name in STAGES}
-    used = {key: value for key, value in asdict(args.settings).items() if value != getattr(Config(), key)}
+    changed = {key: one for key, one in asdict(args.settings).items() if one != getattr(Config(), key)}
+    used = {key: one for key, one in changed.items() if key not in OURS}
     options = {key: str(value) for key, value in vars(args).items() if key not in ("words", "settings")}
     about = {"seconds": {name: round(one.get("seconds", 0)) for name, one in records.items()}}
     about["code"] = {name: one.get("recipe", {}).get("code") for name, one in records.items()}
@@ -281,17 +289,14 @@ def tell(args: Namespace, picture: bool = False) -> str:
 
 def chain(path: str) -> None:
     """The commands of a stage's record, one after the other in this process: torch is imported once."""
-    for script, *words in json.loads(Path(path).read_text(encoding="utf-8"))["commands"]:
-        said = shlex.join([script, *words]).replace("'>'", ">")
-        print(f"$ python {said}", flush=True)
-        words, target = (words[:-2], words[-1]) if words[-2:-1] == [">"] else (words, "")
-        sys.argv = [script, *words]
-        with open(target, "w") if target else nullcontext(sys.stdout) as stdout, redirect_stdout(stdout):
-            try:
-                runpy.run_path(str(ROOT / script), run_name="__main__")
-            except SystemExit as ended:
-                if ended.code:
-                    raise
+    for command in json.loads(Path(path).read_text(encoding="utf-8"))["commands"]:
+        print(f"$ python {shlex.join(command)}", flush=True)
+        sys.argv = command
+        try:
+            runpy.run_path(str(ROOT / command[0]), run_name="__main__")
+        except SystemExit as ended:
+            if ended.code:
+                raise
 
 
 def main(arguments: list[str]) -> None:
@@ -305,24 +310,25 @@ def main(arguments: list[str]) -> None:
         sys.exit(evaluate(arguments))
     about = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
     parser = argparse.ArgumentParser(description=__doc__, **about)
-    add = parser.add_argument
+    add, whole = parser.add_argument, at_least(0)
     add("--model", default="", help="folder or hub id of the start model (default: the config's)")
-    add("--data", required=True, help="files of records, comma-separated, some with demonstrations")
+    add("--data", required=True, help="files of records, comma-separated, those with demonstrations first")
     add("--bfcl", required=True, help="folder with BFCL_v4_*.json")
     add("--apibank", required=True, help="folder of API-Bank, as eval_apibank.py reads it")
     add("--out", type=Path, default=Path("runs/real_model"), help="(default: %(default)s)")
     add("--config", default="configs/smollm2-135m.yaml", help="of all trainings (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of all stages (default: %(default)s)")
-    add("--jobs", type=int, default=1, help="stages at a time (default: %(default)s)")
-    add("--limit", type=int, default=0, help="N cases of every BFCL category, 4 N of API-Bank; 0: all")
-    add("--thought_tokens", type=int, default=0, help="thoughts are cut to whole sentences within N; 0: not")
-    add("--epochs", type=float, default=1.0, help="of both SFT (default: %(default)s)")
-    add("--steps", type=int, default=50, help="of RL (default: %(default)s)")
-    add("--eval_prompt_tokens", type=int, default=4096, help="of tests' prompts (default: %(default)s)")
+    add("--jobs", type=at_least(1), default=1, help="stages at a time (default: %(default)s)")
+    add("--limit", type=whole, default=0, help="first N cases of a BFCL category, 4 N of API-Bank; 0: all")
+    add("--thought_tokens", type=whole, default=0, help="thoughts end with a sentence within N; 0: whole")
+    add("--eval_prompt_tokens", type=whole, default=4096, help="of tests' prompts (default: %(default)s)")
     add("--accept_code", action="store_true", help="go on with stages that other code of ours has made")
     args, words = parser.parse_known_args(arguments)
     args.words = ["--config", args.config, *words]
     args.settings = load_config(args.words)  # a mistake shows before the first stage
+    if taken := [key for key in OURS if any(word.partition("=")[0] == f"--{key}" for word in words)]:
+        raise UserError(f"{taken[0]} is set by the stages themselves; leave it out")
+    if not args.settings.steps:
+        raise UserError("steps of RL must be greater than 0")
     args.model = args.model or args.settings.model
     check_model(args.model)
     args.out.mkdir(parents=True, exist_ok=True)

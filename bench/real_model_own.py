@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from config import UserError
-from corpus.examples import example_kind, unseen
+from corpus.examples import example_kind, queries_of, unseen
 from corpus.layouts import load_examples, write_examples
 from corpus.sources import write_atomic
 from evals import predict
@@ -24,6 +24,7 @@ from reward import score
 
 SCRIPT = "bench/real_model.py"
 SAMPLES, PASS_PROMPTS = 8, 64  # of the stage pass8
+MOST_HELD_OUT = 500
 SENTENCE_END = re.compile(r"(?<!\d)\.(?=\s)|[!?](?=\s)|\n")  # not the point of "1. "
 
 
@@ -58,7 +59,11 @@ def select(words: Sequence[str]) -> None:
     told = [example for example in clean if example.demonstrations]
     held_out = load_examples(test)[0] if test.exists() else []
     held_out += unseen([example for example in clean if not example.demonstrations], told)
+    asked = set(map(queries_of, told))
+    held_out = [example for example in held_out if queries_of(example) not in asked]
+    held_out = random.Random(f"{seed}/held_out").sample(held_out, min(MOST_HELD_OUT, len(held_out)))
     train, counts = [], Counter()
+    counts["shared with a benchmark"] = len(load_examples(folder / "train.jsonl")[0]) - len(clean)
     for example in told:
         cut = [cut_thought(text, limit, count) for text in example.demonstrations]
         kept = tuple(filter(None, cut))

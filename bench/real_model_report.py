@@ -11,6 +11,7 @@ from statistics import fmean
 
 from timing import machine
 
+from config import UserError
 from corpus.layouts import load_examples
 from corpus.sources import read_jsonl, write_atomic
 from evals.bfcl_data import category_of
@@ -25,17 +26,21 @@ TESTS = {"held_out": "held-out", "bfcl": "BFCL", "apibank": "API-Bank"}
 # What is compared -> the test, and the key of its verdicts.
 FIGURES = {
     "held-out reward": ("held_out", "right"), "held-out calls": ("held_out", "correct"),
-    "BFCL": ("bfcl", "valid"), "API-Bank level 1": ("apibank", "correct"),
+    "BFCL, all asked": ("bfcl", "valid"), "API-Bank level 1": ("apibank", "correct"),
 }
 RL_KEYS = ("reward", "format_rate", "frac_reward_zero_std", "entropy", "kl", "completions/mean_length")
 WINDOW = 10  # steps
 
 
 def pass_figures(out: Path) -> dict[str, float]:
-    """What the samples of pass8 show: the share of its prompts with a right one, with both."""
+    """What the samples of pass8 show: the share of its prompts with a right one, with both. Raises UserError
+    where there are none.
+    """
     groups: dict[str, list[bool]] = {}
     for row in read_jsonl(out / "pass8/verdicts.jsonl"):
         groups.setdefault(row["id"], []).append(row["right"])
+    if not groups:
+        raise UserError(f"{out / 'pass8'} holds no verdicts; delete the folder to do it again")
     mixed = [any(group) and not all(group) for group in groups.values()]
     solved, reward = fmean(map(any, groups.values())), fmean(map(fmean, groups.values()))
     return {"prompts": len(groups), "pass@8": solved, "mixed": fmean(mixed), "reward": reward}
@@ -44,12 +49,13 @@ def pass_figures(out: Path) -> dict[str, float]:
 def paired(fates: Sequence[tuple[bool, bool]]) -> dict[str, float]:
     """B against A on the same cases: fixed, broken, McNemar's p, and B - A in percent with its 95 % interval.
 
-    Wald's interval for paired shares (Agresti, Categorical Data Analysis, 2002, section 10.1.1).
+    The interval has half a case added to each of the four counts (Agresti and Min 2005, Wald+2).
     """
     n, fixed, broken = len(fates), fates.count((False, True)), fates.count((True, False))
-    difference = 100 * (fixed - broken) / n
-    half = 100 * Z * sqrt(fixed + broken - (fixed - broken) ** 2 / n) / n
-    found = {"n": n, "difference": difference, "low": difference - half, "high": difference + half}
+    middle = (fixed - broken) / (n + 2)
+    half = Z * sqrt(fixed + broken + 1 - (fixed - broken) ** 2 / (n + 2)) / (n + 2)
+    found = {"n": n, "difference": 100 * (fixed - broken) / n}
+    found |= {"low": 100 * (middle - half), "high": 100 * (middle + half)}
     return found | {"fixed": fixed, "broken": broken, "p": mcnemar(broken, fixed)}
 
 
@@ -89,7 +95,6 @@ def results(out: Path, done: Sequence[str], verdicts: dict[str, dict[str, list[d
             found["comparisons"][f"{label}: {CONDITIONS[b]} − {CONDITIONS[a]}"] = paired(fates)
     if "data" in done:
         found["data"] = json.loads((out / "data/sizes.json").read_text(encoding="utf-8"))
-        found["overlap"] = (out / "data/overlap.txt").read_text(encoding="utf-8").splitlines()[-1]
     if "pass8" in done:
         found["pass8"] = pass_figures(out)
     for part, log in rl_logs(out).items():
@@ -138,7 +143,7 @@ def markdown(found: dict) -> str:
     text += table(["RL, means", f"first {WINDOW} steps", f"last {WINDOW} steps"], rows)
     rows = [[name, *one["skipped"].values()] for name, one in zip(names, conditions.values())]
     text += table(["prompts too long or refused, which count as empty replies", *TESTS.values()], rows)
-    for name in ("pass8", "data", "overlap", "seconds", "code", "settings", "machine"):
+    for name in ("pass8", "data", "seconds", "code", "settings", "machine"):
         text += f"{name}: {found.get(name, 'not there yet')}\n\n"
     return text
 

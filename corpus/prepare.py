@@ -46,7 +46,7 @@ TABLE = {
     "other": ("other files",),
 }
 Measure = Callable[[Example], int]
-Asked = tuple[str, ...]  # by examples.queries_of
+Asked = tuple[bool, tuple[str, ...]]  # whether a call is right, and examples.queries_of
 
 
 @dataclass
@@ -104,9 +104,12 @@ def weigh(examples: Iterable[Example], length_of: Measure, line: int) -> tuple[d
 def length_of_new(
     example: Example, length_of: Measure, file: str, before: dict[Asked, str], asked: dict[Asked, str]
 ) -> int:
-    """Its length. Raises Unusable where the user says the same as in `before`. It is added to `asked`."""
-    said = queries_of(example)
-    if any(said) and (first := before.get(said)):
+    """Its length. Raises Unusable where the user says the same as in `before`. It is added to `asked`.
+
+    Where a call is right in one of them alone, as in data for irrelevance, both teach something.
+    """
+    said = bool(example.answer), queries_of(example)
+    if any(said[1]) and (first := before.get(said)):
         what = "capitals and punctuation aside, the user says the same as in"
         raise Unusable("near_duplicate", f"{what} {first}")
     length = length_of(example)

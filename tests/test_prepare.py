@@ -91,9 +91,10 @@ def test_ids_of_several_files_never_meet(tmp_path):
 
 
 def test_near_duplicates_are_dropped_from_the_later_file(tmp_path):
-    """Not from the same: the steps of a conversation share what the user says."""
+    """Not from the same: the steps of a conversation share what the user says. Nor where no call is right."""
     a = save(tmp_path / "a.json", numbered(1), numbered(2, query="add 1"), numbered(3, query="?"))
-    b = save(tmp_path / "b.json", numbered(4, query="ADD, 1!"), numbered(5), numbered(6, query="!"))
+    none = numbered(7, query="Add 1", answers=[])
+    b = save(tmp_path / "b.json", numbered(4, query="ADD, 1!"), numbered(5), numbered(6, query="!"), none)
     for options, lost, first in (
         (("--data", a, "--xlam", b), ["xlam-4"], "data-1 of a.json"),
         (("--xlam", b, "--data", a), ["data-1", "data-2"], "xlam-4 of b.json"),
@@ -101,7 +102,7 @@ def test_near_duplicates_are_dropped_from_the_later_file(tmp_path):
     ):
         files = run(tmp_path / "out", *options, "--test_share", 0, "--overwrite")
         assert [row["id"] for row in files["dropped.jsonl"]] == lost
-        assert len(files["train.jsonl"]) == 6 - len(lost)
+        assert len(files["train.jsonl"]) == 7 - len(lost)
         for row in files["dropped.jsonl"]:
             assert row["reason"] == "near_duplicate" and row["detail"].endswith(first)
 

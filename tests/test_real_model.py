@@ -39,18 +39,19 @@ def test_a_thought_is_cut_behind_the_last_sentence_that_fits():
 
 
 def test_a_paired_difference_has_an_interval_of_its_own():
-    """6 of 10 cases fixed, 1 broken: 0.5 ± 1.96 · sqrt(7 - 25 / 10) / 10."""
+    """6 of 10 cases fixed, 1 broken: 5 / 12 ± 1.96 · sqrt(8 - 25 / 12) / 12. Nothing changed: not ± 0."""
     fates = [(False, True)] * 6 + [(True, False)] + [(True, True)] * 2 + [(False, False)]
     found = paired(fates)
     assert (found["n"], found["fixed"], found["broken"], found["p"]) == (10, 6, 1, 0.125)
     assert found["difference"] == pytest.approx(50)
-    assert (found["low"], found["high"]) == pytest.approx((8.423, 91.577), abs=1e-3)
+    assert (found["low"], found["high"]) == pytest.approx((1.938, 81.395), abs=1e-3)
+    assert paired([(True, True)] * 10)["high"] == pytest.approx(100 * 1.959964 / 12, abs=1e-3)
 
 
 @pytest.mark.parametrize("mixed, first", [(0.09, 4), (0.1, 0)])
 def test_rl_pays_for_the_format_first_where_few_prompts_are_mixed(mixed, first, monkeypatch):
     monkeypatch.setattr(real_model, "pass_figures", lambda out: {"mixed": mixed})
-    args = Namespace(out=Path("out"), steps=9, seed=0, words=[], settings=Config())
+    args = Namespace(out=Path("out"), words=[], settings=Config(steps=9))
 
     def chosen(name):
         configs = [load_config(words) for _, *words in real_model.commands_of(name, args)]
@@ -89,8 +90,9 @@ def records(tmp_path):
 
 
 def words_of(folder):
-    settings = "--steps 2 --limit 1 --sft_batch 3 --prompts_per_step 2 --minibatch_prompts 2 --group_size 2"
+    settings = "--steps 2 --epochs 1 --sft_batch 3 --prompts_per_step 2 --minibatch_prompts 2 --group_size 2"
     settings += " --max_prompt_tokens 2000 --max_response_tokens 60 --eval_prompt_tokens 800 --save_every 0"
+    settings += " --limit 1"
     words = ["--model", folder / "model", "--data", folder / "records.jsonl", "--out", folder / "out"]
     words += ["--config", ROOT / "configs/qwen2.5-0.5b.yaml", "--prompt_template", folder / "prompt.txt"]
     words += ["--bfcl", SHARED / "bfcl", "--apibank", SHARED / "apibank", *settings.split()]
@@ -144,7 +146,9 @@ def test_every_stage_runs_once_and_what_is_deleted_again(records, monkeypatch):
 
     with pytest.raises(UserError, match=r"rl_format was made with other inputs \(settings\)"):
         real_model.main([*words, "--steps", "4"])  # the SFT stages read no such setting
-    assert json.loads((out / "results.json").read_text())["settings"]["steps"] == "2"
-    shutil.rmtree(out / "sft_no_reason")
-    with pytest.raises(UserError, match="eval_sft_no_reason was made from an earlier sft_no_reason"):
+    assert json.loads((out / "results.json").read_text())["settings"]["steps"] == 2
+    with pytest.raises(UserError, match="reward is set by the stages"):
+        real_model.main([*words, "--reward", "no_reason"])
+    shutil.rmtree(out / "pass8")
+    with pytest.raises(UserError, match="rl_format.*rl.*eval_rl.*delete these folders"):
         real_model.main(words)
