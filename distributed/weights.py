@@ -33,11 +33,24 @@ def load_model(
     path: a folder or hub id. Code from the hub is never run. dtype: by default bf16 on CUDA, fp32 on a CPU.
     engine: the one that rollouts will ask for. Raises ModelError when the model cannot be loaded.
     """
-    model = skeleton(model_config(path), dtype or compute_dtype(device))
+    model = read_model(path, device, dtype or compute_dtype(device))
+    return prepare_model(model.eval(), device, gradient_checkpointing, engine)
+
+
+def read_model(
+    path: str, device: torch.device, dtype: torch.dtype | None = None, trust_remote_code: bool = False
+) -> nn.Module:
+    """A whole causal LM on one device, as it is in a folder or on the hub. dtype: by default the files' own.
+
+    Raises ModelError.
+    """
+    saved = model_config(path, trust_remote_code)
+    own = saved.dtype if isinstance(saved.dtype, torch.dtype) else torch.float32
+    model = skeleton(saved, dtype or own, trust_remote_code)
     allocate(model, device, device)
     model.tie_weights()
-    stream_weights(model, path)
-    return prepare_model(model.eval(), device, gradient_checkpointing, engine)
+    stream_weights(model, path, trust_remote_code)
+    return model
 
 
 def model_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:

@@ -30,7 +30,7 @@ from corpus.sources import as_command, file_sha256, folder_above, iter_jsonl
 from distributed.checkpoint import complete_steps, full_state
 from distributed.fsdp import class_name, full_tensor, weights
 from distributed.ranks import Ranks, run_script
-from distributed.weights import allocate, config_to_save, model_config, skeleton, stream_weights, weight_files
+from distributed.weights import config_to_save, read_model, weight_files
 from kernel.lora import ADAPTER, adapters, add_adapters, lora_layers
 from model import load_tokenizer
 from ops.run_dir import atomic_folder, start_of
@@ -230,12 +230,7 @@ def write_model(
 
 def with_adapters(state: dict[str, Tensor], config: Config, base: str) -> nn.Module:
     """The model of a LoRA run, of its checkpoint's adapters, on the CPU. Raises ModelError."""
-    saved = model_config(base, config.trust_remote_code)
-    dtype = saved.dtype if isinstance(saved.dtype, torch.dtype) else torch.float32  # as the files have it
-    model = skeleton(saved, dtype, config.trust_remote_code)
-    allocate(model, torch.device("cpu"), torch.device("cpu"))
-    model.tie_weights()
-    stream_weights(model, base, config.trust_remote_code)
+    model = read_model(base, torch.device("cpu"), trust_remote_code=config.trust_remote_code)
     how = (config.lora_rank, config.lora_alpha, config.lora_targets, config.seed)
     add_adapters(model, *how, torch.device("cpu"))
     model.load_state_dict(state, strict=False)
