@@ -71,6 +71,7 @@ STAGES = {
     "pass8": Stage(("sft_reason",), ("verdicts.jsonl",)),
     "rl_format": Stage(("pass8",), TRAINED),
     "rl": Stage(("sft_reason", "rl_format"), TRAINED),
+    "pass8_rl": Stage(("rl",), ("verdicts.jsonl",)),
     "sft_no_reason": Stage(("data",), TRAINED),
     "eval_sft_reason": Stage(("sft_reason",), TESTED),
     "eval_rl": Stage(("rl",), TESTED),
@@ -87,9 +88,10 @@ def commands_of(name: str, args: Namespace) -> list[list[str]]:
     out = args.out
     if name == "data":
         listed = data_commands(args)
-    elif name == "pass8":
+    elif name in ("pass8", "pass8_rl"):
         sampled = ["--samples", SAMPLES, "--temperature", args.settings.temperature]
-        examples, model = out / "data/pass8.jsonl", out / "sft_reason/model"
+        examples = out / "data/pass8.jsonl"
+        model = out / ("sft_reason" if name == "pass8" else "rl") / "model"
         listed = evaluation(SCRIPT, args, examples, model, out / name, sampled)
     elif name.startswith("eval_"):
         condition, few = name.removeprefix("eval_"), args.limit
@@ -105,7 +107,7 @@ def commands_of(name: str, args: Namespace) -> list[list[str]]:
     else:
         sft, formatted = out / "sft_reason/model", out / "rl_format/model"
         steps = args.settings.steps
-        first = steps // 2 if pass_figures(out)["mixed"] < ENOUGH_MIXED else 0
+        first = steps // 2 if pass_figures(out / "pass8")["mixed"] < ENOUGH_MIXED else 0
         more = ["--reward", "binary", "--steps", steps - first]
         if name == "rl_format":
             more = ["--reward", "partial_format", "--steps", first]

@@ -32,15 +32,16 @@ RL_KEYS = ("reward", "format_rate", "frac_reward_zero_std", "entropy", "kl", "co
 WINDOW = 10  # steps
 
 
-def pass_figures(out: Path) -> dict[str, float]:
-    """What the samples of pass8 show: the share of its prompts with a right one, with both. Raises UserError
-    where there are none.
+def pass_figures(folder: Path) -> dict[str, float]:
+    """What the samples of pass8 or pass8_rl show: the share of its prompts with a right one, with both.
+
+    Raises UserError where there are none.
     """
     groups: dict[str, list[bool]] = {}
-    for row in read_jsonl(out / "pass8/verdicts.jsonl"):
+    for row in read_jsonl(folder / "verdicts.jsonl"):
         groups.setdefault(row["id"], []).append(row["right"])
     if not groups:
-        raise UserError(f"{out / 'pass8'} holds no verdicts; delete the folder to do it again")
+        raise UserError(f"{folder} holds no verdicts; delete the folder to do it again")
     mixed = [any(group) and not all(group) for group in groups.values()]
     solved, reward = fmean(map(any, groups.values())), fmean(map(fmean, groups.values()))
     return {"prompts": len(groups), "pass@8": solved, "mixed": fmean(mixed), "reward": reward}
@@ -95,8 +96,9 @@ def results(out: Path, done: Sequence[str], verdicts: dict[str, dict[str, list[d
             found["comparisons"][f"{label}: {CONDITIONS[b]} − {CONDITIONS[a]}"] = paired(fates)
     if "data" in done:
         found["data"] = json.loads((out / "data/sizes.json").read_text(encoding="utf-8"))
-    if "pass8" in done:
-        found["pass8"] = pass_figures(out)
+    for name in ("pass8", "pass8_rl"):
+        if name in done:
+            found[name] = pass_figures(out / name)
     for part, log in rl_logs(out).items():
         for key in RL_KEYS:
             if values := [row[key] for row in log if row.get(key) is not None]:
@@ -143,7 +145,7 @@ def markdown(found: dict) -> str:
     text += table(["RL, means", f"first {WINDOW} steps", f"last {WINDOW} steps"], rows)
     rows = [[name, *one["skipped"].values()] for name, one in zip(names, conditions.values())]
     text += table(["prompts too long or refused, which count as empty replies", *TESTS.values()], rows)
-    for name in ("pass8", "data", "seconds", "code", "settings", "machine"):
+    for name in ("pass8", "pass8_rl", "data", "seconds", "code", "settings", "machine"):
         text += f"{name}: {found.get(name, 'not there yet')}\n\n"
     return text
 
