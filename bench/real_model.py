@@ -31,7 +31,7 @@ from timing import ROOT, code
 from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))
-from real_model_own import SAMPLES, SCRIPT, evaluate, select  # noqa: E402
+from real_model_own import SCRIPT, evaluate, select  # noqa: E402
 from real_model_report import pass_figures, report  # noqa: E402
 
 from config import Config, UserError, check_model, load_config, run_command  # noqa: E402
@@ -63,20 +63,23 @@ class Stage:
     products: tuple[str, ...]
 
 
-TRAINED, TESTED = ("summary.json",), ("held_out/verdicts.jsonl", "bfcl/scores.json", "apibank/scores.json")
+TRAINED, SAMPLED = ("summary.json",), ("verdicts.jsonl",)
+TESTED = ("held_out/verdicts.jsonl", "bfcl/scores.json", "apibank/scores.json")
 # The first that can start is started: the chain to RL never waits for an evaluation.
 STAGES = {
     "data": Stage((), ("demonstrated.jsonl", "pass8.jsonl", "held_out.jsonl", "sizes.json")),
     "sft_reason": Stage(("data",), TRAINED),
-    "pass8": Stage(("sft_reason",), ("verdicts.jsonl",)),
+    "pass8": Stage(("sft_reason",), SAMPLED),
     "rl_format": Stage(("pass8",), TRAINED),
     "rl": Stage(("sft_reason", "rl_format"), TRAINED),
-    "pass8_rl": Stage(("rl",), ("verdicts.jsonl",)),
     "sft_no_reason": Stage(("data",), TRAINED),
     "eval_sft_reason": Stage(("sft_reason",), TESTED),
     "eval_rl": Stage(("rl",), TESTED),
     "eval_sft_no_reason": Stage(("sft_no_reason",), TESTED),
     "eval_start": Stage(("data",), TESTED),
+    "pass8_rl": Stage(("rl",), SAMPLED),
+    "sampled_sft_reason": Stage(("sft_reason",), SAMPLED),
+    "sampled_rl": Stage(("rl",), SAMPLED),
 }
 
 
@@ -88,11 +91,11 @@ def commands_of(name: str, args: Namespace) -> list[list[str]]:
     out = args.out
     if name == "data":
         listed = data_commands(args)
-    elif name in ("pass8", "pass8_rl"):
-        sampled = ["--samples", SAMPLES, "--temperature", args.settings.temperature]
-        examples = out / "data/pass8.jsonl"
-        model = out / ("sft_reason" if name == "pass8" else "rl") / "model"
-        listed = evaluation(SCRIPT, args, examples, model, out / name, sampled)
+    elif name.startswith(("pass8", "sampled")):
+        examples, samples = ("pass8", 8) if name.startswith("pass8") else ("held_out", 4)
+        sampled = ["--samples", samples, "--temperature", args.settings.temperature]
+        model = out / ("rl" if name.endswith("_rl") else "sft_reason") / "model"
+        listed = evaluation(SCRIPT, args, out / f"data/{examples}.jsonl", model, out / name, sampled)
     elif name.startswith("eval_"):
         condition, few = name.removeprefix("eval_"), args.limit
         model = args.model if condition == "start" else out / condition / "model"

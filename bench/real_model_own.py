@@ -23,8 +23,7 @@ from prompts import END_THINK, THINK
 from reward import score
 
 SCRIPT = "bench/real_model.py"
-SAMPLES, PASS_PROMPTS = 8, 64  # of the stage pass8
-MOST_HELD_OUT = 500
+PASS_PROMPTS, MOST_HELD_OUT = 64, 500
 SENTENCE_END = re.compile(r"(?<!\d)\.(?=\s)|[!?](?=\s)|\n")  # not the point of "1. "
 
 

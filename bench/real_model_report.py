@@ -32,19 +32,34 @@ RL_KEYS = ("reward", "format_rate", "frac_reward_zero_std", "entropy", "kl", "co
 WINDOW = 10  # steps
 
 
-def pass_figures(folder: Path) -> dict[str, float]:
-    """What the samples of pass8 or pass8_rl show: the share of its prompts with a right one, with both.
-
-    Raises UserError where there are none.
-    """
+def samples_of(folder: Path) -> dict[str, list[bool]]:
+    """Whether each sample of a prompt is right, by its id. Raises UserError where there are none."""
     groups: dict[str, list[bool]] = {}
     for row in read_jsonl(folder / "verdicts.jsonl"):
         groups.setdefault(row["id"], []).append(row["right"])
     if not groups:
         raise UserError(f"{folder} holds no verdicts; delete the folder to do it again")
-    mixed = [any(group) and not all(group) for group in groups.values()]
-    solved, reward = fmean(map(any, groups.values())), fmean(map(fmean, groups.values()))
+    return groups
+
+
+def pass_figures(folder: Path) -> dict[str, float]:
+    """What the samples of pass8 or pass8_rl show: the share of its prompts with a right one, with both."""
+    groups = samples_of(folder).values()
+    mixed = [any(group) and not all(group) for group in groups]
+    solved, reward = fmean(map(any, groups)), fmean(map(fmean, groups))
     return {"prompts": len(groups), "pass@8": solved, "mixed": fmean(mixed), "reward": reward}
+
+
+def paired_means(a: dict[str, list[bool]], b: dict[str, list[bool]]) -> dict[str, float]:
+    """B's samples against A's of the same prompts: the difference of the mean reward in percent, with its
+    normal 95 % interval over the prompts; fixed and broken: prompts with more and with fewer right samples.
+    """
+    differences = [fmean(b[name]) - fmean(a[name]) for name in a]
+    n, mean = len(differences), fmean(differences)
+    half = Z * sqrt(sum((one - mean) ** 2 for one in differences) / max(1, n - 1) / n)
+    fixed, broken = sum(one > 0 for one in differences), sum(one < 0 for one in differences)
+    found = {"n": n, "difference": 100 * mean, "low": 100 * (mean - half), "high": 100 * (mean + half)}
+    return found | {"fixed": fixed, "broken": broken, "p": mcnemar(broken, fixed)}
 
 
 def paired(fates: Sequence[tuple[bool, bool]]) -> dict[str, float]:
@@ -99,6 +114,13 @@ def results(out: Path, done: Sequence[str], verdicts: dict[str, dict[str, list[d
     for name in ("pass8", "pass8_rl"):
         if name in done:
             found[name] = pass_figures(out / name)
+    for before, after in (("pass8", "pass8_rl"), ("sampled_sft_reason", "sampled_rl")):
+        if {before, after} <= set(done):
+            sides = samples_of(out / before), samples_of(out / after)
+            label = "training" if before == "pass8" else "held-out"
+            compared = f"mean reward of {label} samples: {CONDITIONS['rl']} − {CONDITIONS['sft_reason']}"
+            found["comparisons"][compared] = paired_means(*sides)
+            found[f"{label} samples"] = [fmean(map(fmean, side.values())) for side in sides]
     for part, log in rl_logs(out).items():
         for key in RL_KEYS:
             if values := [row[key] for row in log if row.get(key) is not None]:
@@ -145,7 +167,8 @@ def markdown(found: dict) -> str:
     text += table(["RL, means", f"first {WINDOW} steps", f"last {WINDOW} steps"], rows)
     rows = [[name, *one["skipped"].values()] for name, one in zip(names, conditions.values())]
     text += table(["prompts too long or refused, which count as empty replies", *TESTS.values()], rows)
-    for name in ("pass8", "pass8_rl", "data", "seconds", "code", "settings", "machine"):
+    kinds = "pass8,pass8_rl,training samples,held-out samples,data,seconds,code,settings,machine"
+    for name in kinds.split(","):
         text += f"{name}: {found.get(name, 'not there yet')}\n\n"
     return text
 

@@ -21,7 +21,7 @@ from prompts import render_completion
 sys.path.append(str(ROOT / "bench"))
 import real_model  # noqa: E402
 from real_model_own import cut_thought  # noqa: E402
-from real_model_report import FIGURES, paired  # noqa: E402
+from real_model_report import FIGURES, paired, paired_means  # noqa: E402
 
 SHARED = ROOT / "../shared/data"
 
@@ -46,6 +46,15 @@ def test_a_paired_difference_has_an_interval_of_its_own():
     assert found["difference"] == pytest.approx(50)
     assert (found["low"], found["high"]) == pytest.approx((1.938, 81.395), abs=1e-3)
     assert paired([(True, True)] * 10)["high"] == pytest.approx(100 * 1.959964 / 12, abs=1e-3)
+
+
+def test_samples_of_the_same_prompts_are_compared_by_prompt():
+    """Means of 0.5, 0, 1 become 1, 0.5, 1: the mean difference is 1/3, its deviation sqrt(1/12)."""
+    before = {"a": [True, False], "b": [False, False], "c": [True, True]}
+    found = paired_means(before, {"a": [True, True], "b": [False, True], "c": [True, True]})
+    half = 100 * 1.959964 * (1 / 12 / 3) ** 0.5
+    assert (found["difference"], found["fixed"], found["broken"]) == (pytest.approx(100 / 3), 2, 0)
+    assert (found["low"], found["high"]) == pytest.approx((100 / 3 - half, 100 / 3 + half))
 
 
 @pytest.mark.parametrize("mixed, first", [(0.09, 4), (0.1, 0)])
@@ -130,7 +139,7 @@ def test_every_stage_runs_once_and_what_is_deleted_again(records, monkeypatch):
     assert list(found["conditions"]) == ["start", "sft_no_reason", "sft_reason", "rl"]
     for one in found["conditions"].values():
         assert [one[test]["n"] for test in FIGURES] == [4, 4, 13, 4]
-    assert len(found["comparisons"]) == 8 and found["pass8"]["prompts"] == 6
+    assert len(found["comparisons"]) == 10 and found["pass8"]["prompts"] == 6
     assert all((out / name).stat().st_size for name in ("RESULTS.md", "real_model.png", "rl/samples.html"))
 
     before = {name: real_model.read_record(out, name) for name in real_model.STAGES}
