@@ -219,6 +219,7 @@ def draw(found: dict, out: Path) -> None:
         right.bar(places, heights, 0.18, yerr=[below, above], capsize=3, label=CONDITIONS[name])
     right.set_xticks([test + 0.3 for test in range(len(FIGURES))], FIGURES)
     right.set(title="greedy replies that are right, 95 % intervals", ylabel="percent")
+    right.margins(y=0.4)  # room for the legend
     for axis in (left, right):
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize="small")
