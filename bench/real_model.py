@@ -336,12 +336,18 @@ def main(arguments: list[str]) -> None:
         raise UserError("steps of RL must be greater than 0")
     args.model = args.model or args.settings.model
     check_model(args.model)
+    for name in ("data", "bfcl", "apibank"):
+        for path in getattr(args, name).split(","):
+            local = path.startswith((".", "/", "~")) or path.count("/") != 1  # else it may be a hub id
+            if local and not Path(path).exists():
+                raise UserError(f"{name}: {path!r} does not exist; check the path")
     args.out.mkdir(parents=True, exist_ok=True)
     check_all(args)
     try:
         run_all(args)
     finally:
-        print(f"{tell(args, picture=True)}all of it: {args.out}")
+        if any(finished(args.out, name) for name in STAGES):
+            print(f"{tell(args, picture=True)}all of it: {args.out}")
 
 
 if __name__ == "__main__":
