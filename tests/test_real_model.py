@@ -1,11 +1,10 @@
 """bench/real_model.py from end to end with a random model on ten real records, and its rules alone."""
 
 import json
-import os
+import multiprocessing
 import shutil
 import subprocess
 import sys
-import traceback
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from real_model_own import cut_thought  # noqa: E402
 from real_model_report import FIGURES, paired, paired_means  # noqa: E402
 
 SHARED = ROOT / "../shared/data"
+multiprocessing.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama"])
 
 
 def test_a_thought_is_cut_behind_the_last_sentence_that_fits():
@@ -108,26 +108,24 @@ def words_of(folder):
     return list(map(str, words))
 
 
+def stage_main(arguments, log):
+    with open(log, "a", buffering=1) as file:
+        sys.stdout = sys.stderr = file
+        real_model.main(arguments)
+
+
 class Forked:
-    """Stands in for subprocess.Popen: a copy of this process, which need not import torch again."""
+    """Stands in for subprocess.Popen: a copy of a process that has imported torch already."""
 
     def __init__(self, command, stdout, stderr, env):
-        self.pid = os.fork()
-        if self.pid:
-            return
-        code = 1
-        try:
-            sys.stdout = sys.stderr = open(stdout.fileno(), "w", closefd=False)
-            real_model.main(command[2:])
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
+        context = multiprocessing.get_context("forkserver")
+        self.process = context.Process(target=stage_main, args=(command[2:], stdout.name))
+        self.process.start()
+        self.terminate = self.process.terminate
 
     def wait(self):
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+        self.process.join()
+        return self.process.exitcode
 
 
 def test_every_stage_runs_once_and_what_is_deleted_again(records, monkeypatch):
