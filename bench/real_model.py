@@ -158,6 +158,11 @@ def training(script: str, name: str, args: Namespace, model: str | Path, more: l
     return [script, *args.words, "--model", model, *data, "--run_dir", folder, again, "true", *more]
 
 
+def changed(config: Config) -> dict:
+    """The settings that are not at their defaults."""
+    return {key: one for key, one in asdict(config).items() if one != getattr(Config(), key)}
+
+
 def recipe(name: str, commands: list[list[str]], args: Namespace) -> dict:
     """All that decides what a stage gives, wherever OUT lies: another recipe is another stage."""
     made = {"code": hashlib.sha256(code("bench/real_model_own.py")).hexdigest()[:8]}
@@ -165,10 +170,9 @@ def recipe(name: str, commands: list[list[str]], args: Namespace) -> dict:
     made["prompt"] = hashlib.sha256(template.encode()).hexdigest()[:8]
     for script, *words in commands:
         if script in UNREAD:
-            settings = asdict(load_config(words))
-            changed = {key: one for key, one in settings.items() if one != getattr(Config(), key)}
             free = FREE + UNREAD[script]
-            made["settings"] = {key: one for key, one in changed.items() if key not in free}
+            settings = changed(load_config(words)).items()
+            made["settings"] = {key: one for key, one in settings if key not in free}
         else:
             shown = re.sub(r" --batch_size \d+", "", shlex.join(words))
             made.setdefault(f"{script} {words[0]}", []).append(shown)
@@ -183,6 +187,11 @@ def read_record(out: Path, name: str) -> dict:
     """What is known of a stage: recipe, commands, seconds so far, and when it was finished; {} before it."""
     path = out / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def write_record(out: Path, name: str, record: dict) -> None:
+    """What read_record reads."""
+    write_atomic(out / f"{name}.json", json.dumps(record, indent=1) + "\n")
 
 
 def finished(out: Path, name: str) -> bool:
@@ -205,9 +214,9 @@ def check_recipe(name: str, args: Namespace) -> dict:
     before = past.get("recipe", now)
     if args.accept_code:
         before = before | {"code": now["code"]}
-    if changed := sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key)):
-        what = f"{out / name} was made with other inputs ({', '.join(changed)})"
-        advice = "add --accept_code to keep it" if changed == ["code"] else "undo that"
+    if other := sorted(key for key in now.keys() | before.keys() if now.get(key) != before.get(key)):
+        what = f"{out / name} was made with other inputs ({', '.join(other)})"
+        advice = "add --accept_code to keep it" if other == ["code"] else "undo that"
         raise UserError(f"{what}; {advice}, delete this folder to do it again, or give another --out")
     return {"recipe": now, "commands": commands, "finished": None, "seconds": past.get("seconds", 0.0)}
 
@@ -215,22 +224,21 @@ def check_recipe(name: str, args: Namespace) -> dict:
 def run_stage(name: str, args: Namespace, record: dict, children: dict) -> None:
     """Runs a stage's commands in a process of its own. Raises UserError if it fails."""
     out, began = args.out, time.perf_counter()
-    path = out / f"{name}.json"
-    write_atomic(path, json.dumps(record, indent=1) + "\n")
+    write_record(out, name, record)
     if record["commands"]:
         threads = max(1, (os.cpu_count() or 1) // args.jobs)
         environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
         with (out / f"{name}.log").open("a") as log:
-            command = [sys.executable, __file__, "chain", str(path)]
+            command = [sys.executable, __file__, "chain", str(out / f"{name}.json")]
             children[name] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
             failed = children[name].wait()
         record["seconds"] += time.perf_counter() - began
         if failed:
-            write_atomic(path, json.dumps(record, indent=1) + "\n")
+            write_record(out, name, record)
             last = (out / f"{name}.log").read_text(errors="replace").strip().splitlines()[-1:]
             raise UserError(f"{name} ended with code {failed}; see {out / name}.log: {''.join(last)}")
     record["finished"] = time.strftime("%Y-%m-%d %H:%M:%S")
-    write_atomic(path, json.dumps(record, indent=1) + "\n")
+    write_record(out, name, record)
     tqdm.write(f"{name}: {record['seconds']:.0f} s")
 
 
@@ -283,8 +291,7 @@ def tell(args: Namespace, picture: bool = False) -> str:
     """The report of what is finished."""
     out = args.out
     records = {name: read_record(out, name) for name in STAGES}
-    changed = {key: one for key, one in asdict(args.settings).items() if one != getattr(Config(), key)}
-    used = {key: one for key, one in changed.items() if key not in OURS}
+    used = {key: one for key, one in changed(args.settings).items() if key not in OURS}
     options = {key: str(value) for key, value in vars(args).items() if key not in ("words", "settings")}
     about = {"seconds": {name: round(one.get("seconds", 0)) for name, one in records.items()}}
     about["code"] = {name: one.get("recipe", {}).get("code") for name, one in records.items()}
