@@ -222,7 +222,7 @@ def _probe(model: nn.Module, engine: str) -> tuple[Capabilities, list[str]]:
     else:
         best = replace(best, shared_prefix=True)
     # shared_prefix puts its own attention and the bare LM head in the place of the model's.
-    if engine != "shared_prefix" or (best.shared_prefix and best.head_only):
+    if not engine.startswith("shared_prefix") or (best.shared_prefix and best.head_only):
         if reason := _why_not(replace(plain, engine=engine), model, groups, error):
             limits.append(f"{reason}, so it samples with rollout_engine generate")
         else:
@@ -281,9 +281,10 @@ def _why_not(tried: Capabilities, model: nn.Module, groups: list, error: float, 
         if sample:
             prompts = [Prompt("probe", prompt, seed) for seed, (prompt, _) in enumerate(groups)]
             copies, nothing = 2, model.get_input_embeddings().weight.shape[0]
-            rows = ENGINES[tried.engine](model, prompts, copies, 1.0, 5, [nothing])
-            groups = [(p.ids, [ids for ids, _ in rows[copies * k :][:copies]]) for k, p in enumerate(prompts)]
-            found = torch.tensor([x for _, logprobs in rows for x in logprobs], device=device)
+            replies = dict(ENGINES[tried.engine](model, prompts, copies, 1.0, 5, [nothing], 4))
+            groups = [(p.ids, [ids for ids, _ in replies[k]]) for k, p in enumerate(prompts)]
+            found = [x for k in range(len(prompts)) for _, logprobs in replies[k] for x in logprobs]
+            found = torch.tensor(found, device=device)
         else:
             model.capabilities = tried
             use_attention(model, "train")

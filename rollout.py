@@ -20,7 +20,7 @@ from corpus.replies import shortened, thought_tokens, token_texts
 from distributed.batches import Group
 from distributed.ranks import Ranks
 from kernel.attention import use_attention
-from kernel.decode import Prompt, rows_that_fit
+from kernel.decode import Prompt, Reply
 from kernel.hf_engines import ENGINES, EngineError
 from losses import TERMS, objective_of
 from model import ModelError, autocast
@@ -64,56 +64,58 @@ def sample_groups(
 ) -> list[Group]:
     """`group_size` completions of every prompt, in the order of `prompts`.
 
-    Whole groups stay together, and prompts of similar length share a batch, so little is padded. heartbeat:
-    called after every batch. The model is left as it came (train or eval mode, attention).
+    The longest prompts come first, and neighbours are of similar length, so little is padded. heartbeat:
+    called after every group. The model is left as it came (train or eval mode, attention).
     """
     stops = stop_ids(tokenizer)
     was_training = model.training
     quiet = not progress or None  # None: only where a terminal shows it
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+    waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))
     copies = decoding.group_size if decoding.temperature > 0 else 1  # greedy copies would be equal
-    batch_size = decoding.batch_size
+    rows = decoding.batch_size
     # An engine that the probe at loading has not seen agree is not used.
-    engine = decoding.engine if decoding.engine == model.capabilities.engine else "generate"
+    engine = ENGINES[decoding.engine if decoding.engine == model.capabilities.engine else "generate"]
+    how = (copies, decoding.temperature, decoding.max_new_tokens, stops)
     groups: dict[int, Group] = {}
     model.eval()
     try:
         with tqdm(total=len(prompts), desc="rollout", leave=False, delay=10, disable=quiet) as bar:
-            while len(groups) < len(prompts):
-                ahead = order[len(groups) :]
-                fitting = rows_that_fit(model, len(prompts[ahead[-1]].ids), copies, decoding.max_new_tokens)
-                ahead = ahead[: max(1, min(batch_size, fitting) // copies)]
-                batch = [prompts[i] for i in ahead]
+            while waiting:
+                batch = [prompts[i] for i in waiting]
                 try:
                     with autocast(next(model.parameters()).device):  # weights are cast once, not per token
-                        rows = ENGINES[engine](
-                            model, batch, copies, decoding.temperature, decoding.max_new_tokens, stops
-                        )
+                        for k, replies in engine(model, batch, *how, rows):
+                            groups[waiting[k]] = group_of(tokenizer, batch[k], replies, decoding, stops)
+                            bar.update()
+                            heartbeat()
                 except torch.OutOfMemoryError:
-                    if len(batch) == 1:
+                    rows = min(rows, len(batch) * copies) // 2
+                    if rows < copies:
                         raise
                     # A sample depends on its seed alone, so smaller batches give the same samples.
-                    batch_size = max(1, len(batch) // 2) * copies
                     torch.cuda.empty_cache()
-                    continue
                 except EngineError as error:
                     raise ModelError(f"rollout_engine: {error}") from None
-                for k, i in enumerate(ahead):
-                    own = rows[k * copies : (k + 1) * copies] * (decoding.group_size // copies)
-                    responses = [ids for ids, _ in own]
-                    texts = [decode_reply(tokenizer, ids, stops) for ids in responses]
-                    replies = zip(responses, texts) if decoding.thoughts else ()
-                    groups[i] = Group(
-                        prompts[i], responses, [logprobs for _, logprobs in own], texts,
-                        truncated=[ids[-1] not in stops for ids in responses],
-                        thoughts=[thought_tokens(tokenizer, ids, text) for ids, text in replies],
-                    )
-                bar.update(len(batch))
-                heartbeat()
+                waiting = [i for i in waiting if i not in groups]
     finally:
         use_attention(model, "train")
         model.train(was_training)
     return [groups[i] for i in range(len(prompts))]
+
+
+def group_of(
+    tokenizer, prompt: Prompt, replies: Sequence[Reply], decoding: Decoding, stops: Sequence[int]
+) -> Group:
+    """A prompt's replies as a group, with their texts. A single greedy reply stands for all copies."""
+    replies = [*replies] * (decoding.group_size // len(replies))
+    responses = [ids for ids, _ in replies]
+    texts = [decode_reply(tokenizer, ids, stops) for ids in responses]
+    counted = zip(responses, texts) if decoding.thoughts else ()
+    return Group(
+        prompt, responses, [logprobs for _, logprobs in replies], texts,
+        truncated=[ids[-1] not in stops for ids in responses],
+        thoughts=[thought_tokens(tokenizer, ids, text) for ids, text in counted],
+    )
 
 
 def score_groups(

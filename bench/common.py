@@ -32,7 +32,7 @@ from config import Config, load_config  # noqa: E402
 from distributed.batches import Group, make_updates  # noqa: E402
 from distributed.ranks import Clock, Ranks, start_ranks  # noqa: E402
 from kernel.attention import use_attention, uses_shared_prefix  # noqa: E402
-from kernel.decode import Prompt, Replies  # noqa: E402
+from kernel.decode import Prompt, Reply  # noqa: E402
 from kernel.packing import Packed  # noqa: E402
 from losses import group_std  # noqa: E402
 from model import autocast, prepare_model, token_logprobs  # noqa: E402
@@ -92,13 +92,14 @@ def logprobs(model: nn.Module, packed: Packed) -> Tensor:
 def sample(
     model: nn.Module, prompts: Sequence[list[int]], copies: int, new: int, engine: str = "shared_prefix",
     stops: Sequence[int] = (), half: bool = True,
-) -> Replies:
+) -> list[Reply]:
     """`copies` responses (1: greedy) of `new` tokens to every prompt; stops: tokens that end one earlier."""
     requests = [Prompt(str(i), ids, i) for i, ids in enumerate(prompts)]
     stops, temperature = list(stops) or [model.config.vocab_size], TEMPERATURE if copies > 1 else 0.0
     with autocast(next(model.parameters()).device) if half else contextlib.nullcontext():
-        return ENGINES[engine](model, requests, copies, temperature, new, stops)
-
+        rows = len(prompts) * copies
+        replies = dict(ENGINES[engine](model, requests, copies, temperature, new, stops, rows))
+    return [reply for i in range(len(prompts)) for reply in replies[i]]
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,15 @@ class _HeadLogprobs(torch.autograd.Function):
         return d_hidden, d_weight, d_bias, None, None, None, None
 
 
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Logits [N, V] of hidden states [N, H] in fp32: nothing is rounded to the 16 bits of the inputs."""
+    sums = torch.promote_types(hidden.dtype, torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = hidden.new_empty(len(hidden), len(weight), dtype=sums)
+        _logits(hidden, weight.to(hidden.dtype), bias, 1.0, out=logits)
+    return logits
+
+
 def _logits(inputs: Tensor, matrix: Tensor, bias: Tensor | None, scale: float, out: Tensor) -> None:
     if bias is not None:
         out.copy_(bias)

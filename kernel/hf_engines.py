@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import transformers
@@ -11,11 +12,39 @@ from torch import Tensor, nn
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from kernel.attention import use_attention
-from kernel.decode import Engine, Prompt, Replies, choose, shared_prefix, uniform_numbers
+from kernel.decode import (
+    PASS_TOKENS,
+    Engine,
+    Prompt,
+    Reply,
+    choose,
+    rows_that_fit,
+    shared_prefix,
+    uniform_numbers,
+)
 
 
 class EngineError(RuntimeError):
     """The library lost requests; the message says what to do."""
+
+
+def in_batches(engine: Callable[..., list[Reply]]) -> Engine:
+    """An engine from a function that answers some prompts at once, without `rows`: replies of prompt 1 copy
+    1, prompt 1 copy 2, … Prompts that lie side by side share a batch.
+    """
+
+    @functools.wraps(engine)
+    def run(model, prompts, copies, temperature, max_new_tokens, stops, rows):
+        longest = max(len(prompt.ids) for prompt in prompts)
+        fit = rows_that_fit(model, longest, copies, min(max_new_tokens, PASS_TOKENS))
+        size = max(1, min(rows, fit) // copies)
+        for first in range(0, len(prompts), size):
+            some = prompts[first : first + size]
+            replies = engine(model, some, copies, temperature, max_new_tokens, stops)
+            for k in range(len(some)):
+                yield first + k, replies[k * copies : (k + 1) * copies]
+
+    return run
 
 
 @contextlib.contextmanager
@@ -37,11 +66,12 @@ def _own_generation_config(
         model.generation_config = saved
 
 
+@in_batches
 @torch.no_grad()
 def generate(
     model: nn.Module, prompts: Sequence[Prompt], copies: int, temperature: float, max_new_tokens: int,
     stops: list[int],
-) -> Replies:
+) -> list[Reply]:
     """transformers' generate(), every prompt `copies` times: the reference to compare with.
 
     A sample depends on its prompt's seed alone, as with the default engine: both draw the same numbers.
@@ -51,12 +81,12 @@ def generate(
     padding = [longest - len(p.ids) for p in prompts]
     ids = torch.tensor([[0] * n + p.ids for n, p in zip(padding, prompts)], device=device)
     mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=device)
-    noise = uniform_numbers(prompts, copies, device)
+    noise = torch.cat([uniform_numbers(prompt, copies, max_new_tokens) for prompt in prompts]).to(device)
     logprobs: list[Tensor] = []
 
     def draw(past: Tensor, scores: Tensor) -> Tensor:
         """The default engine's choice of a token, as scores whose maximum it is: generate() is greedy."""
-        token, logprob = choose(scores, temperature, next(noise) if temperature > 0 else None)
+        token, logprob = choose(scores, temperature, noise[:, len(logprobs)] if temperature > 0 else None)
         logprobs.append(logprob)
         return torch.full_like(scores, -torch.inf).scatter(-1, token[:, None], 0.0)
 
@@ -80,11 +110,12 @@ def cpu_pages(lengths: Sequence[int]) -> dict[str, int]:
     return {"num_blocks": sum(-(-length // page) for length in lengths) + 8, "max_batch_tokens": 2048}
 
 
+@in_batches
 @torch.no_grad()
 def continuous_batching(
     model: nn.Module, prompts: Sequence[Prompt], copies: int, temperature: float, max_new_tokens: int,
     stops: list[int],
-) -> Replies:
+) -> list[Reply]:
     """transformers' generate_batch(): paged K/V, rows enter and leave at any time. For CUDA with flash-attn.
 
     Every call makes a new manager: a kept one serves prompt K/V of the weights before the update, and ignores
@@ -102,7 +133,7 @@ def continuous_batching(
             continuous_batching_config=settings, persistent_manager=False,
         )
     # Samples of one prompt are exchangeable, so neither the order nor the names of the requests matter.
-    found: dict[tuple[int, ...], Replies] = {}
+    found: dict[tuple[int, ...], list[Reply]] = {}
     for result in results.values():
         if result.error:
             raise EngineError(f"continuous_batching failed: {result.error}; try another --rollout_engine")
@@ -118,5 +149,7 @@ def continuous_batching(
 
 
 ENGINES: dict[str, Engine] = {
-    "shared_prefix": shared_prefix, "generate": generate, "continuous_batching": continuous_batching,
+    "shared_prefix": shared_prefix, "shared_prefix_eager": functools.partial(shared_prefix, graphs=False),
+    "generate": generate,
+    "continuous_batching": continuous_batching,
 }

@@ -22,7 +22,8 @@ from config import Config, ConfigError, load_config
 from corpus.tiny_model import LAYERS, VOCABULARY, tiny_config
 from distributed.ranks import run_script
 from distributed.weights import model_config, skeleton
-from kernel.decode import BLOCK, PLANNED_TOKENS, PREFILL_TOKENS
+from kernel.decode import PASS_TOKENS, tokens_of_pass
+from kernel.grid import PREFILL_TOKENS, ROOM
 from kernel.head import CHUNK_LOGITS
 from kernel.lora import adapters, add_adapters
 
@@ -32,7 +33,7 @@ CONTEXT = 2.0 * GB  # CUDA context, NCCL's and cuBLAS's buffers: what PyTorch's 
 USABLE = 0.95  # of a GPU's memory; the rest is lost between the allocator's blocks
 EFFICIENCY = 0.45  # share of the peak that matrix products reach
 ENGINE_SHARE = 0.8  # of the free memory that kernel.decode.rows_that_fit gives to sequences
-SAMPLING = 26  # bytes per logit in kernel.decode.choose: bf16, two in fp32, two in fp64
+SAMPLING = 16  # bytes per logit in kernel.decode.choose: four in fp32
 CONFIGS = Path(__file__).parents[1] / "configs"
 # The models of configs/, for a plan offline: hidden and MLP size, layers, heads, K/V heads, vocabulary.
 KNOWN = {
@@ -177,10 +178,10 @@ def update_bytes(config: Config, shape: Shape, a: Assumptions) -> dict[str, floa
 
 
 def cache_bytes(shape: Shape, groups: float, copies: int, prompt: int, response: int) -> float:
-    """kernel.decode.GroupCache: each prompt once, and for `copies` responses room that grows by half."""
-    room = BLOCK
+    """kernel.grid.Batch: each prompt once, and for `copies` responses room that grows by half."""
+    room = ROOM
     while room < response:
-        room += max(BLOCK, room // 2 // BLOCK * BLOCK)
+        room += max(ROOM, room // 2 // ROOM * ROOM)
     return shape.kv_bytes * groups * (prompt + copies * room)
 
 
@@ -196,9 +197,9 @@ def estimate(config: Config, shape: Shape, a: Assumptions) -> tuple[dict[str, di
     always |= {"trained weights, fp32": FP32 * trained, "AdamW": 2 * FP32 * trained}
     # The rollout: as many sequences as kernel.decode.rows_that_fit has room for.
     copies, prompt, policy = config.group_size, a.prompt_tokens, BF16 * shape.parameters
-    length = prompt / copies + min(config.max_response_tokens, PLANNED_TOKENS)
+    length = prompt / copies + tokens_of_pass(config.max_response_tokens, PASS_TOKENS)
     free = ENGINE_SHARE * (a.gpu_memory * GB - sum(always.values()) - policy)
-    rows = int(free / (shape.kv_bytes * length + 12 * shape.vocab))
+    rows = int(free / (shape.kv_bytes * length + SAMPLING * shape.vocab))
     wanted = math.ceil(config.prompts_per_step / a.gpus) * copies
     groups = max(1, min(rows, config.rollout_batch_size, wanted) // copies)
     prefilled = min(groups * prompt, max(PREFILL_TOKENS, config.max_prompt_tokens))
