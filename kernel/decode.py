@@ -123,7 +123,7 @@ class Pass:
                 if not waiting and not running:
                     yield from collect(batch, range(len(alive)))
                     return
-                if waiting and len(running) < KEEP_SHARE * groups:
+                if waiting and len(running) < groups and len(running) <= KEEP_SHARE * groups:
                     ended = [row for row, cell in enumerate(batch.cells) if cell // slots not in running]
                     yield from collect(batch, ended)
                     self.fill(batch, [g for g in range(groups) if g not in running], waiting, count, stop)

@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from corpus.tiny_model import build_tiny_tokenizer
-from kernel import decode
+from kernel import decode, grid
 from kernel.attention import use_attention
-from kernel.decode import Prompt, shared_prefix
+from kernel.decode import Prompt, Reply
 from kernel.hf_engines import EngineError
 from kernel.packing import pack
 from model import prepare_model, token_logprobs
@@ -54,6 +56,13 @@ def model():
     return peaked_model("Qwen2")
 
 
+def sample(model, engine, copies, temperature, new, stops, prompts=PROMPTS, rows=1000) -> list[Reply]:
+    """Replies of prompt 1 copy 1, prompt 1 copy 2, …"""
+    replies = dict(ENGINES[engine](model, prompts, copies, temperature, new, stops, rows))
+    assert sorted(replies) == list(range(len(prompts)))
+    return [reply for k in range(len(prompts)) for reply in replies[k]]
+
+
 def one_by_one(model, prompt: list[int], max_new_tokens: int, stops: Sequence[int] = STOPS) -> list[int]:
     """Greedy decoding that computes everything anew for each token."""
     use_attention(model, "generate")
@@ -79,7 +88,7 @@ def assert_trainers_logprobs(model, rows, copies: int, temperature: float) -> No
 def test_greedy_tokens_are_those_of_the_slow_loop(family, engine):
     model = peaked_model(family)
     slow = [one_by_one(model, prompt.ids, 20) for prompt in PROMPTS]
-    rows = ENGINES[engine](model, PROMPTS, 1, 0.0, 20, STOPS)
+    rows = sample(model, engine, 1, 0.0, 20, STOPS)
     assert [ids for ids, _ in rows] == slow
     assert len({len(ids) for ids in slow}) > 2, "rows do finish at different times"
     assert_trainers_logprobs(model, rows, 1, 1.0)
@@ -90,7 +99,7 @@ def test_log_probs_of_samples_are_the_trainers_before_and_after_an_update(engine
     """A kept prompt cache would answer with the old weights: transformers' persistent manager does."""
     model = peaked_model("Qwen2")
     for _ in range(2):
-        rows = ENGINES[engine](model, PROMPTS, 3, 0.7, 20, STOPS)
+        rows = sample(model, engine, 3, 0.7, 20, STOPS)
         assert len(rows) == 3 * len(PROMPTS)
         assert_trainers_logprobs(model, rows, 3, 0.7)
         for ids, _ in rows:
@@ -121,50 +130,171 @@ def test_samples_follow_the_softmax_whatever_the_models_own_defaults_say(model, 
     with monkeypatch.context() as patch:
         for name, value in defaults.items():
             patch.setattr(model.generation_config, name, value)
-        rows = ENGINES[engine](model, [prompt], n, temperature, 1, STOPS)
+        rows = sample(model, engine, n, temperature, 1, STOPS, [prompt], n)
     counts = torch.bincount(torch.tensor([ids[0] for ids, _ in rows]), minlength=VOCABULARY).double()
     assert chi_square(counts, F.softmax(logits / temperature, -1)) < 4
     assert chi_square(counts, F.softmax(logits, -1)) > 8, "without the temperature"
 
 
-@pytest.mark.parametrize(
-    ("setting", "value"), [("PREFILL_TOKENS", 1), ("PREFILL_TOKENS", 20), ("KEEP_SHARE", 0.0),
-                           ("KEEP_SHARE", 1.0), ("BLOCK", 1), ("BLOCK", 8)],
-)
-def test_neither_prefill_rows_nor_blocks_nor_dropping_change_a_sample(model, monkeypatch, setting, value):
-    expected = shared_prefix(model, PROMPTS, 4, 1.0, 40, STOPS[:1])
-    assert max(len(ids) for ids, _ in expected) > 30, "responses outgrow several blocks"
-    monkeypatch.setattr(decode, setting, value)
-    if setting == "BLOCK":  # random numbers come in blocks, too: those must stay as they were
-        monkeypatch.setattr(decode, "uniform_numbers", in_blocks_of_64)
-    rows = shared_prefix(model, PROMPTS, 4, 1.0, 40, STOPS[:1])
-    assert [ids for ids, _ in rows] == [ids for ids, _ in expected]
+class Tape(TorchDispatchMode):
+    """Writes down every operator that runs, with its very tensors: on a CPU what a CUDA graph is on a GPU.
+
+    A replay runs the same operators on the same tensors, and puts results where they were. What Python has
+    done in between is not repeated: any number that it passed, and any tensor that has moved, is as it was.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        assert operator is not torch.ops.aten._local_scalar_dense.default, "the host waits for a value"
+        result = operator(*args, **kwargs or {})
+        self.calls.append((operator, args, kwargs or {}, result))
+        return result
+
+    def replay(self) -> None:
+        for operator, args, kwargs, result in self.calls:
+            again = operator(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again)):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
 
 
-def in_blocks_of_64(prompts, copies, device):
-    generators = [torch.Generator().manual_seed(p.seed) for p in prompts]
-    while True:
-        yield from torch.cat([torch.rand(copies, 64, generator=g, dtype=torch.float64) for g in generators]).T
+@pytest.fixture
+def taped(monkeypatch):
+    """The CUDA policy of the default engine, with graphs, on this CPU -> how many were captured, replayed."""
+    counts = {"captured": 0, "replayed": 0}
+
+    def capture(function, pool):
+        counts["captured"] += 1
+        with Tape() as tape:
+            output = function()
+
+        def replay():
+            counts["replayed"] += 1
+            tape.replay()
+
+        return replay, output
+
+    monkeypatch.setattr(decode, "capture", capture)
+    monkeypatch.setattr(decode, "has_graphs", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    return counts
 
 
+SIZES = [  # and how many rows are decoded at once: 24 are wanted, 4 of each prompt
+    (4, dict(PREFILL_TOKENS=1)), (24, dict(PREFILL_TOKENS=20)), (16, dict(KEEP_SHARE=0.0)),
+    (16, dict(KEEP_SHARE=1.0)), (24, dict(KEEP_SHARE=1.0, ROOM=1)), (8, dict(ROOM=8)), (12, dict(PASS_TOKENS=7)),
+    (16, dict(PASS_TOKENS=3, ROOM=1, KEEP_SHARE=1.0)), (20, dict(CUDA_STEPS_PER_CHECK=1)),
+    (12, dict(CUDA_STEPS_PER_CHECK=5, ROOM=1)), (24, dict(CHOICE_BLOCK=7)),
+]
+
+
+@pytest.fixture(scope="module")
+def samples(model):
+    """As they are with the usual sizes: some outgrow every block and pass below, and some end early."""
+    rows = sample(model, "shared_prefix", 4, 1.0, 40, STOPS[:1])
+    lengths = [len(ids) for ids, _ in rows]
+    assert max(lengths) == 40 and min(lengths) < 10
+    return rows
+
+
+@pytest.mark.parametrize(("rows", "sizes"), SIZES, ids=str)
+@pytest.mark.parametrize("graphs", [False, True])
+def test_no_size_changes_a_sample(model, samples, monkeypatch, request, graphs, rows, sizes):
+    """Neither how many rows are decoded at once, nor when groups enter and leave, nor what a GPU replays."""
+    counts = request.getfixturevalue("taped") if graphs else {}
+    for name, value in sizes.items():
+        monkeypatch.setattr(decode if hasattr(decode, name) else grid, name, value)
+    found = sample(model, "shared_prefix", 4, 1.0, 40, STOPS[:1], rows=rows)
+    assert [ids for ids, _ in found] == [ids for ids, _ in samples]
+    for (_, some), (_, others) in zip(found, samples):
+        assert_close(some, others, atol=2e-5, rtol=0)
+    assert not graphs or counts["replayed"] > counts["captured"] > 0
+
+
+def test_graphs_are_off_by_name(model, samples, taped):
+    assert sample(model, "shared_prefix_eager", 4, 1.0, 40, STOPS[:1]) == samples
+    assert not taped["captured"]
+
+
+def test_a_step_that_cannot_be_captured_runs_as_it_is(model, monkeypatch, taped):
+    """With one warning, and the same samples; but a lack of memory is the caller's: fewer rows may do."""
+    expected = sample(model, "shared_prefix_eager", 2, 1.0, 20, STOPS)
+    tried = []
+
+    def fails(function, pool):
+        tried.append(1)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(decode, "capture", fails)
+    with pytest.warns(UserWarning, match="without CUDA graphs.*not permitted"):
+        assert sample(model, "shared_prefix", 2, 1.0, 20, STOPS) == expected
+    assert len(tried) == 1
+
+    def too_much(function, pool):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(decode, "capture", too_much)
+    with pytest.raises(torch.OutOfMemoryError):
+        sample(model, "shared_prefix", 2, 1.0, 20, STOPS)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
 @pytest.mark.parametrize(
     "change",
-    [lambda cache: cache.prompt_mask.zero_(), lambda cache: cache.own_mask.zero_(),
-     lambda cache: [x.copy_(x.flip(0)) for x in cache.prompt_k]],
-    ids=["padding of prompts is seen", "tokens to come are seen", "a row has another row's prompt"],
+    [lambda batch, width: batch.mask[..., :width].zero_(),
+     lambda batch, width: batch.mask[..., width:].zero_(),
+     lambda batch, width: [x.copy_(x.flip(0)) for x in batch.prompt_k],
+     lambda batch, width: batch.start.add_(1)],
+    ids=["padding of prompts is seen", "tokens to come are seen", "a row has another row's prompt",
+         "positions are off by one"],
 )
-def test_a_wrong_cache_is_noticed(model, monkeypatch, change):
+def test_a_wrong_cache_is_noticed(model, monkeypatch, request, change, graphs):
     """The comparison with the slow loop would see each of these."""
-    real = decode._prefill
+    if graphs:
+        request.getfixturevalue("taped")
+    real = decode.admit
 
-    def broken(*args):
-        cache, logits = real(*args)
-        change(cache)
-        return cache, logits
+    def broken(model, batch, *args):
+        result = real(model, batch, *args)
+        change(batch, batch.shape[2])
+        return result
 
-    monkeypatch.setattr(decode, "_prefill", broken)
-    rows = shared_prefix(model, PROMPTS, 1, 0.0, 20, STOPS)
+    monkeypatch.setattr(decode, "admit", broken)
+    rows = sample(model, "shared_prefix", 1, 0.0, 20, STOPS)
     assert [ids for ids, _ in rows] != [one_by_one(model, prompt.ids, 20) for prompt in PROMPTS]
+
+
+def test_a_place_of_the_batch_is_filled_again_before_the_longest_reply_has_ended(model, monkeypatch):
+    """Rows are not held up by the longest reply: fewer steps than with one batch after the other."""
+    lengths = [len(ids) for ids, _ in sample(model, "shared_prefix", 1, 1.0, 40, STOPS[:1])]
+    order = sorted(range(len(PROMPTS)), key=lambda i: -len(PROMPTS[i].ids))  # as they enter
+    batches = [max(lengths[i] for i in order[k : k + 2]) for k in range(0, len(order), 2)]
+    steps = []
+    real = decode.advance
+    monkeypatch.setattr(decode, "advance", lambda *args: steps.append(1) or real(*args))
+    sample(model, "shared_prefix", 1, 1.0, 40, STOPS[:1], rows=2)
+    assert len(steps) < sum(batches) - len(batches)
+
+
+@pytest.mark.parametrize("size", [5, 256, 300, 1000])
+def test_a_token_is_drawn_where_the_running_sum_passes_the_number(size):
+    """Also from weights that are mostly 0, and with numbers next to 0 and 1: a weight of 0 is never drawn."""
+    generator = torch.Generator().manual_seed(size)
+    weights = torch.rand(400, size, generator=generator)
+    weights = weights * (torch.rand(400, size, generator=generator) < torch.rand(400, 1, generator=generator))
+    weights[:, size // 2] = 1e-3
+    uniform = torch.rand(400, 1, generator=generator, dtype=torch.float64)
+    uniform[:20], uniform[20:40] = 0.0, 1 - 2**-53
+    token, total = decode.inverse_cdf(weights, uniform)
+    cdf = weights.double().cumsum(-1)
+    assert (weights.gather(-1, token) > 0).all()
+    assert_close(total, cdf[:, -1].float())
+    goal, upper = uniform * cdf[:, -1:], cdf.gather(-1, token)
+    near = 1e-6 * cdf[:, -1:]
+    assert (goal <= upper + near).all() and (goal >= upper - weights.gather(-1, token) - near).all()
 
 
 def test_a_partial_result_of_continuous_batching_is_an_error(model, monkeypatch):
@@ -172,7 +302,7 @@ def test_a_partial_result_of_continuous_batching_is_an_error(model, monkeypatch)
     real = model.generate_batch
     monkeypatch.setattr(model, "generate_batch", lambda *a, **k: dict(list(real(*a, **k).items())[1:]))
     with pytest.raises(EngineError, match="returned 11 of 12 completions"):
-        ENGINES["continuous_batching"](model, PROMPTS, 2, 1.0, 4, STOPS)
+        sample(model, "continuous_batching", 2, 1.0, 4, STOPS)
 
 
 @pytest.mark.parametrize("engine", ["shared_prefix", "continuous_batching"])

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3Config
 from config import Config, ConfigError, load_config
 from distributed.fsdp import full_tensor
 from distributed.ranks import start_ranks
-from kernel import decode
+from kernel import decode, grid
 from kernel.attention import use_attention
 from kernel.lora import add_adapters
 from kernel.packing import pack
@@ -109,13 +109,12 @@ def test_activations_are_what_autograd_keeps(kind, kv_heads, checkpointing, rank
 
 
 def test_the_cache_holds_each_prompt_once_and_grows_by_half():
-    prompts = [decode.Prompt(str(i), list(range(PROMPT))) for i in range(GROUPS)]
-    with torch.no_grad():
-        cache, _ = decode._prefill(small_model(), prompts, COPIES)
+    batch = grid.make_batch(small_model(), GROUPS, COPIES, PROMPT, 1000)
     for response in (1, 64, 65, 300):
-        while len(cache.own_mask) < response:
-            decode._make_room(cache)
-        measured = sum(x.nbytes for part in (cache.prompt_k, cache.prompt_v, cache.k, cache.v) for x in part)
+        while batch.shape[-1] < response:
+            grid.make_room(batch, 1000)
+        kept = (batch.prompt_k, batch.prompt_v, batch.k, batch.v)
+        measured = sum(x.nbytes for part in kept for x in part)
         assert measured == 2 * plan.cache_bytes(SMALL, GROUPS, COPIES, PROMPT, response), "fp32 here"
 
 
@@ -131,7 +130,7 @@ def test_sequences_decoded_at_once_are_those_of_the_engine(monkeypatch):
     free = int(80 * GB - sum(list(moments["rollout"].values())[:-2]))  # all but K/V and prefill
     for name, value in dict(mem_get_info=(free, 0), memory_reserved=0, memory_allocated=0).items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    assert 250 > decode.rows_that_fit(model, 1000, 5, PAPER.max_response_tokens) // 5 * 5 == rows > 50
+    assert 250 > decode.rows_that_fit(model, 1000, 5, decode.PASS_TOKENS) // 5 * 5 == rows > 50
 
 
 def test_flops_are_those_of_the_matrix_products():

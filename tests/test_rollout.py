@@ -241,7 +241,7 @@ def test_thoughts_are_counted_in_tokens(model, monkeypatch, begun, spelt):
         rows.append(([*ids, stop_ids(tokenizer)[0]], [0.0] * (len(ids) + 1)))
         ends = [k for k in range(len(ids) + 1) if tokenizer.decode(ids[:k]).endswith("</think>")]
         expected.append(ends[0] if ends and (begun or said.startswith("<think>")) else 0)
-    monkeypatch.setitem(rollout.ENGINES, "shared_prefix", lambda *_: rows)
+    monkeypatch.setitem(rollout.ENGINES, "shared_prefix", lambda *_: [(0, rows)])
     asked = model, tokenizer, [Prompt("p", [1], 0)]
     for thoughts in (True, False):
         (group,) = sample_groups(*asked, Decoding(4, 1.0, 50, 8, thoughts=thoughts))
