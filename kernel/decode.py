@@ -23,6 +23,7 @@ from kernel.grid import Batch, Request, admit, advance, kv_sizes, make_batch, ma
 KEEP_SHARE = 0.75  # with fewer groups (or rows) alive than this share, the batch is filled up or shrinks
 PASS_TOKENS = 1024  # replies that grow longer leave the batch and are finished together, in a later pass
 CUDA_STEPS_PER_CHECK = 16  # asking whether rows have finished waits for the GPU, so not at every step
+CPU_READ = 16  # a CPU reads own K/V in blocks of so many tokens; a GPU all that there is room for
 CHOICE_BLOCK = 256  # tokens of the vocabulary whose weights are summed before one is looked for
 NOISE_BLOCK = 64  # random numbers are drawn for so many tokens at a time
 
@@ -135,6 +136,8 @@ class Pass:
                 age = count - min(batch.born) + 1
             if age > batch.shape[-1]:
                 make_room(batch, self.new)
+            if not cuda:
+                batch.read = -(-age // CPU_READ) * CPU_READ
             draw(batch, None, step(batch.tensors()), self.temperature, stop)
             count += 1
 

@@ -71,6 +71,7 @@ class Batch:
     cells: list[int]
     born: list[float]
     write: Tensor | None = None  # [B · Hkv]: where this step's K/V go
+    read: int | None = None  # of own K/V so many tokens are read, for no row has more; None: all R
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -148,6 +149,7 @@ def decode_attention(
         x[module.layer_idx] for x in (layout.prompt_k, layout.prompt_v, layout.k, layout.v)
     )
     groups, kv_heads, slots, _, _ = own_k.shape
+    read = layout.read
     for kept, x in ((own_k, key), (own_v, value)):
         kept.view(-1, size).index_copy_(0, layout.write, x.reshape(-1, size).to(kept.dtype))
     query = query.reshape(rows, heads, size).to(own_k.dtype)
@@ -157,11 +159,12 @@ def decode_attention(
     grid = query.view(groups, slots, kv_heads, -1, size).transpose(1, 2).reshape(-1, shape[-1], size)
     by_group = grid.view(groups * kv_heads, -1, size)
     to_prompt = _product(by_group, prompt_k.flatten(0, 1).transpose(1, 2)).view(*shape, -1)
-    to_own = _product(grid, own_k.flatten(0, 2).transpose(1, 2)).view(*shape, -1)
-    scores = torch.add(layout.mask, torch.cat([to_prompt, to_own], -1), alpha=scaling)
+    to_own = _product(grid, own_k.flatten(0, 2)[:, :read].transpose(1, 2)).view(*shape, -1)
+    scores = torch.cat([to_prompt, to_own], -1)
+    torch.add(layout.mask[..., : scores.shape[-1]], scores, alpha=scaling, out=scores)
     weights = scores.softmax(-1).to(own_v.dtype)
     of_prompt, of_own = weights.split([to_prompt.shape[-1], to_own.shape[-1]], -1)
-    out = torch.bmm(of_own.flatten(0, 2), own_v.flatten(0, 2)).view_as(by_group)
+    out = torch.bmm(of_own.flatten(0, 2), own_v.flatten(0, 2)[:, :read]).view_as(by_group)
     out.baddbmm_(of_prompt.flatten(2, 3).flatten(0, 1), prompt_v.flatten(0, 1))
     out = out.view(*shape, size).transpose(1, 2).reshape(groups * slots, 1, heads, size)
     return out if layout.full else out[layout.cell], None
