@@ -134,7 +134,7 @@ class Config:
     lora_targets: str = _key("", "linear layers by name, 'q_proj,v_proj'; empty: all of the decoder's")
     # speed, memory, many processes
     rollout_engine: str = _key(
-        "shared_prefix", "shared_prefix_eager: no CUDA graphs; generate; continuous_batching (depends on its batch)"
+        "shared_prefix", "or shared_prefix_eager (without CUDA graphs), generate, continuous_batching"
     )
     rollout_batch_size: int = _key(256, "sequences decoded at once per rank; fewer where K/V do not fit")
     max_tokens_per_micro_batch: int = _key(16384, "tokens per forward/backward per rank; changes no result")
