@@ -145,12 +145,25 @@ def _real(x: Tensor, span: Span) -> Tensor:
 
 
 def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, layout: Layout) -> Tensor:
-    """query [T, H, D], key and value [T, Hkv, D] -> [T, H, D]. Segments are causal, aligned bottom right."""
+    """query [T, H, D], key and value [T, Hkv, D] -> [T, H, D]."""
     dtype = kernel_dtype(query)
-    query = query.to(dtype)
     gather = (layout.kv_index, layout.by_source, layout.uses)
     key, value = (_GatherSegments.apply(x, dtype, *gather) for x in (key, value))
     lengths = (layout.cu_q, layout.cu_k, layout.max_q, layout.max_k)
+    return varlen_attention(query.to(dtype), key, value, *lengths, scaling)
+
+
+def varlen_attention(
+    query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
+    scaling: float,
+) -> Tensor:
+    """Causal attention of many segments in one kernel: query [Tq, H, D], key and value [Tk, Hkv, D], in 16
+    bits, on CUDA -> [Tq, H, D].
+
+    Segment i is rows cu_q[i] to cu_q[i + 1] of the queries and cu_k[i] to cu_k[i + 1] of the keys (int32).
+    Its last query sees all its keys, the one before it all but one. max_q, max_k: the longest of each.
+    """
+    lengths = (cu_q, cu_k, max_q, max_k)
     if attention_backend(query.device) == "flash_attn":
         from flash_attn import flash_attn_varlen_func
 
@@ -160,11 +173,9 @@ def _varlen_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float,
         )
     from torch.nn.attention.varlen import varlen_attn
 
-    options = {"enable_gqa": True}
-    if "enable_gqa" not in inspect.signature(varlen_attn).parameters:  # torch 2.11 and 2.12
-        options = {}
-        repeats = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    # Heads that share keys need no copies. torch 2.11 and 2.12 take them as they are and have no such option.
+    grouped = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    options = {"enable_gqa": True} if grouped else {}
     return varlen_attn(query, key, value, *lengths, scale=scaling, window_size=(-1, 0), **options)
 
 

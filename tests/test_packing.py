@@ -292,10 +292,9 @@ def slow_varlen_attn(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, wind
     return torch.stack(output)
 
 
-def older_varlen_attn(query, key, *others, scale, window_size):
-    """torch 2.11's: as many key heads as query heads."""
-    assert query.shape[1:] == key.shape[1:]
-    return slow_varlen_attn(query, key, *others, scale=scale, window_size=window_size)
+def older_varlen_attn(*tensors, scale, window_size):
+    """torch 2.11's, which takes fewer key heads as they come and has no option for it."""
+    return slow_varlen_attn(*tensors, scale=scale, window_size=window_size, enable_gqa=True)
 
 
 def flash_attn_varlen_func(*tensors, softmax_scale, causal, deterministic):
