@@ -42,6 +42,7 @@ from kernel.attention import (
 from kernel.decode import Prompt
 from kernel.head import head_logprobs
 from kernel.hf_engines import ENGINES
+from kernel.norms import fuse_norms
 from kernel.packing import Packed, pack
 from prompts import set_template_kwargs
 
@@ -162,11 +163,12 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def add_hooks(model: nn.Module, gradient_checkpointing: bool) -> None:
-    """Our attention, the trimmed last layer, recomputed activations. Comes before FSDP wraps the layers."""
+    """Our attention and norms, the trimmed last layer, recomputed activations. Before FSDP wraps layers."""
     transformers_logging.disable_progress_bar()  # ours are enough
     AttentionInterface.register(SHARED_PREFIX, shared_prefix_attention)
     AttentionMaskInterface.register(SHARED_PREFIX, lambda *args, **kwargs: None)
     trim_last_layer(model)
+    fuse_norms(model)
     if not gradient_checkpointing:
         return
     options = {"use_reentrant": False}

@@ -254,6 +254,7 @@ def speed_metrics(work: Work, config: Config, ranks: Ranks) -> dict[str, float]:
     if ranks.device.type != "cuda":
         return metrics | {"memory/peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
     metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    metrics["memory/reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
     name = torch.cuda.get_device_name()
     peak = next((tera for part, tera in PEAK_TFLOPS.items() if part in name), None)
     if peak:  # model FLOPs utilisation of the update: what is recomputed for checkpointing does not count

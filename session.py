@@ -285,8 +285,10 @@ def begin(session: Session, spec: RunSpec) -> Run:
 
 
 def start_step(run: Run) -> int:
-    """The number of the step that begins, with a clock of its own."""
+    """The number of the step that begins, with a clock and a peak of CUDA memory of its own."""
     step = run.state["step"] + 1
+    if run.ranks.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     run.clock = Clock(run.ranks.watchdog, step)
     return step
 

@@ -36,6 +36,7 @@ from distributed.ranks import Ranks
 from distributed.weights import allocate, meta_parameters, model_config, skeleton, stream_weights
 from kernel.attention import trim_last_layer, use_attention, uses_shared_prefix
 from kernel.lora import ADAPTER, LoraLinear, adapters, adapters_off, add_adapters
+from kernel.norms import fuse_norms
 from kernel.packing import Packed
 from model import (
     Capabilities,
@@ -210,6 +211,7 @@ def _twin(model: nn.Module) -> nn.Module:
         twin = own_class(copy.deepcopy(model.config))
     twin.capabilities = getattr(model, "capabilities", None)
     trim_last_layer(twin)
+    fuse_norms(twin)
     modules = dict(twin.named_modules())
     for name, module in model.named_modules():
         for key, tensor in module._parameters.items():  # ties stay ties: both names hold one tensor

@@ -1,7 +1,7 @@
-"""Imported by every script before all else: Ctrl-C while torch loads, and standard streams that are closed.
+"""Imported by every script before all else: Ctrl-C while torch loads, standard streams that are closed, and
+how CUDA memory is allocated.
 
-Unlike other modules it acts when it is imported: once torch is there, it is too late. It changes nothing for
-a program that has its three streams and meets no Ctrl-C.
+Unlike other modules it acts when it is imported: once torch is there, it is too late.
 """
 
 from __future__ import annotations
@@ -34,5 +34,14 @@ def show_uncaught(kind: type[BaseException], error: BaseException, trace: Traceb
         sys.__excepthook__(kind, error, trace)
 
 
+def allow_growing_segments() -> None:
+    """Lets CUDA's allocator extend its segments in place, unless the user sets its options. Segments of fixed
+    size would leave much memory idle: rollouts and updates ask for ever other shapes.
+    """
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
 open_streams()
+allow_growing_segments()
 sys.excepthook = show_uncaught
