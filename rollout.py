@@ -92,8 +92,7 @@ def sample_groups(
                     rows = min(rows, len(batch) * copies) // 2
                     if rows < copies:
                         raise
-                    # A sample depends on its seed alone, so smaller batches give the same samples.
-                    torch.cuda.empty_cache()
+                    # The rest in smaller batches: a sample depends on its seed alone, so none changes.
                 except EngineError as error:
                     raise ModelError(f"rollout_engine: {error}") from None
                 waiting = [i for i in waiting if i not in groups]
