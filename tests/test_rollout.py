@@ -103,6 +103,28 @@ def test_dropping_finished_rows_changes_nothing(model, tokenizer, many_stops, mo
         assert one.responses == other.responses
 
 
+def test_with_too_little_memory_the_rest_is_done_in_smaller_batches(model, tokenizer, many_stops, monkeypatch):
+    """What was done stays done, and the samples are the same; where one group is too much, it is an error."""
+    prompts, settings = prompts_of(LENGTHS), dict(group_size=4, temperature=1.0)
+    expected = sample(model, tokenizer, prompts, **settings)
+    real, asked, room = rollout.ENGINES["shared_prefix"], [], 12
+
+    def scarce(*args):
+        asked.append((len(args[1]), args[-1]))
+        for done, found in enumerate(real(*args)):
+            if args[-1] > room and done == min(room, 3):
+                raise torch.OutOfMemoryError
+            yield found
+
+    monkeypatch.setitem(rollout.ENGINES, "shared_prefix", scarce)
+    found = sample(model, tokenizer, prompts, **settings)
+    assert [group.responses for group in found] == [group.responses for group in expected]
+    assert asked == [(12, 64), (9, 24), (6, 12)]
+    room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        sample(model, tokenizer, prompts, **settings)
+
+
 def test_the_model_is_left_as_it_came(model, tokenizer):
     for mode in (True, False):
         model.train(mode)
