@@ -103,7 +103,7 @@ def test_dropping_finished_rows_changes_nothing(model, tokenizer, many_stops, mo
         assert one.responses == other.responses
 
 
-def test_with_too_little_memory_the_rest_is_done_in_smaller_batches(model, tokenizer, many_stops, monkeypatch):
+def test_with_too_little_memory_the_rest_is_decoded_in_parts(model, tokenizer, many_stops, monkeypatch):
     """What was done stays done, and the samples are the same; where one group is too much, it is an error."""
     prompts, settings = prompts_of(LENGTHS), dict(group_size=4, temperature=1.0)
     expected = sample(model, tokenizer, prompts, **settings)
