@@ -14,17 +14,30 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
-from kernel.grid import Batch, Request, admit, advance, kv_sizes, make_batch, make_room, narrow, shrink
+from kernel.grid import (
+    ROW_STATE,
+    Batch,
+    Request,
+    admit,
+    advance,
+    kv_sizes,
+    make_batch,
+    make_room,
+    narrow,
+    shrink,
+)
 
 KEEP_SHARE = 0.75  # with fewer groups (or rows) alive than this share, the batch is filled up or shrinks
 PASS_TOKENS = 1024  # replies that grow longer leave the batch and are finished together, in a later pass
 CUDA_STEPS_PER_CHECK = 16  # asking whether rows have finished waits for the GPU, so not at every step
 CPU_READ = 16  # a CPU reads own K/V in blocks of so many tokens; a GPU all that there is room for
-CHOICE_BLOCK = 256  # tokens of the vocabulary whose weights are summed before one is looked for
+CHOICE_BLOCK = 256  # tokens of a large vocabulary among which the sampler looks for one
+CHOICE_MOST = 4096  # the largest vocabulary in which it looks at once
 NOISE_BLOCK = 64  # random numbers are drawn for so many tokens at a time
 
 
@@ -138,7 +151,7 @@ class Pass:
                 make_room(batch, self.new)
             if not cuda:
                 batch.read = -(-age // CPU_READ) * CPU_READ
-            draw(batch, None, step(batch.tensors()), self.temperature, stop)
+            draw(batch, None, step(batch.tensors), self.temperature, stop)
             count += 1
 
     def fill(self, batch: Batch, free: list[int], waiting: deque[Request], count: int, stop: Tensor) -> None:
@@ -171,18 +184,22 @@ def rows_that_fit(model: nn.Module, prompt_tokens: int, copies: int, new: int) -
 
 def draw(batch: Batch, rows: Tensor | None, logits: Tensor, temperature: float, stop: Tensor) -> None:
     """The next token of these rows (None: of all), by logits of theirs. A row ends with a stop token, or with
-    the longest reply."""
-    here = batch.at if rows is None else batch.at[rows]
-    running = batch.running if rows is None else batch.running[rows]
-    rows = torch.arange(len(here), device=here.device) if rows is None else rows
-    token, logprob = choose(logits, temperature, batch.noise[rows, here] if temperature > 0 else None)
-    batch.tokens[rows, here] = token
-    batch.logprobs[rows, here] = logprob
-    batch.token[rows] = token
-    here = here + running
-    batch.at[rows] = here
-    ended = (token[:, None] == stop).any(1) | (here == batch.tokens.shape[1] - 1)
-    batch.running[rows] = running & ~ended
+    the longest reply.
+    """
+    part = batch
+    if rows is not None:
+        part = SimpleNamespace(**{name: getattr(batch, name)[rows] for name in ROW_STATE})
+    here = part.at[:, None]
+    token, logprob = choose(logits, temperature, part.noise.gather(1, here) if temperature > 0 else None)
+    part.tokens.scatter_(1, here, token[:, None])
+    part.logprobs.scatter_(1, here, logprob[:, None])
+    part.token.copy_(token)
+    part.at.add_(part.running)
+    ended = (token[:, None] == stop).any(1) | (part.at == part.tokens.shape[1] - 1)
+    part.running.logical_and_(~ended)
+    if rows is not None:
+        for name in ROW_STATE:
+            getattr(batch, name).index_copy_(0, rows, getattr(part, name))
 
 
 def collect(batch: Batch, rows: Sequence[int]) -> Iterator[tuple[Request, int, list[int], list[float]]]:
@@ -196,7 +213,7 @@ def collect(batch: Batch, rows: Sequence[int]) -> Iterator[tuple[Request, int, l
 
 
 def choose(logits: Tensor, temperature: float, uniform: Tensor | None) -> tuple[Tensor, Tensor]:
-    """logits [B, V], uniform numbers [B] or None -> chosen token [B], log-prob [B]. None takes the maximum.
+    """logits [B, V], uniform numbers [B, 1] or None -> token [B], log-prob [B]. None takes the likeliest.
 
     Inverse-CDF sampling: one number per token decides, so a sample depends on its own prompt's seed only.
     """
@@ -207,17 +224,21 @@ def choose(logits: Tensor, temperature: float, uniform: Tensor | None) -> tuple[
         token = scaled.argmax(-1, keepdim=True)
         total = weights.sum(-1)
     else:
-        token, total = inverse_cdf(weights, uniform[:, None])
+        token, total = inverse_cdf(weights, uniform)
     return token[:, 0], (scaled.gather(-1, token) - top)[:, 0] - total.log()
 
 
 def inverse_cdf(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """weights [B, V], uniform numbers [B, 1] -> the token [B, 1] at that share of the weights' sum; sum [B].
+    """weights [B, V], uniform numbers [B, 1] -> the index [B, 1] at that share of the weights' sum; sum [B].
 
-    First the block of the vocabulary, then the token in it: a running sum over all of the vocabulary would
-    take several times as long.
+    In a large vocabulary first a block is found and then the token in it: a running sum over all of it takes
+    several times as long. A weight of 0 is never taken.
     """
     size = weights.shape[-1]
+    if size <= CHOICE_MOST:
+        cdf = weights.cumsum(-1, dtype=torch.float64)
+        index = torch.searchsorted(cdf, uniform * cdf[:, -1:], right=True)
+        return index.clamp(max=size - 1), cdf[:, -1].float()
     whole = size // CHOICE_BLOCK * CHOICE_BLOCK
     sums = weights[:, :whole].unflatten(-1, (-1, CHOICE_BLOCK)).sum(-1)
     if whole < size:
@@ -228,11 +249,9 @@ def inverse_cdf(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     share = 1 - (cdf.gather(-1, block) - goal) / sums.gather(-1, block)  # of the block's sum
     places = block * CHOICE_BLOCK + torch.arange(CHOICE_BLOCK, device=weights.device)
     inside = weights.gather(-1, places.clamp(max=size - 1)).masked_fill(places >= size, 0.0)
-    inside = inside.cumsum(-1, dtype=torch.float64)
-    # Below the sum of the block's own tokens, whatever was rounded above: no token of weight 0 is taken.
-    goal = share.clamp(0, 1 - 1e-12) * inside[:, -1:]
-    offset = torch.searchsorted(inside, goal, right=True)
-    return places.gather(-1, offset.clamp(max=CHOICE_BLOCK - 1)), cdf[:, -1].float()
+    # Below 1, whatever was rounded: so it points at a token of the block.
+    within, _ = inverse_cdf(inside, share.clamp(0, 1 - 1e-12))
+    return places.gather(-1, within), cdf[:, -1].float()
 
 
 def uniform_numbers(prompt: Prompt, copies: int, length: int) -> Tensor:
@@ -271,11 +290,11 @@ class Replayed:
         self.replay: Callable[[], None] | None = None
         self.output: Tensor | None = None
 
-    def __call__(self, tensors: Iterable[Tensor]) -> Tensor:
+    def __call__(self, tensors: Callable[[], Iterable[Tensor]]) -> Tensor:
         """The function's result. It is overwritten by the next call."""
         if not self.enabled:
             return self.function()
-        key = tuple((x.data_ptr(), x.shape, x.stride()) for x in tensors)
+        key = tuple((x.data_ptr(), x.shape, x.stride()) for x in tensors())
         if key != self.key:  # the libraries set themselves up in a call that is not captured
             self.key, self.replay, self.output = key, None, None
             return self.function()

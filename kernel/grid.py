@@ -23,6 +23,9 @@ from kernel.head import head_logits
 
 ROOM = 64  # K/V of replies grow by at least so many tokens
 PREFILL_TOKENS = 16384  # prompts are prefilled in rows of about so many tokens
+CPU_PREFILL_TOKENS = 2048  # more do not fit a CPU's caches
+# What a batch has of each row.
+ROW_STATE = ("token", "start", "at", "running", "noise", "tokens", "logprobs")
 PREFILL, DECODE = "group_prefill", "group_decode"  # entries of transformers' attention interface
 
 
@@ -244,9 +247,10 @@ def admit(
     _, slots, width, _ = batch.shape
     last = []
     at = 0
+    most = PREFILL_TOKENS if device.type == "cuda" else CPU_PREFILL_TOKENS
     while at < len(requests):
         first, total = at, 0
-        while at < len(requests) and (not total or total + len(requests[at].ids) <= PREFILL_TOKENS):
+        while at < len(requests) and (not total or total + len(requests[at].ids) <= most):
             total += len(requests[at].ids)
             at += 1
         last.append(_prefill(model, batch, groups[first:at], requests[first:at]))
@@ -352,7 +356,7 @@ def shrink(batch: Batch, alive: Sequence[bool], exact: bool) -> None:
         for layer, x in enumerate(tensors):
             tensors[layer] = x.index_select(0, chosen)
     batch.mask = batch.mask.flatten(0, 2).index_select(0, source).view(left, 1, most, 1, -1)
-    for name in ("token", "start", "at", "running", "noise", "tokens", "logprobs"):
+    for name in ROW_STATE:
         setattr(batch, name, getattr(batch, name).index_select(0, stay))
     batch.cell, batch.cells = torch.tensor(cells, device=device), cells
     batch.owner = [batch.owner[row] for row in rows]

@@ -86,7 +86,8 @@ def generate(
 
     def draw(past: Tensor, scores: Tensor) -> Tensor:
         """The default engine's choice of a token, as scores whose maximum it is: generate() is greedy."""
-        token, logprob = choose(scores, temperature, noise[:, len(logprobs)] if temperature > 0 else None)
+        uniform = noise[:, len(logprobs), None] if temperature > 0 else None
+        token, logprob = choose(scores, temperature, uniform)
         logprobs.append(logprob)
         return torch.full_like(scores, -torch.inf).scatter(-1, token[:, None], 0.0)
 

@@ -184,11 +184,11 @@ def taped(monkeypatch):
 
 
 SIZES = [  # and how many rows are decoded at once: 24 are wanted, 4 of each prompt
-    (4, dict(PREFILL_TOKENS=1)), (24, dict(PREFILL_TOKENS=20)), (16, dict(KEEP_SHARE=0.0)),
+    (4, dict(CPU_PREFILL_TOKENS=1)), (24, dict(CPU_PREFILL_TOKENS=20)), (16, dict(KEEP_SHARE=0.0)),
     (16, dict(KEEP_SHARE=1.0)), (24, dict(KEEP_SHARE=1.0, ROOM=1)), (8, dict(ROOM=8)),
     (12, dict(PASS_TOKENS=7)), (8, dict(CPU_READ=1)),
     (16, dict(PASS_TOKENS=3, ROOM=1, KEEP_SHARE=1.0)), (20, dict(CUDA_STEPS_PER_CHECK=1)),
-    (12, dict(CUDA_STEPS_PER_CHECK=5, ROOM=1)), (24, dict(CHOICE_BLOCK=7)),
+    (12, dict(CUDA_STEPS_PER_CHECK=5, ROOM=1)), (24, dict(CHOICE_BLOCK=7, CHOICE_MOST=8)),
 ]
 
 
@@ -281,7 +281,7 @@ def test_a_place_of_the_batch_is_filled_again_before_the_longest_reply_has_ended
     assert len(steps) < sum(batches) - len(batches)
 
 
-@pytest.mark.parametrize("size", [5, 256, 300, 1000])
+@pytest.mark.parametrize("size", [5, 256, 4096, 4097, 6000])
 def test_a_token_is_drawn_where_the_running_sum_passes_the_number(size):
     """Also from weights that are mostly 0, and with numbers next to 0 and 1: a weight of 0 is never drawn."""
     generator = torch.Generator().manual_seed(size)

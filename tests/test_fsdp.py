@@ -162,9 +162,9 @@ def steps(model: nn.Module, ranks: Ranks, between=lambda: None, count: int = 3) 
 
 def reply(model: nn.Module, prompts: list[Prompt], engine: str = "shared_prefix") -> list:
     """Two responses per prompt, with the sampler's log-probs."""
-    rows = ENGINES[engine](model, prompts, 2, 0.8, 6, [301])
+    replies = dict(ENGINES[engine](model, prompts, 2, 0.8, 6, [301], 2 * len(prompts)))
     use_attention(model, "train")
-    return rows
+    return [reply for k in range(len(prompts)) for reply in replies[k]]
 
 
 def rollouts_between_change_no_bit(ranks: Ranks, folder: Path) -> None:

@@ -37,8 +37,9 @@ def run_out_of_memory(function: Callable, *arguments):
     raise torch.OutOfMemoryError("CUDA out of memory (injected)")
 
 
-def decode_one_prompt_only(engine: Callable, model, batch, *rest):
-    return engine(model, batch, *rest) if len(batch) == 1 else run_out_of_memory(engine)
+def decode_one_prompt_only(engine: Callable, model, prompts, copies: int, *rest):
+    """rest ends with how many rows are decoded at once."""
+    return engine(model, prompts, copies, *rest) if rest[-1] < 2 * copies else run_out_of_memory(engine)
 
 
 def write_little(save: Callable, *arguments, **options):
