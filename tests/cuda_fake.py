@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
+import inspect
 import json
 import os
 import sys
@@ -101,8 +102,10 @@ class Kernels(TorchDispatchMode):
             told = f"{function}: {[x.dtype for x in tensors]} -> {wide}, {out.dtype}"
             assert a.dtype == b.dtype and {x.dtype for x in added} <= {wide} and out.dtype == wide, told
             assert wide == a.dtype or (wide == torch.float32 and a.dtype in HALF), told
-            if packet is aten.baddbmm and wide != a.dtype:  # has no fake kernel in torch 2.13
-                product = aten.bmm(a, b).to(wide)
+            if wide != a.dtype:  # torch's fake kernels do not all know of it
+                product = (aten.mm if a.dim() == 2 else aten.bmm)(a, b).to(wide)
+                for x in added:
+                    x.expand_as(product)
                 return out.copy_(product) if "out" in kwargs else product
         return function(*args, **kwargs)
 
@@ -130,17 +133,16 @@ def fake_cuda(*flags: bool) -> Iterator[Kernels]:
         yield kernels
 
 
+newer_varlen_attn = varlen.varlen_attn
+GROUPED = {"enable_gqa": True} if "enable_gqa" in inspect.signature(newer_varlen_attn).parameters else {}
+
+
 def older_varlen_attn(
     query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1),
 ):
     """With the parameters of torch 2.11 and 2.12, which take grouped heads unasked."""
     lengths = (cu_seq_q, cu_seq_k, max_q, max_k)
-    return newer_varlen_attn(
-        query, key, value, *lengths, scale=scale, window_size=window_size, enable_gqa=True
-    )
-
-
-newer_varlen_attn = varlen.varlen_attn
+    return newer_varlen_attn(query, key, value, *lengths, scale=scale, window_size=window_size, **GROUPED)
 
 
 def load(kind: str, dtype: torch.dtype, checkpointing: bool) -> Callable[[], nn.Module]:

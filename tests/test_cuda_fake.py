@@ -10,13 +10,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cuda_fake import CASES
+from cuda_fake import CASES, SIZES
 from helpers import ENVIRONMENT, ROOT
+from transformers import AutoConfig
 
 import rollout
 import session
 from config import Config
 from distributed import start
+from distributed.weights import skeleton
+from kernel.norms import fuse_norms
 
 # PyTorch's CPU build has no CUDA device, and what autograd asks of one: that it is there, and a stream.
 DEVICE = """
@@ -63,6 +66,15 @@ def outcomes(tmp_path_factory) -> dict[str, str]:
 @pytest.mark.parametrize("case", CASES)
 def test_what_cuda_is_asked_for_fits(case, outcomes):
     assert not outcomes[case], outcomes[case]
+
+
+@pytest.mark.parametrize("kind, plain", [("qwen2", True), ("qwen3", True), ("olmo2", True), ("gemma2", False)])
+def test_norms_are_fused_where_they_are_plain(kind, plain):
+    """Gemma's multiply by 1 + weight. The weights may be anywhere, here on the meta device."""
+    model = skeleton(AutoConfig.for_model(kind, **SIZES), torch.float32)
+    fuse_norms(model)
+    found = [vars(part) for part in model.modules() if type(part).__name__.endswith("RMSNorm")]
+    assert found and {"forward" in attributes for attributes in found} == {plain}
 
 
 OWN = {"PYTORCH_CUDA_ALLOC_CONF": "backend:cudaMallocAsync"}
