@@ -68,7 +68,7 @@ def test_what_cuda_is_asked_for_fits(case, outcomes):
     assert not outcomes[case], outcomes[case]
 
 
-@pytest.mark.parametrize("kind, plain", [("qwen2", True), ("qwen3", True), ("olmo2", True), ("gemma2", False)])
+@pytest.mark.parametrize("kind, plain", [("qwen3", True), ("olmo2", True), ("gemma2", False)])
 def test_norms_are_fused_where_they_are_plain(kind, plain):
     """Gemma's multiply by 1 + weight. The weights may be anywhere, here on the meta device."""
     model = skeleton(AutoConfig.for_model(kind, **SIZES), torch.float32)
