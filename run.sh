@@ -30,8 +30,8 @@ install() { # everything of requirements.txt, into .venv, quietly; the log tells
   python -m pip install --quiet --requirement requirements.txt >>"$log" 2>&1 \
     || fail "installing requirements.txt failed, see $log: $(grep -m1 -i error "$log" || tail -n 1 "$log")" \
       "check the network and the disk (df -h .), then run the same command again"
-  if has_gpu && command -v nvcc >/dev/null && [ -z "${NO_FLASH_ATTN:-}" ]; then
-    echo "run.sh: building flash-attn, at most 30 minutes (NO_FLASH_ATTN=1 skips it: torch's own flash kernels are used)"
+  if [ -n "${FLASH_ATTN:-}" ]; then
+    echo "run.sh: building flash-attn, at most 30 minutes"
     MAX_JOBS=${MAX_JOBS:-8} timeout 1800 python -m pip install --quiet --no-build-isolation flash-attn >>"$log" 2>&1 \
       || echo "run.sh: flash-attn did not install; going on with torch's kernels"
   fi

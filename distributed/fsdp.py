@@ -30,6 +30,7 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
+from transformers.initialization import no_init_weights
 
 from config import Config, ConfigError
 from distributed.ranks import Ranks
@@ -207,7 +208,7 @@ def gathered_weights(model: nn.Module) -> Iterator[nn.Module]:
 
 def _twin(model: nn.Module) -> nn.Module:
     own_class = type(model).__mro__[2]  # fully_shard puts a class of its own before it
-    with meta_parameters():
+    with meta_parameters(), no_init_weights():  # drawing numbers that nobody gets would take most of the time
         twin = own_class(copy.deepcopy(model.config))
     twin.capabilities = getattr(model, "capabilities", None)
     trim_last_layer(twin)
