@@ -29,9 +29,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # to ask for a GPU must not start CUDA before a fork
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU must not start CUDA here
 
-import common  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from common import ROOT  # noqa: E402
@@ -57,8 +56,9 @@ def machine(session: Session) -> dict:
     peak = next((tera for part, tera in PEAK_TFLOPS.items() if part in name), 0.0)
     session = measure_rates(session)
     return {
-        "card": name, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "transformers": transformers.__version__, "attention": attention_backend(session.device),
+        "card": name, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
+        "cuda": torch.version.cuda, "transformers": transformers.__version__,
+        "attention": attention_backend(session.device),
         "memory_gib": torch.cuda.get_device_properties(0).total_memory / 2**30 if cuda else 0.0,
         "copy_gb_per_s": session.copy_rate / 1e9, "matrix_tflops": session.matrix_rate / 1e12,
         "datasheet_tflops": peak, "meaningless": session.tiny or not cuda,
@@ -94,13 +94,14 @@ def command(session: Session, words: list, log: Path, until: Callable[[], bool] 
             except subprocess.TimeoutExpired:
                 process.kill()
     code = process.wait()
-    if code and not until:
-        print(f"$ python {shlex.join(started[1:])}: {code}\n{log.read_text(errors='replace')[-3000:]}", flush=True)
+    if code not in (0, -signal.SIGKILL):
+        said = log.read_text(errors="replace")[-3000:]
+        print(f"$ python {shlex.join(started[1:])}: {code}\n{said}", flush=True)
     return code
 
 
 def curve(path: Path) -> dict:
-    """About twenty points of a run's log: reward, length and sampler's gap of those steps, and of how many."""
+    """About twenty points of a run's log, of how many, and whether every loss was finite."""
     rows = [row for row in read_jsonl(path) if "reward" in row] if path.exists() else []
     some = rows[:: -(-len(rows) // 20)] if rows else []
     columns = {"step": "step", "reward": "reward", "length": "completions/mean_length", "kl": "kl"}
@@ -117,7 +118,7 @@ def demo(session: Session) -> dict:
     """
     folder, config = session.folder / "demo", "--config configs/tiny.yaml --save_every 10"
     if session.tiny:
-        config += " --save_every 1 --steps 4 --warmup_steps 4 --synthetic_train 40 --eval_cases 4"
+        config += " --save_every 1 --steps 4 --warmup_steps 4 --synthetic_train 40 --eval_cases 1"
         config += " --prompts_per_step 4 --minibatch_prompts 4"
     settings = [*config.split(), "--run_dir", folder]
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=1 grpo.py".split()
@@ -183,17 +184,19 @@ class Part:
 
 LIMITS = {"1.5B": 120, "7B LoRA": 100, "7B": 45, "0.5B": 45, "1.5B LoRA": 45}
 STAGES = {  # in this order, most important first
-    "numerics": {"all checks": Part(numerics, 150, True)},
+    "machine": {"rates": Part(machine, 60)},
+    "numerics": {"checks": Part(numerics, 150, True)},
     "run": {"demo": Part(demo, 200)},
     "speed": {name: Part(partial(speed, name=name), LIMITS[name], True) for name in CASES},
     "trl": {
         "generate": Part(partial(against_trl, continuous=False), 120),
         "continuous batching": Part(partial(against_trl, continuous=True), 90),
     },
-    "real": {"real model": Part(real_model, 120)},
-    "profile": {"all profiles": Part(profiles, 90, True)},
+    "real": {"stages": Part(real_model, 120)},
+    "profile": {"1.5B": Part(profiles, 90, True)},
 }
-TOGETHER = ("numerics", "run")  # they time nothing
+USUAL = "numerics,run,speed,trl,real"
+TOGETHER = {"numerics": "checks", "run": "demo"}  # they time nothing, so they may share the GPU
 
 
 def work(session: Session, stage: str, name: str, part: Part) -> None:
@@ -208,7 +211,16 @@ def work(session: Session, stage: str, name: str, part: Part) -> None:
     os._exit(0)  # libraries may hang at the end
 
 
-@dataclass
+def start(session: Session, stage: str, name: str, method: str) -> Process:
+    """Starts a part in a process; its deadline is its own or the session's."""
+    part = STAGES[stage][name]
+    session = replace(session, deadline=min(session.deadline, time.perf_counter() + part.seconds))
+    process = multiprocessing.get_context(method).Process(target=work, args=(session, stage, name, part))
+    process.start()
+    return Process(session, stage, name, process)
+
+
+@dataclass(frozen=True)
 class Process:
     """A part at work."""
 
@@ -219,34 +231,24 @@ class Process:
 
     def finish(self) -> None:
         """Waits until it is done, a little longer than its deadline; reports it if it had to be ended."""
-        process = self.process
+        process, told = self.process, {}
         process.join(max(0.0, self.session.left()) + GRACE)
-        code = process.exitcode
+        if process.exitcode is None:
+            told = {"skipped": "it hung and was ended"}
+        elif process.exitcode:
+            told = {"error": f"its process ended with code {process.exitcode}"}
         for number in (signal.SIGTERM, signal.SIGKILL):
             if process.exitcode is None:
                 os.killpg(process.pid, number)
                 process.join(GRACE)
-        if code:
-            emit(self.session.out, self.stage, self.name, {"error": f"its process ended with code {code}"})
-        if code is None:
-            emit(self.session.out, self.stage, self.name, {"skipped": "it hung and was ended"})
-
-
-def start(session: Session, stage: str, name: str, part: Part, method: str) -> Process:
-    """Starts a part; its deadline is its own or the session's."""
-    session = replace(session, deadline=min(session.deadline, time.perf_counter() + part.seconds))
-    context = multiprocessing.get_context(method)
-    process = context.Process(target=work, args=(session, stage, name, part))
-    process.start()
-    return Process(session, stage, name, process)
+        if told:
+            emit(self.session.out, self.stage, self.name, told)
 
 
 def run_stages(session: Session, stages: list[str]) -> None:
     """Every part of the stages, and a line of JSON for each stage."""
-    method = "spawn" if torch.cuda.is_initialized() else "fork"  # a fork needs no imports
-    measured = {}
-    for method in dict.fromkeys((method, "spawn")):
-        start(session, "machine", "rates", Part(machine, 60), method).finish()
+    for method in ("fork", "spawn"):  # a fork needs no imports; it fails where something has started CUDA
+        start(session, "machine", "rates", method).finish()
         measured = rows_of(session, "machine")[-1]
         if "copy_gb_per_s" in measured:
             break
@@ -256,31 +258,28 @@ def run_stages(session: Session, stages: list[str]) -> None:
         session, copy_rate=1e9 * measured["copy_gb_per_s"], matrix_rate=1e12 * measured["matrix_tflops"],
         datasheet=1e12 * measured["datasheet_tflops"],
     )
-    running: list[Process] = []
-    begun = {}
+    running: dict[tuple[str, str], Process] = {}
     try:
-        for stage in stages:
-            if stage in TOGETHER:
-                begun[stage] = [start(session, stage, *item, method) for item in STAGES[stage].items()]
-                running += begun[stage]
+        for stage, name in TOGETHER.items():
+            if stage in stages:
+                running[stage, name] = start(session, stage, name, method)
         for stage in stages:
             since = time.perf_counter()
-            for process in begun.get(stage, ()):
-                process.finish()
-            for item in STAGES[stage].items() if stage not in begun else ():
-                running.append(start(session, stage, *item, method))
-                running[-1].finish()
-            print(json.dumps({"stage": stage, "seconds": round(time.perf_counter() - since)} | summary(session, stage)))
+            for name in STAGES[stage]:
+                if (stage, name) not in running:
+                    running[stage, name] = start(session, stage, name, method)
+                running[stage, name].finish()
+            told = {"stage": stage, "seconds": round(time.perf_counter() - since), **summary(session, stage)}
+            print(json.dumps(told), flush=True)  # a fork would print it again
     finally:
-        for one in running:
+        for one in running.values():
             if one.process.is_alive():
                 os.killpg(one.process.pid, signal.SIGKILL)
 
 
 def rows_of(session: Session, stage: str = "") -> list[dict]:
     """The results of this call, of one stage or of all."""
-    rows = read_jsonl(session.out)[session.first :]
-    return [row for row in rows if not stage or row["part"] == stage]
+    return [row for row in read_jsonl(session.out)[session.first :] if stage in ("", row["part"])]
 
 
 def summary(session: Session, stage: str = "") -> dict:
@@ -289,7 +288,7 @@ def summary(session: Session, stage: str = "") -> dict:
     return {
         "failed": [name for name, row in rows if "error" in row or row.get("passed") is False],
         "missing": [name for name, row in rows if "skipped" in row or "out_of_memory" in row],
-        "missed": [name for name, row in rows if False in (row.get("met"), row.get("of_token_ratio_met"))],
+        "missed": [name for name, row in rows if False in row.get("targets", {}).values()],
     }
 
 
@@ -309,8 +308,7 @@ def main(arguments: list[str]) -> int:
     """Runs the stages and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    usual = [stage for stage in STAGES if stage != "profile"]
-    add("--stages", default=",".join(usual), help=f"some of {','.join(STAGES)} (default: %(default)s)")
+    add("--stages", default=USUAL, help="of these and profile (default: %(default)s)")
     add("--minutes", type=float, default=9.0, help="for all; the rest is skipped (default: %(default)s)")
     add("--out", type=Path, default=ROOT / "runs/gpu.jsonl", help="appended to (default: runs/gpu.jsonl)")
     add("--real", default="", help="arguments of bench/real_model.py, for the stage real")
@@ -320,18 +318,19 @@ def main(arguments: list[str]) -> int:
     if args.table:
         print(tables(args.table), end="")
         return 0
-    if unknown := set(args.stages.split(",")) - set(STAGES):
-        parser.error(f"there is no stage {', '.join(sorted(unknown))}")
+    stages = args.stages.split(",")
+    if unknown := sorted(set(stages) - set(STAGES)):
+        parser.error(f"there is no stage {unknown[0]!r}; there are {', '.join(STAGES)}")
     if not args.tiny and not torch.cuda.is_available():
         parser.error("no CUDA device here; --tiny tries the program on the CPU (its figures mean nothing)")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.touch()
     with tempfile.TemporaryDirectory() as folder:
         session = Session(
-            torch.device("cpu"), args.tiny, args.out.resolve(), Path(folder), time.perf_counter() + 60 * args.minutes,
-            first=len(read_jsonl(args.out)), real=args.real,
+            torch.device("cpu"), args.tiny, args.out.resolve(), Path(folder),
+            time.perf_counter() + 60 * args.minutes, first=len(read_jsonl(args.out)), real=args.real,
         )
-        run_stages(session, [stage for stage in STAGES if stage in args.stages.split(",")])
+        run_stages(session, [stage for stage in STAGES if stage in stages and stage != "machine"])
         told = summary(session)
     print(json.dumps({"bench": "gpu", **told, "out": str(args.out)}))
     return 1 if told["failed"] else 0

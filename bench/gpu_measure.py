@@ -1,6 +1,4 @@
-"""What bench/gpu.py measures with: shapes and loads, models with random weights, the report, this card's rates
-and floors.
-"""
+"""What bench/gpu.py measures with: shapes, models with random weights, the report, rates and floors."""
 
 from __future__ import annotations
 
@@ -19,6 +17,7 @@ from unittest import mock
 import common
 import torch
 from common import TEMPERATURE, Shape, matrices, trimmed
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -96,11 +95,12 @@ class Session:
         return self.deadline - time.perf_counter()
 
     def path(self, name: str) -> str:
-        """A folder with the config of this shape and a tokenizer that knows bytes; its weights are drawn."""
+        """A folder with the config of this shape, a tokenizer that knows bytes, a file without weights."""
         folder, shape = self.folder / name, self.models[name]
         if not folder.exists():
             tokenizer = build_tiny_tokenizer([], 0)
             tokenizer.save_pretrained(folder)
+            save_file({}, folder / "model.safetensors")
             common.qwen_config(shape, tokenizer.eos_token_id, tokenizer.pad_token_id).save_pretrained(folder)
         return str(folder)
 
