@@ -13,6 +13,7 @@ is 1 if a check or measurement failed. bench/README.md says what each figure mea
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import math
@@ -106,7 +107,7 @@ def curve(path: Path) -> dict:
     some = rows[:: -(-len(rows) // 20)] if rows else []
     columns = {"step": "step", "reward": "reward", "length": "completions/mean_length", "kl": "kl"}
     columns["gap"] = "sampling/sampling_logp_difference/mean"
-    points = {name: [round(row.get(key, math.nan), 4) for row in some] for name, key in columns.items()}
+    points = {name: [float(f"{row.get(key, math.nan):.3g}") for row in some] for name, key in columns.items()}
     finite = all(math.isfinite(row["loss"]) for row in rows)
     return {"steps": len(rows), "finite": finite, "curve": points}
 
@@ -144,7 +145,7 @@ def against_trl(session: Session, continuous: bool) -> dict:
     """bench/step_vs_trl.py on this device, the two in turn; TRL with one of its transformers rollouts."""
     if missing := [name for name in ("trl", "datasets") if importlib.util.find_spec(name) is None]:
         return {"skipped": f"{' and '.join(missing)} not installed; bench/README.md says what to bring along"}
-    case, log = "--case 1000/150/8 --prompts 16 --rounds 3 --micro_batch 9600 --trl_batch 8", "trl.log"
+    case, log = "--case 1000/150/8 --prompts 8 --rounds 2 --micro_batch 4800 --trl_batch 4", "trl.log"
     if session.tiny:
         case = "--case 16/4/2 --prompts 2 --rounds 1"
     words = ["bench/step_vs_trl.py", *case.split(), "--device", session.device.type]
@@ -165,9 +166,8 @@ def real_model(session: Session) -> dict:
     code = command(session, words, session.folder / "real.log")
     stages = [path for path in sorted(folder.glob("*.json")) if "finished" in path.read_text()]
     done = [path.stem for path in stages if json.loads(path.read_text())["finished"]]
-    figures = {path.parent.name: curve(path) for path in sorted(folder.glob("*/log.jsonl"))}
-    figures |= {"stages": done, "code": code}
-    return figures if done else {"error": f"real_model.py ended with code {code}"}
+    curves = {path.parent.name: curve(path) for path in sorted(folder.glob("rl*/log.jsonl"))}
+    return curves | {"stages": done, "code": code} if done else {"error": f"real_model.py ended with code {code}"}
 
 
 # ----------------------------------------------------------------------------------------------------- stages
@@ -189,7 +189,7 @@ STAGES = {  # in this order, most important first
     "run": {"demo": Part(demo, 200)},
     "speed": {name: Part(partial(speed, name=name), LIMITS[name], True) for name in CASES},
     "trl": {
-        "generate": Part(partial(against_trl, continuous=False), 120),
+        "generate": Part(partial(against_trl, continuous=False), 110),
         "continuous batching": Part(partial(against_trl, continuous=True), 90),
     },
     "real": {"stages": Part(real_model, 120)},
@@ -202,13 +202,19 @@ TOGETHER = {"numerics": "checks", "run": "demo"}  # they time nothing, so they m
 def work(session: Session, stage: str, name: str, part: Part) -> None:
     """The process of a part."""
     os.setpgrp()  # so that what it starts can be ended with it
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() or not session.tiny
     session = replace(session, device=torch.device("cuda", 0) if cuda else torch.device("cpu"))
     torch.set_float32_matmul_precision("highest")  # fp32 is what everything is compared with
     transformers.utils.logging.set_verbosity_error()
     attempt(session, stage, name, part.function, whole=part.whole)
     sys.stdout.flush()
     os._exit(0)  # libraries may hang at the end
+
+
+def end(process: multiprocessing.Process, number: int) -> None:
+    """Signals a part's process and what it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 def start(session: Session, stage: str, name: str, method: str) -> Process:
@@ -239,7 +245,7 @@ class Process:
             told = {"error": f"its process ended with code {process.exitcode}"}
         for number in (signal.SIGTERM, signal.SIGKILL):
             if process.exitcode is None:
-                os.killpg(process.pid, number)
+                end(process, number)
                 process.join(GRACE)
         if told:
             emit(self.session.out, self.stage, self.name, told)
@@ -274,7 +280,7 @@ def run_stages(session: Session, stages: list[str]) -> None:
     finally:
         for one in running.values():
             if one.process.is_alive():
-                os.killpg(one.process.pid, signal.SIGKILL)
+                end(one.process, signal.SIGKILL)
 
 
 def rows_of(session: Session, stage: str = "") -> list[dict]:

@@ -163,38 +163,25 @@ def random_weights() -> Iterator[None]:
 # --------------------------------------------------------------------------------------- measuring, reporting
 
 
-@dataclass(frozen=True)
-class Spent:
-    """Wall seconds until the device had done it all, and the most memory then allocated and reserved."""
-
-    seconds: float
-    peak_gib: float = 0.0
-    reserved_gib: float = 0.0
-
-    @property
-    def memory(self) -> dict[str, float]:
-        return {"peak_gib": self.peak_gib, "reserved_gib": self.reserved_gib}
-
-
-def measure(session: Session, function: Callable, *args) -> Spent:
-    """Calls function(*args)."""
+def seconds(session: Session, function: Callable, *args) -> float:
+    """Wall seconds of function(*args), until the device has done it all; memory() is of this call then."""
     cuda = session.device.type == "cuda"
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     function(*args)
-    if not cuda:
-        return Spent(time.perf_counter() - start)
-    torch.cuda.synchronize()
-    spent = time.perf_counter() - start
-    memory = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    return Spent(spent, *(size / 2**30 for size in memory))
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
-def seconds(session: Session, function: Callable, *args) -> float:
-    """Wall seconds until the device has done it all."""
-    return measure(session, function, *args).seconds
+def memory(session: Session) -> dict[str, float]:
+    """The most that was allocated and reserved on the device since the last seconds() began."""
+    if session.device.type != "cuda":
+        return {"peak_gib": 0.0, "reserved_gib": 0.0}
+    most = {"peak_gib": torch.cuda.max_memory_allocated(), "reserved_gib": torch.cuda.max_memory_reserved()}
+    return {name: size / 2**30 for name, size in most.items()}
 
 
 def short(value: object) -> str:

@@ -19,7 +19,7 @@ from unittest import mock
 import common
 import torch
 from common import group_flops
-from gpu_measure import Session, attempt, decode_floor, measure, prefill_flops, release, seconds
+from gpu_measure import Session, attempt, decode_floor, memory, prefill_flops, release, seconds
 from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
@@ -82,20 +82,18 @@ def speed(session: Session, name: str) -> None:
 
 
 def load(session: Session, case: Case, made: list[Run]) -> dict:
-    """Puts the run into `made`. engine, shared_prefix: what the trial at loading found that the model can do.
-
-    Where these are not the fast ones, the other figures are those of a slower way.
+    """Puts the run into `made`. Where its trial did not find that the model can go the fast ways, all other
+    figures are those of slower ones.
     """
     share, copies = case.step
     prompts = max(2, round(share * session.load.step))
-    spent = measure(session, lambda: made.append(
-        session.run(case.model, prompts_per_step=prompts, group_size=copies, **case.settings)
-    ))
+    settings = {"prompts_per_step": prompts, "group_size": copies, **case.settings}
+    spent = seconds(session, lambda: made.append(session.run(case.model, **settings)))
     able = made[0].policy.capabilities
-    parameters = count_parameters(made[0].policy)
-    figures = {"load_s": spent.seconds, "parameters": parameters, "shared_prefix": able.shared_prefix}
-    fast = able.shared_prefix and able.engine == GRAPHS
-    return figures | {"engine": able.engine, **spent.memory, "passed": fast}
+    return {
+        "load_s": spent, "parameters": count_parameters(made[0].policy), **memory(session), **vars(able),
+        "passed": able.shared_prefix and able.head_only and able.engine == GRAPHS,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- rollout
@@ -136,17 +134,17 @@ def decode_speed(session: Session, twin: nn.Module, case: Case, engine: str, row
     run(2)  # warms up
     prefill = seconds(session, run, 1)
     with noted_captures() as captures:
-        spent = measure(session, run, new)
-    step = (spent.seconds - prefill - sum(captures)) / (new - 1)
+        whole = seconds(session, run, new)
+    step = (whole - prefill - sum(captures)) / (new - 1)
     by_bytes, by_flops = decode_floor(session, shape, rows, load.copies, new)
     figures = {
         "decode_tokens_per_s": rows / step, "step_ms": 1e3 * step, "floor_ms": 1e3 * by_bytes,
         "flops_floor_ms": 1e3 * by_flops, "over_floor": step / by_bytes,
         "captures": len(captures), "capture_s": sum(captures), "new_tokens": new,
-        "rollout_tokens_per_s": rows * new / spent.seconds, "prefill_s": prefill,
+        "rollout_tokens_per_s": rows * new / whole, "prefill_s": prefill,
         "prefill_tokens_per_s": len(prompts) * load.prompt / prefill,
         "prefill_floor_s": prefill_flops(shape, len(prompts) * load.prompt) / session.matrix_rate,
-        **spent.memory,
+        **memory(session),
     }
     if (engine, rows, case.model) == (GRAPHS, 256, "0.5B"):
         return judged(figures, "decode_tokens_per_s", 25000)
@@ -194,8 +192,10 @@ def train_speed(session: Session, run: Run, case: Case) -> dict:
         for batch in sides["packed"]:
             logprobs(policy, batch)
 
-    memory = {side: measure(session, both, side).peak_gib for side in sides}  # warms up
-    times: dict[str, list[float]] = {side: [] for side in sides}
+    peaks, times = {}, {side: [] for side in sides}
+    for side in sides:
+        seconds(session, both, side)  # warms up
+        peaks[side] = memory(session)["peak_gib"]
     while len(times["rows"]) < 5 and session.left() > 3 * sum(taken[-1] for taken in times.values() if taken):
         for side, taken in times.items():
             taken.append(seconds(session, both, side))
@@ -214,7 +214,7 @@ def train_speed(session: Session, run: Run, case: Case) -> dict:
         "rows_of_measured_peak": rate["rows"] / session.matrix_rate,
         **ratios, "token_ratio": plain_tokens / tokens,
         "of_token_ratio": ratios["ratio_median"] * tokens / plain_tokens,
-        "peak_gib": memory["packed"], "rows_peak_gib": memory["rows"], "repetitions": len(times["rows"]),
+        "peak_gib": peaks["packed"], "rows_peak_gib": peaks["rows"], "repetitions": len(times["rows"]),
     }
     figures = judged(figures, "of_token_ratio", 0.8)
     return judged(figures, "of_peak", 0.45) if case.model == "7B" else figures
@@ -230,7 +230,7 @@ def step_speed(session: Session, run: Run, case: Case) -> dict:
     run.config = config
     release(session.device)
     with noted_captures() as captures:
-        spent = measure(session, common.run_step, run)
+        whole = seconds(session, common.run_step, run)
     phases, rows = run.clock.seconds, prompts * copies
     case_flops = prompts * group_flops(shape, (load.prompt, load.response, copies))
     passes = 2 if config.lora_rank else 3
@@ -238,13 +238,13 @@ def step_speed(session: Session, run: Run, case: Case) -> dict:
     decode = load.response * max(decode_floor(session, shape, rows, copies, load.response))
     trained = sum(p.numel() for p in run.policy.parameters() if p.requires_grad)
     figures = {
-        "step_s": spent.seconds, **{f"{phase}_s": taken for phase, taken in phases.items()},
+        "step_s": whole, **{f"{phase}_s": taken for phase, taken in phases.items()},
         "rollout_floor_s": prefill + decode, "reference_floor_s": case_flops / session.matrix_rate,
         # AdamW reads weight, gradient and moments, and writes all but the gradient
         "update_floor_s": passes * case_flops / session.matrix_rate + 28 * trained / session.copy_rate,
         "update_of_measured_peak": passes * case_flops / phases["update"] / session.matrix_rate,
-        "new_tokens_per_s": rows * load.response / spent.seconds,
-        "captures": len(captures), "capture_s": sum(captures), **spent.memory,
+        "new_tokens_per_s": rows * load.response / whole,
+        "captures": len(captures), "capture_s": sum(captures), **memory(session),
     }
     full = not config.lora_rank and case.model == "1.5B"
     return judged(figures, "step_s", 45.0, at_most=True) if full else figures

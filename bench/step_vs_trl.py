@@ -126,9 +126,9 @@ def main() -> None:
             model = Qwen2ForCausalLM(sizes)
         model.save_pretrained(folder)
         del model
-        ranks = start_ranks()
         trainer, timer = make_peer(folder, texts, new, copies, args), StepTimer()
         trainer.add_callback(timer)
+        ranks = start_ranks()  # not earlier, or TRL would wrap its model for many processes
         if args.device == "cuda":
             policy = load_policy(config, str(folder), config.temperature, ranks)
             reference = load_policy(config, str(folder), config.temperature, ranks, policy)
