@@ -167,7 +167,9 @@ def real_model(session: Session) -> dict:
     stages = [path for path in sorted(folder.glob("*.json")) if "finished" in path.read_text()]
     done = [path.stem for path in stages if json.loads(path.read_text())["finished"]]
     curves = {path.parent.name: curve(path) for path in sorted(folder.glob("rl*/log.jsonl"))}
-    return curves | {"stages": done, "code": code} if done else {"error": f"real_model.py ended with code {code}"}
+    if not done:
+        return {"error": f"real_model.py ended with code {code}"}
+    return curves | {"stages": done, "code": code}
 
 
 # ----------------------------------------------------------------------------------------------------- stages
