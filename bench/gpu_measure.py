@@ -258,10 +258,9 @@ def time_limit(limit: float) -> Iterator[None]:
 
 def measure_rates(session: Session) -> Session:
     """The session with this device's copy rate (read and write) and bf16 matrix rate."""
-    device, cuda = session.device, session.device.type == "cuda"
-    dtype, size, n = (torch.bfloat16, 2**30, 8192) if cuda else (torch.float32, 2**18, 128)
-    source = torch.randn(size, device=device, dtype=dtype)
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    size, n = (2**18, 128) if session.tiny else (2**30, 8192)
+    source = torch.randn(size, device=session.device, dtype=torch.bfloat16)
+    a, b = torch.randn(2, n, n, device=session.device).bfloat16()
     target = torch.empty_like(source)
 
     def best(function: Callable, *args) -> float:
