@@ -147,8 +147,8 @@ def draw_weights(model: nn.Module, *_) -> None:
         if local.ndim == 1:
             local.fill_(float("norm" in name))
             continue
-        draw = torch.Generator(local.device).manual_seed(i)
-        local.copy_(0.02 * torch.randn(local.shape, device=local.device, generator=draw))
+        torch.manual_seed(i)
+        local.copy_(0.02 * torch.randn(local.shape, device=local.device))
 
 
 @contextlib.contextmanager
