@@ -265,8 +265,8 @@ def profiles(session: Session) -> None:
 
 
 def spent_on(session: Session, function: Callable, *args) -> Counter:
-    """Of one call: the device's seconds by operator (the CPU's where there is no other), and under "wall" the
-    seconds without the profiler, "kernels", and "waits", how often the host waited for the device.
+    """Of one call: the device's seconds by kernel (on a CPU by operator), and under "wall" the seconds without
+    the profiler, "kernels", and "waits", how often the host waited for the device.
     """
     cuda = session.device.type == "cuda"
     spent = Counter(wall=seconds(session, function, *args))
@@ -280,10 +280,11 @@ def spent_on(session: Session, function: Callable, *args) -> Counter:
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as recorded:
         seconds(session, function, *args)
     for row in recorded.key_averages():
-        if row.device_type == DeviceType.CPU:
-            spent[row.key] += (row.self_device_time_total if cuda else row.self_cpu_time_total) / 1e6
-        elif row.device_type == DeviceType.CUDA:
+        if cuda and row.device_type == DeviceType.CUDA and not row.is_user_annotation:
+            spent[row.key[:50]] += row.self_device_time_total / 1e6
             spent["kernels"] += row.count
+        elif not cuda:
+            spent[row.key] += row.self_cpu_time_total / 1e6
     return spent
 
 
@@ -291,9 +292,9 @@ def summary_of(spent: Counter) -> dict:
     """busy_share: the device's time over the wall time without the profiler."""
     wall, kernels, waits = (spent.pop(key, 0.0) for key in ("wall", "kernels", "waits"))
     total = sum(spent.values())
-    top = ", ".join(f"{name} {100 * taken / total:.0f} %" for name, taken in spent.most_common(8))
-    figures = {"wall_ms": 1e3 * wall, "busy_share": total / wall, "kernels": kernels, "operators": top}
-    return figures | {"host_synchronisations": waits}
+    top = ", ".join(f"{name} {100 * taken / total:.0f} %" for name, taken in spent.most_common(8) if taken)
+    figures = {"wall_ms": 1e3 * wall, "busy_share": total / wall, "kernels": kernels}
+    return figures | {"host_synchronisations": waits, "most": top}
 
 
 def profile_decode(session: Session, policy: nn.Module, case: Case) -> dict:
