@@ -164,8 +164,8 @@ def real_model(session: Session) -> dict:
     folder = session.out.parent / "gpu_real_model"
     words = ["bench/real_model.py", *shlex.split(session.real), "--out", folder]
     code = command(session, words, session.folder / "real.log")
-    stages = [path for path in sorted(folder.glob("*.json")) if "finished" in path.read_text()]
-    done = [path.stem for path in stages if json.loads(path.read_text())["finished"]]
+    records = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    done = [name for name, record in records.items() if record.get("finished")]
     curves = {path.parent.name: curve(path) for path in sorted(folder.glob("rl*/log.jsonl"))}
     if not done:
         return {"error": f"real_model.py ended with code {code}"}

@@ -265,8 +265,8 @@ def profiles(session: Session) -> None:
 
 
 def spent_on(session: Session, function: Callable, *args) -> Counter:
-    """Of one call: the device's seconds by kernel (on a CPU by operator), and under "wall" the seconds without
-    the profiler, "kernels", and "waits", how often the host waited for the device.
+    """Of one call: the device's seconds by kernel (on a CPU by operator), and under "wall" those without the
+    profiler, "kernels", and "waits", how often the host waited for the device.
     """
     cuda = session.device.type == "cuda"
     spent = Counter(wall=seconds(session, function, *args))

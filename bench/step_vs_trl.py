@@ -124,7 +124,7 @@ def main() -> None:
         with torch.device(args.device):
             sizes = common.qwen_config(shape, tokenizer.eos_token_id, tokenizer.pad_token_id)
             model = Qwen2ForCausalLM(sizes)
-        model.save_pretrained(folder)
+        (model.bfloat16() if args.device == "cuda" else model).save_pretrained(folder)
         del model
         trainer, timer = make_peer(folder, texts, new, copies, args), StepTimer()
         trainer.add_callback(timer)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,21 @@ def test_a_part_that_dies_hangs_or_is_slow_costs_the_others_nothing(session, mon
     gpu.run_stages(session, ["real"])
     outcome = {row["name"]: list(row)[-1] for row in gpu.rows_of(session, "real")}
     assert outcome == dict(dies="error", raises="error", slow="skipped", hangs="skipped", good="figure")
+
+
+@pytest.mark.parametrize("stages, kept", [(("data", "rl"), "rl"), ((), "error")])
+def test_the_curve_of_a_real_model_is_kept(session, monkeypatch, stages, kept):
+    def command(session, words, log):
+        for name in stages:
+            (words[-1] / name).mkdir(parents=True)
+            words[-1].joinpath(f"{name}.json").write_text('{"finished": "2026-11-28"}')
+        for path in words[-1].glob("rl"):
+            path.joinpath("log.jsonl").write_text('{"step": 0}\n{"step": 1, "reward": 0.5, "loss": 0.1}\n')
+        return -15  # the time was over
+
+    monkeypatch.setattr(gpu, "command", command)
+    found = gpu.real_model(replace(session, real="--model M"))
+    assert kept in found and (kept == "error" or found["rl"]["curve"]["reward"] == [0.5])
 
 
 BROKEN = {
