@@ -49,7 +49,7 @@ class Load:
     eager: int = 40  # tokens of a rollout without CUDA graphs, which is slow
     train_prompts: int = 4
     budget: int = 9600  # tokens per micro-batch: 4 packed groups, or 8 rows
-    step: int = 512  # prompts of the largest step
+    step: int = 512  # prompts of a step, at most
     head_tokens: int = 2048
     greedy_tokens: int = 64
     uneven: tuple[tuple[int, tuple[int, ...]], ...] = (

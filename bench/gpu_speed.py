@@ -36,21 +36,21 @@ GRAPHS = "shared_prefix"  # the default engine; "shared_prefix_eager" is the sam
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured of a model. step: prompts (a share of Load.step) and completions of each."""
+    """What is measured of a model. step: prompts (Load.step at most) and completions of each."""
 
     model: str
     parts: tuple[str, ...]
-    step: tuple[float, int] = (0.02, 8)
+    step: tuple[int, int] = (8, 8)
     settings: dict = field(default_factory=dict)
 
 
 CASES = {
-    "1.5B": Case("1.5B", ("decode", "train", "step"), (1.0, 4), {"gradient_checkpointing": False}),
-    "7B LoRA": Case("7B", ("decode", "train", "step"), (1 / 16, 8), {"lora_rank": 32}),
+    "1.5B": Case("1.5B", ("decode", "train", "step"), (512, 4), {"gradient_checkpointing": False}),
+    "7B LoRA": Case("7B", ("decode", "train", "step"), (32, 8), {"lora_rank": 32}),
     # Weights and gradients are 61 GB: no reference, and no optimizer step.
     "7B": Case("7B", ("train",), settings={"kl_coef": 0}),
     "0.5B": Case("0.5B", ("decode", "train"), settings={"gradient_checkpointing": False}),
-    "1.5B LoRA": Case("1.5B", ("step",), (1 / 4, 4), {"gradient_checkpointing": False, "lora_rank": 32}),
+    "1.5B LoRA": Case("1.5B", ("step",), (128, 4), {"gradient_checkpointing": False, "lora_rank": 32}),
 }
 
 
@@ -85,9 +85,8 @@ def load(session: Session, case: Case, made: list[Run]) -> dict:
     """Puts the run into `made`. Where its trial did not find that the model can go the fast ways, all other
     figures are those of slower ones.
     """
-    share, copies = case.step
-    prompts = max(2, round(share * session.load.step))
-    settings = {"prompts_per_step": prompts, "group_size": copies, **case.settings}
+    prompts, copies = case.step
+    settings = {"prompts_per_step": min(prompts, session.load.step), "group_size": copies, **case.settings}
     spent = seconds(session, lambda: made.append(session.run(case.model, **settings)))
     able = made[0].policy.capabilities
     return {
@@ -257,7 +256,7 @@ def step_speed(session: Session, run: Run, case: Case) -> dict:
 
 def profiles(session: Session) -> None:
     """Where the device's time goes in a decode step and in forward + backward."""
-    case, made = replace(CASES["1.5B"], step=(0.02, 8)), []
+    case, made = replace(CASES["1.5B"], step=(8, 8)), []
     attempt(session, "profile", "1.5B load", load, case, made, needs=25)
     for name, function in (("decode step", profile_decode), ("forward + backward", profile_training)):
         if made:
