@@ -30,6 +30,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402
 import grpo  # noqa: E402
 from config import Config, load_config  # noqa: E402
 from distributed.batches import Group, make_updates  # noqa: E402
+from distributed.fsdp import fsdp_modules, gathered_weights  # noqa: E402
 from distributed.ranks import Clock, Ranks, start_ranks  # noqa: E402
 from kernel.attention import use_attention, uses_shared_prefix  # noqa: E402
 from kernel.decode import Prompt, Reply  # noqa: E402
@@ -44,7 +45,7 @@ CPU, TEMPERATURE = torch.device("cpu"), 0.7
 
 @dataclass(frozen=True)
 class Shape:
-    """A model's sizes, and the type of its weights."""
+    """A model's sizes."""
 
     hidden: int
     inner: int
@@ -53,7 +54,6 @@ class Shape:
     kv_heads: int
     vocab: int
     tied: bool = True
-    weights: torch.dtype = torch.float32
 
 
 def qwen_config(shape: Shape, eos: int = 0, pad: int = 0) -> Qwen2Config:
@@ -66,15 +66,10 @@ def qwen_config(shape: Shape, eos: int = 0, pad: int = 0) -> Qwen2Config:
     )
 
 
-def random_model(shape: Shape, device: torch.device = CPU, checkpointing: bool = False) -> nn.Module:
+def random_model(shape: Shape) -> nn.Module:
     """A random model in eval mode; its logits are nearly uniform, so any token may come."""
     torch.manual_seed(0)
-    with device:
-        model = Qwen2ForCausalLM(qwen_config(shape))
-    model = prepare_model(model, device, checkpointing).eval()  # in fp32, so that its probe is exact
-    for parameter in model.parameters():  # only these: rotary angles stay fp32
-        parameter.data = parameter.data.to(shape.weights)
-    return model
+    return prepare_model(Qwen2ForCausalLM(qwen_config(shape)), CPU).eval()
 
 
 def random_groups(vocab: int, sizes: Sequence[tuple[int, Sequence[int]]]) -> list[tuple]:
@@ -117,9 +112,11 @@ class Step:
 def grpo_step(step: Step, reward: Callable[[list[int]], float], clock: Clock) -> None:
     """Collective. Rollout, reference log-probs and updates, as in grpo.py; reward: of token ids."""
     config, copies = step.config, step.config.group_size
-    with clock("rollout"):
-        rows = sample(step.policy.eval(), step.prompts, copies, config.max_response_tokens)
-    use_attention(step.policy.train(), "train")
+    sharded = bool(fsdp_modules(step.policy))
+    weights = gathered_weights(step.policy) if sharded else contextlib.nullcontext(step.policy.eval())
+    with clock("rollout"), weights as model:
+        rows = sample(model, step.prompts, copies, config.max_response_tokens)
+    use_attention(step.policy if sharded else step.policy.train(), "train")
     with clock("pack"):
         groups = []
         for i, ids in enumerate(step.prompts):

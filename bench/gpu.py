@@ -1,296 +1,309 @@
-"""What only a GPU can tell: are the kernels right, and how near is the speed to what the card can do?
+"""What only a GPU can tell: is it right, does it learn, how near is it to what the card can do, against TRL?
 
-    python bench/gpu.py [--parts numerics,step,train,profile,rollout] [--minutes 9] [--out runs/gpu.jsonl]
+    python bench/gpu.py [--stages numerics,run,speed,trl,real] [--minutes 9] [--out runs/gpu.jsonl]
     python bench/gpu.py --table runs/gpu.jsonl      the results of such a file as Markdown tables
     python bench/gpu.py --tiny      without CUDA: runs every line of it; its figures mean nothing
 
-Random models in the shapes of Qwen2.5; bf16 by autocast over fp32 weights, as in the product; the 7B has bf16
-weights. Every result is printed and appended to --out (JSON lines) at once; what fails or would not fit into
-the time is a result too. Floors: the work's bytes or FLOPs over this card's own copy and matrix rates,
-measured first. The exit code is 1 if a check or measurement failed. bench/README.md says what each figure
-means.
+Models have random weights in the shapes of Qwen2.5, and run as grpo.py runs them. Every result is printed and
+appended to --out (JSON lines) at once; a stage ends with a line of JSON. Each part is a process of its own:
+what fails, hangs or would not fit into the time is a result too, and costs the others nothing. The exit code
+is 1 if a check or measurement failed. bench/README.md says what each figure means.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
-import random
-import statistics
+import math
+import multiprocessing
+import os
+import shlex
+import signal
+import subprocess
 import sys
+import tempfile
 import time
-import warnings
-from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import common
-import torch
-import transformers
-from common import ROOT
-from gpu_measure import (
-    Session,
-    allocated_gib,
-    attempt,
-    decode_floor,
-    emit,
-    forward_flops,
-    measure,
-    measure_rates,
-    prefill_flops,
-    seconds,
-    short,
-)
-from torch import nn
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU must not start CUDA here
 
-from config import Config
-from distributed.ranks import Clock, start_ranks
-from kernel.attention import attention_backend
-from kernel.packing import micro_batches, pack
-from model import count_parameters
-from rollout import ENGINES, PEAK_TFLOPS
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from common import ROOT  # noqa: E402
+from gpu_measure import Session, attempt, emit, measure_rates, short  # noqa: E402
+from gpu_speed import CASES, judged, profiles, speed  # noqa: E402
+
+from corpus.sources import read_jsonl  # noqa: E402
+from kernel.attention import attention_backend  # noqa: E402
+from rollout import PEAK_TFLOPS  # noqa: E402
 
 sys.path.append(str(ROOT / "tests/gpu"))
 from numerics import checks  # noqa: E402
+
+# Rise of greedy accuracy in the demo, minimum and maximum of eight seeds on a CPU: README.md, Results.
+CPU_RISE = {"": (0.427, 0.573), "strict_": (0.373, 0.480)}
+GRACE = 15.0  # seconds that a process has to end in order
+
+
+def machine(session: Session) -> dict:
+    """The card, versions, and the rates that every floor is made of."""
+    cuda = session.device.type == "cuda"
+    name = torch.cuda.get_device_name() if cuda else "CPU"
+    peak = next((tera for part, tera in PEAK_TFLOPS.items() if part in name), 0.0)
+    session = measure_rates(session)
+    return {
+        "card": name, "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
+        "cuda": torch.version.cuda, "transformers": transformers.__version__,
+        "attention": attention_backend(session.device),
+        "memory_gib": torch.cuda.get_device_properties(0).total_memory / 2**30 if cuda else 0.0,
+        "copy_gb_per_s": session.copy_rate / 1e9, "matrix_tflops": session.matrix_rate / 1e12,
+        "datasheet_tflops": peak, "meaningless": session.tiny or not cuda,
+    }
 
 
 def numerics(session: Session) -> None:
     """The checks of tests/gpu: everything in the product's precision against fp32, on uneven groups."""
     for name, check in checks(session).items():
-        attempt(session, "numerics", name, lambda session, check=check: check(), needs=10)
+        attempt(session, "numerics", name, lambda session, check=check: check(), needs=5)
 
 
-def rollout(session: Session) -> None:
-    """Every engine at several batch sizes on every model."""
-    for i, name in enumerate(session.models):
-        share = session.share(1 / (len(session.models) - i))
-        attempt(share, "rollout", name, rollout_of, name, needs=15, whole=True)
+# ------------------------------------------------------------------------------------------- other programs
 
 
-def rollout_of(session: Session, name: str) -> None:
-    model = session.build(name)
-    for engine in ENGINES:
-        for rows in session.load.rollouts:
-            title = f"{name} {engine} {rows}"
-            attempt(session, "rollout", title, engine_speed, model, name, engine, rows, needs=8)
-
-
-def engine_speed(session: Session, model: nn.Module, name: str, engine: str, rows: int) -> dict:
-    """Prefill and decode of `rows` sequences; prefill tokens are those of distinct prompts.
-
-    A decode step's seconds are those of a whole rollout, less one that ends after its first token, over the
-    steps in between.
+def command(session: Session, words: list, log: Path, until: Callable[[], bool] | None = None) -> int:
+    """Runs Python with these words and returns its exit code. It is killed at once when `until` says so, and
+    asked to end shortly before the session's deadline. What it printed is shown if it failed.
     """
-    load, shape = session.load, session.models[name]
-    sizes = [(load.prompt, ())] * (rows // load.copies)
-    prompts = [ids for ids, _ in common.random_groups(shape.vocab, sizes)]
-
-    def run(new: int) -> None:
-        common.sample(model, prompts, load.copies, new, engine)
-
-    run(2)
-    prefill = seconds(session, run, 1)
-    few = max(2, load.response // 10)
-    first = (seconds(session, run, few) - prefill) / (few - 1)
-    new = load.response if prefill + 1.5 * first * load.response < session.left() or session.tiny else few
-    before = allocated_gib(session)
-    total, gib = measure(session.device, run, new)
-    step = (total - prefill) / (new - 1)
-    by_bytes, by_flops = decode_floor(session, shape, rows, new)
-    return {
-        "prefill_tokens_per_s": len(prompts) * load.prompt / prefill, "decode_tokens_per_s": rows / step,
-        "step_ms": 1e3 * step, "bandwidth_floor_ms": 1e3 * by_bytes, "flops_floor_ms": 1e3 * by_flops,
-        "over_bandwidth_floor": step / by_bytes, "prefill_s": prefill,
-        "prefill_floor_s": prefill_flops(shape, len(prompts) * load.prompt) / session.matrix_rate,
-        "new_tokens": new, "peak_gib": before + gib,
-    }
-
-
-def train(session: Session) -> None:
-    """Forward + backward of every model, with and without gradient checkpointing."""
-    todo = [(name, checkpointing) for name in session.models for checkpointing in (False, True)]
-    for i, (name, checkpointing) in enumerate(todo):
-        title, share = name + " checkpointing" * checkpointing, session.share(1.5 / (len(todo) - i + 0.5))
-        attempt(share, "train", title, train_speed, name, checkpointing, needs=12)
-
-
-def train_speed(session: Session, name: str, checkpointing: bool) -> dict:
-    """Packed groups against a row per response, in turn, in micro-batches of equally many tokens at most."""
-    load, shape, prompts = session.load, session.models[name], session.load.train_prompts
-    model = session.build(name, checkpointing).train()
-    sizes = [(load.prompt, [load.response] * load.copies)] * prompts
-    groups = common.random_groups(shape.vocab, sizes)
-
-    def batches(shared: bool) -> list:
-        plan = micro_batches(sizes, load.budget, shared)
-        taken = [[(groups[i][0], groups[i][1][part]) for i, part in parts] for parts in plan]
-        return [pack(some, session.device, shared) for some in taken]
-
-    def run(packed_batches: list, backward: bool) -> None:
-        for packed in packed_batches:
-            with torch.set_grad_enabled(backward):
-                loss = -common.logprobs(model, packed).mean()
-            if backward:
-                loss.backward()
-        model.zero_grad(set_to_none=True)
-
-    packed, rows, before = batches(True), batches(False), allocated_gib(session)
-    # warms up
-    peak, plain_peak = (before + measure(session.device, run, side, True)[1] for side in (packed, rows))
-    jobs = {"forward": (packed, False), "both": (packed, True), "plain": (rows, True)}
-    times = {job: [seconds(session, run, *arguments)] for job, arguments in jobs.items()}
-    while len(times["both"]) < 5 and session.left() > 2 * sum(taken[-1] for taken in times.values()):
-        for job, arguments in jobs.items():
-            times[job].append(seconds(session, run, *arguments))
-    median = {job: statistics.median(taken) for job, taken in times.items()}
-    ratios = common.spread([plain / both for both, plain in zip(times["both"], times["plain"])])
-    tokens = prompts * (load.prompt + load.copies * load.response)
-    plain_tokens = prompts * load.copies * (load.prompt + load.response)
-    rate = 3 * forward_flops(shape, load, prompts) / median["both"]
-    plain_rate = 3 * forward_flops(shape, load, prompts, shared=False) / median["plain"]
-    return {
-        "tokens_per_s": tokens / median["both"], "forward_tokens_per_s": tokens / median["forward"],
-        "of_measured_peak": rate / session.matrix_rate,
-        "plain_of_measured_peak": plain_rate / session.matrix_rate,
-        "of_datasheet_peak": rate / session.datasheet if session.datasheet else 0.0,
-        **ratios,
-        "token_ratio": plain_tokens / tokens,
-        "of_token_ratio": ratios["ratio_median"] * tokens / plain_tokens,
-        "peak_gib": peak, "plain_peak_gib": plain_peak, "repetitions": len(times["both"]),
-    }
-
-
-def step(session: Session) -> None:
-    attempt(session, "step", "1.5B", step_speed, needs=30)
-
-
-def step_speed(session: Session) -> dict:
-    """The second of two GRPO steps, with gradient checkpointing, KL, and one update."""
-    load, shape, rows = session.load, session.models["1.5B"], session.load.step_prompts * session.load.copies
-    config = Config(
-        prompts_per_step=load.step_prompts, minibatch_prompts=load.step_prompts, group_size=load.copies,
-        temperature=common.TEMPERATURE, max_response_tokens=load.response,
-        max_tokens_per_micro_batch=2 * load.budget,
-    )
-    policy, reference = session.build("1.5B", True), session.build("1.5B").requires_grad_(False)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
-    prompts = [ids for ids, _ in common.random_groups(shape.vocab, [(load.prompt, ())] * load.step_prompts)]
-    coin = random.Random(0)  # noise earns nothing: without other rewards there would be no gradient
-    one = partial(common.grpo_step, common.Step(policy, reference, optimizer, prompts, config, start_ranks()))
+    with log.open("w") as file:
+        started = [sys.executable, *map(str, words)]
+        process = subprocess.Popen(started, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
     try:
-        one(lambda ids: float(coin.random() < 0.5), Clock())  # warms up and makes the optimizer's state
-        clock, before = Clock(), allocated_gib(session)
-        total, gib = measure(session.device, one, lambda ids: float(coin.random() < 0.5), clock)
+        while process.poll() is None and session.left() > GRACE:
+            if until and until():
+                process.kill()
+            time.sleep(0.05)
     finally:
-        torch.distributed.destroy_process_group()
-    forward = forward_flops(shape, load, load.step_prompts) / session.matrix_rate
-    prefill = prefill_flops(shape, load.step_prompts * load.prompt) / session.matrix_rate
-    # reads weight, gradient, moments; writes all but one
-    adam = 28 * count_parameters(policy) / session.copy_rate
-    update = 3 * forward / clock.seconds["update"]
-    return {
-        "step_s": total, **{f"{phase}_s": spent for phase, spent in clock.seconds.items()},
-        "rollout_floor_s": prefill + load.response * max(decode_floor(session, shape, rows, load.response)),
-        "reference_floor_s": forward, "update_floor_s": 3 * forward + adam, "update_of_measured_peak": update,
-        "new_tokens_per_s": rows * load.response / total, "peak_gib": before + gib,
-    }
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(GRACE - 3)
+            except subprocess.TimeoutExpired:
+                process.kill()
+    code = process.wait()
+    if code not in (0, -signal.SIGKILL):
+        said = log.read_text(errors="replace")[-3000:]
+        print(f"$ python {shlex.join(started[1:])}: {code}\n{said}", flush=True)
+    return code
 
 
-# ---------------------------------------------------------------------------------------------------- profile
+def curve(path: Path) -> dict:
+    """About twenty points of a run's log, of how many, and whether every loss was finite."""
+    rows = [row for row in read_jsonl(path) if "reward" in row] if path.exists() else []
+    some = rows[:: -(-len(rows) // 20)] if rows else []
+    columns = {"step": "step", "reward": "reward", "length": "completions/mean_length", "kl": "kl"}
+    columns["gap"] = "sampling/sampling_logp_difference/mean"
+    points = {name: [float(f"{row.get(key, math.nan):.3g}") for row in some] for name, key in columns.items()}
+    finite = all(math.isfinite(row["loss"]) for row in rows)
+    return {"steps": len(rows), "finite": finite, "curve": points}
 
 
-def profiles(session: Session) -> None:
-    """Where the device's time goes in a decode step and in forward + backward."""
-    model = session.build("1.5B")
-    attempt(session, "profile", "1.5B decode step", profile_decode, model, needs=20)
-    attempt(session, "profile", "1.5B forward + backward", profile_training, model, needs=20)
+def demo(session: Session) -> dict:
+    """The demo on this device: killed at its first checkpoint, gone on with by torchrun, to its end.
+
+    A rise inside the CPU's spread of seeds says that CUDA learns as well.
+    """
+    folder, config = session.folder / "demo", "--config configs/tiny.yaml --save_every 10"
+    if session.tiny:
+        config += " --save_every 1 --steps 4 --warmup_steps 4 --synthetic_train 40 --eval_cases 1"
+        config += " --prompts_per_step 4 --minibatch_prompts 4"
+    settings = [*config.split(), "--run_dir", folder]
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node=1 grpo.py".split()
+    log, start = session.folder / "demo.log", time.perf_counter()
+    begun = ["grpo.py", *settings, "--overwrite", "true"]
+    killed = command(session, begun, log, until=(folder / "latest").exists) == -signal.SIGKILL
+    resumed = command(session, [*torchrun, *settings, "--resume", "true"], log) == 0
+    if not resumed and session.left() > 60:  # then at least whether it learns
+        command(session, [*torchrun, *settings, "--overwrite", "true"], log)
+    figures = curve(folder / "log.jsonl")
+    end = folder / "summary.json"
+    summary = json.loads(end.read_text()) if end.exists() else {}
+    figures |= {"finished": bool(summary), "killed": killed, "resumed": resumed}
+    for kind, spread in CPU_RISE.items() if summary else ():
+        before, after = (summary[f"{kind}accuracy_{when}"] for when in ("before", "after"))
+        figures |= {f"{kind}before": before, f"{kind}after": after, f"{kind}rise": after - before}
+        figures |= {f"{kind}cpu_rise": spread, f"{kind}inside": spread[0] <= after - before <= spread[1]}
+    passed = killed and resumed and bool(summary) and figures["finite"]
+    return figures | {"wall_s": time.perf_counter() - start, "passed": passed}
 
 
-def device_work(session: Session, function: Callable, *args) -> tuple[Counter, int]:
-    """Seconds of the device by operator (of the CPU where there is no other), and how many kernels ran."""
-    cuda = session.device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with profile(activities=activities) as recorded:
-        seconds(session, function, *args)
-    operators, kernels = Counter(), 0
-    for row in recorded.key_averages():
-        if row.device_type == DeviceType.CPU:
-            operators[row.key] += (row.self_device_time_total if cuda else row.self_cpu_time_total) / 1e6
-        elif row.device_type == DeviceType.CUDA:
-            kernels += row.count
-    return operators, kernels
+def against_trl(session: Session, continuous: bool) -> dict:
+    """bench/step_vs_trl.py on this device, the two in turn; TRL with one of its transformers rollouts."""
+    if missing := [name for name in ("trl", "datasets") if importlib.util.find_spec(name) is None]:
+        return {"skipped": f"{' and '.join(missing)} not installed; bench/README.md says what to bring along"}
+    case, log = "--case 1000/150/8 --prompts 8 --rounds 2 --micro_batch 4800 --trl_batch 4", "trl.log"
+    if session.tiny:
+        case = "--case 16/4/2 --prompts 2 --rounds 1"
+    words = ["bench/step_vs_trl.py", *case.split(), "--device", session.device.type]
+    words += ["--continuous_batching"] if continuous else []
+    code = command(session, words, session.folder / log)
+    lines = (session.folder / log).read_text(errors="replace").splitlines()
+    if code or not lines:
+        return {"error": f"step_vs_trl.py ended with code {code}: {''.join(lines[-1:])[:200]}"}
+    return judged(json.loads(lines[-1]), "ratio_median", 3.0)
 
 
-def synchronisations(session: Session, function: Callable, *args) -> int:
-    """How often `function` made the host wait for the GPU; 0 on the CPU."""
-    if session.device.type != "cuda":
-        function(*args)
-        return 0
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            function(*args)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    return sum("synchronizing" in str(warning.message) for warning in caught)
+def real_model(session: Session) -> dict:
+    """As much of bench/real_model.py as fits into the time; the same --out goes on in another call."""
+    if not session.real:
+        return {"skipped": "--real '--model FOLDER --data FILE --bfcl DIR --apibank DIR' was not given"}
+    folder = session.out.parent / "gpu_real_model"
+    words = ["bench/real_model.py", *shlex.split(session.real), "--out", folder]
+    code = command(session, words, session.folder / "real.log")
+    records = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    done = [name for name, record in records.items() if record.get("finished")]
+    curves = {path.parent.name: curve(path) for path in sorted(folder.glob("rl*/log.jsonl"))}
+    if not done:
+        return {"error": f"real_model.py ended with code {code}"}
+    return curves | {"stages": done, "code": code}
 
 
-def summary_of(operators: Counter, kernels: float, wall: float, syncs: float) -> dict:
-    """busy_share: the device's time over the wall time without the profiler."""
-    total = sum(operators.values())
-    top = ", ".join(f"{name} {100 * spent / total:.0f} %" for name, spent in operators.most_common(8))
-    figures = {"wall_ms": 1e3 * wall, "busy_share": total / wall, "kernels": kernels, "operators": top}
-    return figures | {"host_synchronisations": syncs}
+# ----------------------------------------------------------------------------------------------------- stages
 
 
-def profile_decode(session: Session, model: nn.Module) -> dict:
-    """The default engine at the first batch size: a rollout of some steps less one without, per step."""
-    load, steps = session.load, min(16, session.load.response - 1)
-    sizes = [(load.prompt, ())] * (load.rollouts[0] // load.copies)
-    prompts = [ids for ids, _ in common.random_groups(model.config.vocab_size, sizes)]
-    run = partial(common.sample, model, prompts, load.copies)
-    run(2)
-    wall = (seconds(session, run, 1 + steps) - seconds(session, run, 1)) / steps
-    syncs = (synchronisations(session, run, 1 + steps) - synchronisations(session, run, 1)) / steps
-    (long, launched), (prefill, before) = device_work(session, run, 1 + steps), device_work(session, run, 1)
-    per_step = Counter({name: (spent - prefill[name]) / steps for name, spent in long.items()})
-    return summary_of(per_step, (launched - before) / steps, wall, syncs)
+@dataclass(frozen=True)
+class Part:
+    """What one process does. seconds: at most. whole: it makes attempts of its own and reports them."""
+
+    function: Callable[[Session], dict | None]
+    seconds: float
+    whole: bool = False
 
 
-def profile_training(session: Session, model: nn.Module) -> dict:
-    """Forward and backward of one packed micro-batch, without gradient checkpointing."""
-    load = session.load
-    sizes = [(load.prompt, [load.response] * load.copies)] * load.train_prompts
-    packed = pack(common.random_groups(model.config.vocab_size, sizes), session.device)
-    model.train()
-
-    def run() -> None:
-        common.logprobs(model, packed).mean().backward()
-        model.zero_grad(set_to_none=True)
-
-    run()
-    wall, syncs = seconds(session, run), synchronisations(session, run)
-    return summary_of(*device_work(session, run), wall, syncs)
-
-
-# ------------------------------------------------------------------------------------------------------- main
-
-# In this order; a part may use that share of the time that is left when it starts.
-PARTS = {
-    "numerics": (numerics, 0.4), "step": (step, 0.4), "train": (train, 0.6), "profile": (profiles, 0.3),
-    "rollout": (rollout, 1.0),
+LIMITS = {"1.5B": 120, "7B LoRA": 100, "7B": 45, "0.5B": 45, "1.5B LoRA": 45}
+STAGES = {  # in this order, most important first
+    "machine": {"rates": Part(machine, 60)},
+    "numerics": {"checks": Part(numerics, 150, True)},
+    "run": {"demo": Part(demo, 200)},
+    "speed": {name: Part(partial(speed, name=name), LIMITS[name], True) for name in CASES},
+    "trl": {
+        "generate": Part(partial(against_trl, continuous=False), 110),
+        "continuous batching": Part(partial(against_trl, continuous=True), 90),
+    },
+    "real": {"stages": Part(real_model, 120)},
+    "profile": {"1.5B": Part(profiles, 90, True)},
 }
+USUAL = "numerics,run,speed,trl,real"
+TOGETHER = {"numerics": "checks", "run": "demo"}  # they time nothing, so they may share the GPU
+
+
+def work(session: Session, stage: str, name: str, part: Part) -> None:
+    """The process of a part."""
+    os.setpgrp()  # so that what it starts can be ended with it
+    cuda = torch.cuda.is_available() or not session.tiny
+    session = replace(session, device=torch.device("cuda", 0) if cuda else torch.device("cpu"))
+    torch.set_float32_matmul_precision("highest")  # fp32 is what everything is compared with
+    transformers.utils.logging.set_verbosity_error()
+    attempt(session, stage, name, part.function, whole=part.whole)
+    sys.stdout.flush()
+    os._exit(0)  # libraries may hang at the end
+
+
+def end(process: multiprocessing.Process, number: int) -> None:
+    """Signals a part's process and what it has started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
+
+
+def start(session: Session, stage: str, name: str, method: str) -> Process:
+    """Starts a part in a process; its deadline is its own or the session's."""
+    part = STAGES[stage][name]
+    session = replace(session, deadline=min(session.deadline, time.perf_counter() + part.seconds))
+    process = multiprocessing.get_context(method).Process(target=work, args=(session, stage, name, part))
+    process.start()
+    return Process(session, stage, name, process)
+
+
+@dataclass(frozen=True)
+class Process:
+    """A part at work."""
+
+    session: Session
+    stage: str
+    name: str
+    process: multiprocessing.Process
+
+    def finish(self) -> None:
+        """Waits until it is done, a little longer than its deadline; reports it if it had to be ended."""
+        process, told = self.process, {}
+        process.join(max(0.0, self.session.left()) + GRACE)
+        if process.exitcode is None:
+            told = {"skipped": "it hung and was ended"}
+        elif process.exitcode:
+            told = {"error": f"its process ended with code {process.exitcode}"}
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if process.exitcode is None:
+                end(process, number)
+                process.join(GRACE)
+        if told:
+            emit(self.session.out, self.stage, self.name, told)
+
+
+def run_stages(session: Session, stages: list[str]) -> None:
+    """Every part of the stages, and a line of JSON for each stage."""
+    for method in ("fork", "spawn"):  # a fork needs no imports; it fails where something has started CUDA
+        start(session, "machine", "rates", method).finish()
+        measured = rows_of(session, "machine")[-1]
+        if "copy_gb_per_s" in measured:
+            break
+    else:
+        return
+    session = replace(
+        session, copy_rate=1e9 * measured["copy_gb_per_s"], matrix_rate=1e12 * measured["matrix_tflops"],
+        datasheet=1e12 * measured["datasheet_tflops"],
+    )
+    running: dict[tuple[str, str], Process] = {}
+    try:
+        for stage, name in TOGETHER.items():
+            if stage in stages:
+                running[stage, name] = start(session, stage, name, method)
+        for stage in stages:
+            since = time.perf_counter()
+            for name in STAGES[stage]:
+                if (stage, name) not in running:
+                    running[stage, name] = start(session, stage, name, method)
+                running[stage, name].finish()
+            told = {"stage": stage, "seconds": round(time.perf_counter() - since), **summary(session, stage)}
+            print(json.dumps(told), flush=True)  # a fork would print it again
+    finally:
+        for one in running.values():
+            if one.process.is_alive():
+                end(one.process, signal.SIGKILL)
+
+
+def rows_of(session: Session, stage: str = "") -> list[dict]:
+    """The results of this call, of one stage or of all."""
+    return [row for row in read_jsonl(session.out)[session.first :] if stage in ("", row["part"])]
+
+
+def summary(session: Session, stage: str = "") -> dict:
+    """The names of what failed, of what is absent, and of what missed its target."""
+    rows = [(f"{row['part']}: {row['name']}", row) for row in rows_of(session, stage)]
+    return {
+        "failed": [name for name, row in rows if "error" in row or row.get("passed") is False],
+        "missing": [name for name, row in rows if "skipped" in row or "out_of_memory" in row],
+        "missed": [name for name, row in rows if False in row.get("targets", {}).values()],
+    }
 
 
 def tables(path: Path) -> str:
     """The results of a file as a Markdown table for every part and kind of result."""
     groups: dict[tuple[str, ...], list[dict]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
+    for row in read_jsonl(path):
         groups.setdefault((row.pop("part"), *row), []).append(row)
     parts = []
     for (part, *keys), rows in groups.items():
@@ -300,43 +313,35 @@ def tables(path: Path) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Runs the parts and returns the exit code."""
+    """Runs the stages and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--parts", default=",".join(PARTS), help="some of %(default)s")
+    add("--stages", default=USUAL, help="of these and profile (default: %(default)s)")
     add("--minutes", type=float, default=9.0, help="for all; the rest is skipped (default: %(default)s)")
     add("--out", type=Path, default=ROOT / "runs/gpu.jsonl", help="appended to (default: runs/gpu.jsonl)")
+    add("--real", default="", help="arguments of bench/real_model.py, for the stage real")
     add("--tiny", action="store_true", help="tiny models, also without a GPU")
     add("--table", type=Path, help="print the results of this file as Markdown")
     args = parser.parse_args(arguments)
     if args.table:
         print(tables(args.table), end="")
         return 0
-    cuda = torch.cuda.is_available()
-    if not cuda and not args.tiny:
+    stages = args.stages.split(",")
+    if unknown := sorted(set(stages) - set(STAGES)):
+        parser.error(f"there is no stage {unknown[0]!r}; there are {', '.join(STAGES)}")
+    if not args.tiny and not torch.cuda.is_available():
         parser.error("no CUDA device here; --tiny tries the program on the CPU (its figures mean nothing)")
-    torch.set_float32_matmul_precision("highest")  # fp32 is what everything is compared with
-    transformers.utils.logging.set_verbosity_error()
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cuda", 0) if cuda else torch.device("cpu")
-    name = torch.cuda.get_device_name() if cuda else "CPU"
-    peak = next((tera * 1e12 for part, tera in PEAK_TFLOPS.items() if part in name), 0.0)
-    deadline = time.perf_counter() + 60 * args.minutes
-    session = measure_rates(Session(device, args.tiny, args.out, deadline, [], datasheet=peak))
-    emit(session, "machine", name, {
-        "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__, "cuda": torch.version.cuda,
-        "transformers": transformers.__version__, "attention": attention_backend(device),
-        "memory_gib": torch.cuda.get_device_properties(0).total_memory / 2**30 if cuda else 0.0,
-        "copy_gb_per_s": session.copy_rate / 1e9, "matrix_tflops": session.matrix_rate / 1e12,
-        "datasheet_tflops": peak / 1e12, "tiny": args.tiny, "meaningless": args.tiny or not cuda,
-    })
-    for part in args.parts.split(","):
-        run, share = PARTS[part]
-        attempt(session.share(share), part, "all of it", run, whole=True)
-    bad = [f"{r['part']}: {r['name']}" for r in session.results if "error" in r or r.get("passed") is False]
-    missing = [f"{r['part']}: {r['name']}" for r in session.results if "skipped" in r or "out_of_memory" in r]
-    print(json.dumps({"bench": "gpu", "failed": bad, "missing": missing, "out": str(args.out)}))
-    return 1 if bad else 0
+    args.out.touch()
+    with tempfile.TemporaryDirectory() as folder:
+        session = Session(
+            torch.device("cpu"), args.tiny, args.out.resolve(), Path(folder),
+            time.perf_counter() + 60 * args.minutes, first=len(read_jsonl(args.out)), real=args.real,
+        )
+        run_stages(session, [stage for stage in STAGES if stage in stages and stage != "machine"])
+        told = summary(session)
+    print(json.dumps({"bench": "gpu", **told, "out": str(args.out)}))
+    return 1 if told["failed"] else 0
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """bench/gpu.py runs without a GPU, and its checks fail where something is wrong."""
 
 import json
+import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "bench"), str(ROOT / "tests/gpu")]
 
 import common  # noqa: E402
-import gpu_measure  # noqa: E402
+import gpu  # noqa: E402
 import numerics  # noqa: E402
 from gpu_measure import TINY_LOAD, TINY_SHAPES, Session  # noqa: E402
 
@@ -22,40 +24,78 @@ from kernel.packing import pack  # noqa: E402
 
 
 @pytest.fixture
-def session(tmp_path):
-    device = torch.device("cpu")
-    return Session(device, True, tmp_path / "gpu.jsonl", time.perf_counter() + 60, [], 1e9, 1e9)
+def session(tmp_path, ranks):
+    end = time.perf_counter() + 60
+    return Session(torch.device("cpu"), True, tmp_path / "gpu.jsonl", tmp_path, end, 1e9, 1e9)
 
 
-def test_every_part_runs_on_tiny_models_and_the_checks_pass(tmp_path):
+def test_every_stage_runs_on_tiny_models_and_the_checks_pass(tmp_path):
+    """The demo is killed and goes on. Stages that lack something say so, and cost the others nothing."""
     out = tmp_path / "new" / "gpu.jsonl"
-    command = [sys.executable, "bench/gpu.py", "--tiny", "--out", str(out)]
+    command = [sys.executable, "bench/gpu.py", "--tiny", "--stages", ",".join(gpu.STAGES), "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    summary = json.loads(done.stdout.splitlines()[-1])
+    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert [line.get("stage") for line in told[:-1]] == [stage for stage in gpu.STAGES if stage != "machine"]
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert summary["failed"] == summary["missing"] == []
-    assert {row["part"] for row in rows} == {"machine", "numerics", "step", "train", "profile", "rollout"}
-    assert all(row["passed"] for row in rows if row["part"] == "numerics")
+    assert {row["part"] for row in rows} == set(gpu.STAGES)
+    assert all(row["passed"] for row in rows if row["part"] in ("numerics", "run"))
+    assert {name.partition(":")[0] for name in told[-1]["missing"]} <= {"real", "trl"}
+    assert told[-1]["failed"] == []
 
 
-@pytest.mark.parametrize("broken", ["head_logprobs", "logprobs", "sample"])
+def test_a_part_that_dies_hangs_or_is_slow_costs_the_others_nothing(session, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 0.5)
+    monkeypatch.setitem(gpu.STAGES, "real", {
+        "dies": gpu.Part(lambda session: os._exit(3), 9.0), "raises": gpu.Part(lambda session: 1 / 0, 9.0),
+        "slow": gpu.Part(lambda session: time.sleep(60), 0.5),
+        "hangs": gpu.Part(lambda session: time.sleep(60), 0.5, whole=True),  # nothing in it looks at the time
+        "good": gpu.Part(lambda session: {"figure": 1}, 9.0),
+    })
+    session.out.touch()
+    gpu.run_stages(session, ["real"])
+    outcome = {row["name"]: list(row)[-1] for row in gpu.rows_of(session, "real")}
+    assert outcome == dict(dies="error", raises="error", slow="skipped", hangs="skipped", good="figure")
+
+
+@pytest.mark.parametrize("stages, kept", [(("data", "rl"), "rl"), ((), "error")])
+def test_the_curve_of_a_real_model_is_kept(session, monkeypatch, stages, kept):
+    def command(session, words, log):
+        for name in stages:
+            (words[-1] / name).mkdir(parents=True)
+            words[-1].joinpath(f"{name}.json").write_text('{"finished": "2026-11-28"}')
+        for path in words[-1].glob("rl"):
+            path.joinpath("log.jsonl").write_text('{"step": 0}\n{"step": 1, "reward": 0.5, "loss": 0.1}\n')
+        return -15  # the time was over
+
+    monkeypatch.setattr(gpu, "command", command)
+    found = gpu.real_model(replace(session, real="--model M"))
+    assert kept in found and (kept == "error" or found["rl"]["curve"]["reward"] == [0.5])
+
+
+BROKEN = {
+    "head_logprobs": "LM head", "shared_prefix_attention": "attention 0.5B", "logprobs": "log-probs 0.5B",
+    "sample": "greedy shared_prefix",
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
 def test_the_checks_notice_what_is_wrong(session, monkeypatch, broken):
-    """Of each a part that must fail: a log-prob that is 2 % too small, and another greedy token."""
-    place = numerics if broken == "head_logprobs" else common
+    """Of each a part that must fail: values that are 2 % too large, and another greedy token."""
+    place = common if broken in ("logprobs", "sample") else numerics
     original = getattr(place, broken)
-    wrong = {
-        "head_logprobs": lambda *args, **options: (original(*args, **options)[0] * 1.02, None),
-        "logprobs": lambda model, packed: original(model, packed) * 1.02,
-        "sample": lambda *args, **options: [
-            ([*ids[:2], (ids[2] + (args[4:5] == ("shared_prefix",))) % 512, *ids[3:]], logprobs)
-            for ids, logprobs in original(*args, **options)
-        ],
-    }[broken]
+
+    def wrong(*args, **options):
+        found = original(*args, **options)
+        if broken == "logprobs":
+            return found * 1.02
+        if broken != "sample":
+            return found[0] * 1.02, None
+        other = args[4:5] == ("shared_prefix",)
+        return [([*ids[:2], (ids[2] + other) % 512, *ids[3:]], logprobs) for ids, logprobs in found]
+
     monkeypatch.setattr(place, broken, wrong)
-    greedy = "greedy shared_prefix fp32"
-    failing = {"head_logprobs": "LM head", "logprobs": "log-probs 1.5B", "sample": greedy}
-    assert not numerics.checks(session)[failing[broken]]()["passed"]
+    assert not numerics.checks(session)[BROKEN[broken]]()["passed"]
 
 
 @pytest.mark.parametrize("shared", [True, False])
@@ -63,7 +103,7 @@ def test_flops_are_those_of_the_model(shared):
     """The matrix products that torch counts; attention by hand: its kernels compute what causality hides."""
     shape, (prompt, response, copies) = TINY_SHAPES["0.5B"], TINY_LOAD.case
     model = common.random_model(shape)
-    groups = common.random_groups(shape.vocab, [(prompt, [response] * copies)] * 3)
+    groups = common.random_groups(shape.vocab, [(prompt, [response] * copies)])
     packed = pack(groups, torch.device("cpu"), shared)
     with FlopCounterMode(display=False) as counter:
         common.logprobs(model, packed)
@@ -71,5 +111,5 @@ def test_flops_are_those_of_the_model(shared):
     counted = sum(n for op, n in counted if str(op) in ("aten.mm", "aten.addmm"))
     own, replies = sum(range(1, prompt + 1)), sum(range(prompt + 1, prompt + response + 1)) * copies
     pairs = own * (shape.layers - 1) + prompt if shared else copies * own * shape.layers
-    attention = 3 * 2 * 2 * (pairs + replies * shape.layers) * shape.hidden  # scores, and weighted values
-    assert gpu_measure.forward_flops(shape, TINY_LOAD, 3, shared) == counted + attention
+    attention = 2 * 2 * (pairs + replies * shape.layers) * shape.hidden  # scores, and weighted values
+    assert common.group_flops(shape, TINY_LOAD.case, shared=shared) == counted + attention

@@ -1,37 +1,51 @@
-"""The product's CUDA paths in its own precision against plain computations in fp32; bench/gpu.py reports
-them.
+"""The product's CUDA paths in its own precision (FSDP2, bf16 computation) against plain computations in fp32;
+bench/gpu.py reports them.
 
 A check returns its figures, and "passed".
 """
 
 from __future__ import annotations
 
+import functools
+import os
+import random
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import common
 import torch
+import torch.nn.functional as F
 from common import TEMPERATURE
-from gpu_measure import Session, measure
-from torch import Tensor
+from gpu_measure import Session, memory, seconds
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernel.attention import use_attention
+from distributed.fsdp import full_tensor, gathered_weights
+from kernel.attention import shared_prefix_attention, use_attention
 from kernel.head import head_logprobs
 from kernel.packing import pack
-from model import autocast
+from model import autocast, compute_dtype
 from rollout import ENGINES
+
+HEADS = {"0.5B": (14, 2, 64), "7B": (28, 4, 128)}  # number of queries' and of keys', size
 
 
 def checks(session: Session) -> dict[str, Callable[[], dict]]:
-    """Every check by name. The models' attention heads have 64 and 128 dimensions."""
-    small, large = ("7B", "1.5B") if session.tiny else ("0.5B", "1.5B")
-    every = {"LM head": partial(check_head, session)}
-    every |= {f"log-probs {name}": partial(check_logprobs, session, name) for name in (small, large)}
-    every["sampler"] = partial(check_sampler, session, small)
-    for engine in (name for name in ENGINES if name != "generate"):
-        for half in (False, True):
-            name = f"greedy {engine} {'bf16' if half else 'fp32'}"
-            every[name] = partial(check_greedy, session, small, engine, half)
+    """Every check by name."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without, cuBLAS is not deterministic
+
+    @functools.cache
+    def models(name: str) -> tuple[nn.Module, nn.Module]:
+        return session.policy(name), session.exact(name)
+
+    every = {f"attention {heads}": partial(check_attention, session, heads) for heads in HEADS}
+    every |= {"LM head": partial(check_head, session), "AdamW": partial(check_adamw, session)}
+    for name in ("0.5B", "1.5B"):  # heads of 64 and 128 dimensions
+        every[f"log-probs {name}"] = lambda name=name: check_logprobs(session, *models(name))
+        every[f"sampler {name}"] = lambda name=name: check_sampler(session, *models(name))
+    for engine in ENGINES:
+        if engine != "generate":
+            every[f"greedy {engine}"] = lambda engine=engine: check_greedy(session, *models("0.5B"), engine)
     return every
 
 
@@ -41,9 +55,72 @@ def relative(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
     return (errors / sum((b.double() ** 2).sum() for b in exact)).sqrt().item()
 
 
+def twice(run: Callable[[], Sequence[Tensor]]) -> bool:
+    """Whether two runs with torch's deterministic algorithms are equal, bit by bit; says what has no such."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        return all(map(torch.equal, run(), run()))
+    except RuntimeError as error:
+        print(error)
+        return False
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def check_attention(session: Session, name: str) -> dict:
+    """Attention over packed random groups and its gradients against fp32, one response at a time."""
+    longest, device = max(prompt for prompt, _ in session.load.uneven), session.device
+    heads, kv_heads, size = HEADS[name]
+    errors, equal = [], []
+    for seed in range(3):
+        rng = random.Random(seed)
+        sizes = []
+        for _ in range(rng.randint(2, 4)):
+            responses = [rng.randint(1, max(2, longest // 4)) for _ in range(rng.randint(1, 8))]
+            sizes.append((rng.randint(1, longest), responses))
+        packed = pack(common.random_groups(100, sizes), device)
+        torch.manual_seed(seed)
+        shapes = [(1, count, packed.ids.shape[1], size) for count in (heads, kv_heads, kv_heads)]
+        inputs = [torch.randn(shape, device=device).to(compute_dtype(device)) for shape in shapes]
+        grad = torch.randn_like(inputs[0].transpose(1, 2))
+
+        def run(attend: Callable, dtype: torch.dtype, inputs=inputs, grad=grad) -> list[Tensor]:
+            leaves = [x.to(dtype).requires_grad_() for x in inputs]
+            out = attend(*leaves)
+            return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(dtype))]
+
+        def ours(*leaves: Tensor, packed=packed) -> Tensor:
+            layout = packed.layout
+            return shared_prefix_attention(nn.Module(), *leaves, None, scaling=size**-0.5, layout=layout)[0]
+
+        found = partial(run, ours, inputs[0].dtype)
+        exact = run(partial(plain_attention, sizes), torch.float32)
+        errors.append([relative([a], [b]) for a, b in zip(found(), exact)])
+        equal.append(twice(found))
+    worst = torch.tensor(errors).amax(0)  # NaN stays NaN, and passes nowhere
+    figures = dict(zip(("output", "query", "key", "value"), worst.tolist()))
+    return figures | {"equal_twice": all(equal), "passed": bool((worst < 0.01).all()) and all(equal)}
+
+
+def plain_attention(sizes: Sequence[tuple], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """[1, H, T, D], [1, Hkv, T, D] -> [1, T, H, D]: every prompt + response on its own."""
+    parts, start = [], 0
+    for prompt, responses in sizes:
+        whole = range(start, start + prompt)
+        start += prompt
+        for i, size in enumerate([0, *responses]):
+            rows = [*whole, *range(start, start + size)]
+            q, k, v = (x[:, :, rows] for x in (query, key, value))
+            with sdpa_kernel(SDPBackend.MATH):
+                out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            parts.append(out[:, :, prompt:] if i else out)  # the prompt's own output comes first, once
+            start += size
+    return torch.cat(parts, 2).transpose(1, 2)
+
+
 def check_head(session: Session) -> dict:
     """The chunked LM head against full logits, forward + backward: errors against fp32, seconds, memory."""
-    device, tokens, shape = session.device, session.load.head_tokens, list(session.models.values())[-1]
+    device, tokens, shape = session.device, session.load.head_tokens, session.models["1.5B"]
     hidden = torch.randn(tokens, shape.hidden, device=device).requires_grad_()
     weight = (torch.randn(shape.vocab, shape.hidden, device=device) * shape.hidden**-0.5).requires_grad_()
     grad, target = torch.randn(tokens, device=device), torch.randint(shape.vocab, (tokens,), device=device)
@@ -61,87 +138,108 @@ def check_head(session: Session) -> dict:
 
     values = {"relative_error": relative(run(chunked), run(full, half=False))}
     for way in (chunked, full):
-        values[f"{way.__name__}_s"], values[f"{way.__name__}_gib"] = measure(device, run, way)
+        values[f"{way.__name__}_s"] = seconds(session, run, way)
+        values[f"{way.__name__}_gib"] = memory(session)["peak_gib"]
     return values | {"passed": values["relative_error"] < 0.01}
 
 
-def check_logprobs(session: Session, name: str) -> dict:
+def check_adamw(session: Session) -> dict:
+    """Ten steps of the fused AdamW against its formula in fp64."""
+    torch.manual_seed(0)
+    start = torch.randn(4096, device=session.device)
+    weight, exact = nn.Parameter(start.clone()), start.double()
+    optimizer = torch.optim.AdamW([weight], lr=1e-3, weight_decay=0.0, fused=True)
+    first = second = torch.zeros_like(exact)
+    for step in range(1, 11):
+        grad = torch.randn_like(start)
+        weight.grad = grad.clone()
+        optimizer.step()
+        first = 0.9 * first + 0.1 * grad
+        second = 0.999 * second + 0.001 * grad.double() ** 2
+        exact = exact - 1e-3 * first / (1 - 0.9**step) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+    error = relative([weight.detach() - start], [exact - start])
+    return {"relative_error": error, "passed": error < 1e-3}
+
+
+def check_logprobs(session: Session, policy: nn.Module, exact: nn.Module) -> dict:
     """Log-probs and gradients, packed and (to tell what bf16 costs) on plain rows, against fp32 one by one.
 
-    Two packed runs with torch.use_deterministic_algorithms must be equal, bit by bit.
+    Two packed runs with deterministic algorithms must be equal.
     """
-    model = session.build(name).float()
-    groups = common.random_groups(model.config.vocab_size, session.load.uneven)
+    groups = common.random_groups(exact.config.vocab_size, session.load.uneven)
     total = sum(len(ids) for _, responses in groups for ids in responses)
 
     def one_by_one() -> Iterator[Tensor]:
-        use_attention(model, "generate")
         for prompt, responses in groups:
             for ids in responses:
                 row = torch.tensor([prompt + ids], device=session.device)
-                logits = model(row, use_cache=False).logits[0, len(prompt) - 1 : -1].float() / TEMPERATURE
+                logits = exact(row, use_cache=False).logits[0, len(prompt) - 1 : -1] / TEMPERATURE
                 yield logits.log_softmax(-1).gather(-1, row[0, len(prompt) :, None])[:, 0]
 
-    def run(parts: Iterator[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        model.zero_grad(set_to_none=True)
+    def run(model: nn.Module, parts: Iterator[Tensor]) -> list[Tensor]:
+        """All log-probs, and the gradients of their mean."""
         logprobs = []
         for part in parts:
             (part.sum() / total).backward()
             logprobs.append(part.detach())
-        return torch.cat(logprobs), [p.grad for p in model.parameters()]
+        gradients = [full_tensor(p.grad) for p in model.parameters()]
+        model.zero_grad(set_to_none=True)
+        return [torch.cat(logprobs), *gradients]
 
-    def at_once(shared: bool) -> tuple[Tensor, list[Tensor]]:
-        return run(iter([common.logprobs(model, pack(groups, session.device, shared))]))
+    def at_once(shared: bool) -> list[Tensor]:
+        return run(policy, iter([common.logprobs(policy, pack(groups, session.device, shared))]))
 
-    exact, exact_gradient = run(one_by_one())
+    truth, *exact_gradient = run(exact, one_by_one())
     values = {}
     for way, shared in (("rows", False), ("packed", True)):
-        logprobs, gradient = at_once(shared)
-        values[f"{way}_mean"] = (logprobs - exact).abs().mean().item()
+        logprobs, *gradient = at_once(shared)
+        values[f"{way}_mean"] = (logprobs - truth).abs().mean().item()
         values[f"{way}_gradient"] = relative(gradient, exact_gradient)
-    del exact_gradient
-    torch.use_deterministic_algorithms(True)
-    (first, gradient), (second, again) = at_once(True), at_once(True)
-    torch.use_deterministic_algorithms(False)
-    values["equal_twice"] = torch.equal(first, second) and all(map(torch.equal, gradient, again))
+    del exact_gradient, gradient
+    values["equal_twice"] = twice(partial(at_once, True))
     near = values["packed_mean"] < 0.02 and values["packed_gradient"] < 1.5 * values["rows_gradient"] + 1e-4
     return values | {"passed": near and values["equal_twice"]}
 
 
 @torch.no_grad()
-def check_sampler(session: Session, name: str) -> dict:
+def check_sampler(session: Session, policy: nn.Module, exact: nn.Module) -> dict:
     """Log-probs that the default engine gave its samples against those that the trainer computes for them."""
-    load, model = session.load, session.build(name)
+    load = session.load
     sizes = [(length, ()) for length, _ in load.uneven]
-    prompts = [prompt for prompt, _ in common.random_groups(model.config.vocab_size, sizes)]
-    responses, sampled = zip(*common.sample(model, prompts, load.copies, load.greedy_tokens))
+    prompts = [prompt for prompt, _ in common.random_groups(exact.config.vocab_size, sizes)]
+    with gathered_weights(policy) as twin:
+        responses, sampled = zip(*common.sample(twin, prompts, load.copies, load.greedy_tokens))
     groups = [(ids, responses[i * load.copies : (i + 1) * load.copies]) for i, ids in enumerate(prompts)]
     sampled = torch.tensor([x for row in sampled for x in row], device=session.device)
-    mean = (common.logprobs(model, pack(groups, session.device)) - sampled).abs().mean().item()
-    return {"mean_difference": mean, "passed": mean < 0.02}
+    gap = common.logprobs(policy, pack(groups, session.device)) - sampled
+    mean = gap.abs().mean().item()
+    return {"mean_difference": mean, "largest": gap.abs().max().item(), "passed": mean < 0.02}
 
 
 @torch.no_grad()
-def check_greedy(session: Session, name: str, engine: str, half: bool) -> dict:
+def check_greedy(session: Session, policy: nn.Module, exact: nn.Module, engine: str) -> dict:
     """An engine's greedy tokens against generate's, up to the first difference of each row.
 
     There the two must be near ties: their fp32 logits closer than the noise of the computed ones allows.
     """
-    model, gaps, noise = session.build(name), [0.0], [0.0]
+    gaps, noise, equal = [0.0], [0.0], []
     sizes = [(length, ()) for length, _ in session.load.uneven] * 4
-    prompts = [prompt for prompt, _ in common.random_groups(model.config.vocab_size, sizes)]
-    rows, wanted = (
-        [ids for ids, _ in common.sample(model, prompts, 1, session.load.greedy_tokens, name, half=half)]
-        for name in (engine, "generate")
-    )
-    use_attention(model, "generate")
-    for prompt, ours, theirs in zip(prompts, rows, wanted, strict=True):
-        first = next((i for i, token in enumerate(theirs) if ours[i : i + 1] != [token]), len(theirs))
-        if first < len(theirs):
-            ids = torch.tensor([prompt + theirs[:first]], device=session.device)
-            exact = model(ids).logits[0, -1].float()
-            with autocast(session.device):
-                noise.append((model(ids).logits[0, -1].float() - exact).std().item())
-            gaps.append((exact[theirs[first]] - exact[ours[first]]).abs().item())
-    values = {"rows_that_differ": len(gaps) - 1, "largest_gap": max(gaps), "noise": max(noise)}
-    return values | {"passed": max(gaps) <= max(1e-3, 8 * max(noise) if half else 0.0)}
+    prompts = [prompt for prompt, _ in common.random_groups(exact.config.vocab_size, sizes)]
+    with gathered_weights(policy) as twin:
+        rows, wanted = (
+            [ids for ids, _ in common.sample(twin, prompts, 1, session.load.greedy_tokens, name)]
+            for name in (engine, "generate")
+        )
+        use_attention(twin, "generate")
+        for prompt, ours, theirs in zip(prompts, rows, wanted, strict=True):
+            first = next((i for i, token in enumerate(theirs) if ours[i : i + 1] != [token]), len(theirs))
+            equal.append(first / len(theirs))
+            if first < len(theirs):
+                ids = torch.tensor([prompt + theirs[:first]], device=session.device)
+                logits = exact(ids).logits[0, -1]
+                with autocast(session.device):
+                    noise.append((twin(ids).logits[0, -1].float() - logits).std().item())
+                gaps.append((logits[theirs[first]] - logits[ours[first]]).abs().item())
+    gap, spread = (torch.tensor(values).max().item() for values in (gaps, noise))
+    values = {"equal_share": sum(equal) / len(equal), "largest_gap": gap, "noise": spread}
+    return values | {"passed": gap <= max(1e-3, 8 * spread)}

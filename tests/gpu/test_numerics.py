@@ -11,11 +11,15 @@ sys.path += [str(Path(__file__).parents[2] / "bench"), str(Path(__file__).parent
 from gpu_measure import Session  # noqa: E402
 from numerics import checks  # noqa: E402
 
-CHECKS = checks(Session(torch.device("cuda", 0), False, Path("unused"), 0.0, []))
+
+@pytest.fixture(scope="module")
+def every(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return checks(Session(torch.device("cuda", 0), False, folder / "unused", folder, 0.0))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here; run it where one is")
-@pytest.mark.parametrize("name", CHECKS)
-def test_the_gpu_computes_what_fp32_does(name):
-    figures = CHECKS[name]()
+@pytest.mark.parametrize("name", checks(None))
+def test_the_gpu_computes_what_fp32_does(every, name):
+    figures = every[name]()
     assert figures["passed"], figures
