@@ -23,6 +23,7 @@ from timing import ROOT, machine
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(ROOT))
 
+import distributed.start  # noqa: E402, F401, I001 - before torch, as in the product's scripts
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 from transformers import Qwen2Config, Qwen2ForCausalLM  # noqa: E402

@@ -32,9 +32,9 @@ from pathlib import Path
 
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # asking for a GPU must not start CUDA here
 
+from common import ROOT  # noqa: E402, I001 - before torch: it sets up the allocator
 import torch  # noqa: E402
 import transformers  # noqa: E402
-from common import ROOT  # noqa: E402
 from gpu_measure import Session, attempt, emit, measure_rates, short  # noqa: E402
 from gpu_speed import CASES, judged, profiles, speed  # noqa: E402
 
