@@ -20,7 +20,7 @@ from corpus.replies import shortened, thought_tokens, token_texts
 from distributed.batches import Group
 from distributed.ranks import Ranks
 from kernel.attention import use_attention
-from kernel.decode import Prompt, Reply
+from kernel.decode import PASS_TOKENS, Prompt, Reply, rows_that_fit
 from kernel.hf_engines import ENGINES, EngineError
 from losses import TERMS, objective_of
 from model import ModelError, autocast
@@ -89,7 +89,9 @@ def sample_groups(
                             bar.update()
                             heartbeat()
                 except torch.OutOfMemoryError:
-                    rows = min(rows, len(batch) * copies) // 2
+                    longest = max(len(prompt.ids) for prompt in batch)
+                    fit = rows_that_fit(model, longest, copies, min(PASS_TOKENS, decoding.max_new_tokens))
+                    rows = min(rows, fit, len(batch) * copies) // 2
                     if rows < copies:
                         raise
                     # The rest in smaller batches: a sample depends on its seed alone, so none changes.

@@ -1,7 +1,8 @@
 """Imported by every script before all else: Ctrl-C while torch loads, standard streams that are closed, and
 how CUDA memory is allocated.
 
-Unlike other modules it acts when it is imported: once torch is there, it is too late.
+Unlike other modules it acts when it is imported: once torch is there, it is too late. What it sets in the
+environment, child processes have too.
 """
 
 from __future__ import annotations

@@ -125,7 +125,13 @@ def config_to_save(model: nn.Module) -> PreTrainedConfig:
 
 def allocate(model: nn.Module, parameters: torch.device, buffers: torch.device) -> None:
     """Gives meta parameters memory on one device, and moves buffers to another."""
-    model._apply(lambda x: torch.empty_like(x, device=parameters) if x.is_meta else x.to(buffers))
+
+    def place(x: Tensor) -> Tensor:
+        if x.is_meta:
+            return torch.empty_like(x, device=parameters)
+        return x if isinstance(x, nn.Parameter) else x.to(buffers)  # a tied one comes twice
+
+    model._apply(place)
 
 
 def weight_files(path: str) -> list[Path]:

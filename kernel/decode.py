@@ -8,6 +8,7 @@ repetition penalty) can leak into the samples. Engines with the same signature a
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import warnings
@@ -63,7 +64,8 @@ def shared_prefix(
     model: nn.Module, prompts: Sequence[Prompt], copies: int, temperature: float, max_new_tokens: int,
     stops: list[int], rows: int, graphs: bool = True,
 ) -> Iterator[tuple[int, list[Reply]]]:
-    """The default engine. A sample depends on its prompt's seed alone, not on batch, settings or ranks.
+    """The default engine. A sample depends on its prompt's seed alone, not on batch, settings or ranks, but
+    for rounding.
 
     graphs: whether a decode step on CUDA is replayed. Replies that outgrow a pass go on in a later one, all
     of them together, from their tokens so far: nobody waits for the longest, or pays for its room.
@@ -122,7 +124,7 @@ class Pass:
         slots, longest = len(waiting[0].copies), len(waiting[0].ids)
         rows = min(rows, rows_that_fit(self.model, longest, slots, self.new))
         batch = make_batch(self.model, min(len(waiting), max(1, rows // slots)), slots, longest, self.new)
-        cuda = has_graphs(batch.at.device)
+        cuda = on_gpu(batch.at.device)
         step = Replayed(lambda: advance(self.model, batch), self.graphs and cuda)
         stop = torch.tensor(self.stops, device=batch.at.device)
         every = CUDA_STEPS_PER_CHECK if cuda else 1
@@ -163,8 +165,8 @@ class Pass:
         narrow(batch)
 
 
-def has_graphs(device: torch.device) -> bool:
-    """Whether there are CUDA graphs."""
+def on_gpu(device: torch.device) -> bool:
+    """Whether to decode in a GPU's way: few shapes, graphs of them, and few questions from the host."""
     return device.type == "cuda"
 
 
@@ -205,6 +207,8 @@ def draw(batch: Batch, rows: Tensor | None, logits: Tensor, temperature: float, 
 def collect(batch: Batch, rows: Sequence[int]) -> Iterator[tuple[Request, int, list[int], list[float]]]:
     """Hands on the replies of rows that have ended: request, copy, ids and log-probs."""
     rows = [row for row in rows if batch.owner[row]]
+    if not rows:
+        return
     index = torch.tensor(rows, dtype=torch.long, device=batch.at.device)
     table = zip(rows, *(x[index].tolist() for x in (batch.at, batch.tokens, batch.logprobs)))
     for row, length, ids, logprobs in table:
@@ -251,7 +255,7 @@ def inverse_cdf(weights: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     inside = weights.gather(-1, places.clamp(max=size - 1)).masked_fill(places >= size, 0.0)
     # Below 1, whatever was rounded: so it points at a token of the block.
     within, _ = inverse_cdf(inside, share.clamp(0, 1 - 1e-12))
-    return places.gather(-1, within), cdf[:, -1].float()
+    return places.gather(-1, within).clamp(max=size - 1), cdf[:, -1].float()
 
 
 def uniform_numbers(prompt: Prompt, copies: int, length: int) -> Tensor:
@@ -265,12 +269,23 @@ def uniform_numbers(prompt: Prompt, copies: int, length: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------ CUDA graphs
 
 
-def capture(function: Callable[[], Tensor], pool: object) -> tuple[Callable[[], None], Tensor]:
-    """Records what `function` launches, without running it -> (replay, the tensor that each replay fills)."""
-    graph = torch.cuda.CUDAGraph()
-    # Other threads (NCCL's watchdog, the checkpoint's) may call CUDA meanwhile.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        output = function()
+def capture(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Records what `function` launches, without running it -> (replay, the tensor that each replay fills).
+
+    Raises RuntimeError for what cannot be recorded, such as a value that the host waits for.
+    """
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    stream = torch.cuda.current_stream()
+    try:
+        # The outer context: a capture that fails leaves its own stream as the current one. Other threads
+        # (NCCL's watchdog, the checkpoint's) may call CUDA meanwhile.
+        with torch.cuda.stream(stream), torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
+            output = function()
+    except RuntimeError:
+        with contextlib.suppress(RuntimeError):  # else the allocator would give back no memory from now on
+            torch._C._cuda_endAllocateToPool(stream.device_index, pool)
+            torch._C._cuda_releasePool(stream.device_index, pool)
+        raise
     return graph.replay, output
 
 
@@ -278,21 +293,22 @@ class Replayed:
     """Calls a function; from its second call with the same tensors on, replays what it launched.
 
     The function's result may depend on nothing but these tensors' values, their places and their shapes: all
-    else, numbers of Python among it, is frozen in the graph. Any other place or shape is captured anew; the
-    graph before it is dropped, and its memory is used again. A function that cannot be captured is called as
-    it is, after one warning.
+    else, numbers of Python among it, is frozen in the graph. Any other place or shape is captured anew, when
+    the graph before it has been dropped. Where a function cannot be captured, this process makes no more
+    graphs, and says so once.
     """
+
+    works = True  # in this process
 
     def __init__(self, function: Callable[[], Tensor], enabled: bool) -> None:
         self.function, self.enabled = function, enabled
-        self.pool = torch.cuda.graph_pool_handle() if enabled else None
         self.key: tuple | None = None
         self.replay: Callable[[], None] | None = None
         self.output: Tensor | None = None
 
     def __call__(self, tensors: Callable[[], Iterable[Tensor]]) -> Tensor:
         """The function's result. It is overwritten by the next call."""
-        if not self.enabled:
+        if not (self.enabled and Replayed.works):
             return self.function()
         key = tuple((x.data_ptr(), x.shape, x.stride()) for x in tensors())
         if key != self.key:  # the libraries set themselves up in a call that is not captured
@@ -300,12 +316,13 @@ class Replayed:
             return self.function()
         if self.replay is None:
             try:
-                self.replay, self.output = capture(self.function, self.pool)
+                self.replay, self.output = capture(self.function)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
-                self.enabled = False
-                why = (str(error).strip() or type(error).__name__).splitlines()[0]
+                Replayed.works = False
+                cause = error.__context__ or error  # what ended the capture, not that it has ended
+                why = (str(cause).strip() or type(cause).__name__).splitlines()[0]
                 warnings.warn(f"rollout: a decode step runs without CUDA graphs, slower: {why}", stacklevel=2)
                 return self.function()
         self.replay()

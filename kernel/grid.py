@@ -118,7 +118,7 @@ def prefill_attention(
     dtype = kernel_dtype(query)
     query, key, value = (x[0].to(dtype) for x in (query, key, value))
     for kept, x in ((layout.batch.prompt_k, key), (layout.batch.prompt_v, value)):
-        kept[module.layer_idx][layout.group, :, layout.spot] = x.transpose(0, 1)
+        kept[module.layer_idx][layout.group, :, layout.spot] = x.transpose(0, 1).to(kept[0].dtype)
     if query.is_cuda and dtype != torch.float32:
         rows = (x.transpose(0, 1) for x in (query, key, value))
         longest = max(layout.lengths)
@@ -244,7 +244,10 @@ def admit(
     """
     _attend_by(model, PREFILL, prefill_attention)
     device = batch.cell.device
-    _, slots, width, _ = batch.shape
+    slots = batch.shape[1]
+    chosen = torch.tensor(groups, device=device)
+    for x in (*batch.prompt_k, *batch.prompt_v, *batch.k, *batch.v) if step else ():
+        x.index_fill_(0, chosen, 0.0)  # a NaN of the group before would reach this one: 0 · NaN is NaN
     last = []
     at = 0
     most = PREFILL_TOKENS if device.type == "cuda" else CPU_PREFILL_TOKENS
@@ -255,7 +258,6 @@ def admit(
             at += 1
         last.append(_prefill(model, batch, groups[first:at], requests[first:at]))
     _attend_by(model, DECODE, decode_attention)
-    chosen = torch.tensor(groups, device=device)
     lengths = torch.tensor([len(request.ids) for request in requests], device=device)
     unseen = torch.arange(batch.mask.shape[-1], device=device) >= lengths[:, None]
     mask = torch.zeros(unseen.shape, device=device).masked_fill(unseen, -torch.inf)
@@ -340,6 +342,8 @@ def shrink(batch: Batch, alive: Sequence[bool], exact: bool) -> None:
     left, most = sum(count > 0 for count in counts), max(counts)
     if not exact:
         left, most = _halved(groups, left), _halved(slots, most)
+        if (left, most) == (groups, slots):  # new tensors would cost a new graph
+            return
     kept = sorted(sorted(range(groups), key=lambda group: -counts[group])[:left])
     rows = [row for group in kept for row in rows_of[group][:most]]
     source = [group * slots for group in kept for _ in range(most)]  # the old cell of each new one

@@ -195,12 +195,17 @@ def update(kind: str, dtype: torch.dtype, checkpointing: bool, older: bool = Fal
     assert rms_norm.call_count >= 2 * sum("norm" in name for name, _ in policy.named_modules())
 
 
+STEPS = {"admit": 3, "make_room": 1, "shrink": 1}  # of the rollout below: how often each is called
+
+
 def decode(kind: str, dtype: torch.dtype, temperature: float) -> None:
     """A rollout of more groups than there is room for: filled, with more room, filled again, shrunk."""
     move = load(kind, dtype, checkpointing=False)
     prompts = [Prompt(str(k), [1] * (3 + k), k) for k in range(4)]
     blocks = patch.object(grid, "ROOM", 8), patch.object(decoding, "CUDA_STEPS_PER_CHECK", 2)
-    with blocks[0], blocks[1], fake_cuda(*ENDS) as kernels:
+    counts = {name: patch.object(decoding, name, wraps=getattr(decoding, name)) for name in STEPS}
+    with blocks[0], blocks[1], fake_cuda(*ENDS) as kernels, contextlib.ExitStack() as stack:
+        calls = {name: stack.enter_context(count) for name, count in counts.items()}
         model = move()
         free, running = [False] * 8, [True] * 8  # eight rows, and four after it has shrunk
         kernels.flags = iter([*free, *5 * running, *free, *running, *running[:4], *free])
@@ -209,6 +214,8 @@ def decode(kind: str, dtype: torch.dtype, temperature: float) -> None:
         with torch.autocast("cuda", torch.bfloat16):
             replies = dict(engine(model, prompts, 4, temperature, 10, [0], 8))
     assert sorted(replies) == [0, 1, 2, 3] and all(len(own) == 4 for own in replies.values())
+    found = {name: call.call_count for name, call in calls.items()}
+    assert found == STEPS, found
     assert {VARLEN[0], aten.baddbmm_} <= kernels.seen, kernels.seen
 
 

@@ -166,7 +166,7 @@ def taped(monkeypatch):
     """The CUDA policy of the default engine, with graphs, on this CPU -> how many were captured, replayed."""
     counts = {"captured": 0, "replayed": 0}
 
-    def capture(function, pool):
+    def capture(function):
         counts["captured"] += 1
         with Tape() as tape:
             output = function()
@@ -178,8 +178,8 @@ def taped(monkeypatch):
         return replay, output
 
     monkeypatch.setattr(decode, "capture", capture)
-    monkeypatch.setattr(decode, "has_graphs", lambda device: True)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(decode, "on_gpu", lambda device: True)
+    monkeypatch.setattr(decode.Replayed, "works", True)
     return counts
 
 
@@ -215,6 +215,22 @@ def test_no_size_changes_a_sample(model, samples, monkeypatch, request, graphs, 
     assert not graphs or counts["replayed"] > counts["captured"] > 0
 
 
+def test_a_shape_is_captured_once(model, monkeypatch, taped):
+    """Sizes are halved, so rows that end one by one cost few graphs."""
+    monkeypatch.setattr(decode, "CUDA_STEPS_PER_CHECK", 1)
+    monkeypatch.setattr(grid, "ROOM", 16)
+    shapes = []
+    real = decode.advance
+
+    def noted(model, batch):
+        shapes.append(batch.shape)
+        return real(model, batch)
+
+    monkeypatch.setattr(decode, "advance", noted)
+    sample(model, "shared_prefix", 4, 1.0, 60, STOPS[:2])
+    assert 3 < len(set(shapes)) < 15 and taped["captured"] == len(set(shapes)) < taped["replayed"]
+
+
 def test_graphs_are_off_by_name(model, samples, taped):
     found = sample(model, "shared_prefix_eager", 4, 1.0, 40, STOPS[:1])
     assert [ids for ids, _ in found] == [ids for ids, _ in samples]
@@ -223,21 +239,23 @@ def test_graphs_are_off_by_name(model, samples, taped):
 
 def test_a_step_that_cannot_be_captured_runs_as_it_is(model, monkeypatch, taped):
     """With one warning, and the same samples; but a lack of memory is the caller's: fewer rows may do."""
-    expected = sample(model, "shared_prefix_eager", 2, 1.0, 20, STOPS)
+    expected = sample(model, "shared_prefix_eager", 2, 1.0, 20, STOPS, rows=4)
     tried = []
 
-    def fails(function, pool):
+    def fails(function):
         tried.append(1)
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(decode, "capture", fails)
     with pytest.warns(UserWarning, match="without CUDA graphs.*not permitted"):
-        assert sample(model, "shared_prefix", 2, 1.0, 20, STOPS) == expected
-    assert len(tried) == 1
+        assert sample(model, "shared_prefix", 2, 1.0, 20, STOPS, rows=4) == expected
+    sample(model, "shared_prefix", 2, 1.0, 20, STOPS)
+    assert len(tried) == 1, "nor is it tried again"
 
-    def too_much(function, pool):
+    def too_much(function):
         raise torch.OutOfMemoryError
 
+    monkeypatch.setattr(decode.Replayed, "works", True)
     monkeypatch.setattr(decode, "capture", too_much)
     with pytest.raises(torch.OutOfMemoryError):
         sample(model, "shared_prefix", 2, 1.0, 20, STOPS)
@@ -290,6 +308,8 @@ def test_a_token_is_drawn_where_the_running_sum_passes_the_number(size):
     weights[:, size // 2] = 1e-3
     uniform = torch.rand(400, 1, generator=generator, dtype=torch.float64)
     uniform[:20], uniform[20:40] = 0.0, 1 - 2**-53
+    diverged, _ = decode.inverse_cdf(torch.full((2, size), torch.nan), uniform[:2])
+    assert ((diverged >= 0) & (diverged < size)).all(), "NaN: for the update to report"
     token, total = decode.inverse_cdf(weights, uniform)
     cdf = weights.double().cumsum(-1)
     assert (weights.gather(-1, token) > 0).all()

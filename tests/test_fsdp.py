@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import in_ranks
 from test_nodes import free_port
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -37,7 +38,7 @@ from distributed.batches import Group, batch_for_step, prompt_seed
 from distributed.checkpoint import Saver
 from distributed.fsdp import full_tensor, gathered_weights, load_sharded, make_mesh
 from distributed.ranks import Ranks
-from distributed.weights import load_model, skeleton
+from distributed.weights import allocate, load_model, model_config, skeleton
 from kernel.attention import use_attention
 from kernel.decode import Prompt
 from kernel.packing import pack
@@ -118,6 +119,16 @@ def every_rank_reads_its_own_rows_alone(ranks: Ranks, folder: Path) -> None:
     local = sum(p.to_local().numel() for p in model.parameters())
     assert local == sum(read), "each of the rank's numbers once"
     assert sum(ranks.sum([local])) == sum(p.numel() for p in model.parameters()), "and together the model"
+
+
+def parameters_and_buffers_get_their_devices(ranks: Ranks, folder: Path) -> None:
+    """With offload, parameters lie in CPU memory and buffers on the GPU. A tied head is met twice."""
+    model = skeleton(model_config(str(folder / "qwen2")), torch.float32)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    fully_shard(model, mesh=make_mesh(ranks, "full"))
+    allocate(model, CPU, torch.device("meta"))
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+    assert {b.device.type for b in model.buffers()} == {"meta"}
 
 
 def backward(model: nn.Module, ranks: Ranks) -> None:
@@ -318,6 +329,7 @@ def slow_grpo(settings: dict) -> tuple[list[list[str]], dict[str, torch.Tensor]]
 CHECKS = {  # what runs on which numbers of ranks
     logits_are_those_of_the_whole_model: (1, 2, 3),
     every_rank_reads_its_own_rows_alone: (2, 3),
+    parameters_and_buffers_get_their_devices: (1,),
     gradients_are_the_sum_over_ranks: (1, 2, 3),
     rollouts_between_change_no_bit: (1, 2),
     samples_come_from_the_new_weights: (1, 2),
