@@ -47,7 +47,7 @@ from numerics import checks  # noqa: E402
 
 # Rise of greedy accuracy in the demo, minimum and maximum of eight seeds on a CPU: README.md, Results.
 CPU_RISE = {"": (0.427, 0.573), "strict_": (0.373, 0.480)}
-GRACE = 15.0  # seconds that a process has to end in order
+GRACE = 8.0  # seconds that a process has to end in order
 
 
 def machine(session: Session) -> dict:
@@ -146,14 +146,16 @@ def against_trl(session: Session) -> dict:
 
 @dataclass(frozen=True)
 class Part:
-    """What one process does, in so many seconds at most; it may make attempts of its own."""
+    """What one process does, in so many seconds and what those before it left over; it may make attempts of
+    its own.
+    """
 
     function: Callable[[Session], dict | None]
     seconds: float
 
 
 STAGES = {  # in this order, most important first
-    "machine": {"rates": Part(machine, 15)},
+    "machine": {"rates": Part(machine, 30)},
     "numerics": {"checks": Part(numerics, 150)},
     "run": {"demo": Part(demo, 200)},
     "speed": {name: Part(partial(speed, name=name), case.limit) for name, case in CASES.items()},
@@ -164,44 +166,35 @@ USUAL = "numerics,run,speed,trl"
 TOGETHER = {"numerics": "checks", "run": "demo"}  # no speed is told by them, so they may share the GPU
 
 
-@dataclass(frozen=True)
-class Process:
-    """A part at work."""
-
-    session: Session
-    stage: str
-    name: str
-    process: multiprocessing.Process
-
-    def finish(self) -> None:
-        """Waits until it is done, a little longer than its deadline; reports it if it did not end well."""
-        self.process.join(max(0.0, self.session.left()) + GRACE)
-        code = self.process.exitcode
-        self.end()
-        if code is None:
-            emit(self.session.out, self.stage, self.name, {"skipped": "it hung and was ended"})
-        elif code:
-            emit(self.session.out, self.stage, self.name, {"error": f"its process ended with code {code}"})
-
-    def end(self) -> None:
-        """Ends it and what it has started."""
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, number)
-            self.process.join(GRACE)
-
-
-def start(session: Session, stage: str, name: str) -> Process:
-    """Starts a part in a process; its deadline is its own or the session's."""
-    part = STAGES[stage][name]
-    session = replace(session, deadline=min(session.deadline, time.perf_counter() + part.seconds))
-    # A fork needs no imports.
-    process = multiprocessing.get_context("fork").Process(target=work, args=(session, stage, name, part))
+def start(session: Session, stage: str, name: str, due: float) -> tuple[Session, multiprocessing.Process]:
+    """Starts a part in a process, and the session as it is for this part: with a deadline of its own."""
+    session = replace(session, deadline=min(session.deadline, due))
+    context = multiprocessing.get_context("fork")  # which needs no imports
+    process = context.Process(target=work, args=(session, stage, name))
     process.start()
-    return Process(session, stage, name, process)
+    return session, process
 
 
-def work(session: Session, stage: str, name: str, part: Part) -> None:
+def finish(stage: str, name: str, session: Session, process: multiprocessing.Process) -> None:
+    """Waits until a part is done, a little longer than its deadline; reports it if it did not end well."""
+    process.join(max(0.0, session.left()) + GRACE)
+    code = process.exitcode
+    end(process)
+    if code is None:
+        emit(session.out, stage, name, {"skipped": "it hung and was ended"})
+    elif code:
+        emit(session.out, stage, name, {"error": f"its process ended with code {code}"})
+
+
+def end(process: multiprocessing.Process) -> None:
+    """Ends a part and what it has started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        process.join(GRACE)
+
+
+def work(session: Session, stage: str, name: str) -> None:
     """The process of a part."""
     os.setpgrp()  # so that what it starts can be ended with it
     signal.setitimer(signal.ITIMER_REAL, max(0.01, session.left()))
@@ -209,14 +202,15 @@ def work(session: Session, stage: str, name: str, part: Part) -> None:
     session = replace(session, device=torch.device("cuda", 0) if cuda else torch.device("cpu"))
     torch.set_float32_matmul_precision("highest")  # fp32 is what everything is compared with
     transformers.utils.logging.set_verbosity_error()
-    attempt(session, stage, name, part.function)
+    attempt(session, stage, name, STAGES[stage][name].function)
     sys.stdout.flush()
     os._exit(0)  # libraries may hang at the end
 
 
 def run_stages(session: Session, stages: list[str]) -> None:
     """Every part of the stages, and a line of JSON for each stage."""
-    start(session, "machine", "rates").finish()
+    due = time.perf_counter() + STAGES["machine"]["rates"].seconds
+    finish("machine", "rates", *start(session, "machine", "rates", due))
     measured = read_jsonl(session.out)[0]
     if "copy_gb_per_s" not in measured:
         return
@@ -228,19 +222,21 @@ def run_stages(session: Session, stages: list[str]) -> None:
     try:
         for stage, name in TOGETHER.items():
             if stage in stages:
-                running[stage, name] = start(session, stage, name)
+                limit = STAGES[stage][name].seconds
+                running[stage, name] = start(session, stage, name, time.perf_counter() + limit)
         for stage in stages:
             since = time.perf_counter()
-            for name in STAGES[stage]:
+            for name, part in STAGES[stage].items():
                 if (stage, name) not in running:
-                    running[stage, name] = start(session, stage, name)
-                running[stage, name].finish()
+                    due = max(due, time.perf_counter()) + part.seconds
+                    running[stage, name] = start(session, stage, name, due)
+                finish(stage, name, *running[stage, name])
                 del running[stage, name]
             told = {"stage": stage, "seconds": round(time.perf_counter() - since)}
             print(json.dumps(told | summary(session.out, stage)), flush=True)  # a fork would print it again
     finally:
-        for one in running.values():  # after an interrupt
-            one.end()
+        for _, process in running.values():  # after an interrupt
+            end(process)
 
 
 def summary(out: Path, stage: str = "") -> dict:
