@@ -1,11 +1,11 @@
 """What only a GPU can tell: is it right, does it learn, how near is it to what the card can do, against TRL?
 
-    python bench/gpu.py [--stages numerics,run,speed,trl,real] [--minutes 9] [--out runs/gpu.jsonl]
+    python bench/gpu.py [--stages numerics,run,speed,trl] [--minutes 9] [--out runs/gpu.jsonl]
     python bench/gpu.py --table runs/gpu.jsonl      the results of such a file as Markdown tables
     python bench/gpu.py --tiny      without CUDA: runs every line of it; its figures mean nothing
 
 Models have random weights in the shapes of Qwen2.5, and run as grpo.py runs them. Every result is printed and
-appended to --out (JSON lines) at once; a stage ends with a line of JSON. Each part is a process of its own:
+written to --out (JSON lines) at once; a stage ends with a line of JSON. Each part is a process of its own:
 what fails, hangs or would not fit into the time is a result too, and costs the others nothing. The exit code
 is 1 if a check or measurement failed. bench/README.md says what each figure means.
 """
@@ -47,7 +47,7 @@ from numerics import checks  # noqa: E402
 
 # Rise of greedy accuracy in the demo, minimum and maximum of eight seeds on a CPU: README.md, Results.
 CPU_RISE = {"": (0.427, 0.573), "strict_": (0.373, 0.480)}
-GRACE = 15.0  # seconds that a process has to end in order
+GRACE = 8.0  # seconds that a process has to end in order
 
 
 def machine(session: Session) -> dict:
@@ -82,18 +82,11 @@ def command(session: Session, words: list, log: Path, until: Callable[[], bool] 
     with log.open("w") as file:
         started = [sys.executable, *map(str, words)]
         process = subprocess.Popen(started, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
-    try:
-        while process.poll() is None and session.left() > GRACE:
-            if until and until():
-                process.kill()
-            time.sleep(0.05)
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            try:
-                process.wait(GRACE - 3)
-            except subprocess.TimeoutExpired:
-                process.kill()
+    while process.poll() is None and session.left() > GRACE:
+        if until and until():
+            process.kill()
+        time.sleep(0.05)
+    process.terminate()  # nothing where it has ended; if it does not, it is killed with this process
     code = process.wait()
     if code not in (0, -signal.SIGKILL):
         said = log.read_text(errors="replace")[-3000:]
@@ -101,55 +94,46 @@ def command(session: Session, words: list, log: Path, until: Callable[[], bool] 
     return code
 
 
-def curve(path: Path) -> dict:
-    """About twenty points of a run's log, of how many, and whether every loss was finite."""
-    rows = [row for row in read_jsonl(path) if "reward" in row] if path.exists() else []
-    some = rows[:: -(-len(rows) // 20)] if rows else []
-    columns = {"step": "step", "reward": "reward", "length": "completions/mean_length", "kl": "kl"}
-    columns["gap"] = "sampling/sampling_logp_difference/mean"
-    points = {name: [float(f"{row.get(key, math.nan):.3g}") for row in some] for name, key in columns.items()}
-    finite = all(math.isfinite(row["loss"]) for row in rows)
-    return {"steps": len(rows), "finite": finite, "curve": points}
-
-
 def demo(session: Session) -> dict:
     """The demo on this device: killed at its first checkpoint, gone on with by torchrun, to its end.
 
     A rise inside the CPU's spread of seeds says that CUDA learns as well.
     """
-    folder, config = session.folder / "demo", "--config configs/tiny.yaml --save_every 10"
+    folder, log, start = session.folder / "demo", session.folder / "demo.log", time.perf_counter()
+    config = "--config configs/tiny.yaml --save_every 10"
     if session.tiny:
-        config += " --save_every 1 --steps 4 --warmup_steps 4 --synthetic_train 40 --eval_cases 1"
-        config += " --prompts_per_step 4 --minibatch_prompts 4"
+        config += " --save_every 1 --steps 2 --warmup_steps 2 --synthetic_train 16 --eval_cases 1"
+        config += " --prompts_per_step 2 --minibatch_prompts 2 --group_size 2"
     settings = [*config.split(), "--run_dir", folder]
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=1 grpo.py".split()
-    log, start = session.folder / "demo.log", time.perf_counter()
     begun = ["grpo.py", *settings, "--overwrite", "true"]
     killed = command(session, begun, log, until=(folder / "latest").exists) == -signal.SIGKILL
     resumed = command(session, [*torchrun, *settings, "--resume", "true"], log) == 0
-    if not resumed and session.left() > 60:  # then at least whether it learns
-        command(session, [*torchrun, *settings, "--overwrite", "true"], log)
-    figures = curve(folder / "log.jsonl")
-    end = folder / "summary.json"
+    lines, end = folder / "log.jsonl", folder / "summary.json"
+    rows = [row for row in read_jsonl(lines) if "reward" in row] if lines.exists() else []
     summary = json.loads(end.read_text()) if end.exists() else {}
-    figures |= {"finished": bool(summary), "killed": killed, "resumed": resumed}
+    columns = {"step": "step", "reward": "reward", "length": "completions/mean_length", "kl": "kl"}
+    columns["gap"] = "sampling/sampling_logp_difference/mean"
+    some = rows[:: max(1, len(rows) // 20)]
+    curve = {name: [float(f"{row.get(key, math.nan):.3g}") for row in some] for name, key in columns.items()}
+    finite = all(math.isfinite(row["loss"]) for row in rows)
+    figures = {"killed": killed, "resumed": resumed, "finite": finite, "steps": len(rows), "curve": curve}
     for kind, spread in CPU_RISE.items() if summary else ():
         before, after = (summary[f"{kind}accuracy_{when}"] for when in ("before", "after"))
         figures |= {f"{kind}before": before, f"{kind}after": after, f"{kind}rise": after - before}
         figures |= {f"{kind}cpu_rise": spread, f"{kind}inside": spread[0] <= after - before <= spread[1]}
-    passed = killed and resumed and bool(summary) and figures["finite"]
+    passed = killed and resumed and bool(summary) and finite
     return figures | {"wall_s": time.perf_counter() - start, "passed": passed}
 
 
-def against_trl(session: Session, continuous: bool) -> dict:
-    """bench/step_vs_trl.py on this device, the two in turn; TRL with one of its transformers rollouts."""
+def against_trl(session: Session) -> dict:
+    """bench/step_vs_trl.py on this device, the two in turn."""
     if missing := [name for name in ("trl", "datasets") if importlib.util.find_spec(name) is None]:
         return {"skipped": f"{' and '.join(missing)} not installed; bench/README.md says what to bring along"}
     case, log = "--case 1000/150/8 --prompts 8 --rounds 2 --micro_batch 4800 --trl_batch 4", "trl.log"
     if session.tiny:
         case = "--case 16/4/2 --prompts 2 --rounds 1"
     words = ["bench/step_vs_trl.py", *case.split(), "--device", session.device.type]
-    words += ["--continuous_batching"] if continuous else []
     code = command(session, words, session.folder / log)
     lines = (session.folder / log).read_text(errors="replace").splitlines()
     if code or not lines:
@@ -157,142 +141,107 @@ def against_trl(session: Session, continuous: bool) -> dict:
     return judged(json.loads(lines[-1]), "ratio_median", 3.0)
 
 
-def real_model(session: Session) -> dict:
-    """As much of bench/real_model.py as fits into the time; the same --out goes on in another call."""
-    if not session.real:
-        return {"skipped": "--real '--model FOLDER --data FILE --bfcl DIR --apibank DIR' was not given"}
-    folder = session.out.parent / "gpu_real_model"
-    words = ["bench/real_model.py", *shlex.split(session.real), "--out", folder]
-    code = command(session, words, session.folder / "real.log")
-    records = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    done = [name for name, record in records.items() if record.get("finished")]
-    curves = {path.parent.name: curve(path) for path in sorted(folder.glob("rl*/log.jsonl"))}
-    if not done:
-        return {"error": f"real_model.py ended with code {code}"}
-    return curves | {"stages": done, "code": code}
-
-
 # ----------------------------------------------------------------------------------------------------- stages
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one process does. seconds: at most. whole: it makes attempts of its own and reports them."""
+    """What one process does, in so many seconds and what those before it left over; it may make attempts of
+    its own.
+    """
 
     function: Callable[[Session], dict | None]
     seconds: float
-    whole: bool = False
 
 
-LIMITS = {"1.5B": 120, "7B LoRA": 100, "7B": 45, "0.5B": 45, "1.5B LoRA": 45}
 STAGES = {  # in this order, most important first
-    "machine": {"rates": Part(machine, 60)},
-    "numerics": {"checks": Part(numerics, 150, True)},
+    "machine": {"rates": Part(machine, 30)},
+    "numerics": {"checks": Part(numerics, 150)},
     "run": {"demo": Part(demo, 200)},
-    "speed": {name: Part(partial(speed, name=name), LIMITS[name], True) for name in CASES},
-    "trl": {
-        "generate": Part(partial(against_trl, continuous=False), 110),
-        "continuous batching": Part(partial(against_trl, continuous=True), 90),
-    },
-    "real": {"stages": Part(real_model, 120)},
-    "profile": {"1.5B": Part(profiles, 90, True)},
+    "speed": {name: Part(partial(speed, name=name), case.limit) for name, case in CASES.items()},
+    "trl": {"step": Part(against_trl, 85)},
+    "profile": {"1.5B": Part(profiles, 90)},
 }
-USUAL = "numerics,run,speed,trl,real"
-TOGETHER = {"numerics": "checks", "run": "demo"}  # they time nothing, so they may share the GPU
+USUAL = "numerics,run,speed,trl"
+TOGETHER = {"numerics": "checks", "run": "demo"}  # no speed is told by them, so they may share the GPU
 
 
-def work(session: Session, stage: str, name: str, part: Part) -> None:
+def start(session: Session, stage: str, name: str, due: float) -> tuple[Session, multiprocessing.Process]:
+    """Starts a part in a process, and the session as it is for this part: with a deadline of its own."""
+    session = replace(session, deadline=min(session.deadline, due))
+    context = multiprocessing.get_context("fork")  # which needs no imports
+    process = context.Process(target=work, args=(session, stage, name))
+    process.start()
+    return session, process
+
+
+def finish(stage: str, name: str, session: Session, process: multiprocessing.Process) -> None:
+    """Waits until a part is done, a little longer than its deadline; reports it if it did not end well."""
+    process.join(max(0.0, session.left()) + GRACE)
+    code = process.exitcode
+    end(process)
+    if code is None:
+        emit(session.out, stage, name, {"skipped": "it hung and was ended"})
+    elif code:
+        emit(session.out, stage, name, {"error": f"its process ended with code {code}"})
+
+
+def end(process: multiprocessing.Process) -> None:
+    """Ends a part and what it has started."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        process.join(GRACE)
+
+
+def work(session: Session, stage: str, name: str) -> None:
     """The process of a part."""
     os.setpgrp()  # so that what it starts can be ended with it
+    signal.setitimer(signal.ITIMER_REAL, max(0.01, session.left()))
     cuda = torch.cuda.is_available() or not session.tiny
     session = replace(session, device=torch.device("cuda", 0) if cuda else torch.device("cpu"))
     torch.set_float32_matmul_precision("highest")  # fp32 is what everything is compared with
     transformers.utils.logging.set_verbosity_error()
-    attempt(session, stage, name, part.function, whole=part.whole)
+    attempt(session, stage, name, STAGES[stage][name].function)
     sys.stdout.flush()
     os._exit(0)  # libraries may hang at the end
 
 
-def end(process: multiprocessing.Process, number: int) -> None:
-    """Signals a part's process and what it has started."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
-
-
-def start(session: Session, stage: str, name: str, method: str) -> Process:
-    """Starts a part in a process; its deadline is its own or the session's."""
-    part = STAGES[stage][name]
-    session = replace(session, deadline=min(session.deadline, time.perf_counter() + part.seconds))
-    process = multiprocessing.get_context(method).Process(target=work, args=(session, stage, name, part))
-    process.start()
-    return Process(session, stage, name, process)
-
-
-@dataclass(frozen=True)
-class Process:
-    """A part at work."""
-
-    session: Session
-    stage: str
-    name: str
-    process: multiprocessing.Process
-
-    def finish(self) -> None:
-        """Waits until it is done, a little longer than its deadline; reports it if it had to be ended."""
-        process, told = self.process, {}
-        process.join(max(0.0, self.session.left()) + GRACE)
-        if process.exitcode is None:
-            told = {"skipped": "it hung and was ended"}
-        elif process.exitcode:
-            told = {"error": f"its process ended with code {process.exitcode}"}
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            if process.exitcode is None:
-                end(process, number)
-                process.join(GRACE)
-        if told:
-            emit(self.session.out, self.stage, self.name, told)
-
-
 def run_stages(session: Session, stages: list[str]) -> None:
     """Every part of the stages, and a line of JSON for each stage."""
-    for method in ("fork", "spawn"):  # a fork needs no imports; it fails where something has started CUDA
-        start(session, "machine", "rates", method).finish()
-        measured = rows_of(session, "machine")[-1]
-        if "copy_gb_per_s" in measured:
-            break
-    else:
+    due = time.perf_counter() + STAGES["machine"]["rates"].seconds
+    finish("machine", "rates", *start(session, "machine", "rates", due))
+    measured = read_jsonl(session.out)[0]
+    if "copy_gb_per_s" not in measured:
         return
     session = replace(
         session, copy_rate=1e9 * measured["copy_gb_per_s"], matrix_rate=1e12 * measured["matrix_tflops"],
         datasheet=1e12 * measured["datasheet_tflops"],
     )
-    running: dict[tuple[str, str], Process] = {}
+    running = {}
     try:
         for stage, name in TOGETHER.items():
             if stage in stages:
-                running[stage, name] = start(session, stage, name, method)
+                limit = STAGES[stage][name].seconds
+                running[stage, name] = start(session, stage, name, time.perf_counter() + limit)
         for stage in stages:
             since = time.perf_counter()
-            for name in STAGES[stage]:
+            for name, part in STAGES[stage].items():
                 if (stage, name) not in running:
-                    running[stage, name] = start(session, stage, name, method)
-                running[stage, name].finish()
-            told = {"stage": stage, "seconds": round(time.perf_counter() - since), **summary(session, stage)}
-            print(json.dumps(told), flush=True)  # a fork would print it again
+                    due = max(due, time.perf_counter()) + part.seconds
+                    running[stage, name] = start(session, stage, name, due)
+                finish(stage, name, *running[stage, name])
+                del running[stage, name]
+            told = {"stage": stage, "seconds": round(time.perf_counter() - since)}
+            print(json.dumps(told | summary(session.out, stage)), flush=True)  # a fork would print it again
     finally:
-        for one in running.values():
-            if one.process.is_alive():
-                end(one.process, signal.SIGKILL)
+        for _, process in running.values():  # after an interrupt
+            end(process)
 
 
-def rows_of(session: Session, stage: str = "") -> list[dict]:
-    """The results of this call, of one stage or of all."""
-    return [row for row in read_jsonl(session.out)[session.first :] if stage in ("", row["part"])]
-
-
-def summary(session: Session, stage: str = "") -> dict:
-    """The names of what failed, of what is absent, and of what missed its target."""
-    rows = [(f"{row['part']}: {row['name']}", row) for row in rows_of(session, stage)]
+def summary(out: Path, stage: str = "") -> dict:
+    """The names of what failed, of what is absent, and of what missed its target, in one stage or in all."""
+    rows = [(f"{row['part']}: {row['name']}", row) for row in read_jsonl(out) if stage in ("", row["part"])]
     return {
         "failed": [name for name, row in rows if "error" in row or row.get("passed") is False],
         "missing": [name for name, row in rows if "skipped" in row or "out_of_memory" in row],
@@ -318,8 +267,7 @@ def main(arguments: list[str]) -> int:
     add = parser.add_argument
     add("--stages", default=USUAL, help="of these and profile (default: %(default)s)")
     add("--minutes", type=float, default=9.0, help="for all; the rest is skipped (default: %(default)s)")
-    add("--out", type=Path, default=ROOT / "runs/gpu.jsonl", help="appended to (default: runs/gpu.jsonl)")
-    add("--real", default="", help="arguments of bench/real_model.py, for the stage real")
+    add("--out", type=Path, default=ROOT / "runs/gpu.jsonl", help="(default: runs/gpu.jsonl)")
     add("--tiny", action="store_true", help="tiny models, also without a GPU")
     add("--table", type=Path, help="print the results of this file as Markdown")
     args = parser.parse_args(arguments)
@@ -332,14 +280,14 @@ def main(arguments: list[str]) -> int:
     if not args.tiny and not torch.cuda.is_available():
         parser.error("no CUDA device here; --tiny tries the program on the CPU (its figures mean nothing)")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.touch()
+    args.out.write_text("")
     with tempfile.TemporaryDirectory() as folder:
         session = Session(
             torch.device("cpu"), args.tiny, args.out.resolve(), Path(folder),
-            time.perf_counter() + 60 * args.minutes, first=len(read_jsonl(args.out)), real=args.real,
+            time.perf_counter() + 60 * args.minutes,
         )
         run_stages(session, [stage for stage in STAGES if stage in stages and stage != "machine"])
-        told = summary(session)
+        told = summary(args.out)
     print(json.dumps({"bench": "gpu", **told, "out": str(args.out)}))
     return 1 if told["failed"] else 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 import random
 import signal
 import time
@@ -46,7 +47,7 @@ class Load:
     response: int = 150
     copies: int = 8  # responses per prompt
     rows: tuple[int, ...] = (128, 256, 32)  # sequences decoded at once, most wanted first
-    eager: int = 40  # tokens of a rollout without CUDA graphs, which is slow
+    decode: tuple[int, int] = (20, 60)  # tokens of two rollouts, the difference of which is 40 steps
     train_prompts: int = 4
     budget: int = 9600  # tokens per micro-batch: 4 packed groups, or 8 rows
     step: int = 512  # prompts of a step, at most
@@ -62,7 +63,7 @@ class Load:
         return self.prompt, self.response, self.copies
 
 
-TINY_LOAD = Load(24, 6, 2, (4,), 4, 2, 80, 4, 20, 5, ((9, (3, 1, 5)), (1, (4, 4)), (6, (2,))))
+TINY_LOAD = Load(24, 6, 2, (4,), (2, 4), 2, 80, 4, 20, 5, ((9, (3, 1, 5)), (1, (4, 4)), (6, (2,))))
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,6 @@ class Session:
     copy_rate: float = 0.0
     matrix_rate: float = 0.0
     datasheet: float = 0.0
-    first: int = 0  # results in `out` that are older
-    real: str = ""  # arguments of bench/real_model.py
 
     @property
     def load(self) -> Load:
@@ -199,10 +198,6 @@ def emit(out: Path, part: str, name: str, values: dict) -> None:
     print(f"{part:9} {name:30} {' · '.join(f'{key} {short(x)}' for key, x in values.items())}", flush=True)
 
 
-class OutOfTime(BaseException):
-    """A measurement did not end in time. No Exception, or libraries that catch those would go on."""
-
-
 def release(device: torch.device) -> None:
     """Gives back the device's memory that is not in use."""
     if device.type == "cuda":
@@ -210,47 +205,32 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def attempt(
-    session: Session, part: str, name: str, function: Callable, *args, needs: float = 0.0, whole: bool = False
-) -> None:
+def attempt(session: Session, part: str, name: str, function: Callable, *args, needs: float = 0.0) -> None:
     """Reports the dictionary that function(session, *args) returns, or why there is none.
 
-    needs: seconds; with less left it is skipped. At the deadline it is interrupted. whole: it makes attempts
-    of its own and returns nothing; then those are interrupted, not this.
+    With fewer seconds left than it needs it is skipped. An alarm, set for the deadline, ends the process:
+    after an exception in the middle of a CUDA graph's capture nothing else would work.
     """
     if session.left() <= (0 if session.tiny else needs):
         why = f"needs about {needs:.0f} s, {session.left():.0f} s left"
         return emit(session.out, part, name, {"skipped": why})
-    values = None
+
+    def stop(*_) -> None:
+        emit(session.out, part, name, {"skipped": "did not end before its deadline"})
+        os._exit(0)
+
+    before = signal.signal(signal.SIGALRM, stop)
     try:
-        with contextlib.nullcontext() if whole else time_limit(session.left()):
-            values = function(session, *args)
-    except OutOfTime:
-        values = {"skipped": "did not end before its deadline"}
+        values = function(session, *args)
     except torch.OutOfMemoryError as error:
         values = {"out_of_memory": str(error)[:150]}
     except Exception as error:  # a broken measurement must not cost the others: GPU time is scarce
         traceback.print_exc()
         values = {"error": f"{type(error).__name__}: {error}"[:300]}
     release(session.device)
-    if values is not None:
+    signal.signal(signal.SIGALRM, before)
+    if values is not None:  # else it has made attempts of its own
         emit(session.out, part, name, values)
-
-
-@contextlib.contextmanager
-def time_limit(limit: float) -> Iterator[None]:
-    """Raises OutOfTime after so many seconds, as soon as Python gets to it."""
-
-    def stop(*_) -> None:
-        raise OutOfTime
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, limit)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 # ----------------------------------------------------------------------------------------------------- floors

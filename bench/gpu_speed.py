@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from distributed.fsdp import gathered_weights
+from kernel import decode
 from kernel.attention import use_attention
 from kernel.packing import Packed, micro_batches, pack
 from model import count_parameters
@@ -36,21 +36,23 @@ GRAPHS = "shared_prefix"  # the default engine; "shared_prefix_eager" is the sam
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured of a model. step: prompts (Load.step at most) and completions of each."""
+    """What is measured of a model, most wanted first, in so many seconds at most. step: prompts (Load.step at
+    most) and completions of each.
+    """
 
     model: str
+    limit: int
     parts: tuple[str, ...]
     step: tuple[int, int] = (8, 8)
     settings: dict = field(default_factory=dict)
 
 
 CASES = {
-    "1.5B": Case("1.5B", ("decode", "train", "step"), (512, 4), {"gradient_checkpointing": False}),
-    "7B LoRA": Case("7B", ("decode", "train", "step"), (32, 8), {"lora_rank": 32}),
+    "1.5B": Case("1.5B", 105, ("step", "train", "decode"), (512, 4), {"gradient_checkpointing": False}),
+    "7B LoRA": Case("7B", 70, ("decode", "step"), (32, 8), {"lora_rank": 32}),
     # Weights and gradients are 61 GB: no reference, and no optimizer step.
-    "7B": Case("7B", ("train",), settings={"kl_coef": 0}),
-    "0.5B": Case("0.5B", ("decode", "train"), settings={"gradient_checkpointing": False}),
-    "1.5B LoRA": Case("1.5B", ("step",), (128, 4), {"gradient_checkpointing": False, "lora_rank": 32}),
+    "7B": Case("7B", 40, ("train",), settings={"kl_coef": 0}),
+    "0.5B": Case("0.5B", 30, ("decode", "train"), settings={"gradient_checkpointing": False}),
 }
 
 
@@ -101,55 +103,56 @@ def load(session: Session, case: Case, made: list[Run]) -> dict:
 @contextlib.contextmanager
 def noted_captures() -> Iterator[list[float]]:
     """The seconds of every CUDA graph that is captured inside."""
-    spent, graph = [], torch.cuda.CUDAGraph
-    begin, end = graph.capture_begin, graph.capture_end
+    spent, capture = [], decode.capture
 
-    def timed_begin(*args, **options) -> None:
-        spent.append(-time.perf_counter())
-        begin(*args, **options)
+    def timed(*args):
+        start = time.perf_counter()
+        captured = capture(*args)
+        spent.append(time.perf_counter() - start)
+        return captured
 
-    def timed_end(*args) -> None:
-        end(*args)
-        spent[-1] += time.perf_counter()
-
-    with mock.patch.multiple(graph, capture_begin=timed_begin, capture_end=timed_end):
+    with mock.patch.object(decode, "capture", timed):
         yield spent
 
 
-def decode_prompts(session: Session, model: nn.Module, rows: int) -> list[list[int]]:
-    """Random prompts for so many sequences."""
+def rollout(session: Session, twin: nn.Module, rows: int, engine: str = GRAPHS) -> Callable[[int], object]:
+    """A function that decodes so many tokens of `rows` sequences with random prompts."""
     load = session.load
-    sizes = [(load.prompt, ())] * (rows // load.copies)
-    return [ids for ids, _ in common.random_groups(model.config.vocab_size, sizes)]
+    groups = common.random_groups(twin.config.vocab_size, [(load.prompt, ())] * (rows // load.copies))
+    return partial(common.sample, twin, [ids for ids, _ in groups], load.copies, engine=engine)
 
 
 def decode_speed(session: Session, twin: nn.Module, case: Case, engine: str, rows: int) -> dict:
-    """A decode step of `rows` sequences: a whole rollout less one that ends after its first token, and less
-    the captures, over the steps in between.
+    """A decode step of `rows` sequences: a rollout less a shorter one, each with one step that is not
+    replayed and (not counted) one capture. With graphs also a whole rollout, captures and all.
     """
-    load, shape, prompts = session.load, session.models[case.model], decode_prompts(session, twin, rows)
-    new = load.response if engine == GRAPHS else min(load.eager, load.response)
-    run = partial(common.sample, twin, prompts, load.copies, engine=engine)
-    run(2)  # warms up
-    prefill = seconds(session, run, 1)
-    with noted_captures() as captures:
-        whole = seconds(session, run, new)
-    step = (whole - prefill - sum(captures)) / (new - 1)
-    by_bytes, by_flops = decode_floor(session, shape, rows, load.copies, new)
+    load, shape, run = session.load, session.models[case.model], rollout(session, twin, rows, engine)
+    prompt_tokens, taken = rows // load.copies * load.prompt, []
+    run(load.decode[0])  # warms up
+    for new in load.decode:
+        with noted_captures() as captures:
+            taken.append(seconds(session, run, new) - sum(captures))
+    step = (taken[1] - taken[0]) / (load.decode[1] - load.decode[0])
+    by_bytes, by_flops = decode_floor(session, shape, rows, load.copies, sum(load.decode))
     figures = {
         "decode_tokens_per_s": rows / step, "step_ms": 1e3 * step, "floor_ms": 1e3 * by_bytes,
         "flops_floor_ms": 1e3 * by_flops, "over_floor": step / by_bytes,
-        "captures": len(captures), "capture_s": sum(captures), "new_tokens": new,
-        "rollout_tokens_per_s": rows * new / whole, "prefill_s": prefill,
-        "prefill_tokens_per_s": len(prompts) * load.prompt / prefill,
-        "prefill_floor_s": prefill_flops(shape, len(prompts) * load.prompt) / session.matrix_rate,
-        **memory(session),
     }
-    if engine == GRAPHS and session.device.type == "cuda":  # else it went on without graphs
+    if engine != GRAPHS:
+        return figures
+    prefill = seconds(session, run, 1)
+    with noted_captures() as captures:
+        whole = seconds(session, run, load.response)
+    figures |= {
+        "rollout_tokens_per_s": rows * load.response / whole, "captures": len(captures),
+        "capture_s": sum(captures), "prefill_s": prefill, "prefill_tokens_per_s": prompt_tokens / prefill,
+        "prefill_floor_s": prefill_flops(shape, prompt_tokens) / session.matrix_rate, **memory(session),
+    }
+    if session.device.type == "cuda":  # else it went on without graphs
         figures["passed"] = bool(captures)
-    if (engine, rows, case.model) == (GRAPHS, 256, "0.5B"):
+    if (rows, case.model) == (256, "0.5B"):
         return judged(figures, "decode_tokens_per_s", 25000)
-    if engine == GRAPHS and rows == load.rows[0] and case.model != "0.5B":
+    if rows == load.rows[0] and case.model != "0.5B":
         return judged(figures, "over_floor", 2.0, at_most=True)
     return figures
 
@@ -188,11 +191,6 @@ def train_speed(session: Session, run: Run, case: Case) -> dict:
             logprobs(policy, batch).mean().backward()
         policy.zero_grad(set_to_none=True)
 
-    @torch.no_grad()
-    def forward() -> None:
-        for batch in sides["packed"]:
-            logprobs(policy, batch)
-
     peaks, times = {}, {side: [] for side in sides}
     for side in sides:
         seconds(session, both, side)  # warms up
@@ -209,7 +207,7 @@ def train_speed(session: Session, run: Run, case: Case) -> dict:
     tokens = load.train_prompts * (load.prompt + load.copies * load.response)
     plain_tokens = load.train_prompts * load.copies * (load.prompt + load.response)
     figures = {
-        "tokens_per_s": tokens / median["packed"], "forward_tokens_per_s": tokens / seconds(session, forward),
+        "tokens_per_s": tokens / median["packed"],
         "of_peak": rate["packed"] / (session.datasheet or session.matrix_rate),
         "of_measured_peak": rate["packed"] / session.matrix_rate,
         "rows_of_measured_peak": rate["rows"] / session.matrix_rate,
@@ -255,27 +253,44 @@ def step_speed(session: Session, run: Run, case: Case) -> dict:
 
 
 def profiles(session: Session) -> None:
-    """Where the device's time goes in a decode step and in forward + backward."""
+    """Where the device's time goes in a decode step and in forward + backward of a micro-batch."""
     case, made = replace(CASES["1.5B"], step=(8, 8)), []
     attempt(session, "profile", "1.5B load", load, case, made, needs=25)
-    for name, function in (("decode step", profile_decode), ("forward + backward", profile_training)):
-        if made:
-            attempt(session, "profile", f"1.5B {name}", function, made[0].policy, case, needs=20)
+    if not made:
+        return
+    policy, packed = made[0].policy, train_batches(session, case, True)[0]
+
+    def train(passes: int) -> None:
+        for _ in range(passes):
+            logprobs(policy, packed).mean().backward()
+            policy.zero_grad(set_to_none=True)
+
+    with gathered_weights(policy) as twin:
+        run = rollout(session, twin, session.load.rows[0])
+        attempt(session, "profile", "1.5B decode step", profiled, run, *session.load.decode, needs=20)
+    attempt(session, "profile", "1.5B forward + backward", profiled, train, 1, 2, needs=20)
+
+
+def profiled(session: Session, run: Callable[[int], object], few: int, many: int) -> dict:
+    """What one step of run(steps) takes: of many less of few. busy_share: the device's time over the wall
+    time without the profiler; most: the kernels (on a CPU operators) that take most of it.
+    """
+    run(few)  # warms up
+    spent = spent_on(session, run, many)
+    spent.subtract(spent_on(session, run, few))
+    spent = Counter({name: taken / (many - few) for name, taken in spent.items()})
+    wall, kernels = spent.pop("wall"), spent.pop("kernels", 0.0)
+    total = sum(spent.values())
+    most = ", ".join(f"{name} {100 * taken / total:.0f} %" for name, taken in spent.most_common(8) if taken)
+    return {"wall_ms": 1e3 * wall, "busy_share": total / wall, "kernels": kernels, "most": most}
 
 
 def spent_on(session: Session, function: Callable, *args) -> Counter:
-    """Of one call: the device's seconds by kernel (on a CPU by operator), and under "wall" those without the
-    profiler, "kernels", and "waits", how often the host waited for the device.
+    """Of one call: the device's seconds by kernel (on a CPU by operator), "kernels", and "wall": the seconds
+    without the profiler.
     """
     cuda = session.device.type == "cuda"
     spent = Counter(wall=seconds(session, function, *args))
-    if cuda:
-        torch.cuda.set_sync_debug_mode("warn")
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            function(*args)
-        torch.cuda.set_sync_debug_mode("default")
-        spent["waits"] = sum("synchronizing" in str(warning.message) for warning in caught)
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as recorded:
         seconds(session, function, *args)
     for row in recorded.key_averages():
@@ -285,34 +300,3 @@ def spent_on(session: Session, function: Callable, *args) -> Counter:
         elif not cuda:
             spent[row.key] += row.self_cpu_time_total / 1e6
     return spent
-
-
-def summary_of(spent: Counter) -> dict:
-    """busy_share: the device's time over the wall time without the profiler."""
-    wall, kernels, waits = (spent.pop(key, 0.0) for key in ("wall", "kernels", "waits"))
-    total = sum(spent.values())
-    top = ", ".join(f"{name} {100 * taken / total:.0f} %" for name, taken in spent.most_common(8) if taken)
-    figures = {"wall_ms": 1e3 * wall, "busy_share": total / wall, "kernels": kernels}
-    return figures | {"host_synchronisations": waits, "most": top}
-
-
-def profile_decode(session: Session, policy: nn.Module, case: Case) -> dict:
-    """The default engine at the first number of rows: a rollout of some steps less one without, per step."""
-    load, steps = session.load, min(16, session.load.response - 1)
-    with gathered_weights(policy) as twin:
-        run = partial(common.sample, twin, decode_prompts(session, twin, load.rows[0]), load.copies)
-        run(2)
-        long, short = spent_on(session, run, 1 + steps), spent_on(session, run, 1)
-    return summary_of(Counter({name: (taken - short[name]) / steps for name, taken in long.items()}))
-
-
-def profile_training(session: Session, policy: nn.Module, case: Case) -> dict:
-    """Forward and backward of one packed micro-batch."""
-    packed = train_batches(session, case, True)[0]
-
-    def run() -> None:
-        logprobs(policy, packed).mean().backward()
-        policy.zero_grad(set_to_none=True)
-
-    run()
-    return summary_of(spent_on(session, run))
