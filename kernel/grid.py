@@ -196,11 +196,16 @@ def _logits(model: nn.Module, hidden: Tensor) -> Tensor:
     return head_logits(hidden.to(kernel_dtype(hidden)), head.weight, head.bias)
 
 
+def aligned(length: int) -> int:
+    """The next multiple of 8: 16-bit matrices whose rows do not begin at 16 bytes have slow kernels."""
+    return -(-length // 8) * 8
+
+
 def make_batch(model: nn.Module, groups: int, slots: int, longest: int, new: int) -> Batch:
     """An empty grid for prompts of at most `longest` tokens and replies of at most `new`."""
     layers, kv_heads, size = kv_sizes(model)
     weight = model.get_output_embeddings().weight
-    rows, room = groups * slots, min(ROOM, new)
+    rows, room, longest = groups * slots, min(ROOM, aligned(new)), aligned(longest)
 
     def zeros(*shape: int, dtype: torch.dtype = torch.long) -> Tensor:
         return torch.zeros(shape, device=weight.device, dtype=dtype)
@@ -306,7 +311,7 @@ def advance(model: nn.Module, batch: Batch) -> Tensor:
 def make_room(batch: Batch, new: int) -> None:
     """Half as much room again for the replies' K/V, and at least a block; no more than `new`."""
     room = batch.shape[-1]
-    more = min(max(ROOM, room // 2 // ROOM * ROOM), new - room)
+    more = min(max(ROOM, room // 2 // ROOM * ROOM), aligned(new) - room)
     for tensors in (batch.k, batch.v):
         for layer, x in enumerate(tensors):  # one by one, so that only one is held twice
             tensors[layer] = F.pad(x, (0, 0, 0, more))
