@@ -136,7 +136,7 @@ class Config:
     rollout_engine: str = _key(
         "shared_prefix", "or shared_prefix_eager (without CUDA graphs), generate, continuous_batching"
     )
-    rollout_batch_size: int = _key(256, "sequences decoded at once per rank; fewer where K/V do not fit")
+    rollout_batch_size: int = _key(256, "decoded at once per rank, in whole groups; fewer if K/V do not fit")
     max_tokens_per_micro_batch: int = _key(16384, "tokens per forward/backward per rank; changes no result")
     gradient_checkpointing: bool = _key(True, "recompute activations in the backward: less memory, more time")
     sharding: str = _key("full", "full: one shard per process; hsdp: shards in a node, copies across")

@@ -272,6 +272,8 @@ def main(arguments: list[str]) -> int:
     add("--table", type=Path, help="print the results of this file as Markdown")
     args = parser.parse_args(arguments)
     if args.table:
+        if not args.table.is_file():
+            parser.error(f"--table: there is no file {args.table}")
         print(tables(args.table), end="")
         return 0
     stages = args.stages.split(",")

@@ -1,9 +1,10 @@
 """The default rollout engine: prompts -> sampled token ids and their log-probs.
 
 It stores the K/V of a prompt once per group, whatever the number of copies, so a decode step reads and
-multiplies it once (grid.py). Groups that have ended make place for prompts that wait. On CUDA a step is
-replayed as a graph. Every sampling rule is explicit, so nothing of a model's generation_config (top_k, top_p,
-repetition penalty) can leak into the samples. Engines with the same signature are in hf_engines.py.
+multiplies it once (grid.py). Groups that have ended make place for prompts that wait. On CUDA the model's
+part of a step is replayed as a graph. Every sampling rule is explicit, so nothing of a model's
+generation_config (top_k, top_p, repetition penalty) can leak into the samples. Engines with the same
+signature are in hf_engines.py.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ CUDA_STEPS_PER_CHECK = 16  # asking whether rows have finished waits for the GPU
 CPU_READ = 16  # a CPU reads own K/V in blocks of so many tokens; a GPU all that there is room for
 CHOICE_BLOCK = 256  # tokens of a large vocabulary among which the sampler looks for one
 CHOICE_MOST = 4096  # the largest vocabulary in which it looks at once
-NOISE_BLOCK = 64  # random numbers are drawn for so many tokens at a time
+NOISE_BLOCK = 64  # random numbers come for so many tokens at a time, so none depends on max_new_tokens
 
 
 @dataclass(frozen=True)
@@ -64,11 +65,12 @@ def shared_prefix(
     model: nn.Module, prompts: Sequence[Prompt], copies: int, temperature: float, max_new_tokens: int,
     stops: list[int], rows: int, graphs: bool = True,
 ) -> Iterator[tuple[int, list[Reply]]]:
-    """The default engine. A sample depends on its prompt's seed alone, not on batch, settings or ranks, but
-    for rounding.
+    """The default engine. A sample depends on its prompt's seed, the temperature and the number of copies,
+    not on batch, engine or ranks, but for rounding.
 
     graphs: whether a decode step on CUDA is replayed. Replies that outgrow a pass go on in a later one, all
-    of them together, from their tokens so far: nobody waits for the longest, or pays for its room.
+    of them together, each as a group of one from its tokens so far: nobody waits for the longest, or pays for
+    its room. The caller switches the model's attention back (use_attention).
     """
     replies: list[list[Reply]] = [[([], []) for _ in range(copies)] for _ in prompts]
     missing = [copies] * len(prompts)
@@ -119,7 +121,9 @@ class Pass:
     def run(
         self, requests: Sequence[Request], rows: int
     ) -> Iterator[tuple[Request, int, list[int], list[float]]]:
-        """At most `rows` at once -> (request, copy, ids, log-probs), in the order in which rows leave."""
+        """At most `rows` at once, but at least a group -> (request, copy, ids, log-probs), in the order in
+        which rows leave. The longest requests come first, so a batch that was narrowed stays so.
+        """
         waiting = deque(sorted(requests, key=lambda request: -len(request.ids)))
         slots, longest = len(waiting[0].copies), len(waiting[0].ids)
         rows = min(rows, rows_that_fit(self.model, longest, slots, self.new))
@@ -178,7 +182,7 @@ def rows_that_fit(model: nn.Module, prompt_tokens: int, copies: int, new: int) -
     if next(model.parameters()).device.type != "cuda":
         return sys.maxsize
     free = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    per_token = 4 * math.prod(kv_sizes(model))  # 16 bits
+    per_token = 4 * math.prod(kv_sizes(model))  # keys and values, 2 bytes each
     per_row = per_token * (prompt_tokens / copies + new)
     per_row += 16 * model.get_input_embeddings().weight.shape[0]  # logits, scaled, and their exponentials
     return max(1, int(0.8 * free / per_row))

@@ -31,9 +31,8 @@ PREFILL, DECODE = "group_prefill", "group_decode"  # entries of transformers' at
 
 @dataclass(frozen=True)
 class Request:
-    """What rows of a pass go on from: the prompt with this number, and for a later pass a reply's tokens.
-
-    copies: which of the prompt's replies are decoded, one row each.
+    """What rows of a pass go on from. number: the prompt's. ids: its tokens, and in a later pass also those
+    of a reply so far. copies: which of the prompt's replies are decoded, one row each.
     """
 
     number: int
@@ -49,7 +48,7 @@ class Batch:
     a reply. mask [n, 1, S, 1, P + R]: 0 where a row sees the prompt's or its own token, else -inf.
 
     There are B rows: one per cell of the grid, or (on a CPU, at the end) only those that still run. cell [B]:
-    a row's cell; base [B, Hkv]: where its own K/V begin, in rows of D numbers. token [B]: the newest.
+    a row's cell; base [B, Hkv]: where its own K/V begin, in vectors of D numbers. token [B]: the newest.
     start [B]: tokens before its reply. at [B]: tokens of the reply, the newest included.
     """
 
@@ -89,7 +88,7 @@ class Batch:
         return len(self.cell) == groups * slots
 
     def tensors(self) -> list[Tensor]:
-        """All that a decode step reads and writes."""
+        """All that `advance` reads and writes."""
         small = [self.mask, self.cell, self.base, self.token, self.start, self.at]
         return [*self.prompt_k, *self.prompt_v, *self.k, *self.v, *small]
 
@@ -160,10 +159,11 @@ def decode_attention(
         query = query.new_zeros(groups * slots, heads, size).index_copy_(0, layout.cell, query)
     shape = (groups, kv_heads, slots, heads // kv_heads)
     grid = query.view(groups, slots, kv_heads, -1, size).transpose(1, 2).reshape(-1, shape[-1], size)
+    # grid [n · Hkv · S, H/Hkv, D], by_group [n · Hkv, S · H/Hkv, D]
     by_group = grid.view(groups * kv_heads, -1, size)
     to_prompt = _product(by_group, prompt_k.flatten(0, 1).transpose(1, 2)).view(*shape, -1)
     to_own = _product(grid, own_k.flatten(0, 2)[:, :read].transpose(1, 2)).view(*shape, -1)
-    scores = torch.cat([to_prompt, to_own], -1)
+    scores = torch.cat([to_prompt, to_own], -1)  # [n, Hkv, S, H/Hkv, P + read]
     torch.add(layout.mask[..., : scores.shape[-1]], scores, alpha=scaling, out=scores)
     weights = scores.softmax(-1).to(own_v.dtype)
     of_prompt, of_own = weights.split([to_prompt.shape[-1], to_own.shape[-1]], -1)
@@ -251,8 +251,9 @@ def admit(
     device = batch.cell.device
     slots = batch.shape[1]
     chosen = torch.tensor(groups, device=device)
-    for x in (*batch.prompt_k, *batch.prompt_v, *batch.k, *batch.v) if step else ():
-        x.index_fill_(0, chosen, 0.0)  # a NaN of the group before would reach this one: 0 · NaN is NaN
+    if step:  # before, all is 0
+        for x in (*batch.prompt_k, *batch.prompt_v, *batch.k, *batch.v):
+            x.index_fill_(0, chosen, 0.0)  # a NaN of the group before would reach this one: 0 · NaN is NaN
     last = []
     at = 0
     most = PREFILL_TOKENS if device.type == "cuda" else CPU_PREFILL_TOKENS
