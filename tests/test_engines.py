@@ -216,7 +216,10 @@ def test_no_size_changes_a_sample(model, samples, monkeypatch, request, graphs, 
 
 
 def test_a_shape_is_captured_once(model, monkeypatch, taped):
-    """Sizes are halved, so rows that end one by one cost few graphs."""
+    """Sizes are halved, so rows that end one by one cost few graphs; those that go on are all kept."""
+    with monkeypatch.context() as patch:
+        patch.setattr(decode, "on_gpu", lambda device: False)
+        expected = sample(model, "shared_prefix", 8, 1.0, 60, STOPS[:4])
     monkeypatch.setattr(decode, "CUDA_STEPS_PER_CHECK", 1)
     monkeypatch.setattr(grid, "ROOM", 16)
     shapes = []
@@ -227,8 +230,23 @@ def test_a_shape_is_captured_once(model, monkeypatch, taped):
         return real(model, batch)
 
     monkeypatch.setattr(decode, "advance", noted)
-    sample(model, "shared_prefix", 4, 1.0, 60, STOPS[:2])
-    assert 3 < len(set(shapes)) < 15 and taped["captured"] == len(set(shapes)) < taped["replayed"]
+    found = sample(model, "shared_prefix", 8, 1.0, 60, STOPS[:4])
+    assert [ids for ids, _ in found] == [ids for ids, _ in expected]
+    assert len({slots for _, slots, _, _ in shapes}) > 2, "slots are left out, too"
+    assert 3 < len(set(shapes)) < 15 and taped["captured"] <= len(set(shapes)) < taped["replayed"]
+    assert len(shapes) - taped["captured"] == len(set(shapes)), "and each runs once without a graph"
+
+
+def test_a_tensor_that_has_moved_is_captured_anew(taped):
+    places = [torch.ones(3)]
+    step = decode.Replayed(lambda: 2 * places[0], True)
+    for value in (1.0, 2.0, 3.0):
+        places[0].fill_(value)
+        assert step(lambda: places).tolist() == [2 * value] * 3
+    assert taped == {"captured": 1, "replayed": 2}
+    places[0] = torch.full((3,), 5.0)
+    assert [step(lambda: places).tolist() for _ in range(2)] == [[10.0] * 3] * 2
+    assert taped["captured"] == 2
 
 
 def test_graphs_are_off_by_name(model, samples, taped):
