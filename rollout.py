@@ -20,7 +20,7 @@ from corpus.replies import shortened, thought_tokens, token_texts
 from distributed.batches import Group
 from distributed.ranks import Ranks
 from kernel.attention import use_attention
-from kernel.decode import PASS_TOKENS, Prompt, Reply, rows_that_fit
+from kernel.decode import PASS_TOKENS, Prompt, Reply, rows_that_fit, tokens_of_pass
 from kernel.hf_engines import ENGINES, EngineError
 from losses import TERMS, objective_of
 from model import ModelError, autocast
@@ -90,11 +90,12 @@ def sample_groups(
                             heartbeat()
                 except torch.OutOfMemoryError:
                     longest = max(len(prompt.ids) for prompt in batch)
-                    fit = rows_that_fit(model, longest, copies, min(PASS_TOKENS, decoding.max_new_tokens))
+                    new = tokens_of_pass(decoding.max_new_tokens, PASS_TOKENS)
+                    fit = rows_that_fit(model, longest, copies, new)
                     rows = min(rows, fit, len(batch) * copies) // 2
                     if rows < copies:
                         raise
-                    # The rest in smaller batches: a sample depends on its seed alone, so none changes.
+                    # The rest in smaller batches: no sample depends on its batch, but for rounding.
                 except EngineError as error:
                     raise ModelError(f"rollout_engine: {error}") from None
                 waiting = [i for i in waiting if i not in groups]

@@ -20,6 +20,7 @@ from kernel.decode import (
     choose,
     rows_that_fit,
     shared_prefix,
+    tokens_of_pass,
     uniform_numbers,
 )
 
@@ -35,8 +36,9 @@ def in_batches(engine: Callable[..., list[Reply]]) -> Engine:
 
     @functools.wraps(engine)
     def run(model, prompts, copies, temperature, max_new_tokens, stops, rows):
+        """The engine, as decode.Engine says: at most `rows` rows at once, but at least a group."""
         longest = max(len(prompt.ids) for prompt in prompts)
-        fit = rows_that_fit(model, longest, copies, min(max_new_tokens, PASS_TOKENS))
+        fit = rows_that_fit(model, longest, copies, tokens_of_pass(max_new_tokens, PASS_TOKENS))
         size = max(1, min(rows, fit) // copies)
         for first in range(0, len(prompts), size):
             some = prompts[first : first + size]
@@ -74,7 +76,7 @@ def generate(
 ) -> list[Reply]:
     """transformers' generate(), every prompt `copies` times: the reference to compare with.
 
-    A sample depends on its prompt's seed alone, as with the default engine: both draw the same numbers.
+    It draws the same numbers as the default engine, so the samples are the same, but for rounding.
     """
     device = next(model.parameters()).device
     longest = max(len(p.ids) for p in prompts)
