@@ -66,8 +66,8 @@ FIXED_KEYS = (
 ).split()
 # Whoever starts from a run's config.yaml must not delete or continue that run by accident.
 SWITCHES = {"resume": False, "overwrite": False, "resume_step": 0, "accept_changes": False}
-# What failed at start leaves these behind, and may be started again under the same name.
-START_FILES = ("config.yaml", "config.yaml.tmp", "git.txt", "lock", "tensorboard", "wandb", "wandb_id.txt")
+# What failed at start leaves these behind, some as NAME.tmp, and may be started again under the same name.
+START_FILES = {"config.yaml", "git.txt", "lock", "tensorboard", "wandb", "wandb_id.txt"}
 OLD = "overwritten"  # what a new run replaces, until it can start
 
 
@@ -91,15 +91,18 @@ def _claim(path: Path, config: Config) -> str:
     if not again:
         put_back(path)  # of a start that was killed
     started = can_resume(path)
-    used = path.exists() and any(entry.name not in START_FILES for entry in path.iterdir())
-    overwrite = used and not config.resume and not again
+    names = {entry.name for entry in path.iterdir()} if path.exists() else set()
+    left = {name.removesuffix(".tmp") for name in names} - START_FILES
+    overwrite = bool(left) and not config.resume and not again
     if again:
         print(f"restarted: going on from {'the last checkpoint' if started else 'the beginning'}")
     if config.resume and config.overwrite and not again:
         return "resume, overwrite: a run is gone on with or replaced; choose one of them"
     if config.resume and not again and not started:
         return f"run_dir: {path} has no checkpoint to resume; start without --resume"
-    if overwrite and (problem := _overwriting(path, config)):
+    # A start that was killed before it wrote them has signed its lock, and made a model to warm up at most.
+    a_run = {"config.yaml", "git.txt"} <= names or (left <= {"warmup"} and owner.startswith("process "))
+    if overwrite and (problem := _overwriting(path, config, a_run)):
         return problem
     path.mkdir(parents=True, exist_ok=True)
     free, owner = take_lock(lock)
@@ -315,12 +318,12 @@ def _in_use(path: Path, owner: str) -> str:
     return f"run_dir: {path} is in use by {who}; stop that run first, or choose another --run_dir"
 
 
-def _overwriting(path: Path, config: Config) -> str:
-    """Why what is in the run directory may not be replaced, or ""."""
+def _overwriting(path: Path, config: Config, a_run: bool) -> str:
+    """Why what is in the run directory may not be replaced, or "". a_run: whether a run has made it."""
     if not config.overwrite:
         hint = "--resume true to go on, " if can_resume(path) else ""
         return f"run_dir: {path} exists; add {hint}--overwrite true to replace it, or another --run_dir"
-    if not ((path / "config.yaml").exists() and (path / "git.txt").exists()):
+    if not a_run:
         return f"run_dir: {path} is not a run directory, so it is not overwritten; delete it yourself"
     for key in ("model", "reference", "data", "test_data", "prompt_template", "reward", "bfcl", "apibank"):
         for name in getattr(config, key).split(","):
@@ -399,10 +402,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 def take_lock(path: Path, sign: bool = False) -> tuple[bool, str]:
     """Locks the file for this process until it ends -> (whether it is ours now, what the file said before).
 
-    sign: it then names this process in its first line, and torchrun's job in the second. The kernel drops the
-    lock with the process, however that died. lockf() and not flock(): forked children do not keep it, and
-    this process may ask again. The descriptor stays open on purpose, and nothing else here may open the file:
-    closing either drops the lock.
+    sign: it then names this process in its first line, and torchrun's job in the second, also after a power
+    cut. The kernel drops the lock with the process, however that died. lockf() and not flock(): forked
+    children do not keep it, and this process may ask again. The descriptor stays open on purpose, and nothing
+    else here may open the file: closing either drops the lock.
     """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     said = os.pread(descriptor, 1000, 0).decode("utf-8", "replace")
@@ -417,4 +420,5 @@ def take_lock(path: Path, sign: bool = False) -> tuple[bool, str]:
         owner = f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}"
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{owner}\n{torchrun_job()}\n".encode(), 0)
+        os.fsync(descriptor)
     return True, said

@@ -141,6 +141,22 @@ def test_a_folder_that_is_no_run_is_never_deleted(tmp_path):
     assert "not a run directory" in refused(tmp_path, overwrite=True)
 
 
+@pytest.mark.parametrize(
+    "left", ["config.yaml.tmp", "git.txt.tmp", "warmup/.start.1f.tmp/a", "warmup/start/a"]
+)
+def test_a_start_that_was_killed_before_it_wrote_its_files_is_started_again(tmp_path, left):
+    path = open_run(Config(run_dir=str(tmp_path / "run")), ONE)
+    (path / left).parent.mkdir(parents=True, exist_ok=True)
+    (path / left).write_text("half")
+    (path / "thesis.tex").write_text("years of work")
+    assert "not a run directory" in refused(path, overwrite=True)
+    (path / "thesis.tex").unlink()
+    if "warmup" in left:  # a model for other settings, perhaps
+        assert "--overwrite true" in refused(path)
+    opened(path, overwrite="warmup" in left)
+    assert sorted(path.name for path in path.iterdir()) == ["config.yaml", "git.txt", "lock"]
+
+
 @pytest.mark.parametrize("key", "model reference data test_data prompt_template reward bfcl apibank".split())
 def test_what_a_run_needs_is_not_overwritten_by_it(run, key):
     inside = run / "model" / "file.py"

@@ -134,7 +134,7 @@ def ends(job: Job, *parts: str) -> None:
     over(job)
     errors = re.findall(r"\berror: .*", job.said())  # another rank's progress bar may stand before it
     code = job.agent.exitcode
-    told = f"{job.log}: ended with {code}, and with: {job.said()[-400:]!r}"
+    told = f"{job.log}: ended with {code}, and with: {errors or job.said()[-400:]!r}"
     if parts:
         assert code == 1 and len(errors) == 1 and "run_script" not in job.said(), told
         assert all(part in errors[0] for part in parts), f"not all of {parts} are in {errors[0]!r}"

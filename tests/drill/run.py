@@ -179,7 +179,7 @@ def file_events(rounds: int, power: bool) -> dict[str, Case]:
     turns = -(-runs // len(worlds))
     for i in range(runs):
         world, times = worlds[i % len(worlds)], min(2, rounds - 2 * i)
-        place = (i // len(worlds)) / (turns - 1) if turns > 1 else 0.5
+        place = ((i // len(worlds)) / (turns - 1)) ** 2 if turns > 1 else 0.5  # more at the start
         cases[f"{world}_{i}"] = partial(file_event, world=world, place=place, times=times, power=power)
     return cases
 
