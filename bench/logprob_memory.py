@@ -8,12 +8,11 @@ what was resident before (inputs and weight; the weight's gradient counts). fp32
 The three ways take turns; the ratio of a repetition is ours / full logits. Needs Linux's /proc.
 """
 
-import json
+import multiprocessing
 import statistics
-import subprocess
-import sys
 import time
 from argparse import Namespace
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import common
@@ -50,7 +49,7 @@ def resident(field: str) -> float:
     return next(int(line.split()[1]) / 2**20 for line in lines if line.startswith(field))
 
 
-def measure(args: Namespace) -> dict[str, float]:
+def measure(way: str, args: Namespace) -> dict[str, float]:
     """One way in this process: GiB, seconds, and a number that tells whether all ways computed the same."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -59,21 +58,18 @@ def measure(args: Namespace) -> dict[str, float]:
     target = torch.randint(args.vocab, (args.tokens,))
     Path("/proc/self/clear_refs").write_text("5", "ascii")  # the peak starts again from here
     before, start = resident("VmRSS"), time.perf_counter()
-    WAYS[args.way](hidden, weight, target).sum().backward()
+    WAYS[way](hidden, weight, target).sum().backward()
     seconds = time.perf_counter() - start
     return {"gib": resident("VmHWM") - before, "seconds": seconds, "norm": weight.grad.norm().item()}
 
 
 def main() -> None:
-    # way: one measurement in this process, for the program itself
-    args = options(__doc__, tokens=2048, vocab=151936, hidden=896, repetitions=5, threads=1, way="")
-    if args.way:
-        print(json.dumps(measure(args)))
-        return
+    args = options(__doc__, tokens=2048, vocab=151936, hidden=896, repetitions=5, threads=1)
+    fork = multiprocessing.get_context("fork")  # nothing has been computed here, so no thread is lost
 
     def run(way: str) -> dict[str, float]:
-        command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
-        return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        with ProcessPoolExecutor(1, fork) as process:
+            return process.submit(measure, way, args).result()
 
     turns = common.take_turns({way: lambda way=way: run(way) for way in WAYS}, args.repetitions, warm=0)
     norms = [one["norm"] for values in turns.values() for one in values]

@@ -3,10 +3,10 @@
     python bench/scaling.py [--rounds 3] [--steps 2] [--prompts 8] [--copies 4] [--response 48]
 
 A random Qwen2 of some 7 million parameters on generated data, fp32, one thread per process, on the CPU under
-torchrun. A round starts three runs one after the other, so that a slow minute meets all: 1 process, 2 on the
-same batch, 2 on twice the batch. Each does one step to warm up and then --steps that count. A ratio is tokens
-per second (prompts and responses) of 2 processes over those of 1 in the same step of the same round;
-efficiency is half of it.
+torchrun's agent. A round starts three runs one after the other, so that a slow minute meets all: 1 process,
+2 on the same batch, 2 on twice the batch. Each does one step to warm up and then --steps that count. A ratio
+is tokens per second (prompts and responses) of 2 processes over those of 1 in the same step of the same
+round; efficiency is half of it.
 
 Two processes on one machine are not two machines: they share the memory's bandwidth, the last cache, the
 clock and perhaps one core's units, and what they send passes the loopback interface. waiting: the share of a
@@ -16,9 +16,9 @@ those of the step.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,6 +28,7 @@ from pathlib import Path
 import common
 import torch.distributed as dist
 from timing import options
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from corpus.sources import append_jsonl, read_jsonl
 from corpus.tiny_model import build_tiny_model, build_tiny_tokenizer
@@ -43,10 +44,10 @@ def parity(completion: str, answer: list, tools: list) -> float:
     return len(completion) % 2
 
 
-def worker(out: str, steps: str, *arguments: str) -> None:
-    """Collective. What torchrun starts: `steps` steps after one to warm up; rank 0 writes a row for each."""
-    run = common.start_run(list(arguments))
-    for step in range(1, int(steps) + 2):
+def worker(out: Path, steps: int, arguments: list[str]) -> None:
+    """Collective. What the agent starts: `steps` steps after one to warm up; rank 0 writes a row for each."""
+    run = common.start_run(arguments)
+    for step in range(1, steps + 2):
         dist.barrier()
         wall, cpu = time.perf_counter(), time.process_time()
         seconds, tokens = common.run_step(run)
@@ -60,7 +61,7 @@ def worker(out: str, steps: str, *arguments: str) -> None:
         row["waiting"] = max(0.0, 1 - statistics.mean(busy) / wall)
         row["imbalance"] = (max(alone) - statistics.mean(alone)) / wall
         if step > 1 and run.ranks.main:
-            append_jsonl(Path(out), [row])
+            append_jsonl(out, [row])
     dist.destroy_process_group()
 
 
@@ -75,12 +76,12 @@ def run_case(args: Namespace, model: Path, case: str, folder: Path) -> list[dict
         gradient_checkpointing="false", synthetic_train=64, eval_cases=2, reward=f"{__file__}:parity",
         run_dir=folder / "run",
     )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command += [__file__, "--worker", str(folder / "rows.jsonl"), str(args.steps)]
-    command += [word for key, value in settings.items() for word in (f"--{key}", str(value))]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        sys.exit(f"the run of {case} failed; its last lines:\n{done.stderr[-3000:]}")
+    words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    config = LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=processes, max_restarts=0, run_id=folder.name,
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="forkserver",
+    )
+    elastic_launch(config, worker)(folder / "rows.jsonl", args.steps, words)
     return read_jsonl(folder / "rows.jsonl")
 
 
@@ -88,6 +89,8 @@ def main() -> None:
     args = options(
         __doc__, rounds=3, steps=2, prompts=8, copies=4, response=48, micro_batch=2048, hidden=320, layers=6
     )
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    multiprocessing.set_forkserver_preload(["common"])
     rows: dict[str, list[dict[str, float]]] = {case: [] for case in CASES}
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / "model"
@@ -112,4 +115,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    worker(*sys.argv[2:]) if sys.argv[1:2] == ["--worker"] else main()
+    main()

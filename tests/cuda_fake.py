@@ -44,6 +44,7 @@ from distributed.weights import skeleton
 from grpo import store_logprobs, update_policy
 from kernel import decode as decoding
 from kernel import grid, norms
+from kernel.attention import use_attention
 from kernel.decode import Prompt
 from kernel.head import head_logprobs
 from kernel.hf_engines import ENGINES
@@ -145,6 +146,9 @@ def older_varlen_attn(
     return newer_varlen_attn(query, key, value, *lengths, scale=scale, window_size=window_size, **GROUPED)
 
 
+TRIED: dict[tuple, loading.Capabilities] = {}  # what the trial at loading found; it takes seconds
+
+
 def load(kind: str, dtype: torch.dtype, checkpointing: bool) -> Callable[[], nn.Module]:
     """A model with hooks -> what gives it weights on fake CUDA. The trial at loading must find no limit."""
     model = skeleton(AutoConfig.for_model(kind, **SIZES), dtype)
@@ -157,9 +161,13 @@ def load(kind: str, dtype: torch.dtype, checkpointing: bool) -> Callable[[], nn.
             for name, x in module._buffers.items():
                 module._buffers[name] = torch.empty_like(x, device=CUDA)
         model.tie_weights()
-        with warnings.catch_warnings(), patch.object(loading, "first_line", again):
-            warnings.simplefilter("error")
-            loading.find_capabilities(model, model, "shared_prefix_eager")
+        model.capabilities = TRIED.get((kind, dtype, varlen.varlen_attn))
+        if not model.capabilities:
+            with warnings.catch_warnings(), patch.object(loading, "first_line", again):
+                warnings.simplefilter("error")
+                loading.find_capabilities(model, model, "shared_prefix_eager")
+        TRIED[kind, dtype, varlen.varlen_attn] = model.capabilities
+        use_attention(model, "train")
         return model
 
     return move
@@ -195,7 +203,7 @@ def update(kind: str, dtype: torch.dtype, checkpointing: bool, older: bool = Fal
     assert rms_norm.call_count >= 2 * sum("norm" in name for name, _ in policy.named_modules())
 
 
-STEPS = {"admit": 3, "make_room": 1, "shrink": 1}  # of the rollout below: how often each is called
+STEPS = {"admit": 2, "make_room": 1, "shrink": 1}  # of the rollout below: how often each is called
 
 
 def decode(kind: str, dtype: torch.dtype, temperature: float) -> None:
@@ -205,8 +213,8 @@ def decode(kind: str, dtype: torch.dtype, temperature: float) -> None:
     blocks = patch.object(grid, "ROOM", 8), patch.object(decoding, "CUDA_STEPS_PER_CHECK", 2)
     counts = {name: patch.object(decoding, name, wraps=getattr(decoding, name)) for name in STEPS}
     with blocks[0], blocks[1], fake_cuda(*ENDS) as kernels, contextlib.ExitStack() as stack:
-        calls = {name: stack.enter_context(count) for name, count in counts.items()}
         model = move()
+        calls = {name: stack.enter_context(count) for name, count in counts.items()}
         free, running = [False] * 8, [True] * 8  # eight rows, and four after it has shrunk
         kernels.flags = iter([*free, *5 * running, *free, *running, *running[:4], *free])
         kernels.seen.clear()

@@ -6,13 +6,19 @@ third of its samples. Only the habit is left for GRPO to learn, which takes it a
 """
 
 import json
+import multiprocessing.forkserver
 import os
 import random
+import runpy
 import signal
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TextIO
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -34,6 +40,49 @@ ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+# Most of the seconds in which a script starts; a fork of a process that has them starts at once.
+PRELOAD = "sft torch.distributed.launcher.api transformers.models.qwen2.modeling_qwen2"
+PRELOAD += " transformers.models.llama.modeling_llama"
+
+
+class Forked:
+    """Stands in for subprocess.Popen: a script of Python as a fork of a process that has imported torch."""
+
+    def __init__(
+        self, command: list, stdout: TextIO, stderr: TextIO, cwd: Path = ROOT, env: dict = ENVIRONMENT
+    ) -> None:
+        multiprocessing.set_forkserver_preload(PRELOAD.split())
+        with mock.patch.dict(os.environ, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}"):
+            multiprocessing.forkserver.ensure_running()
+        started = (list(map(str, command[1:])), [stdout.name, stderr.name], cwd, dict(env))
+        self.process = multiprocessing.get_context("forkserver").Process(target=as_program, args=started)
+        self.process.start()
+        self.terminate = self.process.terminate
+
+    def wait(self) -> int:
+        self.process.join()
+        return self.process.exitcode
+
+
+def run_forked(*words: object) -> str:
+    """What a script prints; it must end well."""
+    with tempfile.NamedTemporaryFile("r") as output, tempfile.NamedTemporaryFile("r") as errors:
+        code = Forked([sys.executable, *words], output, errors).wait()
+        assert code == 0, f"ended with {code}: {output.read()[-3000:]}\n{errors.read()[-3000:]}"
+        return output.read()
+
+
+def as_program(words: list[str], streams: list[str], cwd: Path, environment: dict[str, str]) -> None:
+    """Runs a script as `python SCRIPT WORD …` does, with its output and errors into these files."""
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, name in enumerate(streams, 1):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
+    sys.argv, sys.path[:0] = words, [str(Path(words[0]).resolve().parent)]
+    runpy.run_path(words[0], run_name="__main__")
+
 
 TOOL = {"name": "add", "description": "adds", "parameters": {"a": {"type": "int"}, "b": {"type": "int"}}}
 

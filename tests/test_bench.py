@@ -1,23 +1,19 @@
 """The benchmarks run at toy size, and end with a line of JSON or a table."""
 
 import json
-import subprocess
 import sys
 from itertools import product
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from helpers import ROOT, Forked, run_forked
 
-ROOT = Path(__file__).parents[1]
 GOLDEN, BFCL = ROOT / "../shared/golden/bfcl_verdicts.jsonl.gz", ROOT / "../shared/data/bfcl"
 
 
-def run(*words: object) -> str:
+def run(name: str, *words: object) -> str:
     """What a script of bench/ prints."""
-    command = [sys.executable, f"bench/{words[0]}.py", *map(str, words[1:])]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run_forked(f"bench/{name}.py", *words)
 
 
 @pytest.mark.parametrize(
@@ -68,10 +64,19 @@ def test_agreement_shows_where_the_official_code_decides_otherwise(tmp_path):
     assert shown.count("official: (True, None)\n  ours: (False, None)") == 3
 
 
-def test_a_toy_comparison_of_seeds_and_controls_runs(tmp_path):
+def test_a_toy_comparison_of_seeds_and_controls_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import mini_paper
+
     toy = "--seeds 1 --steps 2 --warmup_steps 4 --jobs 2".split()
     few = "--eval_cases 4 --synthetic_train 40 --prompts_per_step 4 --minibatch_prompts 4".split()
-    assert "shuffled_rewards, 1 seed" in run("mini_paper", "seeds", *toy, "--out", tmp_path, *few)
+    def run(command, **options):
+        return SimpleNamespace(returncode=Forked(command, **options).wait())
+
+    monkeypatch.setattr(mini_paper, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(sys, "argv", ["mini_paper.py", "seeds", *toy, "--out", str(tmp_path), *few])
+    mini_paper.main()
+    assert "shuffled_rewards, 1 seed" in capsys.readouterr().out
 
 
 def test_a_finished_grid_is_not_run_again_and_its_differences_are_paired_by_seed(tmp_path, monkeypatch):

@@ -3,16 +3,14 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT, run_forked
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).parents[1]
 sys.path += [str(ROOT / "bench"), str(ROOT / "tests/gpu")]
 
 import common  # noqa: E402
@@ -32,10 +30,8 @@ def session(tmp_path, ranks):
 def test_every_stage_runs_on_tiny_models_and_the_checks_pass(tmp_path):
     """The demo is killed and goes on. Stages that lack something say so, and cost the others nothing."""
     out = tmp_path / "new" / "gpu.jsonl"
-    command = [sys.executable, "bench/gpu.py", "--tiny", "--stages", ",".join(gpu.STAGES), "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    said = run_forked("bench/gpu.py", "--tiny", "--stages", ",".join(gpu.STAGES), "--out", out)
+    told = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     assert [line.get("stage") for line in told[:-1]] == [stage for stage in gpu.STAGES if stage != "machine"]
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert {row["part"] for row in rows} == set(gpu.STAGES)

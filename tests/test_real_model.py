@@ -1,9 +1,7 @@
 """bench/real_model.py from end to end with a random model on ten real records, and its rules alone."""
 
 import json
-import multiprocessing
 import shutil
-import subprocess
 import sys
 from argparse import Namespace
 from dataclasses import replace
@@ -11,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import ENVIRONMENT, ROOT, own_process_group
+from helpers import ROOT, Forked, own_process_group
 
 from config import Config, UserError, load_config
 from corpus.layouts import load_examples, write_examples
@@ -23,7 +21,6 @@ from real_model_own import cut_thought  # noqa: E402
 from real_model_report import FIGURES, paired, paired_means  # noqa: E402
 
 SHARED = ROOT / "../shared/data"
-multiprocessing.set_forkserver_preload(["torch", "transformers.models.llama.modeling_llama"])
 
 
 def test_a_thought_is_cut_behind_the_last_sentence_that_fits():
@@ -108,26 +105,6 @@ def words_of(folder):
     return list(map(str, words))
 
 
-def stage_main(arguments, log):
-    with open(log, "a", buffering=1) as file:
-        sys.stdout = sys.stderr = file
-        real_model.main(arguments)
-
-
-class Forked:
-    """Stands in for subprocess.Popen: a copy of a process that has imported torch already."""
-
-    def __init__(self, command, stdout, stderr, env):
-        context = multiprocessing.get_context("forkserver")
-        self.process = context.Process(target=stage_main, args=(command[2:], stdout.name))
-        self.process.start()
-        self.terminate = self.process.terminate
-
-    def wait(self):
-        self.process.join()
-        return self.process.exitcode
-
-
 def test_every_stage_runs_once_and_what_is_deleted_again(records, monkeypatch):
     out, words = records / "out", words_of(records)
     monkeypatch.setattr(real_model, "subprocess", SimpleNamespace(Popen=Forked))
@@ -143,9 +120,8 @@ def test_every_stage_runs_once_and_what_is_deleted_again(records, monkeypatch):
     before = {name: real_model.read_record(out, name) for name in real_model.STAGES}
     replies = (out / "eval_start/held_out/predictions.jsonl").read_text()
     shutil.rmtree(out / "eval_start/apibank")  # half of a stage
-    command = [sys.executable, "bench/real_model.py", *words, "--log_samples", "3"]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    with own_process_group():
+        real_model.main([*words, "--log_samples", "3"])
     again = {name: real_model.read_record(out, name) for name in real_model.STAGES}
     assert [name for name in again if again[name] != before[name]] == ["eval_start"]
     assert (out / "eval_start/held_out/predictions.jsonl").read_text() == replies
