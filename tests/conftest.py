@@ -13,6 +13,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
+@pytest.fixture(scope="session")
+def task(tmp_path_factory) -> dict[str, object]:
+    """helpers.warmed_up_task, which takes some seconds."""
+    from helpers import warmed_up_task  # imports torch
+
+    return warmed_up_task(tmp_path_factory.mktemp("task"))
+
+
 @pytest.fixture
 def ranks():
     """A process group of this process alone."""

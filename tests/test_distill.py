@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ENVIRONMENT, ROOT, as_arguments, run_here, warmed_up_task
+from helpers import ENVIRONMENT, ROOT, as_arguments, run_here
 
 import sft
 from config import ConfigError, UserError, load_config
@@ -23,11 +23,6 @@ from reward import score
 
 SAMPLES = 4
 KEYS = "model data test_share prompt_template max_prompt_tokens max_response_tokens seed temperature".split()
-
-
-@pytest.fixture(scope="module")
-def task(tmp_path_factory) -> dict[str, object]:
-    return warmed_up_task(tmp_path_factory.mktemp("task"))
 
 
 @pytest.fixture(scope="module")

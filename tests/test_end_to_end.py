@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import run_here, warmed_up_task, weights
+from helpers import run_here, weights
 from safetensors.torch import load_file
 
 import grpo
@@ -25,8 +25,8 @@ RISE = 0.3
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory) -> dict[str, object]:
-    return warmed_up_task(tmp_path_factory.mktemp("task"))
+def settings(task) -> dict[str, object]:
+    return task
 
 
 @pytest.fixture(scope="module")

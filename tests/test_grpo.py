@@ -16,7 +16,6 @@ from helpers import (
     ROOT,
     as_arguments,
     run_here,
-    warmed_up_task,
     weights,
     write_task,
 )
@@ -49,9 +48,8 @@ def train_here(settings: dict) -> Path:
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory) -> dict[str, object]:
+def settings(task) -> dict[str, object]:
     """A short run of the task of test_end_to_end.py, from a model whose samples are right now and then."""
-    task = warmed_up_task(tmp_path_factory.mktemp("task"))
     return task | dict(steps=4, prompts_per_step=4, minibatch_prompts=2, group_size=4, lr=2e-4, kl_coef=0.1)
 
 

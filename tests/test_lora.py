@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CPU, run_here, warmed_up_task, weights
+from helpers import CPU, run_here, weights
 from safetensors.torch import load_file, save_file
 from test_checkpoint import TOKENIZER, in_ranks
 from test_fsdp import GROUPS, IDLE, build_models
@@ -196,8 +196,7 @@ def test_the_targets_alone_get_adapters(ranks, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory) -> dict[str, object]:
-    task = warmed_up_task(tmp_path_factory.mktemp("task"))
+def settings(task) -> dict[str, object]:
     return task | dict(lora_rank=4, lora_alpha=8, lr=2e-3, save_every=20, minibatch_prompts=4, kl_coef=0.01)
 
 
