@@ -16,16 +16,15 @@ those of the step.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import statistics
-import sys
 import tempfile
 import time
 from argparse import Namespace
 from pathlib import Path
 
 import common
+import torch
 import torch.distributed as dist
 from timing import options
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -79,7 +78,7 @@ def run_case(args: Namespace, model: Path, case: str, folder: Path) -> list[dict
     words = [word for key, value in settings.items() for word in (f"--{key}", str(value))]
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, max_restarts=0, run_id=folder.name,
-        rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="forkserver",
+        rdzv_backend="c10d", rdzv_endpoint="localhost:0", start_method="fork",
     )
     elastic_launch(config, worker)(folder / "rows.jsonl", args.steps, words)
     return read_jsonl(folder / "rows.jsonl")
@@ -89,8 +88,8 @@ def main() -> None:
     args = options(
         __doc__, rounds=3, steps=2, prompts=8, copies=4, response=48, micro_batch=2048, hidden=320, layers=6
     )
-    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    multiprocessing.set_forkserver_preload(["common"])
+    torch.set_num_threads(1)  # forks have it too
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     rows: dict[str, list[dict[str, float]]] = {case: [] for case in CASES}
     with tempfile.TemporaryDirectory() as scratch:
         model = Path(scratch) / "model"

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 
 @pytest.fixture(scope="session")
-def task(tmp_path_factory) -> dict[str, object]:
+def warmed(tmp_path_factory) -> dict[str, object]:
     """helpers.warmed_up_task, which takes some seconds."""
     from helpers import warmed_up_task  # imports torch
 

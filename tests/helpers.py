@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TextIO
@@ -22,7 +23,9 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+import torch.distributed.run as torchrun
 from safetensors.torch import load_file
+from torch.distributed.launcher.api import elastic_launch
 
 import sft
 from config import Config
@@ -42,12 +45,14 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_S
 ENVIRONMENT |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 # Most of the seconds in which a script starts; a fork of a process that has them starts at once.
-PRELOAD = "sft torch.distributed.launcher.api transformers.models.qwen2.modeling_qwen2"
+PRELOAD = "sft torch.distributed.run transformers.models.qwen2.modeling_qwen2"
 PRELOAD += " transformers.models.llama.modeling_llama"
 
 
 class Forked:
-    """Stands in for subprocess.Popen: a script of Python as a fork of a process that has imported torch."""
+    """Stands in for subprocess.Popen: `python SCRIPT …` or torchrun, as forks of a process that has imported
+    torch.
+    """
 
     def __init__(
         self, command: list, stdout: TextIO, stderr: TextIO, cwd: Path = ROOT, env: dict = ENVIRONMENT
@@ -60,9 +65,35 @@ class Forked:
         self.process.start()
         self.terminate = self.process.terminate
 
-    def wait(self) -> int:
-        self.process.join()
+    def wait(self, timeout: float | None = None) -> int | None:
+        """Its exit code; None if it goes on for longer than this."""
+        self.process.join(timeout)
         return self.process.exitcode
+
+    def poll(self) -> int | None:
+        return self.process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.process.pid, number)
+
+
+def as_program(words: list[str], streams: list[str], cwd: Path, environment: dict[str, str]) -> None:
+    """Does what `python WORD …` does, with its output and errors into these files."""
+    os.chdir(cwd)
+    os.environ.update(environment)
+    for number, name in enumerate(streams, 1):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if words[:2] == ["-m", "torch.distributed.run"]:
+
+        torchrun.elastic_launch = lambda config, entrypoint: lambda _, *worker: elastic_launch(
+            replace(config, start_method="fork"), as_program
+        )(list(worker), streams, cwd, environment)
+        torchrun.run(torchrun.parse_args(words[2:]))
+        return
+    sys.argv, sys.path[:0] = words, [str(Path(words[0]).resolve().parent)]
+    runpy.run_path(words[0], run_name="__main__")
 
 
 def run_forked(*words: object) -> str:
@@ -71,17 +102,6 @@ def run_forked(*words: object) -> str:
         code = Forked([sys.executable, *words], output, errors).wait()
         assert code == 0, f"ended with {code}: {output.read()[-3000:]}\n{errors.read()[-3000:]}"
         return output.read()
-
-
-def as_program(words: list[str], streams: list[str], cwd: Path, environment: dict[str, str]) -> None:
-    """Runs a script as `python SCRIPT WORD …` does, with its output and errors into these files."""
-    os.chdir(cwd)
-    os.environ.clear()
-    os.environ.update(environment)
-    for number, name in enumerate(streams, 1):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_APPEND), number)
-    sys.argv, sys.path[:0] = words, [str(Path(words[0]).resolve().parent)]
-    runpy.run_path(words[0], run_name="__main__")
 
 
 TOOL = {"name": "add", "description": "adds", "parameters": {"a": {"type": "int"}, "b": {"type": "int"}}}

@@ -26,9 +26,9 @@ KEYS = "model data test_share prompt_template max_prompt_tokens max_response_tok
 
 
 @pytest.fixture(scope="module")
-def settings(task) -> dict[str, object]:
+def settings(warmed) -> dict[str, object]:
     """Of a distillation with a fifth of the 70 examples held out, 8 prompts at a time."""
-    chosen = {key: task[key] for key in KEYS if key in task}
+    chosen = {key: warmed[key] for key in KEYS if key in warmed}
     return chosen | {"test_share": 0.2, "rollout_batch_size": 8 * SAMPLES, "samples": SAMPLES}
 
 

@@ -25,8 +25,8 @@ RISE = 0.3
 
 
 @pytest.fixture(scope="module")
-def settings(task) -> dict[str, object]:
-    return task
+def settings(warmed) -> dict[str, object]:
+    return warmed
 
 
 @pytest.fixture(scope="module")

@@ -196,8 +196,8 @@ def test_the_targets_alone_get_adapters(ranks, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def settings(task) -> dict[str, object]:
-    return task | dict(lora_rank=4, lora_alpha=8, lr=2e-3, save_every=20, minibatch_prompts=4, kl_coef=0.01)
+def settings(warmed) -> dict[str, object]:
+    return warmed | dict(lora_rank=4, lora_alpha=8, lr=2e-3, save_every=20, minibatch_prompts=4, kl_coef=0.01)
 
 
 @pytest.fixture(scope="module")

@@ -5,17 +5,15 @@ the reward counts digits: two runs that part by one sampled token never meet aga
 """
 
 import contextlib
-import os
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from helpers import ENVIRONMENT, ROOT, as_arguments, run_here, weights, write_task
+from helpers import Forked, as_arguments, run_here, weights, write_task
 
 import grpo
 from corpus.sources import read_jsonl
@@ -47,13 +45,11 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
-def start_agent(rendezvous: list[str], settings: dict[str, object], log: Path) -> subprocess.Popen:
-    """torchrun as on one of two nodes, in a process group of its own; what it says goes to the file."""
+def start_agent(rendezvous: list[str], settings: dict[str, object], log: Path) -> Forked:
+    """torchrun as on one of two nodes; what it says goes to the file."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", *rendezvous]
-    command += ["grpo.py", *as_arguments(settings)]
     with log.open("w") as out:
-        files = dict(stdout=out, stderr=out, cwd=ROOT)
-        return subprocess.Popen(command, **files, env=ENVIRONMENT, start_new_session=True)
+        return Forked([*command, "grpo.py", *as_arguments(settings)], out, out)
 
 
 @contextlib.contextmanager
@@ -71,11 +67,8 @@ def two_nodes(settings: dict[str, object], folder: Path) -> Iterator[tuple[list,
                 if agent.poll() is None:
                     agent.send_signal(signal.SIGTERM)
                     time.sleep(1.2)
-            try:
-                agent.wait(timeout=10)
-            except subprocess.TimeoutExpired:
-                os.killpg(agent.pid, signal.SIGKILL)
-                agent.wait()
+            if agent.wait(10) is None:
+                agent.send_signal(signal.SIGKILL)
 
 
 def samples(run_dir: Path) -> list[tuple]:
@@ -93,7 +86,7 @@ def largest_difference(a: Path, b: Path) -> float:
 def test_two_nodes_match_one_process(settings, tmp_path):
     own = settings | {"sharding": "hsdp", "run_dir": tmp_path / "run"}
     with two_nodes(own, tmp_path) as (agents, logs):
-        codes = [agent.wait(timeout=100) for agent in agents]
+        codes = [agent.wait(100) for agent in agents]
     assert codes == [0, 0], logs[0].read_text() + logs[1].read_text()
     assert any("2 process(es)" in log.read_text() for log in logs), "not two runs of one process each"
     alone = run_here(grpo.main, settings | {"run_dir": tmp_path / "alone"})
@@ -110,7 +103,7 @@ def test_a_signal_to_one_agent_stops_both_and_one_process_goes_on(settings, tmp_
         while not read_jsonl(tmp_path / "run" / "log.jsonl")[1:] and time.monotonic() < deadline:
             time.sleep(0.2)
         agents[1].send_signal(signal.SIGTERM)
-        codes = [agent.wait(timeout=60) for agent in agents]
+        codes = [agent.wait(60) for agent in agents]
     said = logs[0].read_text() + logs[1].read_text()
     steps = [row["step"] for row in read_jsonl(tmp_path / "run" / "log.jsonl")]
     assert 0 not in codes and f"interrupted after step {steps[-1]}, all is saved" in said, said

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from helpers import ENVIRONMENT, ROOT, as_arguments, write_task
+from helpers import ENVIRONMENT, ROOT, Forked, as_arguments, write_task
 from test_nodes import free_port
 
 from config import ConfigError
@@ -230,20 +230,19 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_and_torchrun_goes_on(fault, t
     """SIGSTOP stands for any hang: no error, no closed connection. run.sh's long grace must delay nothing."""
     (tmp_path / "worker.py").write_text(WORKER)
     torchrun = "-m torch.distributed.run --standalone --nproc_per_node=2 --max-restarts=1".split()
-    own = dict(PYTHONPATH=str(ROOT), PYTHONUNBUFFERED="1", TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-    agent = subprocess.Popen(
-        [sys.executable, *torchrun, tmp_path / "worker.py", fault, tmp_path / "run"],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=ENVIRONMENT | own | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600"},
-    )
-    try:
-        said, _ = agent.communicate(timeout=100)
-    finally:
-        agent.send_signal(signal.SIGTERM)  # it ends its workers, which kill() would leave behind
+    own = dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="3600")
+    command = [sys.executable, *torchrun, tmp_path / "worker.py", fault, tmp_path / "run"]
+    with (tmp_path / "log").open("w+") as log:
+        agent = Forked(command, log, log, env=ENVIRONMENT | own)
+        try:
+            code = agent.wait(100)
+        finally:
+            agent.send_signal(signal.SIGTERM)  # it ends its workers, which kill() would leave behind
+        said = log.read()
     assert FAULTS[fault] in said and (fault != "SIGSTOP" or "in all_reduce" in said), "the stack says where"
     stopped = fault == "SIGTERM"  # on purpose, so nothing starts again
     assert ("going on from the last checkpoint" in said) is not stopped
-    assert ("done" in said.splitlines()) is not stopped and agent.returncode == 0
+    assert ("done" in said.splitlines()) is not stopped and code == 0
 
 
 @pytest.mark.parametrize("words, unbuffered", [
