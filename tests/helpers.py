@@ -1,4 +1,4 @@
-"""What several test files need: a tiny task with its model, groups of completions, and runs in this process.
+"""What several test files need: a tiny task with its model, groups of completions, and runs of scripts.
 
 The task is the demo's in miniature: copy two digits from the request into one call. Two of three
 demonstrations write the numbers as text, so the warmed-up model copies well and gets the type right in a
@@ -87,9 +87,11 @@ def as_program(words: list[str], streams: list[str], cwd: Path, environment: dic
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if words[:2] == ["-m", "torch.distributed.run"]:
 
-        torchrun.elastic_launch = lambda config, entrypoint: lambda _, *worker: elastic_launch(
-            replace(config, start_method="fork"), as_program
-        )(list(worker), streams, cwd, environment)
+        def launch(config: torchrun.LaunchConfig, python: str) -> Callable[..., object]:
+            agent = elastic_launch(replace(config, start_method="fork"), as_program)
+            return lambda unbuffered, *worker: agent(list(worker), [], cwd, {})
+
+        torchrun.elastic_launch = launch
         torchrun.run(torchrun.parse_args(words[2:]))
         return
     sys.argv, sys.path[:0] = words, [str(Path(words[0]).resolve().parent)]
@@ -99,7 +101,9 @@ def as_program(words: list[str], streams: list[str], cwd: Path, environment: dic
 def run_forked(*words: object) -> str:
     """What a script prints; it must end well."""
     with tempfile.NamedTemporaryFile("r") as output, tempfile.NamedTemporaryFile("r") as errors:
-        code = Forked([sys.executable, *words], output, errors).wait()
+        program = Forked([sys.executable, *words], output, errors)
+        code = program.wait(300)
+        program.send_signal(signal.SIGKILL)  # nothing where it has ended
         assert code == 0, f"ended with {code}: {output.read()[-3000:]}\n{errors.read()[-3000:]}"
         return output.read()
 

@@ -64,10 +64,10 @@ def test_every_trace_is_a_right_reply_to_its_training_example(straight, training
     assert all(row["right"] + sum(row["reasons"].values()) == SAMPLES for row in rows) and len(rows) == 56
 
 
-def test_sft_on_the_traces_teaches_what_the_teacher_knew_sometimes(straight, task, tmp_path):
+def test_sft_on_the_traces_teaches_what_the_teacher_knew_sometimes(straight, warmed, tmp_path):
     """The teacher's own right replies are imitated, and the habit of its wrong ones goes."""
     changes = dict(data=straight, run_dir=tmp_path / "sft", steps=40, sft_lr=1e-3, sft_batch=8)
-    log = read_jsonl(run_here(sft.main, task | changes) / "log.jsonl")
+    log = read_jsonl(run_here(sft.main, warmed | changes) / "log.jsonl")
     assert log[-1]["held_out/accuracy"] > log[0]["held_out/accuracy"] + 0.3
 
 
