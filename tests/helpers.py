@@ -87,7 +87,7 @@ def as_program(words: list[str], streams: list[str], cwd: Path, environment: dic
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if words[:2] == ["-m", "torch.distributed.run"]:
 
-        def launch(config: torchrun.LaunchConfig, python: str) -> Callable[..., object]:
+        def launch(config: torchrun.LaunchConfig, entrypoint: str) -> Callable[..., object]:
             agent = elastic_launch(replace(config, start_method="fork"), as_program)
             return lambda unbuffered, *worker: agent(list(worker), [], cwd, {})
 
