@@ -100,7 +100,7 @@ def _claim(path: Path, config: Config) -> str:
         return "resume, overwrite: a run is gone on with or replaced; choose one of them"
     if config.resume and not again and not started:
         return f"run_dir: {path} has no checkpoint to resume; start without --resume"
-    # A start that was killed before it wrote them has signed its lock, and made a model to warm up at most.
+    # A start that was killed before it wrote these two has signed its lock, and made a first model at most.
     a_run = {"config.yaml", "git.txt"} <= names or (left <= {"warmup"} and owner.startswith("process "))
     if overwrite and (problem := _overwriting(path, config, a_run)):
         return problem

@@ -139,6 +139,9 @@ def test_a_folder_that_is_no_run_is_never_deleted(tmp_path):
     """--run_dir ~ --overwrite true must not be the end of a home directory."""
     (tmp_path / "thesis.tex").write_text("years of work")
     assert "not a run directory" in refused(tmp_path, overwrite=True)
+    (tmp_path / "yoga" / "warmup").mkdir(parents=True)
+    (tmp_path / "yoga" / "warmup" / "plan.txt").write_text("of somebody who never started a run here")
+    assert "not a run directory" in refused(tmp_path / "yoga", overwrite=True)
 
 
 @pytest.mark.parametrize(
