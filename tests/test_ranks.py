@@ -185,7 +185,7 @@ def test_restarts_need_a_store_that_forgets(monkeypatch):
 
 
 WORKER = """
-import dataclasses, os, signal, sys
+import dataclasses, os, signal, sys, time
 from pathlib import Path
 from config import Config
 from distributed.ranks import Clock, Interrupted, StopFlag, Watchdog, run_script, start_ranks
@@ -205,6 +205,8 @@ def main(arguments):
                 if fault == "SIGSTOP":  # torchrun would wait half a minute for it
                     os.popen(f"trap '' TERM; sleep 6; kill -9 {os.getpid()}")
                 os.kill(os.getpid(), signal.Signals[fault])
+                while not stop.signal:  # another thread hears it, when it gets its turn
+                    time.sleep(0.01)
             ranks.sum([1.0])
         if stop.requested(ranks):
             raise Interrupted(run_dir, step)
