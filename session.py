@@ -20,7 +20,7 @@ from torch import nn
 
 from config import Config, ConfigError, check_positions, count_steps
 from corpus.examples import Splits, Tokenized
-from corpus.sources import append_jsonl, read_jsonl, sync, write_atomic
+from corpus.sources import append_jsonl, atomic_folder, read_jsonl, sync, write_atomic
 from corpus.tiny_model import LAYERS, VOCABULARY, build_tiny_model, build_tiny_tokenizer
 from data import load_splits, tokenize_splits
 from distributed.checkpoint import Saver, latest_checkpoint, load_checkpoint
@@ -177,7 +177,7 @@ def start_model(config: Config, inputs: Inputs, ranks: Ranks) -> tuple[str, bool
         texts += [text for example in train for text in example.demonstrations]
         tokenizer = build_tiny_tokenizer(texts, VOCABULARY)
         model = build_tiny_model(tokenizer, config.tiny_hidden, LAYERS, config.seed)
-        with run_dir.atomic_folder(warm / "start") as folder:
+        with atomic_folder(warm / "start") as folder:
             export(prepare_model(model, torch.device("cpu")), tokenizer, folder)
     ranks.gather(None)
     return str(warm / "start"), config.warmup_steps > 0

@@ -9,6 +9,8 @@ import json
 import math
 import os
 import re
+import secrets
+import shutil
 import signal
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -330,6 +332,29 @@ def written_beside(path: Path, name: str = "") -> Iterator[Path]:
     finally:
         with suppress(OSError):
             beside.unlink()
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, synced and renamed to `path` at the end: one of that name is always complete.
+
+    It replaces what was there. After an error or an interrupt nothing new is left.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # nobody else's
+    before = temporary.with_name(f"{temporary.name}.old.tmp")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for folder, _, files in os.walk(temporary, topdown=False):
+            for name in (*files, ""):
+                sync(Path(folder) / name)
+        if path.exists():
+            path.rename(before)
+        temporary.rename(path)
+        sync(path.parent)
+    finally:
+        for leftover in (temporary, before):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -26,14 +26,14 @@ from transformers.utils import logging as transformers_logging
 
 import prompts
 from config import Config, ConfigError, check_model, load_config
-from corpus.sources import as_command, file_sha256, folder_above, iter_jsonl
+from corpus.sources import as_command, atomic_folder, file_sha256, folder_above, iter_jsonl
 from distributed.checkpoint import complete_steps, full_state
 from distributed.fsdp import class_name, full_tensor, weights
 from distributed.ranks import Ranks, run_script
 from distributed.weights import config_to_save, read_model, weight_files
 from kernel.lora import ADAPTER, adapters, add_adapters, lora_layers
 from model import load_tokenizer
-from ops.run_dir import atomic_folder, start_of
+from ops.run_dir import start_of
 from prompts import ToolCall, load_template, render_completion, stop_ids, tool_prompt
 
 BLOCK = Path(__file__).with_name("tool_prompt.jinja")

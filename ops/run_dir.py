@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import fcntl
 import hashlib
 import json
 import math
 import os
-import secrets
 import shutil
 import socket
 import subprocess
@@ -18,6 +16,7 @@ import time
 from array import array
 from collections import ChainMap
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ import yaml
 
 from config import Config, ConfigError
 from corpus.examples import Example
-from corpus.sources import file_sha256, sync, write_atomic, written_beside
+from corpus.sources import file_sha256, write_atomic, written_beside
 from distributed.checkpoint import (
     CheckpointError,
     choose_step,
@@ -169,7 +168,7 @@ def let_go(path: Path, ranks: Ranks) -> None:
         shutil.rmtree(path / f"{OLD}.old.tmp")
 
 
-@contextlib.contextmanager
+@contextmanager
 def replacing(path: Path, ranks: Ranks) -> Iterator[None]:
     """Where a new run sets up. If that fails, what it was to overwrite is there again."""
     try:
@@ -374,29 +373,6 @@ def _step_of(line: bytes) -> float:
         return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
     except (ValueError, KeyError, TypeError):
         return math.inf
-
-
-@contextlib.contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into, synced and renamed to `path` at the end: one of that name is always complete.
-
-    It replaces what was there. After an error or an interrupt nothing new is left.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # nobody else's
-    before = temporary.with_name(f"{temporary.name}.old.tmp")
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for folder, _, files in os.walk(temporary, topdown=False):
-            for name in (*files, ""):
-                sync(Path(folder) / name)
-        if path.exists():
-            path.rename(before)
-        temporary.rename(path)
-        sync(path.parent)
-    finally:
-        for leftover in (temporary, before):
-            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def take_lock(path: Path, sign: bool = False) -> tuple[bool, str]:

@@ -16,7 +16,6 @@ from distributed.ranks import Ranks
 from ops import run_dir
 from ops.run_dir import (
     OLD,
-    atomic_folder,
     begin_or_resume,
     cut_log,
     let_go,
@@ -374,21 +373,3 @@ def test_a_resume_says_which_rows_a_power_cut_took(tmp_path, capsys):
         assert f"{3 - left} of 3 rows are lost" in capsys.readouterr().out
     append_jsonl(path, [{"step": 0}, {"step": 1}, {"step": 2}, {"step": 3}])
     assert cut_log(path, 2, rows=3) == 3 and not capsys.readouterr().out
-
-
-def test_a_folder_is_whole_or_not_there(tmp_path):
-    """Disk full while a model is written: the one before is still whole. Nobody's OUT.tmp is touched."""
-    target, other = tmp_path / "model", tmp_path / "model.tmp"
-    other.mkdir()
-    with atomic_folder(target) as folder:
-        (folder / "a").write_text("old")
-        assert not target.exists()
-    for error in (OSError, KeyboardInterrupt):
-        with pytest.raises(error, match="disk full"), atomic_folder(target) as folder:
-            (folder / "b").write_text("half")
-            raise error("disk full")
-        assert {path.name: path.read_text() for path in target.iterdir()} == {"a": "old"}
-        assert sorted(os.listdir(tmp_path)) == ["model", "model.tmp"]
-    with atomic_folder(target) as folder:
-        assert not any(folder.iterdir()), "the next try starts clean"
-    assert sorted(os.listdir(tmp_path)) == ["model", "model.tmp"]

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import os
 from datetime import date
 from pathlib import Path
 from unittest.mock import Mock
@@ -16,6 +17,7 @@ from corpus.layouts import load_examples, write_examples
 from corpus.sources import (
     DataError,
     append_jsonl,
+    atomic_folder,
     file_sha256,
     find_files,
     iter_jsonl,
@@ -286,3 +288,21 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         write_atomic(path, "new")
     assert path.read_text() == "old" and [file.name for file in tmp_path.iterdir()] == ["state.json"]
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path):
+    """Disk full while a model is written: the one before is still whole. Nobody's OUT.tmp is touched."""
+    target, other = tmp_path / "model", tmp_path / "model.tmp"
+    other.mkdir()
+    with atomic_folder(target) as folder:
+        (folder / "a").write_text("old")
+        assert not target.exists()
+    for error in (OSError, KeyboardInterrupt):
+        with pytest.raises(error, match="disk full"), atomic_folder(target) as folder:
+            (folder / "b").write_text("half")
+            raise error("disk full")
+        assert {path.name: path.read_text() for path in target.iterdir()} == {"a": "old"}
+        assert sorted(os.listdir(tmp_path)) == ["model", "model.tmp"]
+    with atomic_folder(target) as folder:
+        assert not any(folder.iterdir()), "the next try starts clean"
+    assert sorted(os.listdir(tmp_path)) == ["model", "model.tmp"]
