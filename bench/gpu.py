@@ -197,6 +197,7 @@ def end(process: multiprocessing.Process) -> None:
 def work(session: Session, stage: str, name: str) -> None:
     """The process of a part."""
     os.setpgrp()  # so that what it starts can be ended with it
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])  # until an attempt can tell
     signal.setitimer(signal.ITIMER_REAL, max(0.01, session.left()))
     cuda = torch.cuda.is_available() or not session.tiny
     session = replace(session, device=torch.device("cuda", 0) if cuda else torch.device("cpu"))

@@ -220,6 +220,7 @@ def attempt(session: Session, part: str, name: str, function: Callable, *args, n
         os._exit(0)
 
     before = signal.signal(signal.SIGALRM, stop)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGALRM])
     try:
         values = function(session, *args)
     except torch.OutOfMemoryError as error:

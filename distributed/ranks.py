@@ -97,7 +97,7 @@ def start_ranks(timeout_minutes: float = 60.0) -> Ranks:
     # Gradients travel by NCCL, small counts and objects by gloo.
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     # A little longer than the watchdog waits: that one names the phase, while NCCL just kills the process.
-    timeout = timedelta(minutes=1.05 * timeout_minutes)
+    timeout = timedelta(minutes=1.05 * timeout_minutes, seconds=10)
     dist.init_process_group(backend, timeout=timeout)
     rank, world = dist.get_rank(), dist.get_world_size()
     # Nobody waits for a single process, and its steps may be slow.

@@ -102,7 +102,7 @@ def run_forked(*words: object) -> str:
     """What a script prints; it must end well."""
     with tempfile.NamedTemporaryFile("r") as output, tempfile.NamedTemporaryFile("r") as errors:
         program = Forked([sys.executable, *words], output, errors)
-        code = program.wait(300)
+        code = program.wait(900)
         program.send_signal(signal.SIGKILL)  # nothing where it has ended
         assert code == 0, f"ended with {code}: {output.read()[-3000:]}\n{errors.read()[-3000:]}"
         return output.read()

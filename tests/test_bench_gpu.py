@@ -55,7 +55,8 @@ def test_the_limits_fit_into_two_calls():
 
 def test_a_part_that_dies_hangs_or_is_slow_costs_the_others_nothing(session, monkeypatch):
     monkeypatch.setattr(gpu, "GRACE", 0.5)
-    monkeypatch.setitem(gpu.STAGES, "machine", {"rates": gpu.Part(gpu.machine, 2.0)})
+    rates = dict.fromkeys(("copy_gb_per_s", "matrix_tflops", "datasheet_tflops"), 1.0)
+    monkeypatch.setitem(gpu.STAGES, "machine", {"rates": gpu.Part(lambda session: rates, 5.0)})
     monkeypatch.setitem(gpu.STAGES, "trl", {
         "slow": gpu.Part(lambda session: time.sleep(60), 0.5), "hangs": gpu.Part(hang, 0.5),
         "dies": gpu.Part(lambda session: os._exit(3), 9.0), "raises": gpu.Part(lambda session: 1 / 0, 9.0),

@@ -44,7 +44,7 @@ def in_ranks(world: int, scenario, folder: Path, *arguments, join: bool = True):
 def rank_main(rank: int, world: int, scenario, store: str, *arguments) -> None:
     torch.set_num_threads(1)
     # A rank that waits for one that went another way fails after this time instead of hanging.
-    patience = timedelta(seconds=20)
+    patience = timedelta(seconds=120)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world, timeout=patience)
     scenario(Ranks(rank, world, CPU), *arguments)
     if dist.is_initialized():

@@ -58,7 +58,7 @@ def outcomes(tmp_path_factory) -> dict[str, str]:
     subprocess.run([*words, f"-I{home}/include", f"-L{home}/lib"], cwd=folder, check=True)
     done = subprocess.run(
         [sys.executable, ROOT / "tests/cuda_fake.py", folder / "device.so"], env=ENVIRONMENT, text=True,
-        stdout=subprocess.PIPE, check=True, timeout=300,
+        stdout=subprocess.PIPE, check=True, timeout=900,
     )
     return json.loads(done.stdout)
 

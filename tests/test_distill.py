@@ -37,7 +37,7 @@ def straight(settings, tmp_path_factory) -> Path:
     """The file that a user's command writes."""
     out = tmp_path_factory.mktemp("straight") / "traces.jsonl"
     command = [sys.executable, "data.py", "distill", *as_arguments(settings | {"out": out})]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return out
 

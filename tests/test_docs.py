@@ -106,7 +106,8 @@ OTHERS = ("pip", "vllm", "scontrol", "sbatch")  # whose options are not ours to 
 def site(tmp_path_factory) -> Path:
     """A copy of the tree beside ../shared: the demo is small, and programs only write down their words."""
     copy = tmp_path_factory.mktemp("site") / "copy"
-    shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("runs", ".venv", ".git", "__pycache__"))
+    not_ours = shutil.ignore_patterns("runs", ".venv", ".git", "__pycache__", ".*_cache", "pytest-cache*")
+    shutil.copytree(ROOT, copy, ignore=not_ours)
     if SHARED.exists():
         (copy.parent / "shared").symlink_to(SHARED)
     (copy / "configs/tiny.yaml").rename(copy / "configs/full.yaml")

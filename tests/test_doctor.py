@@ -249,7 +249,7 @@ def test_a_doctor_run_as_users_start_it(tmp_path):
     words += " --config configs/tiny.yaml --synthetic_train 60 --eval_cases 8 --prompts_per_step 8"
     words += " --minibatch_prompts 8 --group_size 4 --steps 3 --tiny_hidden 32 --max_response_tokens 60"
     command = [sys.executable, *words.split(), "--run_dir", str(tmp_path / "run")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert lines[-1] == "doctor: 8 checks ok" and lines[-2].startswith("ok       step: ")

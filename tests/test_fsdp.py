@@ -438,7 +438,7 @@ def test_rotary_frequencies_keep_their_precision(folder):
 
 def later_groups(ranks: Ranks, folder: Path) -> None:
     """Collective. Their timeouts, and a checkpoint that one rank never writes."""
-    ranks = replace(ranks, timeout=timedelta(seconds=3))
+    ranks = replace(ranks, timeout=timedelta(seconds=10))
     saver = Saver(folder, ranks, keep=1, background=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOCAL_WORLD_SIZE", "1")
@@ -449,7 +449,7 @@ def later_groups(ranks: Ranks, folder: Path) -> None:
     if ranks.main:  # the other one hangs
         began, saver.folder = time.monotonic(), folder
         saver._write({"weight": torch.zeros(2)})
-        assert "Timed out" in saver.problem and time.monotonic() - began < 15
+        assert "Timed out" in saver.problem and time.monotonic() - began < 60
     ranks.gather(None)
 
 

@@ -31,7 +31,7 @@ def start(settings: dict) -> subprocess.CompletedProcess:
     """Runs the script as a user does."""
     return subprocess.run(
         SINGLE + as_arguments(settings), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True,
-        timeout=180,
+        timeout=600,
     )
 
 
@@ -207,7 +207,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(settings, tmp_path):
         stderr=subprocess.PIPE, text=True,
     )
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while (
             process.poll() is None
             and time.monotonic() < deadline
@@ -215,7 +215,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(settings, tmp_path):
         ):
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=60)
+        _, stderr = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 130 and "Traceback" not in stderr

@@ -5,6 +5,7 @@ the reward counts digits: two runs that part by one sampled token never meet aga
 """
 
 import contextlib
+import random
 import signal
 import socket
 import sys
@@ -40,9 +41,13 @@ def settings(tmp_path_factory) -> dict[str, object]:
 
 
 def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """One that the kernel gives to nobody who asks for any, until it is used."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.SystemRandom().randrange(min(first, 32768) // 2, first)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 def start_agent(rendezvous: list[str], settings: dict[str, object], log: Path) -> Forked:
@@ -86,7 +91,7 @@ def largest_difference(a: Path, b: Path) -> float:
 def test_two_nodes_match_one_process(settings, tmp_path):
     own = settings | {"sharding": "hsdp", "run_dir": tmp_path / "run"}
     with two_nodes(own, tmp_path) as (agents, logs):
-        codes = [agent.wait(100) for agent in agents]
+        codes = [agent.wait(300) for agent in agents]
     assert codes == [0, 0], logs[0].read_text() + logs[1].read_text()
     assert any("2 process(es)" in log.read_text() for log in logs), "not two runs of one process each"
     alone = run_here(grpo.main, settings | {"run_dir": tmp_path / "alone"})
@@ -99,11 +104,11 @@ def test_a_signal_to_one_agent_stops_both_and_one_process_goes_on(settings, tmp_
     """Slurm ends a job node by node. Whoever hears of it first must not leave the other waiting."""
     endless = settings | {"steps": 1000, "run_dir": tmp_path / "run"}
     with two_nodes(endless, tmp_path) as (agents, logs):
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 300
         while not read_jsonl(tmp_path / "run" / "log.jsonl")[1:] and time.monotonic() < deadline:
-            time.sleep(0.2)
+            time.sleep(0.05)
         agents[1].send_signal(signal.SIGTERM)
-        codes = [agent.wait(60) for agent in agents]
+        codes = [agent.wait(300) for agent in agents]
     said = logs[0].read_text() + logs[1].read_text()
     steps = [row["step"] for row in read_jsonl(tmp_path / "run" / "log.jsonl")]
     assert 0 not in codes and f"interrupted after step {steps[-1]}, all is saved" in said, said

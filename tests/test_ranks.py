@@ -125,39 +125,56 @@ def test_how_a_script_ends(error, rank, code, words, pause, monkeypatch, capsys)
 
 
 WAITS = """
-import os, signal, sys
+import signal, sys
+from datetime import timedelta
+from types import SimpleNamespace
 import torch.distributed as dist
-from distributed.ranks import StopFlag
-for name in sys.argv[1].split(","):
-    signal.signal(signal.Signals[name], signal.SIG_IGN)
+from distributed import ranks
+
+class StopFlag(ranks.StopFlag):
+    def _on_signal(self, number):
+        super()._on_signal(number)
+        print(number, flush=True)
+
+ignored, *times = sys.argv[1:]
+signal.signal(signal.Signals[ignored], signal.SIG_IGN)
+ranks.time = SimpleNamespace(monotonic=map(float, times).__next__)
 store = dist.TCPStore("127.0.0.1", 0, 1, True)
 StopFlag()
 print("ready", flush=True)
-store.wait(["never"])  # in C++, for five minutes
+store.wait(["never"], timedelta(minutes=2))  # in C++
 """
-SIGNALS = [  # (what the process is to ignore, torchrun's, signals with the seconds before each, exit code)
-    ("SIGUSR1", False, [(0, "SIGTERM"), (1.2, "SIGINT")], 128 + signal.SIGINT),
-    ("SIGUSR1", False, [(0, "SIGHUP"), (1.2, "SIGHUP")], 128 + signal.SIGHUP),
+SIGNALS = [  # (what the process is to ignore, torchrun's, signals with their times: the last ends it)
+    ("SIGUSR1", False, [(0, "SIGTERM"), (1.1, "SIGINT")]),
+    ("SIGUSR1", False, [(0, "SIGHUP"), (1.1, "SIGHUP")]),
     # Slurm signals torchrun's processes, and torchrun does too: that must not cost the checkpoint.
-    ("SIGUSR1", False, [(0, "SIGTERM"), (0.1, "SIGTERM"), (1.2, "SIGTERM")], 128 + signal.SIGTERM),
-    ("SIGHUP", False, [(0, "SIGHUP"), (0.2, "SIGHUP"), (1.2, "SIGHUP"), (0, "SIGKILL")], -9),  # nohup
-    ("SIGHUP", True, [(0, "SIGHUP"), (1.2, "SIGHUP")], 128 + signal.SIGHUP),
+    ("SIGUSR1", False, [(0, "SIGTERM"), (0.9, "SIGTERM"), (1.1, "SIGTERM")]),
+    ("SIGHUP", False, [(0, "SIGHUP"), (2, "SIGHUP"), (4, "SIGTERM"), (6, "SIGTERM")]),  # nohup
+    ("SIGHUP", True, [(0, "SIGHUP"), (1.1, "SIGHUP")]),
 ]
 
 
-@pytest.mark.parametrize("ignored, torchrun, signals, code", SIGNALS)
-def test_a_second_signal_ends_a_process_that_waits_in_cpp(ignored, torchrun, signals, code):
+@pytest.mark.parametrize("ignored, torchrun, signals", SIGNALS)
+def test_a_second_signal_ends_a_process_that_waits_in_cpp(ignored, torchrun, signals):
+    """The clock is the test's own, and the next signal is sent when the one before has been heard."""
+    is_heard = [torchrun or name != ignored for _, name in signals]
+    times = [str(when) for (when, _), heard in zip(signals, is_heard) if heard]
     waiting = subprocess.Popen(
-        [sys.executable, "-c", WAITS, ignored], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", WAITS, ignored, *times], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
         env=ENVIRONMENT | {"PYTHONPATH": str(ROOT)} | ({"TORCHELASTIC_RUN_ID": "1"} if torchrun else {}),
     )
-    assert waiting.stdout.readline() == "ready\n"
-    for pause, name in signals:
-        time.sleep(pause)
-        assert waiting.poll() is None
-        waiting.send_signal(signal.Signals[name])
-    _, said = waiting.communicate(timeout=10)
-    assert waiting.returncode == code and said.count("stopping after this step") == (code > 0)
+    try:
+        assert waiting.stdout.readline() == "ready\n"
+        for (_, name), heard in zip(signals[:-1], is_heard):
+            waiting.send_signal(signal.Signals[name])
+            assert not heard or waiting.stdout.readline() == f"{signal.Signals[name]:d}\n"
+        last = signal.Signals[signals[-1][1]]
+        waiting.send_signal(last)
+        _, said = waiting.communicate(timeout=60)
+    finally:
+        waiting.kill()
+    assert waiting.returncode == 128 + last and said.count("stopping after this step") == 1
 
 
 def test_a_fresh_start_is_no_restart(monkeypatch):
@@ -197,13 +214,16 @@ def main(arguments):
     open_run(Config(run_dir=run_dir), ranks)
     stop = StopFlag()
     assert ranks.watchdog.minutes == 2.0
-    ranks = dataclasses.replace(ranks, watchdog=Watchdog(0.05, ranks.rank))
+    first = ranks.gather(os.getpid())[0]
+    if fault == "SIGSTOP":
+        ranks = dataclasses.replace(ranks, watchdog=Watchdog(0.05, ranks.rank))
     for step in (1, 2):
         with Clock(ranks.watchdog, step)("update"):
             ranks.sum([1.0])
             if step == 2 and ranks.rank == 1 and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
                 if fault == "SIGSTOP":  # torchrun would wait half a minute for it
-                    os.popen(f"trap '' TERM; sleep 6; kill -9 {os.getpid()}")
+                    until = f"while kill -0 {first} 2>&-; do sleep 0.1; done"
+                    os.popen(f"trap '' TERM; {until}; kill -9 {os.getpid()}")
                 os.kill(os.getpid(), signal.Signals[fault])
                 while not stop.signal:  # another thread hears it, when it gets its turn
                     time.sleep(0.01)
@@ -237,7 +257,7 @@ def test_a_rank_that_dies_or_hangs_ends_the_others_and_torchrun_goes_on(fault, t
     with (tmp_path / "log").open("w+") as log:
         agent = Forked(command, log, log, env=ENVIRONMENT | own)
         try:
-            code = agent.wait(100)
+            code = agent.wait(300)
         finally:
             agent.send_signal(signal.SIGTERM)  # it ends its workers, which kill() would leave behind
         said = log.read()
@@ -312,6 +332,7 @@ from distributed.ranks import run_script
 
 load = session.load_policy
 def stop(config, path, temperature, ranks, *rest):
+    ranks.gather(None)  # the time of both counts from here
     if ranks.rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     return load(config, path, temperature, ranks, *rest)
@@ -321,7 +342,7 @@ run_script(grpo.main)
 
 
 def test_a_rank_that_stops_while_the_model_loads_is_noticed(tmp_path):
-    own = dict(model="tiny", timeout_minutes=0.1, run_dir=tmp_path / "run", warmup_steps=0)
+    own = dict(model="tiny", timeout_minutes=0.15, run_dir=tmp_path / "run", warmup_steps=0)
     arguments = as_arguments(write_task(tmp_path) | own)
     common = ENVIRONMENT | dict(PYTHONPATH=str(ROOT), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     ranks = [
@@ -332,12 +353,12 @@ def test_a_rank_that_stops_while_the_model_loads_is_noticed(tmp_path):
         for rank in (0, 1)
     ]
     try:
-        _, said = ranks[0].communicate(timeout=60)
+        _, said = ranks[0].communicate(timeout=300)
     finally:
         for process in ranks:
             process.kill()
     assert ranks[0].returncode == 1
-    assert "rank 0: no progress for 0.1 minutes in phase set-up of step 0;" in said
+    assert "rank 0: no progress for 0.15 minutes in phase set-up of step 0;" in said
 
 
 INTERRUPTED = "import os, signal, time; os.kill(os.getpid(), signal.SIGINT); time.sleep(9)"

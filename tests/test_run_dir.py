@@ -3,8 +3,8 @@
 import multiprocessing
 import os
 import shutil
+import signal
 import socket
-import time
 from pathlib import Path
 
 import pytest
@@ -295,7 +295,7 @@ def test_a_checkpoint_of_another_run_is_refused(run, tmp_path):
 def hold(path: Path, begun) -> None:
     opened(path, overwrite=True)
     begun.set()
-    time.sleep(100)
+    signal.pause()
 
 
 def test_two_runs_in_one_directory(run):
@@ -308,7 +308,7 @@ def test_two_runs_in_one_directory(run):
     other = forks.Process(target=hold, args=(inner, begun))
     other.start()
     try:
-        assert begun.wait(20)
+        assert begun.wait(120)
         owner = f"in use by process {other.pid} on {socket.gethostname()} since 2"
         for settings in ({}, {"resume": True}, {"overwrite": True}):
             assert owner in refused(inner, **settings), "the other overwrote the folder, and has it still"

@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 
 def call(*arguments, **environment):
     return subprocess.run(
-        ["bash", "run.sh", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=60,
+        ["bash", "run.sh", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300,
         env=environment or None,
     )
 

@@ -147,7 +147,7 @@ def accuracies(row: dict) -> dict:
 
 def test_a_run_as_a_user_starts_it(settings):
     command = [sys.executable, "sft.py", *as_arguments(settings)]
-    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
+    done = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert "greedy accuracy" in done.stdout
     log = read_jsonl(settings["run_dir"] / "log.jsonl")

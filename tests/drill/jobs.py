@@ -28,7 +28,7 @@ SETTINGS = dict(
 )
 ENVIRONMENT = {  # as in run.sh
     "PYTHONPATH": f"{ROOT}:{ROOT / 'tests/drill'}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
-    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "10",
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3600",
 }
 LIMIT_S = 240.0  # for one run; more than that is a hang
 

@@ -50,7 +50,10 @@ def await_moment(job: Job, moment: str, draw: random.Random) -> bool:
     before, run = latest(job.run), job.run
     reached, pause = {
         "start": (lambda: len(rank_pids(job)) == RANKS, 1.0),  # before there is any checkpoint
-        "save": (lambda: latest(run) > before and any(run.glob("step_*.tmp")), 0.05),
+        # Each is there for 20 ms; on a busy machine, which may miss them all, any moment of the second half.
+        "save": (
+            lambda: latest(run) > before and (any(run.glob("step_*.tmp")) or latest(run) > STEPS // 2), 0.05
+        ),
         "step": (lambda: latest(run) > before, 0.3),
         "end": (lambda: any(run.glob(".model.*")) or latest(run) == STEPS, 0.05),
     }[moment]
@@ -198,11 +201,14 @@ def restarted(site: Path, name: str) -> tuple[int, int]:
 
 def hang(site: Path, name: str, *, moment: str) -> tuple[int, int]:
     """One rank stands still, its connections open: the others end in time, and say in which phase."""
-    with launch(site, name, timeout_minutes=0.1) as job:
+    with launch(site, name, timeout_minutes=0.2) as job:
         wait_until(job, lambda: latest(job.run) > 0)
         assert await_moment(job, moment, random.Random(name)), f"{job.log}: ended too early"
-        kill([rank_pids(job)[-1]], signal.SIGSTOP)
-        over(job, 80)
+        stopped = rank_pids(job)[-1]
+        kill([stopped], signal.SIGSTOP)
+        wait_until(job, lambda: "no progress for" in job.said())
+        kill([stopped])  # torchrun would wait for it
+        over(job)
     said, again = job.said(), lost(job.run)
     assert job.agent.exitcode and "no progress for" in said and "in phase " in said, f"{job.log}: no phase"
     go_on(site, name)
