@@ -23,7 +23,8 @@ from distributed.ranks import Ranks, first_problem, write_out
 from ops.plot import draw
 from reward import REWARDS
 
-PLOT_SECONDS = 60.0  # at least, between two drawings of curves.png
+PLOT_SECONDS = 60.0  # at least, between two drawings of curves.png,
+PLOT_SHARE = 0.01  # which take no more than this of the time: other ranks wait
 LINE_SECONDS = 10.0  # at least, between two lines of SFT where no bar is seen
 STEP_LINE = (  # of GRPO; at most 100 columns
     "step {step}/{steps} · reward {reward:.2f}, right {correct_rate:.0%}, format {format_rate:.0%} · "
@@ -202,9 +203,11 @@ def show(monitor: Monitor, record: dict, steps: int) -> None:
 
 
 def draw_curves(monitor: Monitor) -> None:
-    """Draws run_dir/curves.png; the next one is due in a minute, or at the end where this one failed."""
+    """Draws run_dir/curves.png; the next one is due in some minutes, or at the end where this one failed."""
+    start = time.monotonic()
     drawn = attempt("curves.png", draw, [monitor.folder], monitor.folder / "curves.png")
-    monitor.next_picture = time.monotonic() + PLOT_SECONDS if drawn else math.inf
+    end = time.monotonic()
+    monitor.next_picture = end + max(PLOT_SECONDS, (end - start) / PLOT_SHARE) if drawn else math.inf
 
 
 def close_monitor(monitor: Monitor) -> None:

@@ -37,6 +37,7 @@ from distributed.batches import Group
 from distributed.ranks import Ranks, start_ranks
 from kernel.decode import Prompt
 from model import prepare_model, token_logprobs
+from ops import monitor
 from prompts import ToolCall, render_completion
 
 ROOT = Path(__file__).parents[1]
@@ -177,9 +178,14 @@ def own_process_group() -> Iterator[None]:
 
 def run_here(main: Callable[[list[str]], None], settings: dict[str, object]) -> Path:
     """Runs a script's main in this process, so that its lines can be broken. Returns run_dir."""
-    with own_process_group():
+    with own_process_group(), mock.patch.object(monitor, "draw", draw_nothing):
         main(as_arguments(settings))
     return Path(settings["run_dir"])
+
+
+def draw_nothing(_: list[Path], target: Path) -> None:
+    """Stands in for ops.plot.draw, which takes longer than many a short run."""
+    target.touch()
 
 
 @contextmanager

@@ -25,6 +25,7 @@ import sft
 from corpus import sources
 from distributed.ranks import Clock, run_script
 from losses import KLS
+from ops import monitor
 from rollout import ENGINES
 
 
@@ -199,12 +200,18 @@ class FileEvents:
                 os.truncate(path, min(path.stat().st_size, self.synced.get(path.stat().st_ino, 0)))
 
 
+def draw_nothing(_: list[Path], target: Path) -> None:
+    """Stands in for ops.plot.draw, which takes longer than these runs; what it does to the folder stays."""
+    with sources.written_beside(target) as beside:
+        beside.touch()
+
+
 def run_product(script: str, broken: tuple | Death, arguments: list[str], log: Path) -> None:
     """grpo.py or sft.py as its own command line runs it. broken: fault, step, rank; a death; or nothing."""
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):  # a fork has those of torchrun's agent
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    rank, events = int(os.environ["RANK"]), None
+    rank, events, monitor.draw = int(os.environ["RANK"]), None, draw_nothing
     if isinstance(broken, Death):
         run = Path(arguments[arguments.index("--run_dir") + 1])
         death = broken if rank == broken.rank else Death()
