@@ -96,7 +96,7 @@ run_tests() { # in three parts side by side: drill and demo, other tests of many
     name=${file##*/test_}
     case "${name%.py}" in
       faults | end_to_end | distill) drill+=("$file") ;;
-      fsdp | nodes | ranks | checkpoint | grpo | lora | bench_gpu) many+=("$file") ;;
+      fsdp | nodes | ranks | checkpoint | grpo | lora | bench_gpu | cuda_fake) many+=("$file") ;;
       *) rest+=("$file") ;;
     esac
   done
