@@ -50,7 +50,7 @@ def await_moment(job: Job, moment: str, draw: random.Random) -> bool:
     before, run = latest(job.run), job.run
     reached, pause = {
         "start": (lambda: len(rank_pids(job)) == RANKS, 1.0),  # before there is any checkpoint
-        # Each is there for 20 ms; on a busy machine, which may miss them all, any moment of the second half.
+        # A save takes 20 ms. A busy machine may miss them all: then any moment of the second half.
         "save": (
             lambda: latest(run) > before and (any(run.glob("step_*.tmp")) or latest(run) > STEPS // 2), 0.05
         ),
