@@ -190,7 +190,8 @@ def start_model(config: Config, inputs: Inputs, ranks: Ranks) -> tuple[str, bool
 class RunSpec:
     """How a Run is built on a session. folder: where checkpoints, log and samples go. path: the start model.
 
-    temperature: divides the logits of every log-prob. reference: whether the KL's is loaded.
+    steps: in all, or 0 where something else ends the run. temperature: divides the logits of every log-prob.
+    reference: whether the KL's is loaded.
     """
 
     folder: Path
@@ -226,7 +227,7 @@ class Run:
     sets: dict[str, list[JudgedPrompt]]
     held_out: list[str]  # the names of the sets that are not benchmarks
     batch_size: int  # prompts per step
-    steps: int  # in all
+    steps: int  # in all, or 0, as in RunSpec
     state: dict
     began: float
     monitor: Monitor | None

@@ -118,8 +118,8 @@ def train(run: Run, budget: float = 0.0) -> None:
     """
     config, state = run.config, run.state
     imitations = encode_replies(run.tokenizer, run.examples, config, quiet=not run.ranks.main)
-    total = None if budget else run.steps
     label = "SFT" if run.monitor else "warm-up (SFT)"
+    total = run.steps or None
     with tqdm(total=total, initial=state["step"], desc=label, disable=not run.ranks.main or None) as bar:
         while progress(run, budget) < 1:
             step = start_step(run)
@@ -167,7 +167,8 @@ def main(arguments: list[str]) -> None:
         session = open_session(config, ranks, "sft")
         if session.finished:
             return
-        run = begin(session, RunSpec(session.folder, session.path, session.steps, config.sft_lr, BETAS))
+        steps = 0 if config.sft_flops else session.steps
+        run = begin(session, RunSpec(session.folder, session.path, steps, config.sft_lr, BETAS))
     train(run, config.sft_flops)
     close(run)
 

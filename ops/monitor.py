@@ -27,17 +27,17 @@ PLOT_SECONDS = 60.0  # at least, between two drawings of curves.png,
 PLOT_SHARE = 0.01  # which take no more than this of the time: other ranks wait
 LINE_SECONDS = 10.0  # at least, between two lines of SFT where no bar is seen
 STEP_LINE = (  # of GRPO; at most 100 columns
-    "step {step}/{steps} · reward {reward:.2f}, right {correct_rate:.0%}, format {format_rate:.0%} · "
+    "step {step}{of} · reward {reward:.2f}, right {correct_rate:.0%}, format {format_rate:.0%} · "
     "KL {kl:.3f}, {completions/mean_length:.0f} tokens, flat {frac_reward_zero_std:.0%} · {whole:.3g} s"
 )
-SFT_LINE = "step {step}/{steps} · loss {loss:.4f} · {whole:.3g} s"
+SFT_LINE = "step {step}{of} · loss {loss:.4f} · {whole:.3g} s"
 
 
 def step_line(record: dict, steps: int) -> str:
-    """One line about one step. steps: of the whole run."""
+    """One line about one step. steps: of the whole run; 0: nobody knows."""
     seconds = sum(record[key] for key in record if key.startswith("time/"))
     form = STEP_LINE if "reward" in record else SFT_LINE
-    return form.format_map(record | {"steps": steps, "whole": seconds})
+    return form.format_map(record | {"of": f"/{steps}" if steps else "", "whole": seconds})
 
 
 def evaluation_line(record: dict) -> str:

@@ -224,7 +224,7 @@ def test_the_learning_rate_rises_and_falls(settings):
         assert row["learning_rate"] == pytest.approx(1e-2 * ramp * decay)
 
 
-def test_a_compute_budget_ends_the_run(settings):
+def test_a_compute_budget_ends_the_run(settings, capsys):
     """6 FLOPs per parameter and token: the run stops with the step that reaches the budget."""
     free = read_jsonl(run_here(sft.main, settings) / "log.jsonl")[1:]
     model = load_model(str(settings["run_dir"] / "model"), torch.device("cpu"))
@@ -233,7 +233,9 @@ def test_a_compute_budget_ends_the_run(settings):
     assert free[3]["flops"] == pytest.approx(per_token * sum(row["num_tokens"] for row in free[:4]))
     budget = free[2]["flops"] * 0.99
     bounded = settings | {"run_dir": settings["run_dir"].with_name("bounded"), "sft_flops": budget}
+    assert "step 1/6 · loss" in capsys.readouterr().out
     log = read_jsonl(run_here(sft.main, bounded) / "log.jsonl")
+    assert "step 1 · loss" in capsys.readouterr().out, "nobody knows of how many"
     assert [row["step"] for row in log] == [0, 1, 2, 3] and log[-1]["flops"] >= budget > log[-2]["flops"]
     assert accuracies(log[-1]), "the end is looked at, wherever it is"
     # Starting it once more spends nothing more.
